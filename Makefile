@@ -1,0 +1,48 @@
+# The interpreter that makes the virtual environment.
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/set-up-complete
+
+.DEFAULT_GOAL := help
+.PHONY: help set-up test quickstart lint format clean
+
+help:
+	@echo "make quickstart  set up, then train and evaluate a small GN+WS Mask R-CNN"
+	@echo "make test        set up, then run all tests"
+	@echo "make lint        set up, then check style, formatting and types"
+	@echo "make format      set up, then format the code"
+	@echo "make set-up      install everything into $(VENV); does nothing when nothing changed"
+	@echo "make clean       remove $(VENV), builds and caches"
+	@echo "Another interpreter: make PYTHON=python3.12 test"
+
+set-up: $(STAMP)
+
+# The stamp is made last, so an interrupted set-up is completed by the next call.
+$(STAMP): constraints.txt setup.py tools/install_detectron2.py \
+		tools/detectron2_build/patches.py tools/detectron2_build/wheel.py
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch torchvision setuptools wheel
+	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev,fast-eval,plots]'
+	@touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+quickstart: $(STAMP)
+	$(BIN)/python tools/quickstart.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
