@@ -1,0 +1,64 @@
+"""What differs between detectron2 0.5, 0.6 and its main branch, in one place."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from detectron2.engine import DefaultTrainer, defaults
+from detectron2.utils import comm
+
+
+@functools.cache
+def has_compiled_ops() -> bool:
+    """Whether detectron2's C++ ops are there; the fast COCO evaluator needs them."""
+    try:
+        from detectron2 import _C
+
+        return hasattr(_C, "COCOevalAccumulate")
+    except (ImportError, NotImplementedError):  # NotImplementedError: the pure-Python build
+        return False
+
+
+def create_local_process_group(processes_per_machine: int) -> None:
+    """Tells `detectron2.utils.comm` which processes share this machine.
+
+    The main branch has a function for it; in 0.5 and 0.6 it is a variable that their `launch`
+    sets.
+
+    Args:
+        processes_per_machine: the same number on every machine.
+    """
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(processes_per_machine)
+        return
+    for first in range(0, dist.get_world_size(), processes_per_machine):
+        ranks = list(range(first, first + processes_per_machine))
+        group = dist.new_group(ranks)  # every process must take part in making every group
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def state_beside_the_trainer(trainer: DefaultTrainer) -> dict[str, Any]:
+    """What a checkpoint must hold besides the trainer's own state, by name.
+
+    In 0.5 a `DefaultTrainer` does not save the training loop inside it, and with that the momentum
+    of the optimizer and the loss scale of AMP; a resumed run would start them anew. From 0.6 on it
+    has a `state_dict` of its own.
+    """
+    saves_all = "state_dict" in vars(DefaultTrainer)
+    return {} if saves_all else {"training_loop": trainer._trainer}
+
+
+@contextmanager
+def distributed_on_cpu() -> Iterator[None]:
+    """Within it, `DefaultTrainer` wraps its model for several CPU processes.
+
+    Its `create_ddp_model` always passes `device_ids`, which torch refuses for CPU models, and
+    its constructor offers no argument to change that.
+    """
+    create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
+    with mock.patch.object(defaults, "create_ddp_model", create_ddp_model):
+        yield

@@ -1,0 +1,41 @@
+"""The exception whose message is meant for the person at the keyboard."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    Its message stands alone: it names the config key or file, what was found there and what is
+    allowed. The command-line tools print it without a traceback.
+    """
+
+
+class ConfigError(UserError, ValueError):
+    """A config key whose value cannot work.
+
+    Also a `ValueError`, which is what callers that know nothing of this package expect.
+    """
+
+
+class DataError(UserError):
+    """An image or annotation that cannot be read; names the file."""
+
+    def __str__(self) -> str:
+        # A data-loading worker hands its error over as text with the traceback before it.
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Ends the process with status 2 and one message when the body raises a `UserError`.
+
+    Status 2 is argparse's own status for a wrong command line.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,43 @@
+"""Atomic file output: a reader sees the old file or the new one, never a half-written one."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Union
+
+
+@contextmanager
+def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` and moves it there when the body ends well.
+
+    The temporary file lies in the same folder because `os.replace` is atomic only within one file
+    system. When the body raises, `path` is left as it was. Missing parent folders are made.
+
+    Args:
+        path: the file to write.
+        mode: `"w"` for UTF-8 text, `"wb"` for bytes.
+
+    Raises:
+        ValueError: `mode` is neither of the two.
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if mode == "wb" else "utf-8"
+    handle = tempfile.NamedTemporaryFile(
+        mode, encoding=encoding, dir=path.parent, prefix=f".{path.name}.", delete=False
+    )
+    try:
+        with handle:
+            # NamedTemporaryFile makes files private to the user; give them the usual permissions.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(handle.name, 0o666 & ~umask)
+            yield handle
+        os.replace(handle.name, path)
+    except BaseException:
+        Path(handle.name).unlink(missing_ok=True)
+        raise
