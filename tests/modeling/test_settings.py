@@ -1,0 +1,82 @@
+"""MODEL.WS: defaults, and every value that cannot work refused by its key's name."""
+
+from typing import Any
+
+import pytest
+from detectron2.config import get_cfg
+
+from ws_detectron import add_ws_config
+from ws_detectron.errors import ConfigError
+from ws_detectron.modeling import WSSettings
+
+
+def test_add_ws_config_adds_one_node_with_the_defaults() -> None:
+    stock, cfg = get_cfg(), get_cfg()
+    add_ws_config(cfg)
+    assert cfg.MODEL.WS == {
+        "BACKBONE": True,
+        "FPN": True,
+        "BOX_HEAD": True,
+        "MASK_HEAD": True,
+        "MODE": "official",
+        "EPS": 1e-5,
+        "GN_GROUPS": 32,
+    }
+    del cfg.MODEL["WS"]
+    assert cfg == stock
+
+
+def test_add_ws_config_twice_keeps_what_was_set() -> None:
+    cfg = get_cfg()
+    add_ws_config(cfg)
+    cfg.MODEL.WS.MODE = "bit"
+    add_ws_config(cfg)
+    assert cfg.MODEL.WS.MODE == "bit"
+
+
+def test_settings_carry_every_key() -> None:
+    cfg = get_cfg()
+    add_ws_config(cfg)
+    cfg.merge_from_list(["MODEL.WS.FPN", False, "MODEL.WS.EPS", 1e-3, "MODEL.WS.GN_GROUPS", 8])
+    expected = WSSettings(fpn=False, eps=1e-3, gn_groups=8)
+    assert WSSettings.from_config(cfg) == expected
+    assert expected != WSSettings()
+
+
+def test_config_without_the_node_means_the_defaults() -> None:
+    assert WSSettings.from_config(get_cfg()) == WSSettings()
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("MODE", "timm", "one of paper, official, bit"),
+        ("EPS", 0.0, "between 0 and 1"),
+        ("EPS", -1e-5, "between 0 and 1"),
+        ("EPS", "1e-5", "between 0 and 1"),
+        ("GN_GROUPS", 0, "integer >= 1"),
+        ("GN_GROUPS", 2.5, "integer >= 1"),
+        ("FPN", "yes", "a boolean"),
+    ],
+)
+def test_refuses_what_cannot_work(key: str, value: Any, allowed: str) -> None:
+    cfg = get_cfg()
+    add_ws_config(cfg)
+    cfg.MODEL.WS[key] = value
+    with pytest.raises(ConfigError) as caught:
+        WSSettings.from_config(cfg)
+    message = str(caught.value)
+    assert f"MODEL.WS.{key}" in message and allowed in message and repr(value) in message
+
+
+def test_refuses_a_key_it_does_not_know() -> None:
+    cfg = get_cfg()
+    add_ws_config(cfg)
+    cfg.MODEL.WS.HEAD = True
+    with pytest.raises(ConfigError, match="MODEL.WS.HEAD is not a key; allowed: BACKBONE"):
+        WSSettings.from_config(cfg)
+
+
+def test_config_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError):
+        WSSettings(mode="none")

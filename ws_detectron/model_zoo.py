@@ -1,0 +1,59 @@
+"""The configs that come with this package, found by name.
+
+They lie in `configs/` of the repository, and in `ws_detectron/configs/` of a wheel.
+"""
+
+import difflib
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+
+from .config import add_ws_config
+from .errors import UserError
+
+_PACKAGED = Path(__file__).resolve().parent / "configs"
+_REPOSITORY = _PACKAGED.parent.parent / "configs"
+
+
+def config_names() -> list[str]:
+    """All config files, as the names that `get_config_file` takes, sorted."""
+    root = _root()
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
+
+
+def get_config_file(name: str) -> str:
+    """Returns the path of a config of this package.
+
+    Args:
+        name: path below `configs/`, as in
+            `"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_1img.yaml"`.
+
+    Raises:
+        UserError: there is no such file; the message holds the path and the nearest names.
+    """
+    path = _root() / name
+    if not path.is_file():
+        near = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"no config {name!r}: {path} does not exist{hint}")
+    return str(path)
+
+
+def get_config(name: str) -> CfgNode:
+    """Returns detectron2's default config with `MODEL.WS`, updated by a config of this package.
+
+    Args:
+        name: see `get_config_file`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = get_config_file(name)
+    cfg = get_cfg()
+    add_ws_config(cfg)
+    cfg.merge_from_file(path)
+    return cfg
+
+
+def _root() -> Path:
+    return _PACKAGED if _PACKAGED.is_dir() else _REPOSITORY

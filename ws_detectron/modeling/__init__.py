@@ -1,0 +1,23 @@
+"""WS models for detectron2; importing this package registers its backbones and heads."""
+
+from .backbone import (
+    build_ws_resnet_backbone,
+    build_ws_resnet_fpn_backbone,
+    build_ws_retinanet_resnet_fpn_backbone,
+)
+from .convert import ConversionReport, convert_to_ws, fold_ws, folded_copy
+from .heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead
+from .settings import WSSettings
+
+__all__ = [
+    "ConversionReport",
+    "WSFastRCNNConvFCHead",
+    "WSMaskRCNNConvUpsampleHead",
+    "WSSettings",
+    "build_ws_resnet_backbone",
+    "build_ws_resnet_fpn_backbone",
+    "build_ws_retinanet_resnet_fpn_backbone",
+    "convert_to_ws",
+    "fold_ws",
+    "folded_copy",
+]
