@@ -1,0 +1,115 @@
+"""The model of each config: which convs are standardized, which norms it has, what is frozen."""
+
+from collections import Counter
+
+import pytest
+from detectron2.layers import FrozenBatchNorm2d
+from fvcore.nn.precise_bn import get_bn_modules
+from leaves import BACKBONES, LEAVES, Name, build
+from torch import nn
+
+from ws_detectron import WSConv2d
+
+NORM_CLASSES = {
+    "bn": nn.BatchNorm2d,
+    "bn_ws": nn.BatchNorm2d,
+    "sync_bn": nn.SyncBatchNorm,
+    "frozen_bn": FrozenBatchNorm2d,
+    "gn": nn.GroupNorm,
+    "gn_ws": nn.GroupNorm,
+}
+FROZEN_STAGES = {"backbone.bottom_up.stem", "backbone.bottom_up.res2"}
+# What no norm follows, and what WS must therefore leave alone.
+RPN_CONVS = {
+    "proposal_generator.rpn_head.conv",
+    "proposal_generator.rpn_head.objectness_logits",
+    "proposal_generator.rpn_head.anchor_deltas",
+}
+PLAIN_CONVS = {
+    "faster_rcnn": RPN_CONVS,
+    "mask_rcnn": RPN_CONVS | {"roi_heads.mask_head.predictor"},
+    "retinanet": {
+        "backbone.top_block.p6",
+        "backbone.top_block.p7",
+        *(f"head.{subnet}_subnet.{i}" for subnet in ("cls", "bbox") for i in (0, 2, 4, 6)),
+        "head.cls_score",
+        "head.bbox_pred",
+    },
+}
+HEAD_CONVS = {"mask_rcnn": 4 + 4, "faster_rcnn": 4, "retinanet": 0}
+FPN_CONVS = {"mask_rcnn": 2 * 4, "faster_rcnn": 2 * 4, "retinanet": 2 * 3}
+
+
+def convs_of(model: nn.Module, *, standardized: bool) -> set[str]:
+    """Names of the `nn.Conv2d`s that are WS convs, or of those that are not."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and isinstance(module, WSConv2d) == standardized
+    }
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if Name.parse(leaf).ws])
+def test_ws_is_on_every_conv_before_a_norm_and_on_no_other(leaf: str) -> None:
+    name, model = Name.parse(leaf), build(leaf)
+    part = Counter(conv.partition(".")[0] for conv in convs_of(model, standardized=True))
+    assert part["backbone"] == BACKBONES[name.backbone][3] + FPN_CONVS[name.detector]
+    assert part["roi_heads"] == HEAD_CONVS[name.detector]
+    assert set(part) <= {"backbone", "roi_heads"}
+    assert convs_of(model, standardized=False) == PLAIN_CONVS[name.detector]
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if not Name.parse(leaf).ws])
+def test_plain_arms_have_no_ws(leaf: str) -> None:
+    assert not convs_of(build(leaf), standardized=True)
+
+
+def test_r_50_gn_ws_has_69_ws_convs() -> None:
+    model = build("mask_rcnn_R_50_FPN_1x_gn_ws_2img")
+    assert len(convs_of(model, standardized=True)) == 53 + 8 + 4 + 4 == 69
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_norm_layers_are_those_of_the_arm(leaf: str) -> None:
+    name = Name.parse(leaf)
+    norms = {
+        path: module
+        for path, module in build(leaf).named_modules()
+        if path.rpartition(".")[2] == "norm"
+    }
+    in_backbone = sum(path.startswith("backbone.bottom_up.") for path in norms)
+    assert in_backbone == BACKBONES[name.backbone][3]
+    elsewhere = HEAD_CONVS[name.detector] + FPN_CONVS[name.detector]
+    assert len(norms) - in_backbone == (0 if name.arm == "frozen_bn" else elsewhere)
+    for path, module in norms.items():
+        expected = NORM_CLASSES[name.arm]
+        frozen = name.weights and path.startswith(tuple(FROZEN_STAGES))
+        if frozen and issubclass(expected, nn.modules.batchnorm._BatchNorm):
+            expected = FrozenBatchNorm2d  # how detectron2 freezes BN
+        assert type(module) is expected, path
+        if expected is nn.GroupNorm:
+            assert module.num_groups == 32, path
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_frozen_are_stem_and_res2_or_nothing(leaf: str) -> None:
+    frozen = {
+        ".".join(path.split(".")[:3])
+        for path, parameter in build(leaf).named_parameters()
+        if not parameter.requires_grad
+    }
+    assert frozen == (FROZEN_STAGES if Name.parse(leaf).weights else set())
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_precise_bn_acts_on_trained_bn_only(leaf: str) -> None:
+    trains_bn = Name.parse(leaf).arm in ("bn", "bn_ws", "sync_bn")
+    assert bool(get_bn_modules(build(leaf))) == trains_bn
+
+
+def test_checkpoints_interchange_between_gn_and_gn_ws() -> None:
+    gn, gn_ws = (
+        {name: tensor.shape for name, tensor in build(leaf).state_dict().items()}
+        for leaf in ("mask_rcnn_R_50_FPN_1x_gn_2img", "mask_rcnn_R_50_FPN_1x_gn_ws_2img")
+    )
+    assert gn == gn_ws
