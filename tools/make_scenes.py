@@ -1,0 +1,69 @@
+"""Makes scenes: small COCO-format data sets with masks exact to the pixel."""
+
+import argparse
+import logging
+
+from detectron2.data import DatasetCatalog
+
+from ws_detectron.data import SceneSpec, ensure_scenes, register_scenes
+from ws_detectron.data.preview import contact_sheet, write_png
+from ws_detectron.data.scenes import KINDS, SPLITS
+from ws_detectron.data.summary import summarize
+from ws_detectron.errors import exit_on_user_error
+
+EXAMPLE = """example:
+  python tools/make_scenes.py --kind shapes --image-size 128 --preview scenes.png
+
+Without --output the scenes go where the data sets scenes_<kind>_<size>_<split> look for them
+($WS_DETECTRON_CACHE, else ~/.cache/ws_detectron), so training starts at once.
+"""
+PREVIEW_IMAGES = 12
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kind", choices=KINDS, default="shapes", help="what the objects are")
+    parser.add_argument("--image-size", type=int, default=128, help="height and width, pixels")
+    parser.add_argument("--train", type=int, help="training images (default: by size); 0: none")
+    parser.add_argument("--val", type=int, help="validation images (default: by size); 0: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objects", type=int, nargs=2, metavar=("LEAST", "MOST"), help="per image")
+    parser.add_argument(
+        "--object-scale",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="longer side of an object as a share of the image size",
+    )
+    parser.add_argument("--min-visible", type=float, help="least visible share of an object")
+    parser.add_argument("--output", metavar="DIR", help="root folder of the data sets")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--preview", metavar="PNG", help="contact sheet of the first images")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    fields = ("seed", "objects", "object_scale", "min_visible")
+    changes = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    changes = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()}
+    specs = []
+    for split, count in zip(SPLITS, (args.train, args.val)):
+        counted = changes if count is None else {**changes, "num_images": count}
+        if count != 0:
+            specs.append(SceneSpec.for_size(args.kind, args.image_size, split, **counted))
+    for spec in specs:
+        print(summarize(ensure_scenes(spec, args.output, args.workers)))
+    if args.preview and specs:
+        register_scenes("scenes_preview", specs[0], args.output)
+        records = DatasetCatalog.get("scenes_preview")[:PREVIEW_IMAGES]
+        write_png(args.preview, contact_sheet("scenes_preview", records))
+        print(f"preview of the {specs[0].split} images: {args.preview}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,24 @@
+"""Data made on the spot, and readers for data sets that are on disk."""
+
+from .cache import cache_root
+from .catalog import builtin_scenes, register_builtin_scenes, register_scenes
+from .fashion_mnist import FASHION_CLASSES, find_fashion_mnist, load_fashion_mnist
+from .scene_dataset import ensure_scenes, scene_folder
+from .scenes import Scene, SceneObject, SceneSpec, make_scene, sprite_source
+
+__all__ = [
+    "FASHION_CLASSES",
+    "Scene",
+    "SceneObject",
+    "SceneSpec",
+    "builtin_scenes",
+    "cache_root",
+    "ensure_scenes",
+    "find_fashion_mnist",
+    "load_fashion_mnist",
+    "make_scene",
+    "register_builtin_scenes",
+    "register_scenes",
+    "scene_folder",
+    "sprite_source",
+]
