@@ -1,0 +1,164 @@
+"""Gradient accumulation: what it equals, and what an optimizer step stays."""
+
+import json
+from pathlib import Path
+
+import exhaustive
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import nn
+
+from ws_detectron.engine import Trainer, load_config
+from ws_detectron.engine.accumulation import accumulated_step
+from ws_detectron.engine.loaders import build_train_loader
+from ws_detectron.errors import ConfigError
+
+
+def detector_gradients(arm: str, parts: int) -> dict[str, torch.Tensor]:
+    """Gradients of four images in equal parts; 1: detectron2's own step."""
+    model, images = exhaustive.model(arm), exhaustive.images(4)
+    loader = [images[i : i + 4 // parts] for i in range(0, 4, 4 // parts)]
+    loop = SimpleTrainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.0))
+    with EventStorage():
+        if parts == 1:
+            loop.run_step()
+        else:
+            accumulated_step(loop, parts)
+    return exhaustive.gradients(model)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_with_gn_and_ws_parts_are_the_batch(parts: int) -> None:
+    found, expected = detector_gradients("gn_ws", parts), detector_gradients("gn_ws", 1)
+    assert len(expected) > 100
+    assert exhaustive.distance(found, expected) < 1e-5
+
+
+def test_with_bn_they_are_not() -> None:
+    found, expected = detector_gradients("bn", 4), detector_gradients("bn", 1)
+    assert exhaustive.distance(found, expected) > 0.1
+
+
+class Squares(nn.Module):
+    """Loss (w - mean of the batch)² for each of two losses, and a counter in the storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, batch: list[float]) -> dict[str, torch.Tensor]:
+        get_event_storage().put_scalar("images", len(batch))
+        mean = torch.tensor(batch).mean()
+        return {"a": (self.weight - mean) ** 2, "b": 3 * (self.weight - mean) ** 2}
+
+
+def step(batches: list[list[float]], **clipping: object) -> tuple[float, EventStorage]:
+    """The weight after one step of LR 1 from 1.0, and what was logged at iteration 7."""
+    model = Squares()
+    cfg = load_config("", [w for pair in clipping.items() for w in pair])
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)(model.parameters(), lr=1.0)
+    loop = SimpleTrainer(model, batches, optimizer)
+    loop.iter = 7
+    with EventStorage(7) as storage:
+        accumulated_step(loop, len(batches))
+    return model.weight.item(), storage
+
+
+def test_gradient_is_that_of_the_mean_loss_and_losses_are_means() -> None:
+    # d/dw of (w-m)² + 3 (w-m)² at w = 1 is 8 (1 - m): -8 at m = 2, -24 at m = 4; mean -16
+    weight, storage = step([[2.0], [4.0]])
+    assert weight == pytest.approx(1 + 16)
+    logged = {name: value for name, (value, _) in storage.latest().items()}
+    # (1-2)² = 1 and (1-4)² = 9: mean 5
+    assert (logged["a"], logged["b"], logged["total_loss"]) == (5, 15, 20)
+    assert {iteration for _, iteration in storage.latest().values()} == {7}
+    assert all(len(history.values()) == 1 for history in storage.histories().values())
+
+
+def test_the_sum_is_clipped_and_not_the_parts() -> None:
+    """Parts of -8 and 24 have the mean 8; each clipped to 1 before, they would cancel out."""
+    options = {
+        "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "norm",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 1.0,
+    }
+    weight, _ = step([[2.0], [-2.0]], **options)
+    assert weight == pytest.approx(1 - 1, abs=1e-5)
+
+
+def test_not_finite_is_said() -> None:
+    with pytest.raises(FloatingPointError):
+        step([[2.0], [float("nan")]])
+
+
+class Scaled(SimpleTrainer):
+    """A loop as AMPTrainer, which wants CUDA, leaves it: with a gradient scaler."""
+
+    precision = torch.bfloat16
+
+    def __init__(self, model: nn.Module, batches: list, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(model, batches, optimizer)
+        self.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch has no scaler for the CPU")
+def test_amp_runs_the_model_in_low_precision_and_unscales_once() -> None:
+    model = Squares()
+    loop = Scaled(model, [[2.0], [4.0]], torch.optim.SGD(model.parameters(), lr=1.0))
+    kinds: list[torch.dtype] = []
+    linear = nn.Linear(1, 1)
+    model.register_forward_hook(lambda *_: kinds.append(linear(torch.ones(1)).dtype))
+    with EventStorage():
+        accumulated_step(loop, 2)
+    assert model.weight.item() == pytest.approx(1 + 16)
+    assert loop.grad_scaler.get_scale() == 2048  # updated once: it doubles at each update
+    assert kinds == [torch.bfloat16] * 2
+
+
+def file_names(accumulate: int, batches: int) -> list[str]:
+    cfg = load_config("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
+    cfg.DATASETS.TRAIN = ("scenes_shapes_128_val",)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.ACCUMULATE_STEPS = accumulate
+    cfg.freeze()
+    np.random.seed(0)  # detectron2 draws the seed of the sampler from it
+    loader = iter(build_train_loader(cfg))
+    parts = [[image["file_name"] for image in next(loader)] for _ in range(batches)]
+    assert {len(part) for part in parts} == {4 // accumulate}
+    return [name for part in parts for name in part]
+
+
+def test_parts_hold_the_images_of_the_batch() -> None:
+    assert file_names(2, 4) == file_names(1, 2)
+
+
+def test_a_batch_that_makes_no_equal_parts_is_refused(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 4
+    tiny_cfg.SOLVER.ACCUMULATE_STEPS = 3
+    with pytest.raises(ConfigError, match="SOLVER.ACCUMULATE_STEPS is 3"):
+        Trainer(tiny_cfg)
+
+
+def test_training_counts_optimizer_steps(tiny_cfg: CfgNode) -> None:
+    """Two steps of two parts: two iterations in metrics and schedule, four batches in the model."""
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 4
+    tiny_cfg.SOLVER.ACCUMULATE_STEPS = 2
+    tiny_cfg.SOLVER.WARMUP_ITERS = 0
+    tiny_cfg.SOLVER.STEPS = (1,)
+    tiny_cfg.DATASETS.TEST = ()
+    trainer = Trainer(tiny_cfg)
+    seen: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    trainer.train()
+    assert seen == [2, 2, 2, 2]
+    assert trainer.scheduler.last_epoch == 2
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0001)
+    lines = (Path(tiny_cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    assert json.loads(lines[-1])["iteration"] == 1

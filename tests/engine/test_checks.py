@@ -1,0 +1,137 @@
+"""What a user can get wrong is found before a process starts, with path or key in the message."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ws_detectron.engine import checks, load_config
+from ws_detectron.errors import ConfigError, DataError, UserError
+
+
+def config(*opts: object) -> CfgNode:
+    return load_config("", ["MODEL.DEVICE", "cpu", *map(str, opts)])
+
+
+def test_a_good_config_passes(tiny_cfg: CfgNode) -> None:
+    checks.check_run(tiny_cfg, num_gpus=1, world_size=1, eval_only=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_a_gpu_says_how_to_use_the_cpu() -> None:
+    with pytest.raises(ConfigError, match="MODEL.DEVICE cpu"):
+        checks.check_device(get_cfg(), 1)
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    checks.check_device(get_cfg(), 2)
+    with pytest.raises(UserError, match="--num-gpus is 8, but this machine has 2"):
+        checks.check_device(get_cfg(), 8)
+
+
+def test_no_process_at_all() -> None:
+    with pytest.raises(UserError, match="--num-gpus is 0"):
+        checks.check_device(config(), 0)
+
+
+@pytest.mark.parametrize(
+    "opts, part",
+    [
+        (["SOLVER.AMP.ENABLED", True], "SOLVER.AMP.ENABLED"),
+        (["MODEL.RESNETS.NORM", "SyncBN"], "MODEL.RESNETS.NORM"),
+        (["MODEL.FPN.NORM", "SyncBN"], "MODEL.FPN.NORM"),
+        (["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NORM", "SyncBN"], "MODEL.ROI_MASK_HEAD.NORM"),
+        (["MODEL.RESNETS.NORM", "nnSyncBN"], "nnSyncBN"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NORM", "SyncBN"], "RETINANET"),
+    ],
+)
+def test_what_runs_on_gpus_only_is_refused_on_the_cpu(opts: list, part: str) -> None:
+    checks.check_device(config(), 1)
+    with pytest.raises(ConfigError, match=part):
+        checks.check_device(config(*opts), 1)
+
+
+def test_norm_of_a_part_that_the_model_has_not_is_nobodys_business() -> None:
+    checks.check_device(config("MODEL.MASK_ON", False, "MODEL.ROI_MASK_HEAD.NORM", "SyncBN"), 1)
+
+
+def test_missing_weights(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is .*model.pth"):
+        checks.check_weights(config("MODEL.WEIGHTS", path))
+    path.touch()
+    checks.check_weights(config("MODEL.WEIGHTS", path))
+    checks.check_weights(config("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"))
+
+
+def test_batch_that_cannot_be_shared_out() -> None:
+    checks.check_batch(config("SOLVER.IMS_PER_BATCH", 4), 2)
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH is 3.* 2 processes"):
+        checks.check_batch(config("SOLVER.IMS_PER_BATCH", 3), 2)
+    with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE"):
+        checks.check_batch(config("SOLVER.IMS_PER_BATCH", 12, "SOLVER.REFERENCE_WORLD_SIZE", 8), 1)
+
+
+@pytest.mark.parametrize("steps, sound", [(1, True), (2, True), (4, True), (3, False), (0, False)])
+def test_parts_of_a_batch_are_equal(steps: int, sound: bool) -> None:
+    cfg = config("SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", steps)
+    if sound:
+        checks.check_batch(cfg, 2)
+        return
+    with pytest.raises(ConfigError, match=f"ACCUMULATE_STEPS is {steps}; .* the 4 image"):
+        checks.check_batch(cfg, 2)
+
+
+def test_reference_batch_below_zero() -> None:
+    with pytest.raises(ConfigError, match="REFERENCE_IMS_PER_BATCH is -1"):
+        checks.check_batch(config("SOLVER.REFERENCE_IMS_PER_BATCH", -1), 1)
+
+
+def test_unregistered_data_set_names_the_near_ones() -> None:
+    with pytest.raises(ConfigError, match="coco_2017_trian.*did you mean.*coco_2017_train"):
+        checks.check_datasets("DATASETS.TRAIN", ["coco_2017_trian"])
+
+
+def test_no_training_set() -> None:
+    cfg = config("DATASETS.TRAIN", "()", "DATASETS.TEST", "()")
+    with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
+        checks.check_run(cfg, num_gpus=1, world_size=1, eval_only=False)
+    checks.check_run(cfg, num_gpus=1, world_size=1, eval_only=True)
+
+
+def test_missing_folder_says_path_and_variable(coco_set: str, tmp_path: Path) -> None:
+    checks.check_datasets("DATASETS.TRAIN", [coco_set])
+    (tmp_path / "annotations.json").unlink()
+    with pytest.raises(UserError) as caught:
+        checks.check_datasets("DATASETS.TRAIN", [coco_set])
+    for part in (str(tmp_path / "annotations.json"), "DETECTRON2_DATASETS", "coco/annotations"):
+        assert part in str(caught.value)
+
+
+def test_scenes_need_no_file_before_they_are_made() -> None:
+    name = "scenes_shapes_800_val"
+    assert name in DatasetCatalog.list() and MetadataCatalog.get(name).json_file
+    checks.check_datasets("DATASETS.TEST", [name])
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        ("not json at all", "are not JSON"),
+        (json.dumps([1, 2]), "images, annotations, categories"),
+        (json.dumps({"images": [], "annotations": {}}), "annotations, categories"),
+    ],
+)
+def test_annotations_that_are_no_coco_json(
+    coco_set: str, tmp_path: Path, content: str, part: str
+) -> None:
+    checks.explain_annotations([coco_set])
+    (tmp_path / "annotations.json").write_text(content)
+    with pytest.raises(DataError) as caught:
+        checks.explain_annotations([coco_set])
+    assert part in str(caught.value) and "annotations.json" in str(caught.value)

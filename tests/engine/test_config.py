@@ -1,0 +1,77 @@
+"""load_config: files, names and overrides, and errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+from detectron2.config import get_cfg
+
+from ws_detectron.engine import as_flat_dict, load_config
+from ws_detectron.errors import ConfigError, UserError
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_merges_file_then_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "MODEL: {WS: {MODE: paper}}\nSOLVER: {BASE_LR: 0.5, MAX_ITER: 7}\n")
+    cfg = load_config(path, ["SOLVER.MAX_ITER", "9", "MODEL.WS.EPS", "1e-3"])
+    changed = {
+        key: value
+        for key, value in as_flat_dict(cfg).items()
+        if value != as_flat_dict(load_config("")).get(key)
+    }
+    assert changed == {
+        "MODEL.WS.MODE": "paper",
+        "MODEL.WS.EPS": 1e-3,
+        "SOLVER.BASE_LR": 0.5,
+        "SOLVER.MAX_ITER": 9,
+    }
+
+
+def test_finds_the_configs_of_the_package_by_name() -> None:
+    cfg = load_config("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
+    assert cfg.MODEL.BACKBONE.NAME == "build_ws_resnet_fpn_backbone"
+
+
+def test_flat_dict_has_every_value_under_its_full_name() -> None:
+    flat = as_flat_dict(get_cfg())
+    assert flat["MODEL.RPN.HEAD_NAME"] == "StandardRPNHead" and flat["VERSION"] == 2
+    assert "MODEL.RPN" not in flat
+
+
+@pytest.mark.parametrize(
+    "opts, parts",
+    [
+        (["MODEL.WS.MODUS", "paper"], ["MODEL.WS.MODUS", "MODEL.WS.MODE"]),
+        (["SOLVER.BASE_LRR", "0.1"], ["SOLVER.BASE_LRR", "SOLVER.BASE_LR"]),
+        (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "many"]),
+        (["SOLVER.MAX_ITER"], ["pairs", "SOLVER.MAX_ITER"]),
+    ],
+)
+def test_wrong_override_names_key_and_remedy(opts: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("", opts)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_unknown_key_in_a_file_names_file_key_and_near_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, "MODEL: {WS: {MASKHEAD: False}}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    for part in (path, "MODEL.WS.MASKHEAD", "MODEL.WS.MASK_HEAD"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["MODEL: [", "just words", "\x00\x01"])
+def test_file_that_is_no_config(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match="config.yaml"):
+        load_config(path)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(UserError, match="no_such_config.yaml"):
+        load_config("no_such_config.yaml")

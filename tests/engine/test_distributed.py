@@ -1,0 +1,87 @@
+"""Two CPU processes against one: gradients, and how often they are exchanged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import exhaustive
+import pytest
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage
+
+SCRIPT = """
+import sys
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from ws_detectron.engine import launch
+from ws_detectron.engine.accumulation import accumulated_step
+import exhaustive
+
+def main(path):
+    found = {}
+    for arm, parts in (("gn_ws", 1), ("bn", 1), ("gn_ws", 2)):
+        model = create_ddp_model(exhaustive.model(arm), device_ids=None, broadcast_buffers=False)
+        exchanges = []
+        def counting(state, bucket):
+            exchanges.append(bucket.is_last())
+            mean = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+            return mean.then(lambda future: future.value()[0] / 2)
+        model.register_comm_hook(None, counting)
+        loader = [[image] for image in exhaustive.images(2 * parts)[comm.get_rank()::2]]
+        loop = SimpleTrainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.0))
+        with EventStorage():
+            accumulated_step(loop, parts)
+        found[arm, parts] = exhaustive.gradients(model.module), sum(exchanges)
+    if comm.is_main_process():
+        torch.save(found, path)
+
+if __name__ == "__main__":
+    launch(main, 2, device="cpu", dist_url="auto", args=(sys.argv[1],))
+"""
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """(arm, images per process) -> gradients, exchanges of the whole model."""
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "job.py").write_text(SCRIPT)
+    result = subprocess.run(
+        [sys.executable, "job.py", str(folder / "gradients.pth")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(folder / "gradients.pth", weights_only=True)
+
+
+def of_one_process(arm: str, images: int) -> dict[str, torch.Tensor]:
+    model = exhaustive.model(arm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with EventStorage():
+        SimpleTrainer(model, [exhaustive.images(images)], optimizer).run_step()
+    return exhaustive.gradients(model)
+
+
+def test_with_gn_and_ws_two_processes_are_one(of_two_processes: dict) -> None:
+    found, _ = of_two_processes["gn_ws", 1]
+    assert exhaustive.distance(found, of_one_process("gn_ws", 2)) < 1e-5
+
+
+def test_with_bn_they_are_not(of_two_processes: dict) -> None:
+    found, _ = of_two_processes["bn", 1]
+    assert exhaustive.distance(found, of_one_process("bn", 2)) > 0.1
+
+
+def test_accumulating_processes_are_one_too_and_exchange_once(of_two_processes: dict) -> None:
+    """2 processes x 2 parts x 1 image against 1 x 4 images."""
+    found, exchanges = of_two_processes["gn_ws", 2]
+    assert exhaustive.distance(found, of_one_process("gn_ws", 4)) < 1e-5
+    assert exchanges == of_two_processes["gn_ws", 1][1] == 1

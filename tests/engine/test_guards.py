@@ -1,0 +1,97 @@
+"""Each trap is found where it is, with its remedy, and nowhere else."""
+
+import logging
+
+import pytest
+from detectron2.config import CfgNode
+
+from ws_detectron.engine import Trainer, load_config
+from ws_detectron.engine.guards import find_traps
+from ws_detectron.model_zoo import config_names
+
+COCO = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{}.yaml"
+SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_3x_{}.yaml"
+
+
+def traps(name: str, *opts: object, world_size: int = 8) -> list[str]:
+    return find_traps(load_config(name, [*map(str, opts)]), world_size)
+
+
+@pytest.mark.parametrize("arm", ["gn_ws", "gn", "sync_bn", "frozen_bn"])
+def test_sound_configs_are_quiet(arm: str) -> None:
+    for images in (1, 2, 8):
+        assert traps(COCO.format(f"{arm}_{images}img")) == []
+
+
+@pytest.mark.parametrize("images, found", [(1, 1), (2, 1), (8, 0)])
+def test_trainable_bn_on_one_or_two_images(images: int, found: int) -> None:
+    for name in (COCO, SCRATCH):
+        got = traps(name.format(f"bn_{images}img"))
+        assert len(got) == found
+    if found:
+        for part in ("MODEL.ROI_MASK_HEAD.NORM", f"{images} image", "GN", "SyncBN", "FrozenBN"):
+            assert part in got[0]
+
+
+def test_accumulation_does_not_hide_it() -> None:
+    name = COCO.format("bn_8img")
+    assert traps(name) == []
+    (trap,) = traps(name, "SOLVER.ACCUMULATE_STEPS", 4)
+    assert "2 image(s)" in trap and "4 parts" in trap
+
+
+def test_only_norms_that_the_model_has_count() -> None:
+    retinanet = "COCO-Detection/retinanet_R_50_FPN_1x_gn_ws_1img.yaml"
+    assert traps(retinanet, "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN") == []
+    faster = "COCO-Detection/faster_rcnn_R_50_FPN_1x_gn_ws_1img.yaml"
+    assert traps(faster, "MODEL.ROI_MASK_HEAD.NORM", "BN") == []
+    assert len(traps(faster, "MODEL.ROI_BOX_HEAD.NORM", "BN")) == 1
+
+
+def test_frozen_stages_without_weights() -> None:
+    (trap,) = traps(COCO.format("gn_ws_1img"), "MODEL.WEIGHTS", "")
+    assert "FREEZE_AT is 2" in trap and "MODEL.BACKBONE.FREEZE_AT 0" in trap
+    assert traps(SCRATCH.format("gn_ws_1img")) == []
+
+
+def test_frozen_bn_without_weights() -> None:
+    got = traps(COCO.format("frozen_bn_2img"), "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0)
+    (trap,) = got
+    assert "MODEL.RESNETS.NORM" in trap and "mean 0 and variance 1" in trap and "GN" in trap
+
+
+@pytest.mark.parametrize(
+    "lr, batch, part",
+    [
+        (0.02, 16, ""),
+        (0.04, 16, ""),  # twice the rule: tuning
+        (0.02, 4, "4 times"),  # cut the batch and forgot the LR
+        (0.02, 2, "8 times"),
+        (0.0005, 16, "1/40 of"),
+        (0.01, 8, ""),
+    ],
+)
+def test_lr_far_off_the_linear_rule(lr: float, batch: int, part: str) -> None:
+    opts = ["SOLVER.BASE_LR", lr, "SOLVER.IMS_PER_BATCH", batch]
+    got = traps(SCRATCH.format("gn_ws_2img"), *opts, world_size=1)
+    assert len(got) == bool(part)
+    if part:
+        assert part in got[0] and f"{0.02 * batch / 16:g}" in got[0]
+        assert "SOLVER.REFERENCE_IMS_PER_BATCH" in got[0]
+        stated = [*opts, "SOLVER.REFERENCE_IMS_PER_BATCH", batch]
+        assert traps(SCRATCH.format("gn_ws_2img"), *stated, world_size=1) == []
+
+
+def test_every_coco_config_but_small_bn_is_quiet() -> None:
+    for name in config_names():
+        if name.startswith("COCO-"):
+            loud = "_bn_1img" in name or "_bn_2img" in name or "_bn_ws_" in name
+            loud = loud and "frozen" not in name and "sync" not in name and "8img" not in name
+            assert bool(traps(name)) == loud, name
+
+
+def test_trainer_warns(tiny_cfg: CfgNode, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    with caplog.at_level(logging.WARNING, logger="ws_detectron"):
+        Trainer(tiny_cfg)
+    assert any("would stay random" in record.getMessage() for record in caplog.records)

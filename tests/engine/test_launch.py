@@ -1,0 +1,81 @@
+"""Several CPU processes work as one job; errors end with one message and a status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ws_detectron.engine import launch, started_by_torchrun
+from ws_detectron.errors import UserError
+
+SCRIPT = """
+import sys
+import torch
+from detectron2.utils import comm
+from ws_detectron.engine import launch
+from ws_detectron.errors import UserError, exit_on_user_error
+
+def main(word):
+    ranks = comm.all_gather((comm.get_rank(), comm.get_local_rank(), comm.get_world_size(), word))
+    if word == "fail" and comm.get_rank() == 1:
+        raise UserError("rank 1 says no")
+    comm.synchronize()
+    if comm.is_main_process():
+        print("RANKS", ranks, flush=True)
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        launch(main, 2, device="cpu", dist_url="auto", args=(sys.argv[1],))
+"""
+RANKS = "RANKS [(0, 0, 2, 'word'), (1, 1, 2, 'word')]"
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "job.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environ["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+
+
+def test_one_process_runs_here() -> None:
+    assert launch(lambda x: x + 1, 1, device="cpu", args=(41,)) == 42
+
+
+def test_two_cpu_processes(script: str) -> None:
+    result = run(sys.executable, script, "word")
+    assert result.returncode == 0, result.stderr
+    assert RANKS in result.stdout
+
+
+def test_torchrun(script: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = run(*torchrun, "--nproc-per-node", "2", script, "word")
+    assert result.returncode == 0, result.stderr
+    assert RANKS in result.stdout
+
+
+def test_user_error_of_one_process_ends_all_with_its_message(script: str) -> None:
+    result = run(sys.executable, script, "fail")
+    assert result.returncode == 2
+    assert "error: rank 1 says no" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_auto_url_on_several_machines_is_refused() -> None:
+    with pytest.raises(UserError, match="--dist-url"):
+        launch(print, 1, device="cpu", num_machines=2, dist_url="auto")
+
+
+def test_torchrun_is_known_by_its_variables() -> None:
+    environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    assert started_by_torchrun(environ)
+    del environ["LOCAL_RANK"]
+    assert not started_by_torchrun(environ)

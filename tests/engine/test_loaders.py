@@ -1,0 +1,54 @@
+"""Loader errors name the file, from worker processes too."""
+
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode
+
+from ws_detectron.engine.loaders import build_test_loader, build_train_loader
+from ws_detectron.errors import DataError
+
+
+def test_loads_what_detectron2_loads(tiny_cfg: CfgNode) -> None:
+    batch = next(iter(build_train_loader(tiny_cfg)))
+    assert len(batch) == 2 and batch[0]["image"].shape == (3, 64, 64)
+    assert len(batch[0]["instances"]) == 1
+    files = [
+        Path(b[0]["file_name"]).name for b in build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0])
+    ]
+    assert files == ["1.png", "2.png", "3.png", "4.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "text"])
+def test_unreadable_image_is_named(
+    tiny_cfg: CfgNode, tmp_path: Path, damage: str, workers: int
+) -> None:
+    image = tmp_path / "images" / "3.png"
+    content = image.read_bytes()
+    image.unlink()
+    if damage == "truncated":
+        image.write_bytes(content[: len(content) // 2])
+    elif damage == "text":
+        image.write_text("no image")
+    tiny_cfg.DATALOADER.NUM_WORKERS = workers
+    with pytest.raises(DataError) as caught:
+        list(build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]))
+    message = str(caught.value)
+    assert message.startswith(f"cannot read {image}: ")
+    assert "Traceback" not in message
+
+
+def test_image_of_another_size_than_annotated_is_named(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    import cv2
+    import numpy as np
+
+    cv2.imwrite(str(tmp_path / "images" / "2.png"), np.zeros((10, 10, 3), np.uint8))
+    with pytest.raises(DataError, match="2.png"):
+        list(build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]))
+
+
+def test_annotations_that_are_no_coco_json(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    (tmp_path / "annotations.json").write_text('{"images": []}')
+    with pytest.raises(DataError, match="annotations.json, are not COCO JSON"):
+        build_train_loader(tiny_cfg)

@@ -1,0 +1,204 @@
+"""Trainer: a real training, evaluation and resume of a tiny Mask R-CNN."""
+
+import argparse
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.evaluation import DatasetEvaluator
+from torch import nn
+
+from ws_detectron import WSConv2d
+from ws_detectron.engine import Trainer, run
+from ws_detectron.engine.trainer import explain_divergence
+from ws_detectron.errors import ConfigError, DataError, UserError
+
+
+def arguments(**kwargs: bool) -> argparse.Namespace:
+    return argparse.Namespace(**{"eval_only": False, "resume": False, "config_file": "", **kwargs})
+
+
+def test_trains_evaluates_saves_resumes(tiny_cfg: CfgNode) -> None:
+    output = Path(tiny_cfg.OUTPUT_DIR)
+    tiny_cfg.SOLVER.MAX_ITER = 4
+    tiny_cfg.SOLVER.STEPS = (3,)
+    tiny_cfg.SOLVER.WARMUP_ITERS = 0
+    tiny_cfg.SOLVER.CHECKPOINT_PERIOD = 2
+    tiny_cfg.TEST.EVAL_PERIOD = 2
+    results = run(tiny_cfg.clone(), arguments())
+    assert set(results or Trainer.test(tiny_cfg, Trainer.build_model(tiny_cfg))) >= {"bbox"}
+    for name in ("config.yaml", "log.txt", "metrics.json", "model_0000001.pth", "model_final.pth"):
+        assert (output / name).is_file(), name
+    assert list(output.glob("events.out.tfevents.*"))
+    assert (output / "inference" / "coco_instances_results.json").is_file()
+
+    # A run that was killed after iteration 2 goes on at iteration 2, with the LR of iteration 2.
+    straight = torch.load(output / "model_final.pth")
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    trainer = Trainer(tiny_cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    momenta = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
+    assert len(momenta) > 50 and any(momentum.abs().max() > 0 for momentum in momenta)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0001)
+    resumed = torch.load(output / "model_final.pth")
+    assert resumed["iteration"] == straight["iteration"] == 3
+    schedules = [state["trainer"]["hooks"]["LRScheduler"] for state in (resumed, straight)]
+    assert schedules[0]["last_epoch"] == schedules[1]["last_epoch"] == 4
+
+
+def test_eval_only_loads_the_weights(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    model = Trainer.build_model(tiny_cfg)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": model.state_dict()}, weights)
+    expected = Trainer.test(tiny_cfg, model)
+    tiny_cfg.MODEL.WEIGHTS = str(weights)
+    torch.manual_seed(5)
+    results = run(tiny_cfg, arguments(eval_only=True))
+    assert json.dumps(results) == json.dumps(expected)
+
+
+def test_config_file_may_be_the_name_of_a_packaged_one(tiny_cfg: CfgNode) -> None:
+    name = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
+    tiny_cfg.SOLVER.MAX_ITER = 1
+    run(tiny_cfg, arguments(config_file=name))
+    assert "Base-R-18-FPN-scenes.yaml" in (Path(tiny_cfg.OUTPUT_DIR) / "log.txt").read_text()
+
+
+def test_eval_only_without_weights_is_refused(tiny_cfg: CfgNode) -> None:
+    with pytest.raises(ConfigError, match="MODEL.WEIGHTS is empty"):
+        run(tiny_cfg, arguments(eval_only=True))
+
+
+def test_expected_results_decide_the_status(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": Trainer.build_model(tiny_cfg).state_dict()}, weights)
+    tiny_cfg.MODEL.WEIGHTS = str(weights)
+    tiny_cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 99.0, 0.5]]
+    with pytest.raises(SystemExit) as caught:
+        run(tiny_cfg, arguments(eval_only=True))
+    assert caught.value.code == 1
+    tiny_cfg.defrost()
+    tiny_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.0  # no predictions, so no mask figures at all
+    tiny_cfg.TEST.EXPECTED_RESULTS = [["segm", "AP", 99.0, 0.5]]
+    with pytest.raises(SystemExit):
+        run(tiny_cfg, arguments(eval_only=True))
+
+
+def test_model_is_the_ws_model(tiny_cfg: CfgNode) -> None:
+    model = Trainer.build_model(tiny_cfg)
+    assert sum(isinstance(m, WSConv2d) for m in model.modules()) == 20 + 8 + 2 + 2
+
+
+def test_frozen_stages_do_not_move_and_the_others_do(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    tiny_cfg.SOLVER.WARMUP_ITERS = 0
+    trainer = Trainer(tiny_cfg)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        if name.startswith(("backbone.bottom_up.stem", "backbone.bottom_up.res2")):
+            assert not moved, name
+        elif name.startswith("backbone.bottom_up"):
+            assert moved, name
+
+
+def test_config_scales_to_the_number_of_processes(tiny_cfg: CfgNode) -> None:
+    """A config for 4 GPUs x 1 image, run by one process: a quarter of batch and LR, 4x as long."""
+    tiny_cfg.SOLVER.REFERENCE_WORLD_SIZE = 4
+    tiny_cfg.SOLVER.IMS_PER_BATCH = 4
+    tiny_cfg.SOLVER.BASE_LR = 0.004
+    tiny_cfg.SOLVER.MAX_ITER = 1
+    tiny_cfg.SOLVER.WARMUP_ITERS = 0
+    run(tiny_cfg, arguments())
+    text = (Path(tiny_cfg.OUTPUT_DIR) / "config.yaml").read_text()
+    ran = CfgNode.load_cfg(text).SOLVER
+    assert (ran.IMS_PER_BATCH, ran.BASE_LR, ran.MAX_ITER) == (1, pytest.approx(0.001), 4)
+
+
+@pytest.mark.parametrize(
+    "key, value, part",
+    [
+        ("MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "RES2_OUT_CHANNELS"),
+        ("MODEL.BACKBONE.NAME", "build_ws_backbone", "build_ws_backbone"),
+        ("MODEL.WS.MODE", "mode", "MODEL.WS.MODE"),
+    ],
+)
+def test_config_that_builds_no_model(tiny_cfg: CfgNode, key: str, value: object, part: str) -> None:
+    tiny_cfg.merge_from_list([key, value])
+    with pytest.raises(ConfigError, match=part):
+        Trainer.build_model(tiny_cfg)
+
+
+def test_weights_that_cannot_be_read(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.write_text("no weights")
+    tiny_cfg.MODEL.WEIGHTS = str(weights)
+    trainer = Trainer(tiny_cfg)
+    with pytest.raises(UserError, match="weights.pth"):
+        trainer.resume_or_load(resume=False)
+
+
+def test_divergence_names_iteration_and_loss(
+    tiny_cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_cfg.SOLVER.MAX_ITER = 3
+    trainer = Trainer(tiny_cfg)
+    forward = trainer.model.forward
+
+    def diverging(batch: list) -> dict:
+        losses = forward(batch)
+        if trainer.iter == 1:
+            losses["loss_mask"] = losses["loss_mask"] * float("nan")
+        return losses
+
+    trainer.model.forward = diverging
+    with pytest.raises(UserError) as caught:
+        trainer.train()
+    assert "iteration 1: loss_mask is nan; lower SOLVER.BASE_LR" in str(caught.value)
+    assert "Traceback" not in caplog.text
+
+
+def test_divergence_inside_the_rpn_keeps_its_reason() -> None:
+    text = explain_divergence("Predicted boxes or scores contain Inf/NaN. Training ...", 7)
+    assert text.startswith("training diverged at iteration 7: Predicted boxes or scores contain")
+
+
+def test_corrupt_image_ends_training_with_its_name(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    for image in (tmp_path / "images").glob("*.png"):
+        image.write_text("no image")
+    with pytest.raises(DataError, match=r"cannot read .*\.png"):
+        Trainer(tiny_cfg).train()
+
+
+def test_evaluator_for_coco_data_only(tiny_cfg: CfgNode) -> None:
+    with pytest.raises(ConfigError, match="voc_2007_test"):
+        Trainer.build_evaluator(tiny_cfg, "voc_2007_test")
+
+
+def test_evaluation_runs_folded_and_leaves_the_training_model_alone(tiny_cfg: CfgNode) -> None:
+    model = Trainer.build_model(tiny_cfg)
+    before = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    seen: list[nn.Module] = []
+
+    class Evaluator(DatasetEvaluator):
+        def process(self, inputs: list, outputs: list) -> None:
+            pass
+
+        def evaluate(self) -> dict:
+            return {}
+
+    with mock.patch(
+        "detectron2.engine.defaults.inference_on_dataset",
+        lambda evaluated, *_: seen.append(evaluated) or {},
+    ):
+        Trainer.test(tiny_cfg, model, [Evaluator()])
+    assert not any(isinstance(m, WSConv2d) for m in seen[0].modules())
+    assert sum(isinstance(m, WSConv2d) for m in model.modules()) == 32 and model.training
+    torch.testing.assert_close(dict(model.state_dict()), before)

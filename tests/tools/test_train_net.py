@@ -1,0 +1,117 @@
+"""tools/train_net.py as a user runs it: on real COCO images, in one process and in two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "COCO-InstanceSegmentation"
+QUICKSTART = ROOT / "configs" / "quickstart" / "mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
+
+# The configs stay as they are but for the machine (CPU, no download of weights), the image size
+# and the number of proposals and iterations.
+SMALL = """
+MODEL.DEVICE cpu MODEL.WEIGHTS '' DATALOADER.NUM_WORKERS 0 SEED 7
+SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.IMS_PER_BATCH 1 SOLVER.BASE_LR 0.001 SOLVER.MAX_ITER 3
+INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 96 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96
+MODEL.RPN.POST_NMS_TOPK_TRAIN 30 MODEL.RPN.POST_NMS_TOPK_TEST 10
+MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.001
+TEST.PRECISE_BN.NUM_ITER 1 TEST.EVAL_PERIOD 0 TEST.DETECTIONS_PER_IMAGE 3
+""".replace("''", "").split()
+SMALL.insert(SMALL.index("MODEL.WEIGHTS") + 1, "")
+
+
+def train_net(*args: object, **environ: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "train_net.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+    )
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arm", ["gn_ws", "bn"])
+def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
+    arm: str, coco_root: Path, tmp_path: Path
+) -> None:
+    config = CONFIGS / f"mask_rcnn_R_50_FPN_1x_{arm}_1img.yaml"
+    common = ["--config-file", config, *SMALL, "OUTPUT_DIR", tmp_path]
+
+    first = train_net(*common)
+    assert first.returncode == 0, first.stderr
+    assert "Total training time" in first.stdout
+    for name in ("model_final.pth", "model_best.pth", "config.yaml", "metrics.json"):
+        assert (tmp_path / name).is_file() or name == "model_best.pth", name
+
+    resumed = train_net("--resume", *common, "SOLVER.MAX_ITER", 5)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Starting training from iteration 3" in resumed.stdout
+    last = [row for row in metrics(tmp_path) if row["iteration"] == 4][-1]
+    # Warm-up is linear from a thousandth of the base LR, and never longer than the training, so
+    # here it spans the 5 iterations: four fifths of it are done at iteration 4.
+    assert last["lr"] == pytest.approx(0.001 * (0.001 + 4 / 5 * 0.999))
+
+    again = train_net("--eval-only", *common, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
+    assert again.returncode == 0, again.stderr
+    trained = [
+        line.split("copypaste: ")[1]
+        for line in resumed.stdout.splitlines()
+        if "copypaste: " in line
+    ]
+    evaluated = [
+        line.split("copypaste: ")[1] for line in again.stdout.splitlines() if "copypaste: " in line
+    ]
+    assert evaluated and evaluated == trained
+
+
+def test_two_cpu_processes_train_and_evaluate_as_one_job(tmp_path: Path) -> None:
+    options = ["DATASETS.TRAIN", "('scenes_shapes_128_val',)", "SOLVER.MAX_ITER", 2]
+    options += ["OUTPUT_DIR", tmp_path / "out", "DATALOADER.NUM_WORKERS", 0]
+    options += ["SOLVER.REFERENCE_WORLD_SIZE", 4, "MODEL.RPN.POST_NMS_TOPK_TEST", 5]
+    result = train_net("--num-gpus", 2, "--dist-url", "auto", "--config-file", QUICKSTART, *options)
+    assert result.returncode == 0, result.stderr + result.stdout
+    config = (tmp_path / "out" / "config.yaml").read_text()
+    assert "IMS_PER_BATCH: 2" in config and "MAX_ITER: 4" in config
+    assert "World size: 2" in result.stdout
+    assert metrics(tmp_path / "out")[-1]["iteration"] >= 3  # the evaluation may count one more
+
+
+ERRORS = {
+    "unknown key": (["MODEL.WS.MODES", "paper"], {}, ["MODEL.WS.MODES", "MODEL.WS.MODE"]),
+    "value that cannot work": (["MODEL.WS.GN_GROUPS", "48"], {}, ["MODEL.WS.GN_GROUPS", "48"]),
+    "missing weights": (["MODEL.WEIGHTS", "no.pth"], {}, ["MODEL.WEIGHTS", "no.pth"]),
+    "missing data": (
+        ["DATASETS.TRAIN", "('coco_2017_train',)"],
+        {"DETECTRON2_DATASETS": "/nowhere"},
+        ["/nowhere/coco/annotations/instances_train2017.json", "DETECTRON2_DATASETS"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_user_errors_are_one_message(case: str, tmp_path: Path) -> None:
+    options, environ, parts = ERRORS[case]
+    result = train_net(
+        "--config-file", QUICKSTART, "OUTPUT_DIR", tmp_path / "out", *options, **environ
+    )
+    assert result.returncode == 2, result.stdout + result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_missing_config_and_help() -> None:
+    result = train_net("--config-file", "missing.yaml")
+    assert result.returncode == 2 and "missing.yaml" in result.stderr
+    assert "Traceback" not in result.stderr
+    result = train_net("--help")
+    assert result.returncode == 0 and "_gn_ws_1img.yaml" in result.stdout

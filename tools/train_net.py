@@ -1,0 +1,35 @@
+"""Trains and evaluates a detector on CPU, one GPU, many GPUs or many machines."""
+
+from detectron2.engine import default_argument_parser
+
+from ws_detectron.engine import load_config, run, start
+from ws_detectron.errors import exit_on_user_error
+
+EXAMPLES = """
+examples:
+  # GN+WS at 1 image per GPU, on 8 GPUs
+  python tools/train_net.py --num-gpus 8 \\
+      --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_1img.yaml
+
+  # evaluate a checkpoint
+  python tools/train_net.py --eval-only --config-file output/config.yaml \\
+      MODEL.WEIGHTS output/model_final.pth
+
+  # the CPU, in two processes; values of the config can be overridden at the end of the line
+  python tools/train_net.py --num-gpus 2 --config-file <config> MODEL.DEVICE cpu SOLVER.MAX_ITER 100
+
+  # two machines of 8 GPUs, started by torchrun on each
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint <host>:29500 \\
+      tools/train_net.py --config-file <config>
+"""
+
+
+def main() -> None:
+    args = default_argument_parser(epilog=EXAMPLES).parse_args()
+    with exit_on_user_error():
+        cfg = load_config(args.config_file, args.opts or [])
+        start(run, cfg, args, eval_only=args.eval_only, args=(args,))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Gradient accumulation: one optimizer step from a batch that is computed in parts.
+
+`SOLVER.IMS_PER_BATCH` stays the number of images per optimizer step, so LR, schedule, hooks,
+`EventStorage` and checkpoints know nothing of parts; `SOLVER.ACCUMULATE_STEPS` says in how many
+parts a batch goes through the model, and memory is that of one part.
+
+**What equals what.** The loss of a step is the mean of its parts' losses. That is what
+DistributedDataParallel computes from as many processes, so k parts on one GPU equal k GPUs with one
+part each. They equal the *undivided* batch only as far as its loss is a mean of images' losses:
+
+- Layers: BN normalizes over the images of one part, so accumulation does not give BN a larger
+  batch. GN and WS see each image or filter alone and do not notice the parts.
+- RPN: its losses are divided by `RPN.BATCH_SIZE_PER_IMAGE` times the images: always equal.
+- Box head: its losses are divided by the sampled proposals: equal where each part samples equally
+  many, which is the rule (`ROI_HEADS.BATCH_SIZE_PER_IMAGE` each), unless too few are proposed.
+- Mask head: its loss is divided by the *foreground* proposals, and RetinaNet's losses by the
+  foreground anchors. Images have differently many, so each part counts the same where in an
+  undivided batch each object does. This is no error but another weighting, and the one of training
+  on several GPUs.
+- Images are padded to the largest of their part, not of the batch.
+"""
+
+import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Optional, Union
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def part_of_batch(cfg: CfgNode) -> CfgNode:
+    """The config for a loader of parts: IMS_PER_BATCH is that of one part, on all processes.
+
+    With detectron2's samplers, parts one after another hold the images of the undivided batch, but
+    for `DATALOADER.ASPECT_RATIO_GROUPING`, which sorts them into parts of one orientation.
+
+    Args:
+        cfg: `check_batch` has passed it.
+    """
+    if cfg.SOLVER.ACCUMULATE_STEPS == 1:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
+    return cfg
+
+
+def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
+    """One optimizer step from `steps` parts, each a batch of the loop's loader.
+
+    Gradients are those of the mean of the parts' losses. Processes exchange them once, with the
+    last part; under AMP they are unscaled once, and clipping, which detectron2's optimizers do in
+    their `step`, sees their sum. Logged are the mean losses; what the model itself logs (accuracy,
+    numbers of samples, pictures) is that of the last part.
+
+    Args:
+        loop: detectron2's SimpleTrainer or AMPTrainer; its `run_step` is what this replaces.
+        steps: at least 1.
+
+    Raises:
+        FloatingPointError: a loss is infinite or NaN.
+    """
+    model: nn.Module = loop.model
+    scaler = getattr(loop, "grad_scaler", None)
+    losses: dict[str, torch.Tensor] = {}
+    data_time = 0.0
+    loop.optimizer.zero_grad()
+    for part in range(steps):
+        start = time.perf_counter()
+        batch = next(loop._data_loader_iter)
+        data_time += time.perf_counter() - start
+        with ExitStack() as during_part:
+            if part < steps - 1:
+                during_part.enter_context(EventStorage(get_event_storage().iter))
+                if isinstance(model, DistributedDataParallel):
+                    during_part.enter_context(model.no_sync())
+            with _autocast(loop, scaler):
+                shares = {name: loss / steps for name, loss in _named(model(batch)).items()}
+                total = torch.stack([*shares.values()]).sum()
+            (scaler.scale(total) if scaler else total).backward()
+        losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
+    loop._write_metrics(losses, data_time)
+    if scaler:
+        scaler.step(loop.optimizer)
+        scaler.update()
+    else:
+        loop.optimizer.step()
+
+
+def _named(losses: Union[torch.Tensor, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
+
+
+def _autocast(loop: SimpleTrainer, scaler: Optional[Any]) -> AbstractContextManager:
+    if scaler is None:
+        return nullcontext()
+    device = next(loop.model.parameters()).device.type
+    return torch.autocast(device, dtype=getattr(loop, "precision", torch.float16))

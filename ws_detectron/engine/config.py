@@ -1,0 +1,83 @@
+"""From a config file and overrides to a checked detectron2 config."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from ws_detectron import model_zoo
+from ws_detectron.config import add_ws_config
+from ws_detectron.errors import ConfigError, UserError
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """detectron2's config with MODEL.WS, a config file and overrides merged in, not frozen.
+
+    Args:
+        config_file: a path, or the name of a config that comes with this package
+            ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_1img.yaml"). Empty: defaults.
+        opts: alternating keys and values, as on the command line.
+
+    Raises:
+        UserError: the file is missing or not YAML.
+        ConfigError: a key is unknown or its value of the wrong type.
+    """
+    cfg = get_cfg()
+    add_ws_config(cfg)
+    if config_file:
+        path = find_config(config_file)
+        try:
+            cfg.merge_from_file(path)
+        except (KeyError, ValueError, AssertionError) as error:
+            raise ConfigError(_explain(cfg, error, f"config file {config_file}")) from error
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
+            raise UserError(f"config file {config_file} is not a YAML config: {error}") from error
+    if len(opts) % 2:
+        raise ConfigError(
+            f"overrides are pairs of KEY VALUE; got an odd number of words: {' '.join(opts)}"
+        )
+    for key, value in zip(opts[::2], opts[1::2]):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, AssertionError) as error:
+            raise ConfigError(_explain(cfg, error, f"override {key} {value}")) from error
+    return cfg
+
+
+def find_config(config_file: str) -> str:
+    """The path of a config file: itself, or that of the package's config of this name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(config_file).is_file():
+        return config_file
+    return model_zoo.get_config_file(config_file)
+
+
+def _explain(cfg: CfgNode, error: Exception, where: str) -> str:
+    """The error's own text, and for an unknown key the names that look like it."""
+    text = str(error.args[0]) if error.args else str(error)
+    message = f"{where}: {text}"
+    if "key" in text.lower():
+        unknown = text.rpartition(" ")[2] if isinstance(error, KeyError) else where.split()[1]
+        names = {name: name for name in as_flat_dict(cfg)}
+        names.update({name.rpartition(".")[2]: name for name in names})
+        near = difflib.get_close_matches(unknown, names, n=3)
+        if near:
+            message += f" (did you mean {', '.join(sorted({names[n] for n in near}))}?)"
+    return message
+
+
+def as_flat_dict(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """All values of a config under their full names: `{"MODEL.WS.MODE": "official", ...}`."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            flat.update(as_flat_dict(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

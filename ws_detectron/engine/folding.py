@@ -1,0 +1,95 @@
+"""A trained model as files for stock detectron2, which then needs nothing of this package."""
+
+from pathlib import Path
+from typing import Union
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from torch import nn
+
+from ws_detectron.checkpoint import METADATA_KEY, describe_model
+from ws_detectron.errors import ConfigError
+from ws_detectron.io import atomic_write
+
+from .inference import load_model_for_inference
+
+# What is registered here -> what it is built on, which computes the same from folded filters.
+STOCK_NAMES = {
+    "build_ws_resnet_backbone": "build_resnet_backbone",
+    "build_ws_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_ws_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
+    "WSFastRCNNConvFCHead": "FastRCNNConvFCHead",
+    "WSMaskRCNNConvUpsampleHead": "MaskRCNNConvUpsampleHead",
+}
+_STOCK_GN_GROUPS = 32
+
+
+def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
+    """The config with which detectron2 alone builds the model that folding leaves.
+
+    Args:
+        cfg: of a model with WS parts.
+        weights: MODEL.WEIGHTS of the result.
+
+    Returns:
+        A config of detectron2's own keys.
+
+    Raises:
+        ConfigError: GN has another number of groups than the 32 that detectron2 fixes.
+    """
+    cfg = cfg.clone()
+    groups = cfg.MODEL.WS.GN_GROUPS if "WS" in cfg.MODEL else _STOCK_GN_GROUPS
+    if groups != _STOCK_GN_GROUPS:
+        raise ConfigError(
+            f"MODEL.WS.GN_GROUPS is {groups}; detectron2 alone builds GN with "
+            f"{_STOCK_GN_GROUPS} groups only, so this model cannot leave ws_detectron"
+        )
+    for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+        node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
+    cfg.MODEL.WEIGHTS = weights
+    stock = get_cfg()
+    _copy_known(cfg, stock)
+    return stock
+
+
+def write_folded(cfg: CfgNode, output: Union[str, Path]) -> tuple[Path, Path]:
+    """Folds the weights of a config and writes them with a config for stock detectron2.
+
+    Args:
+        cfg: MODEL.WEIGHTS names a checkpoint, or `ws://` weights, of the whole model.
+        output: the checkpoint to write; ends in `.pth`. The config goes beside it.
+
+    Returns:
+        The two files.
+
+    Raises:
+        ConfigError: of `stock_config`, or `output` has another ending.
+        WeightsError: the weights cannot be read or do not fit the model.
+    """
+    output = Path(output)
+    if output.suffix != ".pth":
+        raise ConfigError(f"the output {output} must end in .pth; detectron2 goes by it")
+    config = output.with_suffix(".yaml")
+    stock = stock_config(cfg, str(output))
+    model: nn.Module = load_model_for_inference(cfg)
+    content = {
+        "model": {name: value.cpu() for name, value in model.state_dict().items()},
+        "__author__": "ws_detectron, folded",
+        METADATA_KEY: describe_model(model).as_dict(),
+    }
+    with atomic_write(output, "wb") as file:
+        torch.save(content, file)
+    with atomic_write(config) as file:
+        file.write(stock.dump())
+    return output, config
+
+
+def _copy_known(source: CfgNode, target: CfgNode) -> None:
+    """Sets every key of `target` that `source` has too."""
+    for key, value in source.items():
+        if key not in target:
+            continue
+        if isinstance(value, CfgNode):
+            _copy_known(value, target[key])
+        else:
+            target[key] = value

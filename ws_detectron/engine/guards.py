@@ -1,0 +1,84 @@
+"""Settings that run but ruin a training, each with its remedy.
+
+What cannot run at all is refused by `checks`; these are warnings, because each can be meant.
+"""
+
+from detectron2.config import CfgNode
+
+from .checks import norm_keys
+
+# detectron2's and mmdetection's Faster and Mask R-CNN baselines; RetinaNet's is half of it
+REFERENCE_LR, REFERENCE_BATCH = 0.02, 16
+# Twice or half the rule's LR is common tuning. Whoever forgets to scale is off by the change of the
+# batch, usually 4 or more.
+FAR_OFF = 3.0
+SMALL_BATCH = 2
+
+
+def find_traps(cfg: CfgNode, world_size: int) -> list[str]:
+    """One sentence for each trap in a training config: what is wrong and what to do.
+
+    Args:
+        cfg: scaled to the batch and to `world_size`, see `scaling`.
+        world_size: processes in the job.
+    """
+    traps = [*_small_batch_norm(cfg, world_size), *_frozen_random_layers(cfg), *_far_off_lr(cfg)]
+    return [trap for trap in traps if trap]
+
+
+def _small_batch_norm(cfg: CfgNode, world_size: int) -> list[str]:
+    """Trainable BN over one or two images."""
+    keys = [key for key, norm in norm_keys(cfg).items() if norm == "BN"]
+    images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATE_STEPS)
+    if not keys or images > SMALL_BATCH:
+        return []
+    parts = cfg.SOLVER.ACCUMULATE_STEPS
+    return [
+        f'{", ".join(keys)}: "BN" takes its statistics from {images} image(s) at a time '
+        f"(SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {world_size} process(es)"
+        + (f" and {parts} parts; accumulation does not make BN's batch larger" if parts > 1 else "")
+        + '), too few to train well; use "GN" with WS (configs/arms/gn_ws.yaml), "SyncBN" on '
+        'several GPUs, "FrozenBN" with pretrained weights, or more images per GPU'
+    ]
+
+
+def _frozen_random_layers(cfg: CfgNode) -> list[str]:
+    """Layers that would keep their random start."""
+    if cfg.MODEL.WEIGHTS:
+        return []
+    found = []
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        found.append(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT} and MODEL.WEIGHTS is "
+            "empty: the frozen stages would stay random; set MODEL.BACKBONE.FREEZE_AT 0, or name "
+            "weights"
+        )
+    keys = [key for key, norm in norm_keys(cfg).items() if norm == "FrozenBN"]
+    if keys:
+        found.append(
+            f'{", ".join(keys)}: "FrozenBN" without MODEL.WEIGHTS keeps mean 0 and variance 1 and '
+            'normalizes nothing; use "GN" (with WS: configs/arms/gn_ws.yaml), or name weights'
+        )
+    return found
+
+
+def _far_off_lr(cfg: CfgNode) -> list[str]:
+    """An LR that was not scaled with the batch; a config that states its reference is trusted."""
+    solver = cfg.SOLVER
+    if solver.REFERENCE_IMS_PER_BATCH:
+        return []
+    expected = REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH
+    ratio = solver.BASE_LR / expected
+    if 1 / FAR_OFF <= ratio <= FAR_OFF:
+        return []
+    return [
+        f"SOLVER.BASE_LR is {solver.BASE_LR:g}, {_times(ratio)} what the linear rule gives for "
+        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: {expected:g} ({REFERENCE_LR} for "
+        f"{REFERENCE_BATCH} images). If the config is for another batch, say so in "
+        "SOLVER.REFERENCE_IMS_PER_BATCH, and LR and schedule are scaled; if this LR is meant, set "
+        f"SOLVER.REFERENCE_IMS_PER_BATCH {solver.IMS_PER_BATCH}"
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times" if ratio > 1 else f"1/{1 / ratio:.3g} of"

@@ -1,0 +1,153 @@
+"""Training hooks that detectron2 does not have in every supported version."""
+
+import json
+import logging
+import platform
+import resource
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Optional
+
+import detectron2
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from ws_detectron.checkpoint import WSCheckpointer
+from ws_detectron.io import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+class BestCheckpoint(HookBase):
+    """Keeps the weights of the evaluation with the highest value of one metric.
+
+    Writes `model_best.pth` (weights alone) and `model_best.json` (metric, value, iteration) after
+    each evaluation that beats all before it, those before a `--resume` included. It does not touch
+    `last_checkpoint`, so a run resumes from its last state, not from its best.
+
+    detectron2 has a `BestCheckpointer` from 0.6 on; it forgets the best value at a resume and
+    makes the best checkpoint the one to resume from.
+
+    Args:
+        model: what to save.
+        output_dir: folder of the two files.
+        metric: name of the metric, such as "segm/AP"; higher is better.
+    """
+
+    def __init__(self, model: nn.Module, output_dir: str, metric: str) -> None:
+        self._checkpointer = _UntaggedCheckpointer(model, output_dir)
+        self._record = Path(output_dir) / "model_best.json"
+        self._metric = metric
+        self._best: Optional[float] = None
+        self._seen_iteration = -1
+
+    def before_train(self) -> None:
+        if self.trainer.start_iter > 0 and self._record.is_file():
+            record = json.loads(self._record.read_text())
+            if record["metric"] == self._metric:
+                self._best = record["value"]
+
+    def after_step(self) -> None:
+        self._keep_if_best()
+
+    def after_train(self) -> None:
+        self._keep_if_best()
+
+    def _keep_if_best(self) -> None:
+        value, iteration = self.trainer.storage.latest().get(self._metric, (None, -1))
+        if value is None or iteration <= self._seen_iteration or value != value:
+            return
+        self._seen_iteration = iteration
+        if self._best is not None and value <= self._best:
+            return
+        self._best = value
+        self._checkpointer.save("model_best")
+        with atomic_write(self._record) as file:
+            record = {"metric": self._metric, "value": value, "iteration": iteration}
+            json.dump(record, file, indent=2)
+        logger.info("Best %s so far: %.3f at iteration %d", self._metric, value, iteration)
+
+
+class RunRecord(HookBase):
+    """Keeps `run_record.json`: on what a run was trained, how long, with how much memory.
+
+    Written at the start, so that a start that is killed counts, and completed at the end.
+
+    ====================  =====================================================================
+    starts                how often the run was started: 1, and one for each `--resume`
+    iterations            iterations done so far
+    wall_seconds          of all starts, evaluations included; a killed start is not in it
+    peak_memory_bytes     of the main process: of the GPU as torch allocated it, on the CPU the
+                          resident memory with that of the libraries; the largest of all starts
+    processes, threads    processes of the job; threads of torch in each
+    device, versions      of what ran last, with the UTC date of its end
+    ====================  =====================================================================
+
+    Args:
+        output_dir: folder of the file.
+        device: MODEL.DEVICE.
+    """
+
+    def __init__(self, output_dir: str, device: str) -> None:
+        self._path = Path(output_dir) / "run_record.json"
+        self._on_gpu = device.startswith("cuda")
+
+    def before_train(self) -> None:
+        self._start = time.perf_counter()
+        self._earlier = self._read() if self.trainer.start_iter > 0 else {}
+        self._earlier["starts"] = self._earlier.get("starts", 0) + 1
+        self._write(self._earlier)
+
+    def after_train(self) -> None:
+        earlier = self._earlier
+        record = {
+            "starts": earlier["starts"],
+            "iterations": self.trainer.iter,
+            "wall_seconds": earlier.get("wall_seconds", 0.0) + time.perf_counter() - self._start,
+            "peak_memory_bytes": max(earlier.get("peak_memory_bytes", 0), self._peak_memory()),
+            "processes": comm.get_world_size(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if self._on_gpu else _cpu_name(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "detectron2": detectron2.__version__,
+            },
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        }
+        self._write(record)
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self._path.read_text("utf-8")) if self._path.is_file() else {}
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with atomic_write(self._path) as file:
+            json.dump(record, file, indent=2)
+            file.write("\n")
+
+    def _peak_memory(self) -> int:
+        if self._on_gpu:
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+
+
+def _cpu_name() -> str:
+    """The processor's model, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+class _UntaggedCheckpointer(WSCheckpointer):
+    """Saves without becoming the checkpoint that `--resume` takes."""
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        pass

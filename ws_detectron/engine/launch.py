@@ -1,0 +1,140 @@
+"""Starts the processes of a run: CPU or GPU, one machine or several, by itself or by torchrun."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import launch as launch_on_gpus
+from detectron2.utils import comm
+
+from ws_detectron.compat import create_local_process_group
+from ws_detectron.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `torchrun` started this process and gave it a rank."""
+    return all(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
+
+
+def launch(
+    main: Callable[..., Any],
+    num_processes: int,
+    *,
+    device: str,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: tuple = (),
+) -> Any:
+    """Runs `main(*args)` in every process of a distributed job.
+
+    Under torchrun the processes exist already, and `num_processes`, `num_machines`,
+    `machine_rank` and `dist_url` are what torchrun says. Otherwise CUDA jobs go through
+    detectron2's own `launch`, and CPU jobs, which that refuses in 0.5 and 0.6, are started here
+    with the gloo backend.
+
+    Args:
+        main: a function of a module, so that other processes can import it.
+        num_processes: processes on each machine, one per GPU or, on the CPU, per share of cores.
+        device: `MODEL.DEVICE`, "cpu" or "cuda".
+        num_machines: machines in the job.
+        machine_rank: number of this machine, from 0.
+        dist_url: where the processes meet; "auto" picks a free port on a single machine.
+        args: arguments for `main`.
+
+    Returns:
+        What `main` returned, where it ran in this very process.
+
+    Raises:
+        UserError: "auto" was asked for on several machines.
+        SystemExit: a process failed; its own message has been printed by then.
+    """
+    if started_by_torchrun():
+        return _run_under_torchrun(main, device, args)
+    if num_processes * num_machines == 1:
+        return main(*args)
+    if dist_url == "auto" and num_machines > 1:
+        raise UserError("--dist-url auto works on one machine only; give tcp://<machine 0>:<port>")
+    try:
+        if device.startswith("cuda"):
+            launch_on_gpus(
+                _run_quietly,
+                num_processes,
+                num_machines=num_machines,
+                machine_rank=machine_rank,
+                dist_url=dist_url,
+                args=(main, args),
+            )
+        else:
+            if dist_url == "auto":
+                dist_url = f"tcp://127.0.0.1:{_free_port()}"
+            mp.spawn(
+                _run_on_cpu,
+                args=(main, num_processes, num_machines, machine_rank, dist_url, args),
+                nprocs=num_processes,
+            )
+    except mp.ProcessExitedException as error:
+        sys.exit(error.exit_code)
+
+
+def _run_on_cpu(
+    local_rank: int,
+    main: Callable[..., Any],
+    num_processes: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    args: tuple,
+) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
+    dist.init_process_group(
+        "gloo",
+        init_method=dist_url,
+        world_size=num_processes * num_machines,
+        rank=machine_rank * num_processes + local_rank,
+        timeout=TIMEOUT,
+    )
+    create_local_process_group(num_processes)
+    comm.synchronize()
+    _run_quietly(main, args)
+    dist.destroy_process_group()
+
+
+def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> Any:
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    create_local_process_group(
+        int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if on_gpu else 1))
+    )
+    comm.synchronize()
+    try:
+        return main(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
+    """Ends a spawned process with the message alone: the parent would print its traceback."""
+    try:
+        main(*args)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        os._exit(2)  # the other processes may wait for this one; `spawn` ends them
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,74 @@
+"""detectron2's data loaders, with errors that name the file."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+
+from ws_detectron.errors import DataError
+
+from .accumulation import part_of_batch
+from .checks import explain_annotations
+
+
+class NamingMapper:
+    """A dataset mapper whose errors name the image file.
+
+    Args:
+        mapper: from a detectron2 dataset dict to a model input.
+    """
+
+    def __init__(self, mapper: Callable[[dict], Any]) -> None:
+        self._mapper = mapper
+
+    def __call__(self, dataset_dict: dict) -> Any:
+        """Maps one example.
+
+        Raises:
+            DataError: the mapper failed; names the file and the reason.
+        """
+        try:
+            return self._mapper(dataset_dict)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else "no further message"
+            raise DataError(
+                f"cannot read {dataset_dict.get('file_name', 'an example without file_name')}: "
+                f"{type(error).__name__}: {reason}"
+            ) from error
+
+
+def build_train_loader(cfg: CfgNode) -> Iterable:
+    """detectron2's training loader for DATASETS.TRAIN.
+
+    Its batches are what goes through the model at once: with SOLVER.ACCUMULATE_STEPS, parts.
+
+    Raises:
+        DataError: annotations are not COCO JSON; images that cannot be read raise it later, when
+            their turn comes.
+    """
+    cfg = part_of_batch(cfg)
+    mapper = NamingMapper(DatasetMapper(cfg, is_train=True))
+    return _explained(cfg.DATASETS.TRAIN, lambda: build_detection_train_loader(cfg, mapper=mapper))
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
+    """detectron2's test loader for one data set; see `build_train_loader`."""
+    mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+    return _explained(
+        [dataset_name], lambda: build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    )
+
+
+def _explained(names: Sequence[str], build: Callable[[], Iterable]) -> Iterable:
+    try:
+        return build()
+    except DataError:
+        raise
+    except Exception:
+        explain_annotations(names)
+        raise

@@ -1,0 +1,50 @@
+"""One run, as one process of it sees it: set up, then train or evaluate."""
+
+import argparse
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from .config import find_config
+from .inference import load_model_for_inference
+from .scaling import scale_config
+from .trainer import Trainer
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """Trains, or with `args.eval_only` evaluates, and checks TEST.EXPECTED_RESULTS.
+
+    What is written to OUTPUT_DIR/config.yaml is the config scaled to the batch and to the number of
+    processes, the one that runs.
+
+    Args:
+        cfg: a merged and checked config.
+        args: with `eval_only`, `resume` and `config_file`, as detectron2's argument parser gives
+            them.
+
+    Returns:
+        The results of the last evaluation on the main process.
+
+    Raises:
+        UserError: weights, data or config cannot work, or training diverged.
+        SystemExit: status 1, where a result is not the expected one.
+    """
+    # beside the loggers of detectron2, which default_setup sets up
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ws_detectron")
+    cfg = scale_config(cfg, comm.get_world_size())
+    cfg.freeze()
+    if args.config_file:  # default_setup logs the file; it may be the name of a packaged one
+        args = argparse.Namespace(**{**vars(args), "config_file": find_config(args.config_file)})
+    default_setup(cfg, args)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
