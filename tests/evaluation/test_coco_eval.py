@@ -1,0 +1,167 @@
+import copy
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_coco import annotations, prediction
+
+from ws_detectron.errors import DataError
+from ws_detectron.evaluation.benchmark import largest_difference
+from ws_detectron.evaluation.coco_eval import CATEGORY_FIGURES, FIGURES, evaluate
+from ws_detectron.evaluation.coco_files import load_annotations
+from ws_detectron.evaluation.perturb import Perturbation, perturbed_predictions
+
+BACKENDS = [pytest.param(False, id="fast"), pytest.param(True, id="reference")]
+FIRST, SECOND = (10, 10, 20, 20), (60, 50, 40, 40)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_both_libraries_agree_on_coco(coco_root: Path, seed: int) -> None:
+    truth = load_annotations(coco_root / "annotations" / "instances_val2017.json")
+    assert any(annotation["iscrowd"] for annotation in truth["annotations"])
+    found = perturbed_predictions(truth, seed, Perturbation(jitter=0.03 * (1 + seed)))
+    fast, reference = (evaluate(truth, found, reference=value) for value in (False, True))
+    assert set(fast.figures) == {"bbox", "segm"}
+    assert 5 < fast.figures["segm"]["AP"] < 95  # neither all right nor all wrong
+    assert largest_difference(fast, reference) < 1e-9
+    assert fast.backend.startswith("faster-coco-eval ")
+    assert reference.backend.startswith("pycocotools ")
+
+
+def test_both_libraries_agree_on_ties_crowds_and_empty_images() -> None:
+    objects = [(1, 1, FIRST), (1, 1, SECOND), (2, 2, FIRST)]
+    truth = annotations(objects, crowds=[(1, 1, (30, 30, 60, 60)), (2, 3, FIRST)], images=4)
+    found = perturbed_predictions(truth, 0, Perturbation(miss=0, duplicate=1, background=8))
+    for entry in found:
+        entry["score"] = round(entry["score"], 1)
+    fast, reference = (evaluate(truth, found, reference=value) for value in (False, True))
+    assert largest_difference(fast, reference) < 1e-9
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_figures_worked_out_by_hand(reference: bool) -> None:
+    """Of two objects the first is found, then there is a false positive.
+
+    Precision is 1 up to recall 1/2, so 51 of the 101 recalls 0, 0.01, ..., 0.50 have precision 1
+    and the others 0. Sizes: 400 and 1600 square pixels, so the first object is small (below 32 x
+    32) and the second medium. The IoU of the found object is 20 * 16 / 400 = 0.8: enough for the
+    thresholds 0.50, ..., 0.80, seven of ten.
+    """
+    truth = annotations([(1, 1, FIRST), (1, 1, SECOND)])
+    found = [prediction(1, 1, (10, 10, 20, 16), 0.9), prediction(2, 1, SECOND, 0.8)]
+    result = evaluate(truth, found, reference=reference)
+    half = 100 * 51 / 101
+    for task in ("bbox", "segm"):
+        figures = result.figures[task]
+        assert figures["AP50"] == figures["AP75"] == pytest.approx(half)
+        assert figures["AP"] == pytest.approx(0.7 * half)
+        assert figures["APs"] == pytest.approx(70) and figures["APm"] == 0
+        assert figures["APl"] is None and figures["ARl"] is None
+        assert figures["AR1"] == figures["AR100"] == pytest.approx(0.7 * 50)
+        assert tuple(figures) == FIGURES
+        own = result.per_category[task]
+        assert own[1]["AP"] == pytest.approx(0.7 * half)
+        assert own[1]["AR100"] == pytest.approx(35)
+        assert own[2] == own[3] == dict.fromkeys(CATEGORY_FIGURES)
+    assert (result.images, result.predictions, result.images_without_predictions) == (2, 2, 0)
+    assert [(c.id, c.name, c.objects) for c in result.categories] == [
+        (1, "kind 1", 2),
+        (2, "kind 2", 0),
+        (3, "kind 3", 0),
+    ]
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_classes_without_objects_are_not_averaged(reference: bool) -> None:
+    """Three classes: one perfect, one never found, one without objects but with a prediction."""
+    truth = annotations([(1, 1, FIRST), (2, 2, FIRST)])
+    found = [prediction(1, 1, FIRST, 0.9), prediction(1, 3, FIRST, 0.9)]
+    result = evaluate(truth, found, reference=reference)
+    assert result.figures["bbox"]["AP"] == pytest.approx(50)
+    assert result.per_category["bbox"][2]["AP"] == 0
+    assert result.per_category["bbox"][3]["AP"] is None
+    assert result.images_without_predictions == 1
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_no_predictions_are_ap_zero(reference: bool) -> None:
+    truth = annotations([(1, 1, FIRST), (2, 2, SECOND)])
+    result = evaluate(truth, [], reference=reference)
+    for task in ("bbox", "segm"):
+        assert result.figures[task]["AP"] == 0 and result.figures[task]["AR100"] == 0
+        assert result.per_category[task][1]["AP"] == 0
+        assert result.per_category[task][3]["AP"] is None
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_nothing_to_find_is_undefined(reference: bool) -> None:
+    result = evaluate(annotations([]), [prediction(1, 1, FIRST, 0.9)], reference=reference)
+    assert set(result.figures["bbox"].values()) == {None}
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_an_object_with_id_zero_can_be_found(reference: bool) -> None:
+    truth = annotations([(1, 1, FIRST)])
+    truth["annotations"][0]["id"] = 0
+    result = evaluate(truth, [prediction(1, 1, FIRST, 0.9)], reference=reference)
+    assert result.figures["bbox"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_area_of_a_detection_is_that_of_its_mask(reference: bool) -> None:
+    """An unmatched detection with a large box and a small mask hurts small objects alone."""
+    truth = annotations([(1, 1, FIRST)])
+    wrong = {**prediction(2, 1, FIRST, 0.9), "bbox": [0, 0, 110, 95]}
+    result = evaluate(truth, [wrong, prediction(1, 1, FIRST, 0.5)], reference=reference)
+    assert result.figures["bbox"]["APs"] == pytest.approx(100)
+    assert result.figures["segm"]["APs"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_arguments_are_left_alone(reference: bool) -> None:
+    truth = annotations([(1, 1, FIRST)], crowds=[(1, 1, SECOND)])
+    found = [prediction(1, 1, FIRST, 0.9)]
+    before = copy.deepcopy((truth, found))
+    evaluate(truth, found, reference=reference)
+    assert (truth, found) == before
+
+
+def test_tasks_are_those_with_boxes_and_masks() -> None:
+    truth = annotations([(1, 1, FIRST)])
+    boxes: list[dict[str, Any]] = [prediction(1, 1, FIRST, 0.9)]
+    del boxes[0]["segmentation"]
+    assert set(evaluate(truth, boxes).figures) == {"bbox"}
+    with pytest.raises(DataError, match="task segm .*entry 0 of predictions p.json has no 'segm"):
+        evaluate(truth, boxes, ["segm"], predictions_name="p.json")
+    masks = [prediction(1, 1, FIRST, 0.9)]
+    del masks[0]["bbox"]
+    assert set(evaluate(truth, masks).figures) == {"segm"}
+    with pytest.raises(DataError, match="task bbox .*entry 0"):
+        evaluate(truth, masks, ["bbox"])
+    with pytest.raises(DataError, match="no task can be evaluated: entry 1.*; entry 0"):
+        evaluate(truth, boxes + masks)
+    del truth["annotations"][0]["segmentation"]
+    assert set(evaluate(truth, []).figures) == {"bbox"}
+    with pytest.raises(DataError, match="annotation 1 of a.json has no 'segmentation'"):
+        evaluate(truth, [], ["segm"], annotations_name="a.json")
+
+
+def test_broken_masks_are_found_before_the_library_reads_them() -> None:
+    truth = annotations([(1, 1, FIRST)])
+    broken = prediction(1, 1, FIRST, 0.9)
+    broken["segmentation"]["counts"] = broken["segmentation"]["counts"][:-1]
+    with pytest.raises(DataError, match=r"p.json, entry 0 \(image id 1\): malformed RLE"):
+        evaluate(truth, [broken], predictions_name="p.json")
+    assert evaluate(truth, [broken], ["bbox"]).figures["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_without_the_fast_library_the_other_is_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with caplog.at_level(logging.WARNING):
+        result = evaluate(annotations([(1, 1, FIRST)]), [])
+    assert result.backend.startswith("pycocotools ")
+    assert "pip install faster-coco-eval" in caplog.text

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_coco import annotations, prediction
+
+from ws_detectron.errors import DataError
+from ws_detectron.evaluation.coco_files import (
+    check_annotation_masks,
+    check_ids,
+    load_annotations,
+    load_predictions,
+)
+
+BOX = (10, 10, 20, 20)
+
+
+def written(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_sound_files_are_read_as_they_are(tmp_path: Path) -> None:
+    truth, found = annotations([(1, 1, BOX)]), [prediction(1, 1, BOX, 0.5)]
+    assert load_annotations(written(tmp_path / "a.json", truth)) == truth
+    assert load_predictions(written(tmp_path / "p.json", found)) == found
+    check_ids(found, truth, "p.json", "a.json")
+    check_annotation_masks(truth, "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{not json", "are not JSON"),
+        ({"images": []}, "missing the lists annotations, categories"),
+        ([prediction(1, 1, BOX, 0.5)], "swapped"),
+        ({**annotations([]), "images": [{"height": 3}]}, r"images\[0\] has no id"),
+        ({**annotations([]), "images": [{"id": 1}, {"id": 1}]}, "not unique"),
+    ],
+)
+def test_what_is_wrong_with_annotations_is_named(tmp_path: Path, content: Any, words: str) -> None:
+    with pytest.raises(DataError, match=f"a.json.*{words}"):
+        load_annotations(written(tmp_path / "a.json", content))
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id", "bbox", "area"])
+def test_annotations_need_their_keys(tmp_path: Path, key: str) -> None:
+    truth = annotations([(1, 1, BOX), (1, 2, BOX)])
+    del truth["annotations"][1][key]
+    with pytest.raises(DataError, match=rf"annotations\[1\] has no '{key}'"):
+        load_annotations(written(tmp_path / "a.json", truth))
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_annotations_of_nothing_described_are_refused(tmp_path: Path, key: str) -> None:
+    truth = annotations([(1, 1, BOX)])
+    truth["annotations"][0][key] = 99
+    with pytest.raises(DataError, match=f"{key} 99"):
+        load_annotations(written(tmp_path / "a.json", truth))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score": float("nan")}, "score must be a finite number"),
+        ({"score": "high"}, "score must be a finite number, found 'high'"),
+        ({"bbox": [1, 2, 3]}, "four finite numbers"),
+        ({"bbox": [1, 2, 3, float("inf")]}, "four finite numbers"),
+        ({"bbox": [1, 2, -3, 4]}, "negative width or height"),
+        ({"score": None}, "has no 'score'"),
+        ({"bbox": None, "segmentation": None}, "neither 'bbox' nor 'segmentation'"),
+    ],
+)
+def test_malformed_predictions_are_named(tmp_path: Path, change: dict, words: str) -> None:
+    good = prediction(1, 1, BOX, 0.5)
+    broken = {**good, **change}
+    broken = {key: value for key, value in broken.items() if value is not None}
+    with pytest.raises(DataError, match=f"p.json, entry 1: .*{words}"):
+        load_predictions(written(tmp_path / "p.json", [good, broken]))
+
+
+def test_files_that_are_no_predictions_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="swapped"):
+        load_predictions(written(tmp_path / "p.json", annotations([])))
+    with pytest.raises(DataError, match="entry 0: must be an object"):
+        load_predictions(written(tmp_path / "p.json", [3]))
+    with pytest.raises(DataError, match="there is no predictions file .*missing.json"):
+        load_predictions(tmp_path / "missing.json")
+
+
+def test_ids_of_another_data_set_are_named() -> None:
+    truth = annotations([(1, 1, BOX)])
+    found = [prediction(n, 1, BOX, 0.5) for n in (1, 7, 8, 9, 10, 11, 12)]
+    with pytest.raises(DataError, match=r"p.json name 6 image ids .*7, .* and 1 more.*split"):
+        check_ids(found, truth, "p.json", "a.json")
+    with pytest.raises(DataError, match="1 category ids .*: 0 .*class numbers from 0"):
+        check_ids([prediction(1, 0, BOX, 0.5)], truth, "p.json", "a.json")
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ([], "list of polygons"),
+        ([[1, 2, 3, 4]], "fewer than three corners"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "without y"),
+        ("text", "found str"),
+        ({"size": [1, 1], "counts": "1"}, r"size is \[1, 1\]"),
+        ({"size": [100, 120], "counts": [5, 6]}, "cover 11 pixels"),
+        ({"size": [100, 120], "counts": "5"}, "cover 5 pixels"),
+    ],
+)
+def test_malformed_masks_of_annotations_are_named(mask: Any, words: str) -> None:
+    truth = annotations([(1, 1, BOX), (2, 1, BOX)])
+    truth["annotations"][1]["segmentation"] = mask
+    with pytest.raises(DataError, match=f"a.json: mask of annotation 2: .*{words}"):
+        check_annotation_masks(truth, "a.json")
+
+
+def test_masks_need_image_sizes() -> None:
+    truth = annotations([(1, 1, BOX)])
+    del truth["images"][1]["height"]
+    with pytest.raises(DataError, match="image 2 has no height and width"):
+        check_annotation_masks(truth, "a.json")

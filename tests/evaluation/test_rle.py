@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+from pycocotools import mask as mask_util
+
+from ws_detectron.errors import DataError
+from ws_detectron.evaluation.rle import check_masks, first_malformed
+
+
+def encoded(mask: np.ndarray) -> str:
+    return mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
+def random_masks(count: int) -> list[np.ndarray]:
+    """From single pixels to checkerboards, so that runs need one to several characters."""
+    draw = np.random.default_rng(3)
+    masks = []
+    for _ in range(count):
+        height, width = draw.integers(1, 400, 2)
+        mask = draw.random((height, width)) < draw.choice([0.0, 0.001, 0.3, 0.5, 1.0])
+        masks.append(np.repeat(mask, 3, axis=0) if draw.random() < 0.5 else mask)
+    return masks
+
+
+def decoded(text: str) -> list[int]:
+    """The format read character by character."""
+    counts: list[int] = []
+    position = 0
+    while position < len(text):
+        value = shift = 0
+        more = True
+        while more:
+            group = ord(text[position]) - 48
+            value |= (group & 31) << shift
+            more = bool(group & 32)
+            position += 1
+            shift += 5
+            if not more and group & 16:
+                value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    return counts
+
+
+def test_what_pycocotools_encodes_is_sound() -> None:
+    masks = random_masks(60)
+    strings, areas = [encoded(mask) for mask in masks], [mask.size for mask in masks]
+    assert first_malformed(strings, areas) is None
+    for text, area in zip(strings, areas):
+        assert sum(decoded(text)) == area  # the reading above is right
+
+
+def test_a_wrong_area_is_found_and_measured() -> None:
+    masks = random_masks(20)
+    strings, areas = [encoded(mask) for mask in masks], [mask.size for mask in masks]
+    areas[13] += 1
+    found = first_malformed(strings, areas)
+    assert found is not None and found[0] == 13
+    assert str(masks[13].size) in found[1] and str(areas[13]) in found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "hold no run"),
+        ("1é", "not ASCII"),
+        ("1 2", "character ' '"),
+        ("12p", "character 'p'"),
+        ("11Q", "end within a number"),
+        ("O11", "a run of -1 pixels"),  # O is 31: minus one
+        ("5", "cover 5 pixels"),
+    ],
+)
+def test_each_fault_is_named(text: str, words: str) -> None:
+    sound = encoded(np.ones((3, 4)))
+    found = first_malformed([sound, text, sound], [12, 12, 12])
+    assert found is not None and found[0] == 1 and words in found[1], found
+
+
+def test_the_first_of_several_faults_is_reported() -> None:
+    good = encoded(np.ones((3, 4)))
+    assert first_malformed([good, "5", "1 2", ""], [12] * 4)[0] == 1
+    assert first_malformed(["1 2", "5"], [12, 12])[0] == 0
+    assert first_malformed([good, "", "5"], [12] * 3)[0] == 1
+
+
+def test_random_damage_is_judged_as_by_the_slow_reading() -> None:
+    draw = np.random.default_rng(5)
+    for mask in random_masks(60):
+        text = list(encoded(mask))
+        text[draw.integers(len(text))] = chr(48 + draw.integers(64))
+        damaged = "".join(text)
+        try:
+            runs = decoded(damaged)
+            sound = min(runs) >= 0 and sum(runs) == mask.size
+        except IndexError:
+            sound = False
+        assert (first_malformed([damaged], [mask.size]) is None) == sound, damaged
+
+
+def test_errors_name_file_entry_image_and_fault() -> None:
+    good = {"size": [3, 4], "counts": encoded(np.ones((3, 4)))}
+    entries = [{"image_id": 7, "segmentation": good} for _ in range(600)]
+    check_masks(entries, {7: (3, 4)}, "a.json")
+    cases = {
+        "counts cover": {"size": [3, 4], "counts": "5"},
+        r"size is \[4, 3\]": {"size": [4, 3], "counts": good["counts"]},
+        "frPyObjects": {"size": [3, 4], "counts": [0, 12]},
+        "must be": "text",
+    }
+    for words, mask in cases.items():
+        broken = [*entries, {"image_id": 7, "segmentation": mask}]
+        with pytest.raises(DataError, match=rf"a\.json, entry 600 \(image id 7\).*{words}"):
+            check_masks(broken, {7: (3, 4)}, "a.json")

@@ -1,0 +1,113 @@
+"""tools/evaluate_coco.py as a user runs it: on a results file, and on a checkpoint in processes."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluated_model import IN_PROCESS, OPTIONS, QUICKSTART
+
+TOOL = "evaluate_coco.py"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "coco_evaluation.json").read_text())
+
+
+def test_a_results_file_is_evaluated(run_tool, call_tool, evaluation_files, tmp_path: Path) -> None:
+    files = ["--predictions", evaluation_files.predictions]
+    files += ["--annotations", evaluation_files.annotations]
+    result = run_tool(TOOL, *files, "--output", tmp_path / "fast")
+    assert result.returncode == 0, result.stderr
+    fast = read(tmp_path / "fast")
+    assert 0 < fast["bbox"]["AP"] < 100 and fast["segm"]["APl"] is None
+    for task, title in (("bbox", "box"), ("segm", "mask")):
+        line = next(s.split() for s in result.stdout.splitlines() if s.split()[:1] == [title])
+        assert line[1] == f"{fast[task]['AP']:.2f}" and line[6] == "–"
+    assert str(tmp_path / "fast" / "coco_evaluation.csv") in result.stdout
+    assert "faster-coco-eval" in result.stdout
+
+    status, _, _ = call_tool(TOOL, *files, "--output", tmp_path / "slow", "--reference")
+    assert status == 0
+    slow = read(tmp_path / "slow")
+    assert slow["backend"].startswith("pycocotools")
+    for task in ("bbox", "segm"):
+        assert slow[task] == pytest.approx(fast[task], abs=1e-9)
+    rows = list(csv.DictReader((tmp_path / "slow" / "coco_evaluation.csv").open()))
+    assert len(rows) == 2 * 81 and rows[0]["category"] == "all"
+
+    status, _, _ = call_tool(TOOL, *files, "--output", tmp_path / "one", "--task", "segm")
+    assert status == 0 and "bbox" not in read(tmp_path / "one")
+
+
+def test_two_processes_give_the_figures_of_one(
+    one_thread, run_tool, call_tool, evaluation_files, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [*OPTIONS, "MODEL.WEIGHTS", evaluation_files.weights]
+    config = ["--config-file", QUICKSTART, "--output"]
+    result = run_tool(TOOL, *config, two, "--num-gpus", 2, *options)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert "coco_2017_val" in result.stdout and "box AP50" in result.stdout
+    status, output, errors = call_tool(
+        TOOL, *config, one, *options, "DATASETS.TEST", f"('{IN_PROCESS}',)"
+    )
+    assert status == 0, output + errors
+
+    name = "coco_instances_results.json"
+    predictions = json.loads((one / name).read_text())
+    assert {entry["image_id"] for entry in predictions} == {1, 2, 3, 4, 5, 6}
+    others = json.loads((two / name).read_text())
+    assert len(others) == len(predictions)
+    for other, prediction in zip(others, predictions):
+        assert other == {
+            **prediction,
+            "bbox": pytest.approx(prediction["bbox"], abs=1e-3),
+            "score": pytest.approx(prediction["score"], rel=1e-5),
+        }
+    for task in ("bbox", "segm"):
+        assert read(two)[task] == pytest.approx(read(one)[task], abs=1e-9)
+    assert read(two)["weights"] == str(evaluation_files.weights)
+
+
+def test_bad_input_gets_one_message(call_tool, evaluation_files, tmp_path: Path) -> None:
+    good = json.loads(evaluation_files.predictions.read_text())
+    bad = tmp_path / "bad.json"
+
+    def evaluate(predictions: Any) -> tuple[int, str]:
+        bad.write_text(json.dumps(predictions))
+        status, output, errors = call_tool(
+            TOOL, "--predictions", bad, "--annotations", evaluation_files.annotations
+        )
+        return status, output + errors
+
+    cases = {
+        "image ids that the annotations": [{**good[0], "image_id": 77}],
+        "category ids that the annotations": [{**good[0], "category_id": 0}],
+        "malformed RLE": [{**good[0], "segmentation": {"size": [64, 64], "counts": "11Q"}}],
+        "score must be a finite number": [{**good[0], "score": None}],
+        "swapped": {"images": [], "annotations": [], "categories": []},
+    }
+    for words, predictions in cases.items():
+        status, text = evaluate(predictions)
+        assert status == 2 and words in text and "Traceback" not in text
+        assert text.startswith("error: ") and str(bad) in text
+    status, text = evaluate([])
+    assert status == 0 and read(tmp_path)["bbox"]["AP"] == 0
+    line = next(line.split() for line in text.splitlines() if line.split()[:1] == ["box"])
+    assert line[1] == "0.00" and "–" in line
+
+
+def test_wrong_commands_and_help(call_tool, evaluation_files) -> None:
+    files = ["--predictions", evaluation_files.predictions]
+    annotations = ["--annotations", evaluation_files.annotations]
+    for arguments in (files, [], [*files, *annotations, "--config-file", QUICKSTART]):
+        status, _, errors = call_tool(TOOL, *arguments)
+        assert status == 2 and "give both --predictions and --annotations" in errors
+    status, _, errors = call_tool(TOOL, *files, *annotations, "MODEL.DEVICE", "cpu")
+    assert status == 2 and "nothing to override" in errors
+    status, _, errors = call_tool(TOOL, "--config-file", QUICKSTART, *OPTIONS, "MODEL.WEIGHTS", "")
+    assert status == 2 and ("MODEL.WEIGHTS is empty" in errors or "DETECTRON2_DATASETS" in errors)
+    status, output, _ = call_tool(TOOL, "--help")
+    assert status == 0 and "python tools/evaluate_coco.py --predictions" in output

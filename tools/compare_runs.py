@@ -1,0 +1,68 @@
+"""Compares training runs: figures with differences to a baseline, configs, curves."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.evaluation.comparison import as_csv, as_markdown
+from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
+from ws_detectron.evaluation.runs import read_runs
+from ws_detectron.io import atomic_write
+
+EXAMPLES = """
+examples:
+  python tools/compare_runs.py output/bn_1img output/gn_ws_1img --output comparison
+
+  # names of one's own; results of tools/evaluate_coco.py instead of run folders
+  python tools/compare_runs.py "BN=bn/coco_evaluation.json" "GN+WS=gn_ws/coco_evaluation.json"
+
+The first run is the baseline. Written: comparison.md, comparison.csv, and as PNG and SVG
+learning_curves and ap_curves. Exit status 1 where a run is missing or broken; it is named, and the
+others are compared.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="[NAME=]RUN",
+        help="a run folder, a metrics.json, or a coco_evaluation.json",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", default="comparison", help="default: %(default)s"
+    )
+    args = parser.parse_args()
+    with exit_on_user_error():
+        problems = compare(args.runs, Path(args.output))
+    if problems:
+        print("missing or broken:", *problems, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
+
+
+def compare(arguments: list[str], output: Path) -> list[str]:
+    """Writes everything; returns what was missing or broken."""
+    runs = read_runs(arguments)
+    problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
+    if not any(run.rows or run.figures for run in runs):
+        raise UserError("nothing to compare:\n" + "\n".join(problems))
+    text = as_markdown(runs)
+    try:
+        for name, content in (("comparison.md", text), ("comparison.csv", as_csv(runs))):
+            with atomic_write(output / name) as file:
+                file.write(content)
+        if any(run.rows for run in runs):
+            write_figure(draw_learning_curves(runs), output / "learning_curves")
+            write_figure(draw_ap_curves(runs), output / "ap_curves")
+    except OSError as error:
+        raise UserError(f"cannot write into {output}: {error.strerror}") from error
+    print(text)
+    return problems
+
+
+if __name__ == "__main__":
+    main()

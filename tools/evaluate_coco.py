@@ -1,0 +1,74 @@
+"""COCO figures for boxes and masks, of a checkpoint or of a results file."""
+
+import argparse
+from pathlib import Path
+
+from ws_detectron.engine import load_config, start
+from ws_detectron.errors import exit_on_user_error
+from ws_detectron.evaluation.checkpoint import evaluate_in_process
+from ws_detectron.evaluation.coco_eval import TASKS, evaluate
+from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
+from ws_detectron.evaluation.report import as_text, write_reports
+
+EXAMPLES = """
+examples:
+  # a results file; needs no model
+  python tools/evaluate_coco.py --predictions output/inference/coco_instances_results.json \\
+      --annotations datasets/coco/annotations/instances_val2017.json
+
+  # a checkpoint, on two GPUs (with MODEL.DEVICE cpu: in two processes)
+  python tools/evaluate_coco.py --config-file output/config.yaml --num-gpus 2 \\
+      MODEL.WEIGHTS output/model_final.pth
+
+coco_evaluation.json and coco_evaluation.csv are written beside the predictions, those of a
+checkpoint to OUTPUT_DIR/inference.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--predictions", metavar="JSON", help="COCO results file")
+    parser.add_argument("--annotations", metavar="JSON", help="COCO annotations for it")
+    parser.add_argument("--config-file", metavar="YAML", help="config of the checkpoint")
+    parser.add_argument("--task", choices=TASKS, action="append", help="default: all possible")
+    parser.add_argument("--reference", action="store_true", help="use pycocotools, which is slower")
+    parser.add_argument("--output", metavar="DIR", help="folder of the reports")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--dist-url", default="auto", help="where processes meet")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    args = parser.parse_args()
+    files = bool(args.predictions) + bool(args.annotations)
+    if (files, bool(args.config_file)) not in ((2, False), (0, True)):
+        parser.error("give both --predictions and --annotations, or --config-file")
+    if files and args.opts:
+        parser.error(f"without --config-file there is nothing to override: {args.opts}")
+    with exit_on_user_error():
+        evaluate_config(args) if args.config_file else evaluate_files(args)
+
+
+def evaluate_files(args: argparse.Namespace) -> None:
+    result = evaluate(
+        load_annotations(args.annotations),
+        load_predictions(args.predictions),
+        args.task,
+        reference=args.reference,
+        annotations_name=args.annotations,
+        predictions_name=args.predictions,
+    )
+    files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
+    written = write_reports(result, args.output or Path(args.predictions).parent, **files)
+    print(as_text(result), *written, sep="\n")
+
+
+def evaluate_config(args: argparse.Namespace) -> None:
+    cfg = load_config(args.config_file, args.opts)
+    extra = (args.task, args.reference, args.output)
+    start(evaluate_in_process, cfg, args, eval_only=True, args=extra)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Trains a small GN+WS Mask R-CNN on drawn shapes, evaluates it and draws what it sees.
+
+Needs no download, no GPU and about five minutes on two cores.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ws_detectron.engine import check_run, load_config, run
+from ws_detectron.errors import exit_on_user_error
+from ws_detectron.evaluation.drawing import draw_sheet
+from ws_detectron.model_zoo import get_config_file
+
+CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
+EXAMPLES = """
+examples:
+  python tools/quickstart.py
+  python tools/quickstart.py --output-dir /tmp/first_run SOLVER.MAX_ITER 300
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default=None, help=f"default: {CONFIG}")
+    parser.add_argument("--output-dir", default="output/quickstart", help="default: %(default)s")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    args = parser.parse_args()
+    args.config_file = args.config_file or get_config_file(CONFIG)
+    args.eval_only = args.resume = False
+    with exit_on_user_error():
+        cfg = load_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output_dir])
+        check_run(cfg, num_gpus=1, world_size=1, eval_only=False)
+        output = Path(args.output_dir)
+        for stale in output.glob("metrics.json"):
+            stale.unlink()  # the writer appends, and this is a new run
+        run(cfg, args)
+        predictions = output / "inference" / "coco_instances_results.json"
+        picture = output / "predictions.png"
+        draw_sheet(cfg.DATASETS.TEST[0], str(predictions), str(picture))
+    print(summary(output, picture))
+
+
+def summary(output: Path, picture: Path) -> str:
+    """What was reached and where everything is."""
+    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    final = [row for row in rows if "bbox/AP" in row][-1]
+    return f"""
+GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} on the val scenes
+  predictions beside ground truth  {picture}
+  weights                          {output / "model_final.pth"}
+  config                           {output / "config.yaml"}
+  losses and AP                    {output / "metrics.json"} (or: tensorboard --logdir {output})
+  log                              {output / "log.txt"}
+evaluate again:
+  python tools/train_net.py --eval-only --config-file {output / "config.yaml"} \\
+      MODEL.WEIGHTS {output / "model_final.pth"}"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Draws predictions: beside ground truth on a data set, or on any images and videos."""
+
+import argparse
+from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+
+from ws_detectron.engine import load_config
+from ws_detectron.engine.checks import check_datasets
+from ws_detectron.errors import exit_on_user_error
+from ws_detectron.evaluation.checkpoint import (
+    RESULTS,
+    ImagePredictor,
+    predict_with_checkpoint,
+    set_up_logging,
+)
+from ws_detectron.evaluation.coco_files import load_predictions
+from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
+
+EXAMPLES = """
+examples:
+  # a results file beside ground truth: first, best and worst images, kinds of errors
+  python tools/visualize.py --dataset coco_2017_val --output pictures \\
+      --predictions output/inference/coco_instances_results.json
+
+  # the same with a checkpoint, on the first set of DATASETS.TEST
+  python tools/visualize.py --config-file output/config.yaml --output pictures \\
+      --opts MODEL.WEIGHTS output/model_final.pth
+
+  # any images and videos: files, folders, patterns
+  python tools/visualize.py --config-file output/config.yaml --input photos "clips/*.mp4" \\
+      --output pictures --opts MODEL.WEIGHTS output/model_final.pth MODEL.DEVICE cpu
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--predictions", metavar="JSON", help="COCO results file")
+    source.add_argument("--config-file", metavar="YAML", help="config of a checkpoint")
+    parser.add_argument("--dataset", metavar="NAME", help="a registered data set")
+    parser.add_argument("--input", nargs="+", help="images, videos, folders, patterns")
+    parser.add_argument("--output", required=True, type=Path, help="a folder, or a video")
+    parser.add_argument("--score-threshold", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--num-images", type=int, default=8, help="per sheet; default: %(default)s")
+    parser.add_argument("--each", action="store_true", help="also a picture of every image")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
+    args = parser.parse_args()
+    if args.predictions and (args.input or not args.dataset):
+        parser.error("--predictions needs --dataset; --input needs --config-file")
+    set_up_logging()
+    with exit_on_user_error():
+        print(draw_inputs(args) if args.input else draw_dataset(args))
+
+
+def draw_dataset(args: argparse.Namespace) -> str:
+    if args.predictions:
+        check_datasets("--dataset", [args.dataset])
+        predictions = load_predictions(args.predictions)
+    else:
+        cfg = load_config(args.config_file, args.opts)
+        args.dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
+        predictions = predict_with_checkpoint(cfg, args.dataset, args.output)
+    return visualize_dataset(
+        args.dataset,
+        predictions,
+        args.output,
+        score_threshold=args.score_threshold,
+        num_images=args.num_images,
+        each=args.each,
+        predictions_name=args.predictions or str(args.output / RESULTS),
+    )
+
+
+def draw_inputs(args: argparse.Namespace) -> str:
+    cfg = load_config(args.config_file, args.opts)
+    metadata = MetadataCatalog.get(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
+    predict = ImagePredictor(cfg, metadata)
+    return visualize_inputs(
+        args.input, args.output, predict, metadata, score_threshold=args.score_threshold
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a finished run is worth: COCO figures, comparisons, pictures."""

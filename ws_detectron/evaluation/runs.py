@@ -1,0 +1,228 @@
+"""What a finished (or broken) training run left behind, read as far as it can be read."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import yaml
+from detectron2.config import CfgNode
+
+from ws_detectron.engine import as_flat_dict
+
+from .coco_eval import FIGURES, TASKS, Figures
+from .report import FORMAT
+
+METRICS = "metrics.json"
+CONFIG = "config.yaml"
+EVALUATION = "coco_evaluation.json"
+
+
+@dataclass
+class Run:
+    """A run as `read_run` found it.
+
+    Args:
+        name: for tables and legends.
+        path: folder or file.
+        config: full config key -> value; empty where there is none.
+        rows: of metrics.json, one per iteration, in order; see `merge_rows`.
+        figures: "bbox/AP" and so on -> per cent, None where undefined.
+        source: where the figures are from.
+        problems: what is missing or broken, each naming a file.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    figures: Figures = field(default_factory=dict)
+    source: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+def read_runs(arguments: Sequence[str]) -> list[Run]:
+    """Runs from command-line arguments: a path, or a name of one's own and a path, `NAME=PATH`.
+
+    Without a name, a run is called by the shortest end of its path that no other run has.
+    """
+    named = [argument.partition("=") for argument in arguments]
+    given = [name if equals else "" for name, equals, _ in named]
+    paths = [Path(path if equals else name) for name, equals, path in named]
+    return [read_run(path, name or _short(path, paths)) for path, name in zip(paths, given)]
+
+
+def _short(path: Path, others: Sequence[Path]) -> str:
+    parts = path.resolve().parts
+    for length in range(1, len(parts) + 1):
+        ends = [other.resolve().parts[-length:] for other in others]
+        if ends.count(parts[-length:]) == 1:
+            return "/".join(parts[-length:])
+    return str(path)
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Reads a run folder, or a JSON file: `metrics.json` or what evaluate_coco writes.
+
+    Never fails: what is missing or broken goes into `problems`.
+    """
+    run = Run(name, path)
+    if path.is_dir():
+        _read_config(run, path / CONFIG)
+        _read_metrics(run, path / METRICS)
+        _read_figures(run, path)
+    elif not path.is_file():
+        run.problems.append(f"there is no run folder or file {path}")
+    elif path.name == METRICS:
+        _read_metrics(run, path)
+        _figures_of_last_evaluation(run)
+    else:
+        _read_evaluation(run, path)
+    return run
+
+
+def _read_config(run: Run, path: Path) -> None:
+    if not path.is_file():
+        run.problems.append(f"{path} is missing")
+        return
+    try:
+        run.config = as_flat_dict(CfgNode(CfgNode.load_yaml_with_base(str(path))))
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OSError) as error:
+        run.problems.append(f"{path} is not a YAML config: {_first_line(error)}")
+
+
+def _read_metrics(run: Run, path: Path) -> None:
+    if not path.is_file():
+        run.problems.append(f"{path} is missing")
+        return
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row.get("iteration"), int):
+                raise ValueError("no iteration")
+            rows.append(row)
+        except (ValueError, AttributeError) as error:
+            run.problems.append(f"{path}, line {number} is broken: {_first_line(error)}")
+    if not rows:
+        run.problems.append(f"{path} holds no metrics: the run ended before it wrote any")
+    run.rows = merge_rows(rows)
+
+
+def merge_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per iteration, in order, of the lines that detectron2's JSONWriter wrote.
+
+    A resumed run goes back to its last checkpoint and appends: what was written after that
+    checkpoint belongs to a branch that was given up, and is dropped, evaluations included. Values
+    of one iteration that stand in two lines are brought together, the later line counting.
+    """
+    merged: dict[int, dict[str, Any]] = {}
+    last_step = -1
+    for row in rows:
+        iteration = row["iteration"]
+        if "total_loss" in row:
+            if iteration <= last_step:
+                merged = {i: kept for i, kept in merged.items() if i < iteration}
+            last_step = iteration
+        merged.setdefault(iteration, {}).update(row)
+    return [merged[iteration] for iteration in sorted(merged)]
+
+
+def training_seconds(rows: Sequence[dict[str, Any]], iterations: Sequence[int]) -> np.ndarray:
+    """Wall time spent in training steps when iterations were complete.
+
+    metrics.json has no clock. What it has is `time`, the median seconds of the last 20 iterations,
+    so the time between two rows is taken as their distance times the later row's median. Data
+    loading is part of it; evaluations, checkpoints, start-up and time lost to interruptions are
+    not, and iterations far slower than the median are underestimated.
+
+    Args:
+        rows: of `merge_rows`.
+        iterations: where the time is wanted.
+
+    Returns:
+        Seconds, interpolated between rows; empty where no row has a `time`.
+    """
+    timed = [row for row in rows if isinstance(row.get("time"), (int, float))]
+    if not timed:
+        return np.zeros(0)
+    done = np.array([0, *(row["iteration"] + 1 for row in timed)])
+    seconds = np.concatenate([[0], np.cumsum(np.diff(done) * [row["time"] for row in timed])])
+    return np.interp(np.asarray(iterations) + 1, done, seconds)
+
+
+def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Iterations and values of a metric, where it is a finite number."""
+    found = [(row["iteration"], row[key]) for row in rows if _is_finite(row.get(key))]
+    return [iteration for iteration, _ in found], [value for _, value in found]
+
+
+def ap_key(rows: Sequence[dict[str, Any]], task: str) -> str:
+    """The name of a task's AP in metrics: with several test sets, that of the first."""
+    names = {name for row in rows for name in row if name.endswith(f"{task}/AP")}
+    return min(names, key=lambda name: (name != f"{task}/AP", name), default=f"{task}/AP")
+
+
+def _read_figures(run: Run, folder: Path) -> None:
+    found = [
+        path for path in (folder / "inference" / EVALUATION, folder / EVALUATION) if path.is_file()
+    ]
+    found = found or sorted(folder.glob(f"inference/*/{EVALUATION}"))
+    if len(found) > 1 and found[0].parent.parent.name == "inference":
+        names = ", ".join(path.parent.name for path in found)
+        run.problems.append(
+            f"{folder} was evaluated on several data sets ({names}); the first is taken, for "
+            f"another name its {EVALUATION} itself"
+        )
+    if found:
+        _read_evaluation(run, found[0])
+    else:
+        _figures_of_last_evaluation(run)
+
+
+def _read_evaluation(run: Run, path: Path) -> None:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        run.problems.append(f"{path} is not JSON: {_first_line(error)}")
+        return
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        run.problems.append(
+            f"{path} is not an evaluation that tools/evaluate_coco.py wrote; make one of it with "
+            "--predictions and --annotations"
+        )
+        return
+    for task in TASKS:
+        for name, value in (content.get(task) or {}).items():
+            run.figures[f"{task}/{name}"] = value
+    run.source = path.name
+
+
+def _figures_of_last_evaluation(run: Run) -> None:
+    for task in TASKS:
+        key = ap_key(run.rows, task)
+        for row in reversed(run.rows):
+            if key in row:
+                prefix = key[: -len("AP")]
+                for name in FIGURES:
+                    value: Optional[float] = row.get(f"{prefix}{name}")
+                    if f"{prefix}{name}" in row:
+                        run.figures[f"{task}/{name}"] = value if _is_finite(value) else None
+                run.source = f"{METRICS}, iteration {row['iteration']}"
+                break
+    if run.rows and not run.figures:
+        run.problems.append(
+            f"{run.path} was never evaluated: {METRICS} has no AP and there is no {EVALUATION}; "
+            "run tools/evaluate_coco.py on its checkpoint"
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,201 @@
+"""Pictures of what a model finds, on data sets with ground truth and on any images and videos."""
+
+import csv
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from ws_detectron.data.preview import write_png
+from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.io import atomic_write
+
+from .coco_eval import choose_tasks
+from .coco_files import check_annotation_masks, check_ids, load_annotations
+from .curves import write_figure
+from .drawing import by_image_id, pair, predicted_objects, read_rgb, records_by_id, tile
+from .error_kinds import ERRORS, count_errors, draw_errors
+from .image_ap import image_ap
+from .inputs import find_inputs, is_video, open_video, output_names, read_frames
+from .report import TITLES
+from .rle import check_masks
+
+logger = logging.getLogger(__name__)
+
+# Pictures are at least this long, so that labels can be read on the smallest images.
+LEAST_SIDE = 448
+
+Predict = Callable[[np.ndarray], list[dict[str, Any]]]
+
+
+def visualize_dataset(
+    dataset_name: str,
+    predictions: Sequence[dict[str, Any]],
+    output: Path,
+    *,
+    score_threshold: float = 0.5,
+    num_images: int = 8,
+    each: bool = False,
+    predictions_name: str = "given",
+) -> str:
+    """Draws predictions beside ground truth, and says what is wrong with them.
+
+    Written to `output`: `first.png`, `best.png` and `worst.png`, sheets of the first images and of
+    those with the highest and lowest AP (see `image_ap`); `image_ap.csv`; `errors.png`, `.svg` and
+    `.json`, the kinds of errors counted (see `error_kinds`); with `each`, `images/` with a picture
+    of every image.
+
+    Args:
+        dataset_name: registered, in COCO format.
+        predictions: of `load_predictions`.
+        output: folder.
+        score_threshold: of the predictions that are drawn, and whose errors are counted. AP is
+            that of all.
+        num_images: on each sheet.
+        each: draw every image by itself, too.
+        predictions_name: what to call the predictions in errors.
+
+    Returns:
+        A summary for the screen.
+
+    Raises:
+        UserError: predictions and data do not belong together, or something cannot be read or
+            written. Images that cannot be read are reported and passed over.
+    """
+    records = records_by_id(dataset_name)
+    metadata = MetadataCatalog.get(dataset_name)
+    if not metadata.get("json_file"):
+        raise ConfigError(f"data set {dataset_name} has no COCO annotation file")
+    path = PathManager.get_local_path(metadata.json_file)
+    annotations = load_annotations(path)
+    check_ids(predictions, annotations, predictions_name, path)
+    # masks, where everything has one
+    task = choose_tasks(annotations, predictions, None, path, predictions_name)[-1]
+    if task == "segm":
+        check_annotation_masks(annotations, path)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
+    check_masks(predictions, sizes, predictions_name)
+
+    shown = by_image_id(predictions, score_threshold)
+    note = f"score ≥ {100 * score_threshold:g} %"
+    scores = image_ap(annotations, predictions, task)
+
+    def draw(image_id: Any) -> Optional[np.ndarray]:
+        value = f", AP {scores[image_id]:.0f}" if image_id in scores else ""
+        try:
+            return pair(records[image_id], shown[image_id], metadata, note=note + value)
+        except DataError as error:
+            logger.warning("passed over: %s", error)
+            return None
+
+    # among equals, what has more objects tells more
+    objects = {i: len(record.get("annotations", ())) for i, record in records.items()}
+    scored = [image_id for image_id in records if image_id in scores]
+    ranked = sorted(scored, key=lambda i: (-scores[i], -objects[i]))
+    worst = sorted(scored, key=lambda i: (scores[i], -objects[i]))
+    sheets = {"first": list(records), "best": ranked, "worst": worst}
+    for name, image_ids in sheets.items():
+        _write_sheet(output / f"{name}.png", image_ids, num_images, draw)
+    _write_image_ap(output / "image_ap.csv", ranked, scores, records)
+
+    counts = count_errors(annotations, predictions, task, score_threshold)
+    title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
+    write_figure(draw_errors(counts, title), output / "errors")
+    with atomic_write(output / "errors.json") as file:
+        about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
+        json.dump({**about, "counts": counts}, file, indent=2)
+    if each:
+        names = output_names([Path(r["file_name"]) for r in records.values()], lambda path: ".png")
+        for image_id, name in zip(records, names):
+            picture = draw(image_id)
+            if picture is not None:
+                write_png(output / "images" / name, picture)
+    kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+    return f"{title}: {kinds}\nsheets, errors.png and image_ap.csv: {output}"
+
+
+def _write_sheet(
+    path: Path,
+    image_ids: Sequence[Any],
+    num_images: int,
+    draw: Callable[[Any], Optional[np.ndarray]],
+) -> None:
+    """A sheet of the first `num_images` that can be drawn."""
+    pictures: list[np.ndarray] = []
+    for image_id in image_ids:
+        if len(pictures) == num_images:
+            break
+        picture = draw(image_id)
+        if picture is not None:
+            pictures.append(picture)
+    if not pictures:
+        raise UserError(f"{path.name}: there is no image that can be drawn")
+    write_png(path, tile(pictures, columns=2))
+
+
+def _write_image_ap(
+    path: Path, ranked: Sequence[Any], scores: dict[Any, float], records: dict[Any, dict[str, Any]]
+) -> None:
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image_id", "file_name", "AP"])
+        writer.writerows([i, records[i]["file_name"], f"{scores[i]:.4f}"] for i in ranked)
+
+
+def visualize_inputs(
+    arguments: Sequence[str],
+    output: Path,
+    predict: Predict,
+    metadata: Metadata,
+    *,
+    score_threshold: float = 0.5,
+) -> str:
+    """Draws what a model finds on images and videos.
+
+    Args:
+        arguments: see `find_inputs`.
+        output: a folder for `<name>.png` and `<name>.mp4`; or, for a single video, a video file.
+        predict: from an image, (H, W, 3) uint8, RGB, to entries of a COCO results file.
+        metadata: of the data set whose classes the model knows.
+        score_threshold: predictions below it are not drawn.
+
+    Returns:
+        A summary for the screen.
+
+    Raises:
+        UserError: nothing could be read, or something cannot be written. Single files that cannot
+            be read are reported and passed over.
+    """
+    paths = find_inputs(arguments)
+    if is_video(output) and (len(paths) > 1 or not is_video(paths[0])):
+        raise UserError(f"--output {output} is a video, so --input must be a single video")
+
+    def draw(image: np.ndarray) -> np.ndarray:
+        entries = [entry for entry in predict(image) if entry["score"] >= score_threshold]
+        side = max(LEAST_SIDE, *image.shape[:2])
+        return predicted_objects(entries, metadata).draw(image, side)
+
+    names = output_names(paths, lambda path: ".mp4" if is_video(path) else ".png")
+    failed = 0
+    for path, name in zip(paths, names):
+        target = output if is_video(output) else output / name
+        try:
+            if is_video(path):
+                rate, frames = read_frames(path)
+                with open_video(target, rate) as append:
+                    for frame in frames:
+                        append(draw(frame))
+            else:
+                write_png(target, draw(read_rgb(path)))
+        except DataError as error:
+            failed += 1
+            logger.warning("passed over: %s", error)
+    if failed == len(paths):
+        raise UserError(f"none of the {failed} files could be read")
+    passed = f"; {failed} could not be read and were passed over" if failed else ""
+    return f"drawn {len(paths) - failed} of {len(paths)} files{passed}: {output}"
