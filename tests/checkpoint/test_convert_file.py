@@ -1,0 +1,372 @@
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from weight_samples import as_state, constant, mmdet_keys, torchvision_keys
+
+from ws_detectron.checkpoint import (
+    METADATA_KEY,
+    WeightMetadata,
+    WeightsError,
+    WSForm,
+    convert_file,
+    read_weight_file,
+    write_detectron2,
+    write_mmdet,
+)
+from ws_detectron.checkpoint.architecture import ResNetArchitecture
+from ws_detectron.checkpoint.layouts import mmdet_key
+
+Save = Callable[..., Path]
+R18, R50 = ResNetArchitecture(18), ResNetArchitecture(50)
+WS_CONFIG = """
+conv_cfg = dict(type='ConvWS')
+norm_cfg = dict(type='GN', num_groups=32, requires_grad=True)
+model = dict(
+    type='MaskRCNN',
+    data_preprocessor=dict(
+        mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True),
+    backbone=dict(style='pytorch', conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    neck=dict(num_outs=5, conv_cfg=conv_cfg, norm_cfg=norm_cfg),
+    rpn_head=dict(anchor_generator=dict(
+        scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64])),
+    roi_head=dict(
+        bbox_head=dict(
+            bbox_coder=dict(target_stds=[0.1, 0.1, 0.2, 0.2]), conv_cfg=conv_cfg),
+        mask_head=dict(conv_cfg=conv_cfg)))
+"""
+
+
+def mmdet_file(save: Save, config: str = WS_CONFIG, **changes: Any) -> Path:
+    return save(as_state(mmdet_keys(**changes)), "mask_rcnn.pth", meta={"cfg": config})
+
+
+def test_detector_gets_every_tensor_and_its_settings(save: Save) -> None:
+    keys = mmdet_keys()
+    state = as_state(keys)
+    converted = convert_file(save(state, "mask.pth", meta={"cfg": WS_CONFIG}))
+    assert len(converted.state) == len(keys)
+    for key, value in state.items():
+        target = converted.state[str(mmdet_key(key))]
+        assert target.shape == value.shape
+        assert target.flatten()[0] == value.flatten()[0]
+    metadata = converted.metadata
+    # R-18: 20 convs in the ResNet, 8 in the FPN, 4 in each head
+    assert len(metadata.ws_convs) == 36
+    assert set(metadata.ws_convs.values()) == {WSForm("official", 1e-5)}
+    assert "proposal_generator.rpn_head.conv" not in metadata.ws_convs
+    assert (metadata.source, metadata.architecture) == ("mmdet", "R-18")
+    assert (metadata.norm, metadata.gn_groups) == ("GN", 32)
+    assert metadata.stride_in_1x1 is False
+    assert metadata.preprocessing is not None
+    assert metadata.preprocessing.input_format == "RGB"
+    assert metadata.preprocessing.pixel_mean == (123.675, 116.28, 103.53)
+    assert not converted.matching_heuristics
+    assert converted.record.assumptions == []
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_round_trip_is_the_identity(save: Save, tmp_path: Path, masks: bool) -> None:
+    original = mmdet_file(save, masks=masks)
+    write_detectron2(convert_file(original), tmp_path / "d2.pth")
+    write_mmdet(tmp_path / "d2.pth", tmp_path / "back.pth")
+    before = read_weight_file(original)["state_dict"]
+    after = read_weight_file(tmp_path / "back.pth")["state_dict"]
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]), key
+
+
+@pytest.mark.parametrize("letters", ["gn", "bn"])
+def test_round_trip_of_a_resnet_alone(save: Save, tmp_path: Path, letters: str) -> None:
+    state = as_state(torchvision_keys(R18, letters))
+    converted = convert_file(save(state), ws=letters == "gn")
+    assert converted.matching_heuristics
+    write_detectron2(converted, tmp_path / "d2.pth")
+    write_mmdet(tmp_path / "d2.pth", tmp_path / "back.pth")
+    after = read_weight_file(tmp_path / "back.pth")["state_dict"]
+    assert after.keys() == state.keys()
+    assert all(torch.equal(state[key], after[key]) for key in state)
+
+
+def test_file_for_detectron2_says_what_it_is(save: Save, tmp_path: Path) -> None:
+    state = as_state(torchvision_keys(R18, "bn"))
+    state["fc.weight"], state["fc.bias"] = constant(1, (1000, 512)), constant(1, (1000,))
+    state["bn1.num_batches_tracked"] = torch.tensor(7)
+    path = save(state, "resnet18.pth")
+    converted = convert_file(path)
+    write_detectron2(converted, tmp_path / "out.pkl")
+    with open(tmp_path / "out.pkl", "rb") as file:
+        content = pickle.load(file)
+    assert content["matching_heuristics"] is True
+    assert "resnet18.pth" in content["__author__"]
+    assert all(isinstance(value, np.ndarray) for value in content["model"].values())
+    metadata = WeightMetadata.from_dict(content[METADATA_KEY], "out.pkl")
+    assert metadata == converted.metadata
+    assert metadata.ws_convs == {}
+    ignored = {e.source: e.note for e in converted.record.entries if e.target is None}
+    assert set(ignored) == {"fc.weight", "fc.bias", "bn1.num_batches_tracked"}
+    assert all(ignored.values()), "each has a reason"
+    with pytest.raises(WeightsError, match=r"\.pth or \.pkl"):
+        write_detectron2(converted, tmp_path / "out.bin")
+
+
+def test_authors_file(save: Save) -> None:
+    state = {
+        f"module.{key}": value
+        for key, value in as_state(torchvision_keys(R50, "gn")).items()
+        for key in [key.replace("gn", "bn")]
+    }
+    converted = convert_file(save(state, "R-50-GN-WS.pth.tar", epoch=90, arch="resnet50"))
+    assert converted.metadata.source == "ws-authors"
+    assert len(converted.metadata.ws_convs) == 53
+    assert "stem.conv1" in converted.metadata.ws_convs
+
+
+def test_gn_under_torchvision_names_is_ambiguous(save: Save) -> None:
+    keys = torchvision_keys(R18, "gn")
+    path = save(as_state({key.replace("gn", "bn"): shape for key, shape in keys.items()}))
+    with pytest.raises(WeightsError, match="--source ws-authors or --source timm"):
+        convert_file(path)
+    assert convert_file(path, "timm").metadata.ws_convs == {}
+    assert len(convert_file(path, "ws-authors").metadata.ws_convs) == 20
+
+
+def test_caffe2_pickle(tmp_path: Path) -> None:
+    blobs = {"pred_w": np.zeros((1000, 512), "f4"), "pred_b": np.zeros(1000, "f4")}
+    for conv, shape in R18.conv_shapes().items():
+        name = conv.replace("stem.", "").replace("shortcut", "branch1").replace(".", "_")
+        for number, letter in (("conv1", "branch2a"), ("conv2", "branch2b")):
+            name = name if conv == "stem.conv1" else name.replace(number, letter)
+        blobs[f"{name}_w"] = np.zeros(shape, "f4")
+        blobs[f"{name}_gn_s"] = blobs[f"{name}_gn_b"] = np.ones(shape[:1], "f4")
+    path = tmp_path / "R-18.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
+    with pytest.raises(WeightsError, match="--source ws-authors-caffe2"):
+        convert_file(path)
+    converted = convert_file(path, "ws-authors-caffe2")
+    preprocessing = converted.metadata.preprocessing
+    assert preprocessing is not None
+    assert preprocessing.input_format == "BGR"
+    assert preprocessing.pixel_std == (1.0, 1.0, 1.0)
+    assert len(converted.metadata.ws_convs) == 20
+    named = path.rename(tmp_path / "R-18-GN-WS.pkl")
+    assert convert_file(named).metadata.source == "ws-authors-caffe2"
+
+
+def test_unknown_ws_must_be_said(save: Save) -> None:
+    path = save(as_state(mmdet_keys()), "mask.pth")
+    with pytest.raises(WeightsError, match="--ws"):
+        convert_file(path)
+    assert convert_file(path, ws=False).metadata.ws_convs == {}
+    assert len(convert_file(path, ws=True).metadata.ws_convs) == 36
+    record = convert_file(path, ws=True).record
+    assert any("no readable config" in text for text in record.assumptions)
+
+
+def test_config_in_the_file_beats_the_user(save: Save) -> None:
+    with pytest.raises(WeightsError, match="you say the opposite"):
+        convert_file(mmdet_file(save), ws=False)
+    plain = WS_CONFIG.replace("ConvWS", "Conv2d")
+    assert convert_file(mmdet_file(save, plain)).metadata.ws_convs == {}
+
+
+def test_ws_in_one_part_only(save: Save) -> None:
+    config = WS_CONFIG + "\nmodel = dict(backbone=dict(conv_cfg=None), neck=dict(conv_cfg=None))"
+    convs = convert_file(mmdet_file(save, config)).metadata.ws_convs
+    assert len(convs) == 8
+    assert all("_head." in name for name in convs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "setting"),
+    [
+        ("scales=[8]", "scales=[4]", "anchor_generator.scales"),
+        ("ratios=[0.5, 1.0, 2.0]", "ratios=[1.0, 2.0]", "anchor_generator.ratios"),
+        ("[0.1, 0.1, 0.2, 0.2]", "[0.05, 0.05, 0.1, 0.1]", "bbox_head.bbox_coder.target_stds"),
+        ("num_outs=5", "num_outs=4", "neck.num_outs"),
+    ],
+)
+def test_other_settings_are_errors_unless_allowed(
+    save: Save, old: str, new: str, setting: str
+) -> None:
+    path = mmdet_file(save, WS_CONFIG.replace(old, new))
+    with pytest.raises(WeightsError, match=setting):
+        convert_file(path)
+    record = convert_file(path, allow=[setting]).record
+    assert any(setting in text for text in record.assumptions)
+
+
+def test_caffe_style_and_bgr_are_recorded(save: Save) -> None:
+    config = WS_CONFIG.replace("'pytorch'", "'caffe'").replace("True)", "False)")
+    metadata = convert_file(mmdet_file(save, config)).metadata
+    assert metadata.stride_in_1x1 is True
+    assert metadata.preprocessing is not None
+    assert metadata.preprocessing.input_format == "BGR"
+
+
+def test_hostile_config_text_is_not_run(save: Save, tmp_path: Path) -> None:
+    target = tmp_path / "code_was_run"
+    config = f"model = dict(backbone=open({str(target)!r}, 'w'))\nopen({str(target)!r}, 'w')\n"
+    with pytest.raises(WeightsError, match="--ws"):
+        convert_file(mmdet_file(save, config))
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone.layer1.0.se.fc1.weight": (4, 64, 1, 1)}, "attention"),
+        ({"backbone.layer1.0.conv1.weight_gamma": (64,)}, "ConvAWS"),
+        ({"backbone.layer2.0.conv2_offset.weight": (18, 64, 3, 3)}, "deformable"),
+        ({"backbone.layer1.7.conv1.weight": (64, 64, 3, 3)}, "no keys|blocks"),
+        ({"roi_head.semantic_head.convs.weight": (1,)}, "has no keys roi_head.semantic"),
+        ({"rpn_head.rpn_cls.weight": (9, 256, 1, 1)}, "anchors per place is 9"),
+        ({"rpn_head.rpn_reg.weight": (24, 256, 1, 1)}, "RPN box outputs is 24"),
+        ({"roi_head.bbox_head.fc_reg.weight": (77, 1024)}, "77 box outputs"),
+        ({"roi_head.mask_head.conv_logits.weight": (7, 256, 1, 1)}, "7 mask outputs"),
+        ({"roi_head.bbox_head.shared_fcs.0.weight": (1024, 256 * 49 * 4)}, "number of inputs"),
+        ({"neck.fpn_convs.1.conv.weight": (128, 256, 3, 3)}, "fpn_output3"),
+        ({"neck.lateral_convs.4.conv.weight": (256, 256, 1, 1)}, "further FPN level"),
+        ({"backbone.layer1.0.conv1.weight": (64, 64, 1, 1)}, "instead of"),
+        ({"backbone.gn1.weight": (32,)}, "stem.conv1.norm.weight"),
+    ],
+)
+def test_unexpected_tensors_are_errors(save: Save, change: Any, message: str) -> None:
+    path = save(as_state({**mmdet_keys(), **change}), "mask.pth", meta={"cfg": WS_CONFIG})
+    with pytest.raises(WeightsError, match=message):
+        convert_file(path)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "backbone.layer4.1.conv2.weight",
+        "backbone.gn1.bias",
+        "neck.fpn_convs.2.conv.weight",
+        "rpn_head.rpn_cls.weight",
+        "roi_head.bbox_head.fc_cls.weight",
+    ],
+)
+def test_missing_tensors_are_errors(save: Save, key: str) -> None:
+    keys = mmdet_keys()
+    del keys[key]
+    with pytest.raises(WeightsError, match="lacks|no norm layer"):
+        convert_file(save(as_state(keys), "mask.pth", meta={"cfg": WS_CONFIG}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(save: Save, value: float) -> None:
+    state = as_state(mmdet_keys())
+    state["rpn_head.rpn_cls.bias"] = torch.tensor([0.0, value, 0.0])
+    with pytest.raises(WeightsError, match="NaN or infinite.*objectness_logits.bias"):
+        convert_file(save(state, "mask.pth", meta={"cfg": WS_CONFIG}))
+
+
+def test_allowed_key_is_left_out(save: Save) -> None:
+    state = {**as_state(torchvision_keys(R18, "bn")), "extra.weight": torch.ones(1)}
+    path = save(state)
+    with pytest.raises(WeightsError, match="--allow"):
+        convert_file(path)
+    converted = convert_file(path, allow=["extra.*"])
+    assert "extra.weight" not in converted.state
+    (entry,) = [e for e in converted.record.entries if e.source == "extra.weight"]
+    assert (entry.target, entry.note) == (None, "unexpected, allowed by name")
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        (["stem.conv.weight", "stages.0.blocks.0.norm1.weight"], "pre-activation"),
+        (["root.conv.weight", "block1.unit01.conv1.weight"], "pre-activation"),
+        (["conv1.0.weight", "layer1.0.conv1.weight"], "three 3x3 convs"),
+        (["bbox_head.shared_fcs.0.weight", "rpn_head.rpn_conv.weight"], "1.x"),
+        (["encoder.weight"], "of no known kind"),
+    ],
+)
+def test_models_that_cannot_be_are_refused_with_the_reason(
+    save: Save, keys: list[str], reason: str
+) -> None:
+    with pytest.raises(WeightsError, match=reason):
+        convert_file(save({key: torch.ones(1) for key in keys}))
+
+
+def test_half_precision_becomes_single(save: Save) -> None:
+    state = as_state(torchvision_keys(R18, "bn"))
+    state["conv1.weight"] = torch.full((), 0.5, dtype=torch.float16).expand(64, 3, 7, 7)
+    converted = convert_file(save(state))
+    assert converted.state["stem.conv1.weight"].dtype == torch.float32
+    (note,) = [e.note for e in converted.record.entries if e.source == "conv1.weight"]
+    assert "float16" in note
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "no tensors"),
+        ({"state_dict": {"conv1.weight": "text"}}, "is a str"),
+        ({"state_dict": {1: torch.ones(1)}}, "not a tensor"),
+        ({}, "no tensors"),
+    ],
+)
+def test_files_without_weights(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=message):
+        convert_file(tmp_path / "x.pth")
+
+
+def test_own_file_gets_metadata(save: Save, tmp_path: Path) -> None:
+    state = {"backbone.bottom_up.stem.conv1.weight": torch.ones(64, 3, 7, 7)}
+    state["backbone.bottom_up.stem.conv1.norm.weight"] = torch.ones(64)
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": state, "iteration": 5}, path)
+    with pytest.raises(WeightsError, match="--ws"):
+        convert_file(path)
+    converted = convert_file(path, ws=True)
+    assert list(converted.metadata.ws_convs) == ["backbone.bottom_up.stem.conv1"]
+    write_detectron2(converted, tmp_path / "tagged.pth")
+    with pytest.raises(WeightsError, match="needs no conversion"):
+        convert_file(tmp_path / "tagged.pth")
+
+
+def test_mmdet_has_no_place_for_other_models_or_forms_of_ws(tmp_path: Path) -> None:
+    path, out = tmp_path / "model.pth", tmp_path / "out.pth"
+    state = {"backbone.bottom_up.stem.conv1.weight": torch.ones(64, 3, 7, 7)}
+    torch.save({"model": {**state, "head.cls_score.weight": torch.ones(1)}}, path)
+    with pytest.raises(WeightsError, match=r"head\.cls_score\.weight"):
+        write_mmdet(path, out)
+    metadata = WeightMetadata("training", ws_convs={"stem.conv1": WSForm("bit", 1e-6)})
+    torch.save({"model": state, METADATA_KEY: metadata.as_dict()}, path)
+    with pytest.raises(WeightsError, match="ConvWS"):
+        write_mmdet(path, out)
+    assert not out.exists()
+    write_mmdet(path, out, allow=["ws"])
+    assert list(read_weight_file(out)["state_dict"]) == ["backbone.conv1.weight"]
+
+
+@pytest.mark.parametrize("values", [None, {}, {"version": 1}, "text", [1, 2]])
+def test_metadata_of_another_form_names_the_file(values: Any) -> None:
+    with pytest.raises(WeightsError, match=r"file\.pth"):
+        WeightMetadata.from_dict(values, "file.pth")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("version", 99, "another version"),
+        ("ws_convs", {"a": {"mode": "wrong", "eps": 1e-5}}, "mode must be one of"),
+        ("ws_convs", {"a": {"mode": "bit", "eps": -1}}, "eps must be a number > 0"),
+        ("ws_convs", {"a": {"mode": "bit"}}, "eps"),
+        ("preprocessing", {"input_format": "RGB"}, "pixel_mean"),
+        ("surplus", 1, "surplus"),
+    ],
+)
+def test_unusable_metadata_says_what_is_wrong(entry: str, value: Any, message: str) -> None:
+    values = WeightMetadata("training").as_dict()
+    assert WeightMetadata.from_dict(values, "file.pth") == WeightMetadata("training")
+    with pytest.raises(WeightsError, match=message):
+        WeightMetadata.from_dict({**values, entry: value}, "file.pth")

@@ -1,0 +1,132 @@
+import hashlib
+import urllib.error
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.utils.file_io import PathManager
+from weight_samples import as_state, torchvision_keys
+
+from ws_detectron.checkpoint import (
+    FOLDER_VARIABLE,
+    METADATA_KEY,
+    PUBLISHED,
+    WeightsError,
+    path_handler,
+    read_weight_file,
+    register_weight_names,
+)
+from ws_detectron.checkpoint.architecture import ResNetArchitecture
+
+NAME = "ws://jhu/resnet50_gn_ws"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of its own, and no network."""
+
+    def no_network(url: str, timeout: float) -> Any:
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(path_handler.urllib.request, "urlopen", no_network)
+    register_weight_names()
+    yield
+
+
+@pytest.fixture
+def published(save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in the layout of the published one, entered with its hash."""
+    path = save(as_state(torchvision_keys(ResNetArchitecture(18), "gn")), "raw.pth")
+    digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    weights = PUBLISHED["jhu/resnet50_gn_ws"]
+    entry = replace(weights, url=f"https://example.org/resnet50_gn_ws-{digits}.pth")
+    monkeypatch.setitem(PUBLISHED, weights.name, entry)
+    (tmp_path / "folder").mkdir()
+    return path.rename(tmp_path / "folder" / entry.filename)
+
+
+def test_file_from_the_folder(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(published.parent))
+    local = PathManager.get_local_path(NAME)
+    content = read_weight_file(local)
+    assert len(content[METADATA_KEY]["ws_convs"]) == 20
+    assert content[METADATA_KEY]["origin"] == published.name
+    published.unlink()
+    assert PathManager.get_local_path(NAME) == local, "the converted file is kept"
+    with PathManager.open(NAME, "rb") as file:
+        assert file.read(2) == b"PK"
+
+
+def test_download(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Response(BytesIO):
+        headers = {"Content-Length": str(published.stat().st_size)}
+
+    asked = []
+
+    def urlopen(url: str, timeout: float) -> Response:
+        asked.append(url)
+        return Response(published.read_bytes())
+
+    monkeypatch.setattr(path_handler.urllib.request, "urlopen", urlopen)
+    PathManager.get_local_path(NAME)
+    PathManager.get_local_path(NAME)
+    assert asked == [PUBLISHED["jhu/resnet50_gn_ws"].url]
+
+
+def test_download_that_breaks_off(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Response(BytesIO):
+        headers = {"Content-Length": str(published.stat().st_size)}
+
+    half = published.read_bytes()[:1000]
+    monkeypatch.setattr(path_handler.urllib.request, "urlopen", lambda url, timeout: Response(half))
+    with pytest.raises(WeightsError, match="1000 bytes came of"):
+        PathManager.get_local_path(NAME)
+    assert not list((tmp_path / "cache").rglob("*resnet50*.pth"))
+
+
+def test_without_network_the_message_says_what_to_do() -> None:
+    with pytest.raises(WeightsError) as caught:
+        PathManager.get_local_path(NAME)
+    message = str(caught.value)
+    assert "https://download.openmmlab.com/pretrain/third_party/resnet50_gn_ws-15beedd8.pth" in (
+        message
+    )
+    assert FOLDER_VARIABLE in message
+    assert "no network in tests" in message
+
+
+def test_folder_without_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(WeightsError, match="has no file resnet50_gn_ws-15beedd8.pth"):
+        PathManager.get_local_path(NAME)
+
+
+def test_file_with_another_hash(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published.write_bytes(published.read_bytes() + b"x")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(published.parent))
+    with pytest.raises(WeightsError, match="is not the published file"):
+        PathManager.get_local_path(NAME)
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(WeightsError, match="ws://jhu/resnext101_32x4d_gn_ws"):
+        PathManager.get_local_path("ws://jhu/resnet34_gn_ws")
+    with pytest.raises(WeightsError, match="read only"):
+        PathManager.open(NAME, "w")
+
+
+def test_names_are_consistent() -> None:
+    assert len(PUBLISHED) == 16
+    for name, weights in PUBLISHED.items():
+        assert weights.name == name
+        assert len(weights.sha256_prefix) == 8
+        assert int(weights.sha256_prefix, 16) >= 0
+        assert (weights.source == "mmdet") == (weights.box_ap is not None)
+        assert (weights.mask_ap is not None) == ("mask_rcnn" in name)

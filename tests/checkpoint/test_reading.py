@@ -1,0 +1,291 @@
+"""Hostile and broken files: each must be refused with its name, and run nothing."""
+
+import collections
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ws_detectron.checkpoint import WeightsError, read_weight_file
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch '{self.target}'",))
+
+
+class Eval:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (eval, (f"open({str(self.target)!r}, 'w').close()",))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(WeightsError) as caught:
+        read_weight_file(path)
+    message = str(caught.value)
+    assert str(path) in message
+    return message
+
+
+@pytest.fixture
+def proof(tmp_path: Path) -> Path:
+    """Exists once a payload has run."""
+    return tmp_path / "code_was_run"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("payload", [Payload, Eval])
+def test_reduce_payload_in_a_pickle(
+    tmp_path: Path, proof: Path, protocol: int, payload: type
+) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"model": payload(proof)}, protocol=protocol))
+    message = refused(path)
+    assert "system" in message or "eval" in message
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_reduce_payload_in_a_torch_file(tmp_path: Path, proof: Path, zipped: bool) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": Payload(proof)}, path, _use_new_zipfile_serialization=zipped)
+    message = refused(path)
+    assert "system" in message
+    assert "weights_only=False" not in message, "must not advise to load without protection"
+    assert not proof.exists()
+
+
+def test_payload_nested_deep_inside(tmp_path: Path, proof: Path) -> None:
+    nested: Any = {"key": Payload(proof)}
+    for _ in range(20):
+        nested = {"model": [nested, (1, 2.0, "text")]}
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(nested))
+    refused(path)
+    assert not proof.exists()
+
+
+def test_payload_inside_an_array_of_objects(tmp_path: Path, proof: Path) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"w": np.array([Payload(proof)], dtype=object)}))
+    refused(path)
+    assert not proof.exists()
+
+
+def test_object_array_is_refused_without_a_payload(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"w": np.array([None], dtype=object)}))
+    assert "'O8'" in refused(path)
+
+
+def test_structured_dtype_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"w": np.zeros(2, dtype=[("a", "f4"), ("b", "i4")])}))
+    refused(path)
+
+
+def test_forged_dtype_state_is_refused(tmp_path: Path) -> None:
+    class Forged:
+        """dtype('f4') whose state claims fields."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            state = (3, "<", None, ("a",), {"a": 1}, 4, 1, 0)
+            return (np.dtype, ("f4", False, True), state)
+
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps({"w": Forged()}))
+    assert "structured" in refused(path)
+
+
+def test_array_shape_beyond_its_bytes(tmp_path: Path) -> None:
+    data = pickle.dumps({"w": np.zeros(7, dtype="f4")}, protocol=2)
+    assert data.count(b"K\x07\x85") == 1
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(data.replace(b"K\x07\x85", b"K\x09\x85"))
+    assert "28 bytes" in refused(path)
+
+
+def test_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
+    # LONG_BINPUT: the C unpickler reserves room for 2^31 entries here.
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
+    assert read_weight_file(path) == {}
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"\x80\x02cbuiltins\ngetattr\n.",
+        b"\x80\x02cnumpy\nload\n.",
+        b"\x80\x02cnumpy.core.multiarray\nfromfile\n.",
+        b"(ios\nsystem\n.",  # INST
+        b"(cos\nsystem\nS'true'\no.",  # OBJ
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93.",  # STACK_GLOBAL
+        b"\x80\x02\x82\x01.",  # EXT1
+        b"Pid\n.",  # PERSID
+        b"\x80\x02cnumpy\ndtype\n}b.",  # BUILD on an allowed name
+        b"\x80\x02cnumpy\nndarray\n)R.",
+        b"\x80\x02ccollections\nOrderedDict\n)\x81.",  # NEWOBJ
+    ],
+)
+def test_opcodes_that_reach_for_more(tmp_path: Path, opcodes: bytes) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(opcodes)
+    refused(path)
+
+
+def test_dict_that_holds_itself(tmp_path: Path) -> None:
+    looped: dict[str, Any] = {}
+    looped["model"] = looped
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(looped))
+    assert "holds itself" in refused(path)
+
+
+def test_nesting_beyond_the_stack(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
+    refused(path)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/etc/escaped", "archive\\..\\escaped"])
+def test_zip_entry_that_points_outside(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "folder" / "weights.pth"
+    path.parent.mkdir()
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, "payload")
+    assert "outside" in refused(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder"]
+
+
+def test_compressed_zip_is_refused(tmp_path: Path) -> None:
+    plain, path = tmp_path / "plain.pth", tmp_path / "weights.pth"
+    torch.save({"w": torch.zeros(1000)}, plain)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        with zipfile.ZipFile(plain) as source:
+            for entry in source.namelist():
+                target.writestr(entry, source.read(entry))
+    assert "compressed" in refused(path)
+
+
+def test_zip_that_is_no_torch_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "no torch file" in refused(path)
+
+
+def test_tar_archive(tmp_path: Path) -> None:
+    member, path = tmp_path / "inside.txt", tmp_path / "weights.pth.tar"
+    member.write_text("hello")
+    with tarfile.open(path, "w") as archive:
+        archive.add(member, "../escaped")
+    assert "tar archive" in refused(path)
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_truncated_file(tmp_path: Path, form: str, kept: float) -> None:
+    path = tmp_path / "weights.pth"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"w": np.arange(1000, dtype="f4")}))
+    else:
+        state = {"w": torch.arange(1000.0)}
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    refused(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"", "is empty"),
+        (b"These are my weights.\n", "neither a torch file nor a pickle"),
+        (b"<!DOCTYPE html><html>404</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
+        (bytes(range(256)) * 4, "neither"),
+        (pickle.dumps([1, 2, 3]), "holds a list"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, content: bytes, hint: str) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    assert hint in refused(path)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert "No such file" in refused(tmp_path / "none.pth")
+    assert "directory" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_survive_every_protocol(tmp_path: Path, protocol: int) -> None:
+    generator = np.random.default_rng(0)
+    expected = {
+        "f4": generator.standard_normal((2, 3, 4)).astype("f4"),
+        "fortran": np.asfortranarray(generator.standard_normal((3, 4))),
+        "big_endian": np.arange(5, dtype=">i4"),
+        "empty": np.zeros((0, 3), dtype="f4"),
+        "scalar_array": np.array(2.5, dtype="f2"),
+        "bool": np.array([True, False]),
+    }
+    path = tmp_path / "weights.pkl"
+    content = {"blobs": collections.OrderedDict(expected), "n": np.float64(0.1), "b": b"\xff"}
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    found = read_weight_file(path)
+    assert type(found["blobs"]) is dict
+    assert found["n"] == 0.1
+    assert found["b"] == b"\xff"
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found["blobs"][key], array)
+        assert found["blobs"][key].flags["WRITEABLE"]
+
+
+def test_python_2_pickle(tmp_path: Path) -> None:
+    # What cPickle of Python 2.7 writes for {'w': numpy.array([1, 2], dtype='f4')}.
+    data = (
+        b"\x80\x02}q\x01U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U"
+        b"\x01b\x87Rq\x02(K\x01K\x02\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ"
+        b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x08\x00\x00\x80?\x00\x00\x00@tbs."
+    )
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read_weight_file(path)["w"], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pth.tar", "x.pkl", "x"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_are_told_by_their_contents(tmp_path: Path, name: str, zipped: bool) -> None:
+    path = tmp_path / name
+    torch.save({"w": torch.arange(3)}, path, _use_new_zipfile_serialization=zipped)
+    torch.testing.assert_close(read_weight_file(path)["w"], torch.arange(3))
+
+
+def test_mmengine_checkpoint_gets_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("mmengine.logging")
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": "mmengine.logging"})
+    path = tmp_path / "epoch_12.pth"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mmengine", ModuleType("mmengine"))
+        patch.setitem(sys.modules, "mmengine.logging", module)
+        torch.save({"message_hub": module.HistoryBuffer()}, path)
+    assert "publish_model.py" in refused(path)

@@ -1,0 +1,107 @@
+"""State dicts with full shapes that take no room, and small models of every kind."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from torch import nn
+
+from ws_detectron import add_ws_config
+from ws_detectron.checkpoint.architecture import ResNetArchitecture
+
+NORM_TENSORS = {"gn": ("weight", "bias"), "bn": ("weight", "bias", "running_mean", "running_var")}
+
+
+def constant(value: float, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of one repeated value; saved, it takes four bytes."""
+    return torch.full((), float(value)).expand(shape)
+
+
+def torchvision_keys(architecture: ResNetArchitecture, letters: str) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a ResNet in torchvision's layout, written down independently.
+
+    Args:
+        architecture: which ResNet.
+        letters: "bn" or "gn", what the norm layers are called.
+    """
+    keys: dict[str, tuple[int, ...]] = {}
+    for conv, shape in architecture.conv_shapes().items():
+        parts = conv.split(".")
+        if parts[0] == "stem":
+            names = ("conv1", f"{letters}1")
+        else:
+            block = f"layer{int(parts[0][3:]) - 1}.{parts[1]}"
+            if parts[2] == "shortcut":
+                names = (f"{block}.downsample.0", f"{block}.downsample.1")
+            else:
+                names = (f"{block}.{parts[2]}", f"{block}.{letters}{parts[2][4:]}")
+        keys[f"{names[0]}.weight"] = shape
+        for tensor in NORM_TENSORS[letters]:
+            keys[f"{names[1]}.{tensor}"] = shape[:1]
+    return keys
+
+
+def as_state(keys: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes; each has a value of its own."""
+    return {key: constant(1 + i, shape) for i, (key, shape) in enumerate(keys.items())}
+
+
+def mmdet_keys(depth: int = 18, masks: bool = True, classes: int = 80) -> dict[str, Any]:
+    """Key -> shape of a mmdetection gn_ws-all detector."""
+    body = torchvision_keys(ResNetArchitecture(depth), "gn")
+    keys: dict[str, Any] = {f"backbone.{key}": shape for key, shape in body.items()}
+    channels = (64, 128, 256, 512) if depth < 50 else (256, 512, 1024, 2048)
+
+    def conv(name: str, shape: tuple[int, ...]) -> None:
+        keys[f"{name}.conv.weight"] = shape
+        keys[f"{name}.gn.weight"] = keys[f"{name}.gn.bias"] = (256,)
+
+    def layer(name: str, shape: tuple[int, ...], outputs: int) -> None:
+        keys[f"{name}.weight"], keys[f"{name}.bias"] = shape, (outputs,)
+
+    for i, width in enumerate(channels):
+        conv(f"neck.lateral_convs.{i}", (256, width, 1, 1))
+        conv(f"neck.fpn_convs.{i}", (256, 256, 3, 3))
+        conv(f"roi_head.bbox_head.shared_convs.{i}", (256, 256, 3, 3))
+        if masks:
+            conv(f"roi_head.mask_head.convs.{i}", (256, 256, 3, 3))
+    layer("rpn_head.rpn_conv", (256, 256, 3, 3), 256)
+    layer("rpn_head.rpn_cls", (3, 256, 1, 1), 3)
+    layer("rpn_head.rpn_reg", (12, 256, 1, 1), 12)
+    layer("roi_head.bbox_head.shared_fcs.0", (1024, 256 * 7 * 7), 1024)
+    layer("roi_head.bbox_head.fc_cls", (classes + 1, 1024), classes + 1)
+    layer("roi_head.bbox_head.fc_reg", (4 * classes, 1024), 4 * classes)
+    if masks:
+        layer("roi_head.mask_head.upsample", (256, 256, 2, 2), 256)
+        layer("roi_head.mask_head.conv_logits", (classes, 256, 1, 1), classes)
+    return keys
+
+
+def small_config(*, ws: bool, norm: str = "GN", depth: int = 18) -> CfgNode:
+    """An R-18-FPN Faster R-CNN with narrow heads."""
+    cfg = get_cfg()
+    add_ws_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.BACKBONE.NAME = f"build_{'ws_' if ws else ''}resnet_fpn_backbone"
+    resnets = cfg.MODEL.RESNETS
+    resnets.DEPTH, resnets.NORM, resnets.STRIDE_IN_1X1 = depth, norm, False
+    resnets.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
+    resnets.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.NORM, cfg.MODEL.FPN.OUT_CHANNELS = norm, 32
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    box = cfg.MODEL.ROI_BOX_HEAD
+    box.NAME = "WSFastRCNNConvFCHead" if ws else "FastRCNNConvFCHead"
+    box.NUM_CONV, box.CONV_DIM, box.NUM_FC, box.FC_DIM, box.NORM = 1, 32, 1, 32, norm
+    box.POOLER_RESOLUTION = 7
+    return cfg
+
+
+def small_model(**kwargs: Any) -> nn.Module:
+    """A model of `small_config`."""
+    return build_model(small_config(**kwargs)).eval()

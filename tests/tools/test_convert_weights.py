@@ -1,0 +1,73 @@
+"""The command line of tools/convert_weights.py."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the tool in this process and returns what it printed."""
+
+    def run_tool(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        runpy.run_path(str(TOOL), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_tool
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    return path
+
+
+def test_converts_and_reports(run: Run, resnet18: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "d2.pth", tmp_path / "report.tsv"
+    printed = run(str(resnet18), str(out), "--report", str(report))
+    assert "torchvision, R-18" in printed
+    assert "no WS, norm BN" in printed
+    assert "100 tensors mapped, 22 ignored" in printed
+    lines = report.read_text().splitlines()
+    assert lines[0] == "source\ttarget\tnote"
+    assert "conv1.weight\tstem.conv1.weight\t" in lines
+    assert len(lines) == 1 + 122
+    converted = torch.load(out, weights_only=True)
+    original = torch.load(resnet18, weights_only=True)
+    assert torch.equal(converted["model"]["stem.conv1.weight"], original["conv1.weight"])
+
+    back = tmp_path / "back.pth"
+    assert "100 tensors mapped, 0 ignored" in run(str(out), str(back), "--to", "mmdet")
+    returned = torch.load(back, weights_only=True)["state_dict"]
+    assert torch.equal(returned["layer4.1.conv2.weight"], original["layer4.1.conv2.weight"])
+
+
+def test_mistakes_end_with_status_2_and_one_message(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "weights.pth"
+    text.write_text("not weights")
+    with pytest.raises(SystemExit) as ended:
+        run(str(text), str(tmp_path / "out.pth"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {text} is neither")
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_ws_cannot_be_claimed_for_weights_without(
+    run: Run, resnet18: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(str(resnet18), str(tmp_path / "out.pth"), "--ws")
+    assert "you say the opposite" in capsys.readouterr().err

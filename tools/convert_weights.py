@@ -1,0 +1,72 @@
+"""Converts weights of mmdetection, the WS authors, torchvision and timm for detectron2, and back.
+
+Nothing in the input file is executed. Every key is accounted for: an unexpected one is an error.
+"""
+
+import argparse
+from pathlib import Path
+
+from ws_detectron.checkpoint import convert_file, source_names, write_detectron2, write_mmdet
+from ws_detectron.errors import exit_on_user_error
+from ws_detectron.io import atomic_write
+
+EXAMPLES = """examples:
+  # a mmdetection detector, then its AP (the published files have names: docs/weights.md)
+  python tools/convert_weights.py mask_rcnn_r50_fpn_gn_ws-all_2x_coco_20200226-16acb762.pth r50.pth
+  python tools/train_net.py --eval-only MODEL.WEIGHTS r50.pth --config-file \\
+      configs/COCO-InstanceSegmentation/mmdet/mask_rcnn_r50_fpn_gn_ws-all_2x_coco.yaml
+
+  # the WS authors' ImageNet weights
+  python tools/convert_weights.py R-50-GN-WS.pth.tar R-50-GN-WS.pth
+
+  # a detector trained here, for mmdetection
+  python tools/convert_weights.py output/model_final.pth for_mmdet.pth --to mmdet
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", help="the file to convert")
+    parser.add_argument("output", help="the file to write; .pth, or .pkl for detectron2")
+    parser.add_argument(
+        "--source", choices=source_names(), default="auto", help="what the input is (default: auto)"
+    )
+    parser.add_argument("--to", choices=("detectron2", "mmdet"), default="detectron2")
+    ws = parser.add_mutually_exclusive_group()
+    ws.add_argument("--ws", action="store_true", default=None, help="it was trained with WS")
+    ws.add_argument("--no-ws", dest="ws", action="store_false", help="it was trained without")
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="unexpected keys to leave out, or settings of its config to take care of yourself; "
+        "* stands for anything",
+    )
+    parser.add_argument("--report", metavar="FILE", help="write what became of each key, as TSV")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.to == "mmdet":
+        record = write_mmdet(args.input, args.output, args.allow)
+    else:
+        converted = convert_file(args.input, args.source, args.ws, args.allow)
+        write_detectron2(converted, args.output)
+        record, metadata = converted.record, converted.metadata
+        print(f"{metadata.origin}: {metadata.source}, {metadata.architecture or 'any model'}")
+        ws = f"WS in {len(metadata.ws_convs)} convs" if metadata.ws_convs else "no WS"
+        print(f"{ws}, norm {metadata.norm or 'not recorded'}, {metadata.preprocessing}")
+    print(record.summary())
+    if args.report:
+        with atomic_write(Path(args.report)) as file:
+            file.write(record.table())
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

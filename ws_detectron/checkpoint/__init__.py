@@ -1,0 +1,41 @@
+"""Weights from other systems: safe reading, conversion, and whether they fit a model."""
+
+from .checkpointer import WSCheckpointer
+from .convert import ConvertedWeights, convert_file, source_names
+from .describe import describe_model
+from .errors import WeightsError
+from .fit import Fit, check_fit
+from .metadata import METADATA_KEY, Preprocessing, WeightMetadata, WSForm
+from .names import PUBLISHED, PublishedWeights
+from .path_handler import FOLDER_VARIABLE, WSPathHandler, register_weight_names
+from .reading import read_weight_file
+from .report import ConversionRecord, KeyEntry
+from .sources import SOURCES, Source
+from .writing import write_detectron2, write_mmdet
+
+__all__ = [
+    "ConversionRecord",
+    "ConvertedWeights",
+    "FOLDER_VARIABLE",
+    "Fit",
+    "KeyEntry",
+    "METADATA_KEY",
+    "PUBLISHED",
+    "Preprocessing",
+    "PublishedWeights",
+    "SOURCES",
+    "Source",
+    "WSCheckpointer",
+    "WSForm",
+    "WSPathHandler",
+    "WeightMetadata",
+    "WeightsError",
+    "check_fit",
+    "convert_file",
+    "describe_model",
+    "read_weight_file",
+    "source_names",
+    "register_weight_names",
+    "write_detectron2",
+    "write_mmdet",
+]

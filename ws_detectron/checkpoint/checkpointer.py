@@ -1,0 +1,171 @@
+"""`WSCheckpointer`: detectron2's checkpointer with safe reading and a check that weights fit."""
+
+import logging
+import os
+from typing import Any, Optional
+from urllib.parse import parse_qs
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from torch import nn
+
+from .describe import describe_model
+from .errors import WeightsError
+from .fit import check_fit, fold_into
+from .metadata import METADATA_KEY, WeightMetadata
+from .reading import read_weight_file
+from .sources import is_detectron2, recognize
+from .state import check_finite, unwrap_state
+
+logger = logging.getLogger(__name__)
+
+
+class WSCheckpointer(DetectionCheckpointer):
+    """Saves and loads checkpoints like `DetectionCheckpointer`, with three differences.
+
+    - Files are read without running code in them (`read_weight_file`), resumed training included.
+    - Weights that do not fit the model are refused, where that can be known: see `check_fit`.
+    - Saved files say what the model needs (WS convs, preprocessing, ...), so that this can be
+      known of them later.
+
+    Args:
+        model: may be wrapped in DistributedDataParallel.
+        save_dir: where checkpoints are saved, and found for resuming.
+        save_to_disk: None for "on the main process".
+        fold: whether WS weights may go into plain convs, by storing the standardized filters.
+        check: False turns refusals into logged warnings.
+        checkpointables: further objects to save and load, as for `DetectionCheckpointer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: Optional[bool] = None,
+        fold: bool = False,
+        check: bool = True,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self._fold = fold
+        self._check = check
+        self._path = ""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Saves model and checkpointables as `<name>.pth`.
+
+        Args:
+            name: of the file, without ending.
+            kwargs: further plain data; numpy numbers become Python's, which safe loading needs.
+        """
+        kwargs = {key: _plain(value) for key, value in kwargs.items()}
+        kwargs.setdefault(METADATA_KEY, describe_model(self.model).as_dict())
+        super().save(name, **kwargs)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a checkpoint.
+
+        Args:
+            path: a file or anything detectron2's PathManager knows, `ws://` names included.
+                Empty: nothing is loaded.
+            args, kwargs: as for `DetectionCheckpointer.load`.
+
+        Returns:
+            What the file has besides.
+
+        Raises:
+            WeightsError: the file does not exist, cannot be read safely, or does not fit.
+        """
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
+            # With several machines, detectron2 lets those without the file get it from the first.
+            if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+                raise WeightsError(f"there is no weight file {path} (MODEL.WEIGHTS)")
+        self._path = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        content = read_weight_file(filename)
+        if "model" in content:
+            loaded = content
+        elif "model_state" in content:
+            state = content["model_state"]
+            state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+            loaded = {"model": state, "__author__": "pycls", "matching_heuristics": True}
+        else:
+            loaded = self._load_foreign(content, filename)
+        # detectron2 main takes `path?matching_heuristics=True`.
+        url = getattr(self, "_parsed_url_during_load", None)
+        if url is not None and parse_qs(url.query).get("matching_heuristics") == ["True"]:
+            loaded["matching_heuristics"] = True
+        loaded["model"] = unwrap_state({"model": loaded["model"]}, filename).tensors
+        return loaded
+
+    def _load_foreign(self, content: dict[str, Any], filename: str) -> dict[str, Any]:
+        """A file without the entry "model" of detectron2's own."""
+        if "blobs" in content or "conv1_w" in content:
+            blobs = content.get("blobs", content)
+            blobs = {
+                key: value
+                for key, value in blobs.items()
+                if isinstance(value, np.ndarray) and not key.endswith("_momentum")
+            }
+            return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        raw = unwrap_state(content, filename)
+        if not is_detectron2(list(raw.tensors)):
+            try:
+                title = recognize(list(raw.tensors), filename, raw.wrapped).title
+            except WeightsError as error:
+                logger.warning("%s", error)
+            else:
+                raise WeightsError(
+                    f"{self._path or filename} is {title}, which detectron2 would load nothing "
+                    "of. Convert it first: tools/convert_weights.py "
+                    f"{filename} {os.path.splitext(filename)[0]}_d2.pth"
+                )
+        return {"model": raw.tensors}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        values = checkpoint.pop(METADATA_KEY, None)
+        metadata = None if values is None else WeightMetadata.from_dict(values, self._path)
+        author = str(checkpoint.get("__author__", ""))
+        state = checkpoint["model"]
+        if checkpoint.pop("matching_heuristics", False):
+            state = align_and_update_state_dicts(
+                self.model.state_dict(), state, c2_conversion=author == "Caffe2"
+            )
+        checkpoint["model"] = state
+        check_finite(state, self._path)
+        fit = check_fit(self.model, state, metadata, author)
+        for warning in fit.warnings:
+            logger.warning("%s: %s", self._path, warning)
+        if fit.foldable and self._fold:
+            fold_into(state, fit.foldable)
+            logger.info("%s: folded the WS of %d convs", self._path, len(fit.foldable))
+        elif fit.foldable:
+            fit.problems.append(
+                f"{len(fit.foldable)} convs were trained with WS and are plain in the model "
+                f"({', '.join(list(fit.foldable)[:3])}, ...): use the build_ws_* backbones and WS "
+                "heads, or ask for the weights to be folded"
+            )
+        if fit.problems:
+            message = f"{self._path} does not fit the model:\n" + "\n".join(
+                f"- {problem}" for problem in fit.problems
+            )
+            if self._check:
+                raise WeightsError(message)
+            logger.warning("%s\nIt is loaded nevertheless, as the check is off.", message)
+        return super()._load_model(checkpoint)
+
+
+def _plain(value: Any) -> Any:
+    """numpy numbers, such as metrics of evaluators, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value

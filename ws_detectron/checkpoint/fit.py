@@ -1,0 +1,250 @@
+"""Whether weights fit the model they are about to be loaded into."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from torch import nn
+
+from ws_detectron.layers import standardize_weight
+
+from .describe import describe_model
+from .errors import list_some
+from .metadata import Preprocessing, WeightMetadata, WSForm
+
+_BLOCK = re.compile(r"(?:^|\.)res(\d+)\.(\d+)\.")
+_BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
+_PLAIN_AUTHORS = ("torchvision", "pycls", "detectron2 model zoo")
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Fit:
+    """The differences between a file and a model.
+
+    Attributes:
+        problems: why the model would not compute what the weights were trained for.
+        warnings: what cannot be known.
+        foldable: convs that are plain in the model and WS in the file -> the form of WS. They are
+            a problem unless their filters are folded.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    foldable: dict[str, WSForm] = field(default_factory=dict)
+
+
+def check_fit(
+    model: nn.Module, state: State, metadata: Optional[WeightMetadata], author: str = ""
+) -> Fit:
+    """Compares weights with the model that is to take them.
+
+    Parts of the model that the file does not have are left alone: a backbone's weights say
+    nothing of the heads.
+
+    Args:
+        model: not wrapped in DistributedDataParallel.
+        state: the weights; keys that the model has are the model's.
+        metadata: of the file; None if it has none.
+        author: the file's entry `__author__`.
+    """
+    fit = Fit()
+    own = model.state_dict()
+    if not any(key in own for key in state):
+        fit.problems.append(
+            f"no tensor of the file has a name in the model; the file has {list_some(list(state))}"
+            f", the model {list_some(list(own))}"
+        )
+        return fit
+    needs = describe_model(model)
+    _compare_bodies(own, state, fit)
+    _compare_norms(model, own, state, metadata, fit)
+    if metadata is not None and metadata.ws_known:
+        _compare_ws(model, state, needs.ws_convs, metadata.ws_convs, fit)
+    else:
+        _judge_unknown_ws(needs, state, author, fit)
+    if metadata is not None and any(_BODY.search(key) for key in state):
+        _compare_settings(needs, metadata, fit)
+    return fit
+
+
+def fold_into(state: dict[str, torch.Tensor], foldable: Mapping[str, WSForm]) -> None:
+    """Replaces the filters of these convs by their standardized ones, in place."""
+    for name, form in foldable.items():
+        key = f"{name}.weight"
+        state[key] = standardize_weight(state[key], form.eps, form.mode)
+
+
+def _compare_bodies(own: State, state: State, fit: Fit) -> None:
+    """A ResNet of another depth or width must not be loaded in part, as detectron2 would do."""
+    there, here = _blocks(state), _blocks(own)
+    for stage in sorted(there.keys() & here.keys()):
+        if there[stage] != here[stage]:
+            fit.problems.append(
+                f"res{stage} has {len(there[stage])} blocks in the file and {len(here[stage])} in "
+                "the model; check MODEL.RESNETS.DEPTH"
+            )
+    by_ending = {match[1]: key for key in own if (match := _BODY.search(key))}
+    wrong = []
+    for key, value in state.items():
+        match = _BODY.search(key)
+        target = key if key in own else by_ending.get(match[1]) if match else None
+        if match and target and own[target].shape != value.shape:
+            wrong.append(f"{target} {tuple(value.shape)} instead of {tuple(own[target].shape)}")
+    if wrong:
+        fit.problems.append(
+            f"the file has other shapes than the model: {list_some(wrong, 3)}; check "
+            "MODEL.RESNETS.DEPTH, .NUM_GROUPS and .WIDTH_PER_GROUP"
+        )
+
+
+def _blocks(keys: State) -> dict[int, set[int]]:
+    blocks: dict[int, set[int]] = {}
+    for key in keys:
+        match = _BLOCK.search(key)
+        if match:
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    return blocks
+
+
+def _compare_norms(
+    model: nn.Module, own: State, state: State, metadata: Optional[WeightMetadata], fit: Fit
+) -> None:
+    statistics = [key for key in state if key.endswith(".norm.running_mean") and key not in own]
+    endings = {match[1] for key in own if (match := _BODY.search(key))}
+    lost = [key for key in statistics if _sibling(key, "weight", own, endings)]
+    if lost:
+        fit.problems.append(
+            f"the file is of a model with BN and the model has another norm at {list_some(lost)}; "
+            "check MODEL.RESNETS.NORM"
+        )
+    trained_with_gn = metadata is not None and metadata.norm == "GN"
+    bare = []
+    for name, module in model.named_modules():
+        has_statistics = f"{name}.running_mean" in own
+        if has_statistics and f"{name}.weight" in state and f"{name}.running_mean" not in state:
+            if trained_with_gn or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                bare.append(name)
+    if bare and trained_with_gn:
+        fit.problems.append(
+            f"the file is of a model with GN and the model has BN at {list_some(bare)}; check "
+            "MODEL.RESNETS.NORM"
+        )
+    elif bare:
+        fit.warnings.append(
+            f"the file has no BN statistics for {list_some(bare)}; only FrozenBN may go without"
+        )
+
+
+def _sibling(key: str, tensor: str, own: State, endings: set[str]) -> bool:
+    sibling = f"{key.rsplit('.', 1)[0]}.{tensor}"
+    return sibling in own or sibling in endings
+
+
+def _compare_ws(
+    model: nn.Module,
+    state: State,
+    needed: Mapping[str, WSForm],
+    given: Mapping[str, WSForm],
+    fit: Fit,
+) -> None:
+    plain_in_file, other_form = [], {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or f"{name}.weight" not in state:
+            continue
+        here, there = needed.get(name), _form(name, given)
+        if here and not there:
+            plain_in_file.append(name)
+        elif there and not here:
+            fit.foldable[name] = there
+        elif here and there and _computes_otherwise(here, there):
+            other_form[name] = f"({there}) in the file and ({here}) in the model"
+        elif here != there:
+            note = f"WS is ({there}) in the file and ({here}) in the model, a constant factor"
+            if note not in fit.warnings:
+                fit.warnings.append(note)
+    if plain_in_file:
+        fit.problems.append(
+            f"{len(plain_in_file)} convs are WS in the model and were trained without it "
+            f"({list_some(plain_in_file, 3)}): use weights trained with WS, or a model without "
+            "WS in this part (MODEL.BACKBONE.NAME, MODEL.ROI_*_HEAD.NAME, MODEL.WS.*)"
+        )
+    if other_form:
+        name, difference = next(iter(other_form.items()))
+        fit.problems.append(
+            f"the form of WS of {len(other_form)} convs differs: {name} is {difference}; check "
+            "MODEL.WS.MODE and MODEL.WS.EPS"
+        )
+
+
+def _form(name: str, given: Mapping[str, WSForm]) -> Optional[WSForm]:
+    """The file's form of a conv of the model, whose name may be longer."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        form = given.get(".".join(parts[start:]))
+        if form:
+            return form
+    return None
+
+
+def _computes_otherwise(one: WSForm, other: WSForm) -> bool:
+    if one.eps != other.eps:
+        return True
+    # These two differ by the factor sqrt(n / (n - 1)), which the norm layer takes away again.
+    return one.mode != other.mode and "bit" in (one.mode, other.mode)
+
+
+def _judge_unknown_ws(needs: WeightMetadata, state: State, author: str, fit: Fit) -> None:
+    met = [name for name in needs.ws_convs if f"{name}.weight" in state]
+    if met and author == "Caffe2":
+        fit.problems.append(
+            "the model has WS, and a Caffe2-style file does not say whether its weights were "
+            "trained with it; if they are the WS authors', convert them first: "
+            "tools/convert_weights.py --source ws-authors-caffe2"
+        )
+    elif met and author.lower() in _PLAIN_AUTHORS:
+        fit.problems.append(
+            f"the model has WS ({list_some(met, 3)}), and the weights of {author} were trained "
+            "without it: use weights trained with WS, or a model without"
+        )
+    elif met or (needs.norm == "GN" and not author):
+        fit.warnings.append(
+            "the file does not say whether its convs were trained with WS, and the model has "
+            + ("it" if needs.ws_convs else "no WS")
+            + ". If that is wrong the results will be too; nothing in the weights tells"
+        )
+
+
+def _compare_settings(needs: WeightMetadata, metadata: WeightMetadata, fit: Fit) -> None:
+    if needs.preprocessing and metadata.preprocessing:
+        _compare_preprocessing(needs.preprocessing, metadata.preprocessing, fit)
+    pairs = (
+        ("MODEL.RESNETS.STRIDE_IN_1X1", needs.stride_in_1x1, metadata.stride_in_1x1),
+        ("MODEL.WS.GN_GROUPS (32 in detectron2)", needs.gn_groups, metadata.gn_groups),
+    )
+    for key, here, there in pairs:
+        if None not in (here, there) and here != there:
+            fit.problems.append(f"{key} is {here}; the weights were trained with {there}")
+
+
+def _compare_preprocessing(here: Preprocessing, there: Preprocessing, fit: Fit) -> None:
+    if here.input_format and there.input_format and here.input_format != there.input_format:
+        fit.problems.append(
+            f"INPUT.FORMAT is {here.input_format}; the weights were trained with "
+            f"{there.input_format}"
+        )
+    for key, values, trained in (
+        ("MODEL.PIXEL_MEAN", here.pixel_mean, there.pixel_mean),
+        ("MODEL.PIXEL_STD", here.pixel_std, there.pixel_std),
+    ):
+        # Half a grey level: less than the rounding of a pixel, more than that of a decimal.
+        tolerance = 0.5 if key.endswith("MEAN") else 0.05
+        differ = [abs(one - other) > tolerance for one, other in zip(values, trained)]
+        if len(values) != len(trained) or any(differ):
+            fit.problems.append(
+                f"{key} is {[round(value, 4) for value in values]}; the weights were trained "
+                f"with {[round(value, 4) for value in trained]}"
+            )

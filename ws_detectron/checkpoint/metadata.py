@@ -1,0 +1,107 @@
+"""What a weight file says about itself: where it is from and what a model needs to use it.
+
+Files that this package writes hold it as a dict of plain values under the key `METADATA_KEY`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Optional
+
+from ws_detectron.layers import check_ws_arguments
+
+from .errors import WeightsError
+
+METADATA_KEY = "ws_detectron"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class WSForm:
+    """`mode` and `eps` of `standardize_weight` that a conv was trained with."""
+
+    mode: str
+    eps: float
+
+    def __str__(self) -> str:
+        return f"{self.mode}, eps {self.eps:g}"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a detector does with an image (0 to 255) before its first layer.
+
+    Attributes:
+        input_format: order of the channels, "RGB" or "BGR" (detectron2's INPUT.FORMAT).
+        pixel_mean: subtracted, in that order (MODEL.PIXEL_MEAN).
+        pixel_std: divided by, in that order (MODEL.PIXEL_STD).
+    """
+
+    input_format: Optional[str]
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class WeightMetadata:
+    """What fits the tensors of one file.
+
+    Attributes:
+        source: the system that the weights are from, or "training".
+        origin: name of the file that was converted; empty for weights trained here.
+        sha256: of that file.
+        architecture: of the ResNet, "R-50"; empty if unknown.
+        ws_known: whether `ws_convs` says which convs were trained with WS. Where it is False,
+            nothing is known.
+        ws_convs: name of each conv that was trained with WS -> its form. Names are relative to
+            the ResNet in a file that holds a ResNet alone, as its keys are.
+        norm: "GN" or "BN" behind the convs of the ResNet; empty if unknown or none.
+        gn_groups: number of groups of the GN layers.
+        preprocessing: None if unknown.
+        stride_in_1x1: whether the bottlenecks have their stride in the first 1x1 conv
+            (MODEL.RESNETS.STRIDE_IN_1X1); None if unknown or without meaning.
+    """
+
+    source: str
+    origin: str = ""
+    sha256: str = ""
+    architecture: str = ""
+    ws_known: bool = True
+    ws_convs: Mapping[str, WSForm] = field(default_factory=dict)
+    norm: str = ""
+    gn_groups: Optional[int] = None
+    preprocessing: Optional[Preprocessing] = None
+    stride_in_1x1: Optional[bool] = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that every safe loader accepts."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any, path: str) -> "WeightMetadata":
+        """Reads what `as_dict` gave.
+
+        Args:
+            values: from an untrusted file.
+            path: the file, for messages.
+
+        Raises:
+            WeightsError: the values are of another form.
+        """
+        try:
+            values = dict(values)
+            if values.pop("version") != _VERSION:
+                raise ValueError("written by another version of ws_detectron")
+            forms = {str(name): WSForm(**form) for name, form in values.pop("ws_convs").items()}
+            for form in set(forms.values()):
+                check_ws_arguments(form.eps, form.mode)
+            given = values.pop("preprocessing")
+            preprocessing = given and Preprocessing(
+                given["input_format"],
+                tuple(float(value) for value in given["pixel_mean"]),
+                tuple(float(value) for value in given["pixel_std"]),
+            )
+            return cls(ws_convs=forms, preprocessing=preprocessing, **values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f"{path}: the entry {METADATA_KEY!r} cannot be used ({error!r})"
+            ) from None

@@ -1,0 +1,116 @@
+"""Writes weights for detectron2 and for mmdetection."""
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+
+from ws_detectron.io import atomic_write
+
+from .convert import OFFICIAL_WS, ConvertedWeights
+from .errors import WeightsError, list_some
+from .layouts import to_mmdet_key
+from .metadata import METADATA_KEY, WeightMetadata
+from .reading import read_weight_file
+from .report import ConversionRecord, KeyEntry
+from .state import check_finite, is_allowed, unwrap_state
+
+# detectron2 stores these in some versions; mmdetection has them in its config.
+_CONSTANTS = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.")
+
+
+def write_detectron2(converted: ConvertedWeights, path: Union[str, Path]) -> None:
+    """Writes a file that detectron2, with or without this package, loads by itself.
+
+    Args:
+        converted: what `convert_file` gave.
+        path: ends in `.pkl` for a pickle of numpy arrays, in `.pth` for a torch file.
+
+    Raises:
+        WeightsError: `path` has another ending.
+    """
+    path = Path(path)
+    content: dict[str, Any] = {
+        "model": converted.state,
+        "__author__": f"ws_detectron, converted from {converted.metadata.origin}",
+        "matching_heuristics": converted.matching_heuristics,
+        METADATA_KEY: converted.metadata.as_dict(),
+    }
+    if path.suffix not in (".pth", ".pkl"):
+        raise WeightsError(f"the output {path} must end in .pth or .pkl; detectron2 goes by it")
+    with atomic_write(path, "wb") as file:
+        if path.suffix == ".pkl":
+            content["model"] = {key: value.numpy() for key, value in converted.state.items()}
+            pickle.dump(content, file, protocol=4)
+        else:
+            torch.save(content, file)
+
+
+def write_mmdet(
+    source: Union[str, Path], path: Union[str, Path], allow: Sequence[str] = ()
+) -> ConversionRecord:
+    """Writes the model in a detectron2 file in mmdetection's layout.
+
+    Args:
+        source: a checkpoint of a ResNet, a Faster or a Mask R-CNN with FPN, trained here or
+            converted by `convert_file`.
+        path: the torch file to write; mmdetection 2.x and 3.x read it.
+        allow: shell-style patterns of unexpected keys to leave out; "ws" for WS of a form that
+            mmcv's ConvWS does not compute.
+
+    Returns:
+        What was done with each key.
+
+    Raises:
+        WeightsError: the file cannot be read, a key has no place in mmdetection, or its WS is of
+            another form than mmcv's.
+    """
+    raw = unwrap_state(read_weight_file(source), str(source))
+    check_finite(raw.tensors, str(source))
+    record = ConversionRecord()
+    _check_ws(raw.extras.get(METADATA_KEY), str(source), allow, record)
+    norm = "bn" if any(key.endswith("running_mean") for key in raw.tensors) else "gn"
+    whole = any(key.startswith("backbone.") for key in raw.tensors)
+    state: OrderedDict[str, torch.Tensor] = OrderedDict()
+    unexpected = []
+    for key, value in raw.tensors.items():
+        full = key if whole else f"backbone.bottom_up.{key}"
+        target, note = to_mmdet_key(full, norm), ""
+        if key.startswith(_CONSTANTS):
+            note = "part of the config in mmdetection"
+        elif target is None and is_allowed(key, allow):
+            note = "unexpected, allowed by name"
+        elif target is None:
+            unexpected.append(key)
+            continue
+        else:
+            target = target if whole else target[len("backbone.") :]
+            state[target] = value
+        record.entries.append(KeyEntry(key, target, note))
+    if unexpected:
+        raise WeightsError(
+            f"{source} has keys without a place in mmdetection's Faster or Mask R-CNN: "
+            f"{list_some(unexpected)}. --allow KEY leaves a key out"
+        )
+    with atomic_write(path, "wb") as file:
+        torch.save({"meta": {"converted_by": "ws_detectron"}, "state_dict": state}, file)
+    return record
+
+
+def _check_ws(values: Any, path: str, allow: Sequence[str], record: ConversionRecord) -> None:
+    if values is None:
+        record.assumptions.append("the mmdetection config has ConvWS where the model has WS")
+        return
+    metadata = WeightMetadata.from_dict(values, path)
+    for conv, form in metadata.ws_convs.items():
+        # "paper" differs from "official" by a constant, which the norm layer takes away again.
+        if form.mode == "bit" or form.eps != OFFICIAL_WS.eps:
+            if not is_allowed("ws", allow):
+                raise WeightsError(
+                    f"{path}: {conv} has WS of the form ({form}), mmcv's ConvWS is "
+                    f"({OFFICIAL_WS}). --allow ws converts in spite of it"
+                )
+            break
