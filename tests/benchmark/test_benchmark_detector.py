@@ -1,0 +1,28 @@
+import pytest
+
+from ws_detectron.benchmark import detector
+
+# the arms as they are, on a small model
+SMALL = [
+    *["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"],
+    *["MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.FPN.OUT_CHANNELS", "32"],
+    *["MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"],
+    *["MODEL.ROI_MASK_HEAD.CONV_DIM", "32", "MODEL.RPN.POST_NMS_TOPK_TEST", "50"],
+]
+
+
+def test_step_and_inference_of_arms_are_measured(coco_root) -> None:
+    steps = detector.measure_steps(["gn", "gn_ws"], "cpu", 1, 64, rounds=1, warmup=0, opts=SMALL)
+    assert list(steps["seconds"]) == ["gn", "gn_ws"] and not steps["refused"]
+    more = steps["peak_bytes"]["gn_ws"] - steps["peak_bytes"]["gn"]
+    # at most the standardized filters (11.2 M values in the backbone), and what is under way
+    assert 0 < more < 4 * 13_000_000
+    inference = detector.measure_inference("cpu", 64, rounds=1, warmup=0, opts=SMALL)
+    assert list(inference["seconds"]) == ["gn", "gn_ws, folded", "gn_ws, not folded"]
+
+
+def test_what_does_not_run_is_named(coco_root) -> None:
+    steps = detector.measure_steps(["sync_bn"], "cpu", 1, 64, rounds=1, warmup=0, opts=SMALL)
+    assert steps["seconds"] == {} and "SyncB" in steps["refused"]["sync_bn"]
+    with pytest.raises(ValueError, match="variant must be one of plain"):
+        detector._apply("fp8", None, "cpu")

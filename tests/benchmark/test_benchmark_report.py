@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from ws_detectron.benchmark.operation import COPY, OURS
+from ws_detectron.benchmark.report import BEGIN, END, update_readme, write_measurement
+from ws_detectron.errors import DataError
+
+ABOUT = {"date": "2026-01-02 03:04 UTC", "cpu": "A CPU", "cores": 2, "torch": "2.11.0",
+         "command": "python tools/benchmark.py operation"}  # fmt: skip
+SPREAD = {"median": 1.234, "low": 1.1, "high": 1.3}
+
+
+def operation() -> dict:
+    names = [COPY, *OURS.values(), "another"]
+    return {
+        "kind": "operation", "filters": 53, "values": 23_454_912, "threads": 2,
+        "seconds": {name: [0.1, 0.2] for name in names},
+        "milliseconds": dict.fromkeys(names, SPREAD),
+        "times_floor": dict.fromkeys(names, SPREAD),
+        "times_ours": dict.fromkeys(names, {**SPREAD, "median": 6.5}),
+        "peak_bytes": {"another": 3 * 2**20},
+    }  # fmt: skip
+
+
+def detector() -> dict:
+    part = {
+        "what": "training step", "images": 1, "short_side": 320, "variant": "plain",
+        "seconds": {"gn": [1.0], "gn_ws": [1.01]},
+        "median_seconds": {"gn": SPREAD, "gn_ws": SPREAD},
+        "ratios": {"gn": SPREAD, "gn_ws": {"median": 1.01, "low": 1.0, "high": 1.02}},
+        "peak_bytes": {"gn": 2**20, "gn_ws": 2**21},
+        "refused": {"sync_bn": "ValueError: no GPU"},
+    }  # fmt: skip
+    return {"kind": "detector", "parts": [part]}
+
+
+def test_measurement_is_written_as_json_and_table(tmp_path: Path) -> None:
+    text = write_measurement(tmp_path, "cpu_operation", ABOUT, operation())
+    assert (tmp_path / "cpu_operation.md").read_text() == text
+    assert text.startswith("# Operation on a CPU")
+    row = next(line for line in text.splitlines() if line.startswith("| another"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "another",
+        "1.2 (1.1 to 1.3)",
+        "1.23 (1.10 to 1.30)",
+        "6.50 (1.10 to 1.30)",
+        "3",
+    ]
+    assert "23,454,912 values" in text and "2 rounds" in text and "- torch: 2.11.0" in text
+    assert json.loads((tmp_path / "cpu_operation.json").read_text())["about"] == ABOUT
+
+    text = write_measurement(tmp_path, "cpu_step", ABOUT, detector())
+    assert "1.010 (1.000 to 1.020)" in text and "does not run: ValueError: no GPU" in text
+    assert "| times gn" in text and "1234 (1100 to 1300)" in text
+
+
+def test_readme_gets_the_tables_of_all_measurements(tmp_path: Path) -> None:
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    with pytest.raises(DataError, match="holds no measurements"):
+        update_readme(readme, folder)
+    write_measurement(folder, "cpu_operation", ABOUT, operation())
+    write_measurement(folder, "cpu_step", ABOUT, detector())
+    update_readme(readme, folder)
+    once = readme.read_text()
+    assert once.startswith("before\n" + BEGIN) and once.endswith(END + "\nafter\n")
+    assert "old" not in once and "23,454,912 values" in once and "training step" in once
+    assert (
+        "A CPU, 2 cores, torch 2.11.0" in once and "`python tools/benchmark.py operation`" in once
+    )
+    update_readme(readme, folder)
+    assert readme.read_text() == once
+    readme.write_text("no marks")
+    with pytest.raises(DataError, match="needs the lines"):
+        update_readme(readme, folder)

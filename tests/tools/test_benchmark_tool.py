@@ -1,0 +1,19 @@
+"""tools/benchmark.py as a user runs it."""
+
+import json
+from pathlib import Path
+
+
+def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:
+    options = ["--rounds", 1, "--warmup", 0, "--depth", 50, "--output", tmp_path]
+    result = run_tool("benchmark.py", "operation", "--device", "cpu", *options)
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "cpu_operation.json").read_text())
+    assert content["about"]["command"].startswith("python tools/benchmark.py operation --device")
+    assert content["about"]["torch"] and content["values"] == 23_454_912
+    assert "times the floor" in result.stdout and "ws_detectron, paper" in result.stdout
+
+
+def test_help_shows_an_example(call_tool) -> None:
+    status, output, _ = call_tool("benchmark.py", "--help")
+    assert status == 0 and "python tools/benchmark.py arms --batches 1 2 4 8 16" in output

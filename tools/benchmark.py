@@ -1,0 +1,100 @@
+"""Measures what WS costs, everything side by side and in turns, on this machine."""
+
+import argparse
+import shlex
+import sys
+from typing import Any
+
+import torch
+
+from ws_detectron.benchmark.detector import ARMS, VARIANTS, measure_inference, measure_steps
+from ws_detectron.benchmark.environment import environment
+from ws_detectron.benchmark.operation import measure_operation
+from ws_detectron.benchmark.report import update_readme, write_measurement
+from ws_detectron.errors import exit_on_user_error
+
+PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", "timm", "mmcv-lite")
+EXAMPLES = """
+examples (on an idle machine; DETECTRON2_DATASETS must hold COCO for all but the first):
+  python tools/benchmark.py operation
+  python tools/benchmark.py step
+  python tools/benchmark.py step --variants plain channels_last autocast compile
+  python tools/benchmark.py inference --device cuda
+  python tools/benchmark.py arms --batches 1 2 4 8 16 --device cuda
+  python tools/benchmark.py readme
+
+Packages timm and mmcv-lite are measured where they are installed. Random weights: speed does not
+depend on them, because every arm gets the same number of proposals.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", choices=["operation", "step", "inference", "arms", "readme"], metavar="WHAT",
+        help="operation, step (BN, GN, GN+WS), inference (GN, GN+WS folded and not), arms (all, by "
+        "batch), or readme (write the tables into README.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if any"
+    )
+    parser.add_argument("--rounds", type=int, default=None, help="timed runs of each candidate")
+    parser.add_argument("--warmup", type=int, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--short-side", type=int, default=None, help="pixels; default: 800 on a GPU, 320 on a CPU"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], metavar="IMAGES")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["plain"], metavar="VARIANT",
+        help=", ".join(VARIANTS),
+    )  # fmt: skip
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=None, metavar="ARM")
+    parser.add_argument(
+        "--depth", type=int, choices=[50, 101, 152], default=50, help="of the ResNet, for operation"
+    )
+    parser.add_argument("--output", default="results/benchmark", metavar="DIR")
+    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the configs")
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.short_side = args.short_side or (800 if args.device == "cuda" else 320)
+    with exit_on_user_error():
+        if args.what == "readme":
+            update_readme("README.md", args.output)
+            return
+        about = {
+            **environment(PACKAGES),
+            "threads": torch.get_num_threads(),
+            "seed": 0,
+            "command": f"python tools/benchmark.py {shlex.join(sys.argv[1:])}",
+        }
+        name = f"{args.device}_{args.what}"
+        print(write_measurement(args.output, name, about, measure(args)))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """What `write_measurement` takes."""
+    if args.what == "operation":
+        figures = measure_operation(args.device, args.rounds or 30, args.warmup, args.depth)
+        return {"kind": "operation", **figures}
+    rounds = args.rounds or 10
+    if args.what == "inference":
+        part = measure_inference(args.device, args.short_side, rounds, args.warmup, args.opts)
+        return {"kind": "detector", "parts": [{"what": "inference", **part}]}
+    arms = args.arms or (list(ARMS) if args.what == "arms" else ["gn", "gn_ws", "bn"])
+    parts = [
+        {
+            "what": "training step",
+            **measure_steps(
+                arms, args.device, images, args.short_side, rounds, args.warmup, variant, args.opts
+            ),
+        }
+        for images in args.batches
+        for variant in args.variants
+    ]
+    return {"kind": "detector", "parts": parts}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Writes a trained GN+WS model for stock detectron2: folded weights, and a config to build it.
+
+Where they are used, ws_detectron need not be installed.
+"""
+
+import argparse
+
+from ws_detectron.engine import load_config
+from ws_detectron.engine.folding import write_folded
+from ws_detectron.errors import exit_on_user_error
+
+EXAMPLES = """
+examples:
+  python tools/fold_checkpoint.py --config-file output/quickstart/config.yaml \\
+      --output folded.pth MODEL.WEIGHTS output/quickstart/model_final.pth
+
+then, with detectron2 alone:
+  cfg = detectron2.config.get_cfg()
+  cfg.merge_from_file("folded.yaml")
+  predictor = detectron2.engine.DefaultPredictor(cfg)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="the config of the trained model")
+    parser.add_argument("--output", required=True, metavar="PTH", help="a .yaml is put beside it")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    args = parser.parse_args()
+    with exit_on_user_error():
+        weights, config = write_folded(load_config(args.config_file, args.opts), args.output)
+    print(f"folded weights  {weights}\nstock config    {config}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Whole detectors, arm beside arm: training steps and inference on real images, time and memory."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any, Optional
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from ws_detectron.engine import Trainer, load_config
+from ws_detectron.engine.checks import check_device
+from ws_detectron.errors import UserError
+from ws_detectron.modeling import folded_copy
+
+from .timing import Action, interleave, peak_bytes, ratio, spread
+
+ARMS = ("bn", "frozen_bn", "sync_bn", "gn", "gn_ws")
+"""Arms of the COCO configs; what differs between them is listed in configs/README.md."""
+CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{arm}_1img.yaml"
+VARIANTS = ("plain", "channels_last", "autocast", "compile")
+
+Batch = list[dict[str, Any]]
+
+
+def arm_config(arm: str, device: str, short_side: int, opts: Sequence[str] = ()) -> CfgNode:
+    """The COCO config of an arm, from random weights and at one image size."""
+    options: list[Any] = [
+        *["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "SEED", 0, "DATALOADER.NUM_WORKERS", 0],
+        *["INPUT.MIN_SIZE_TRAIN", (short_side,), "INPUT.MAX_SIZE_TRAIN", short_side * 5 // 3],
+        *["INPUT.MIN_SIZE_TEST", short_side, "INPUT.MAX_SIZE_TEST", short_side * 5 // 3],
+        # random weights score nothing high, and the mask head should have its usual work
+        *["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0],
+    ]
+    return load_config(CONFIG.format(arm=arm), [*map(str, options), *opts])
+
+
+def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
+    """The first batches of the training set, the same ones for every arm.
+
+    Args:
+        images: in each batch.
+        number: of batches.
+    """
+    cfg = cfg.clone()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = images, 0
+    torch.manual_seed(cfg.SEED)
+    loader = iter(Trainer.build_train_loader(cfg))
+    return [next(loader) for _ in range(number)]
+
+
+def measure_steps(
+    arms: Sequence[str],
+    device: str,
+    images: int,
+    short_side: int,
+    rounds: int,
+    warmup: int,
+    variant: str = "plain",
+    opts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Times training steps (forward, backward, SGD) of several arms in turns.
+
+    Args:
+        arms: of `ARMS`, the baseline first.
+        images: per step.
+        short_side: of the images, pixels.
+        rounds, warmup: of `interleave`.
+        variant: of `VARIANTS`; "autocast" is bfloat16 on a CPU and float16 with a gradient scaler
+            on a GPU, "compile" compiles backbone and FPN.
+        opts: KEY VALUE overrides of every arm's config.
+
+    Returns:
+        `seconds` and `peak_bytes` by arm, `ratios` to the first arm, and `refused`: arm -> reason,
+        for those that do not run.
+    """
+    actions: dict[str, Action] = {}
+    refused: dict[str, str] = {}
+    batches = real_batches(
+        arm_config(arms[0], device, short_side, opts), images, rounds + warmup + 3
+    )
+    for arm in arms:
+        try:
+            cfg = arm_config(arm, device, short_side, opts)
+            check_device(cfg, num_gpus=1)
+            action = _training_step(cfg, batches, variant)
+            action()
+        except (RuntimeError, UserError, ValueError, NotImplementedError) as error:
+            refused[arm] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        else:
+            actions[arm] = action
+    about = {"images": images, "short_side": short_side, "variant": variant}
+    return {**about, **_measure(actions, rounds, warmup, device), "refused": refused}
+
+
+def measure_inference(
+    device: str, short_side: int, rounds: int, warmup: int, opts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Times inference of one image at a time: GN, GN+WS folded, and GN+WS as it is trained.
+
+    Returns:
+        As `measure_steps`, with GN first.
+    """
+    cfgs = {arm: arm_config(arm, device, short_side, opts) for arm in ("gn", "gn_ws")}
+    batches = real_batches(cfgs["gn"], 1, rounds + warmup + 3)
+    torch.manual_seed(0)
+    models = {arm: Trainer.build_model(cfg).eval() for arm, cfg in cfgs.items()}
+    folded = folded_copy(models["gn_ws"])
+    # the same filters everywhere, so that all find the same boxes
+    models["gn"].load_state_dict(folded.state_dict())
+    candidates = {
+        "gn": models["gn"],
+        "gn_ws, folded": folded,
+        "gn_ws, not folded": models["gn_ws"],
+    }
+    actions = {name: _inference(model, batches) for name, model in candidates.items()}
+    about = {"images": 1, "short_side": short_side, "variant": "plain"}
+    return {**about, **_measure(actions, rounds, warmup, device), "refused": {}}
+
+
+def _measure(actions: dict[str, Action], rounds: int, warmup: int, device: str) -> dict[str, Any]:
+    if not actions:
+        return {"seconds": {}, "ratios": {}, "peak_bytes": {}}
+    seconds = interleave(actions, rounds, warmup, device)
+    first = next(iter(seconds))
+    return {
+        "seconds": seconds,
+        "median_seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratios": {name: ratio(seconds, name, first) for name in seconds},
+        "peak_bytes": {name: peak_bytes(action, device) for name, action in actions.items()},
+    }
+
+
+def _training_step(cfg: CfgNode, batches: list[Batch], variant: str) -> Action:
+    device = cfg.MODEL.DEVICE
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg).train()
+    optimizer = Trainer.build_optimizer(cfg, model)
+    context, scaler = _apply(variant, model, device)
+    turn = _Turns(batches)
+
+    def step() -> None:
+        torch.manual_seed(0)  # the same draws of proposals for every arm
+        with EventStorage(0), context():
+            loss = sum(model(next(turn)).values())
+        optimizer.zero_grad()
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    return step
+
+
+def _inference(model: nn.Module, batches: list[Batch]) -> Action:
+    turn = _Turns(batches)
+
+    def infer() -> None:
+        with torch.no_grad():
+            model(next(turn))
+
+    return infer
+
+
+class _Turns:
+    """The batches one after the other, from the first again after the last."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches, self._next = batches, 0
+
+    def __next__(self) -> Batch:
+        self._next += 1
+        return deepcopy(self._batches[(self._next - 1) % len(self._batches)])
+
+
+def _apply(
+    variant: str, model: nn.Module, device: str
+) -> tuple[Callable[[], AbstractContextManager], Optional[Any]]:
+    """Puts a variant into effect: the context of the forward, and the gradient scaler if any."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}")
+    module: Any = model
+    if variant == "channels_last":
+        module.to(memory_format=torch.channels_last)
+    elif variant == "compile":
+        module.backbone.forward = torch.compile(module.backbone.forward)
+    elif variant == "autocast":
+        if device == "cuda":
+            return lambda: torch.autocast("cuda", torch.float16), torch.amp.GradScaler("cuda")
+        return lambda: torch.autocast("cpu", torch.bfloat16), None
+    return nullcontext, None

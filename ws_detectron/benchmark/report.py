@@ -1,0 +1,130 @@
+"""Measurements as JSON, as Markdown tables, and as the performance section of the README."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+from tabulate import tabulate
+
+from ws_detectron.errors import DataError
+from ws_detectron.io import atomic_write
+
+from .operation import COPY, FLOOR_IN_COPIES, OURS
+
+BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+_MIB = 2**20
+
+
+def write_measurement(
+    folder: Union[str, Path], name: str, about: Mapping[str, Any], measured: Mapping[str, Any]
+) -> str:
+    """Writes `<name>.json` and `<name>.md`; returns the text of the latter.
+
+    Args:
+        folder: made if need be.
+        name: device and what was measured, such as `cpu_operation`.
+        about: environment and command.
+        measured: `{"kind": "operation" or "detector", ...}`.
+    """
+    content = {"about": dict(about), **measured}
+    with atomic_write(Path(folder, f"{name}.json")) as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items())
+    text = f"# {title(name)}\n\n{tables(content)}\n{facts}\n"
+    with atomic_write(Path(folder, f"{name}.md")) as file:
+        file.write(text)
+    return text
+
+
+def title(name: str) -> str:
+    device, _, kind = name.partition("_")
+    return f"{kind.capitalize()} on {'a GPU' if device == 'cuda' else 'a CPU'}"
+
+
+def tables(content: Mapping[str, Any]) -> str:
+    """The tables of one measurement, with a line that says what their columns mean."""
+    if content["kind"] == "operation":
+        return _operation_table(content)
+    return "\n".join(_detector_table(part) for part in content["parts"])
+
+
+def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
+    """Writes the tables of all measurements in `folder` between the two marks of the README.
+
+    Raises:
+        DataError: the README has no such marks, or the folder no measurements.
+    """
+    readme, files = Path(readme), sorted(Path(folder).glob("*.json"))
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise DataError(f"{readme}: needs the lines {BEGIN} and {END}, each once")
+    if not files:
+        raise DataError(f"{folder}: holds no measurements (*.json); make them first")
+    sections = []
+    for file in files:
+        content = json.loads(file.read_text())
+        about = content["about"]
+        machine = about.get("gpu") if file.stem.startswith("cuda") else about["cpu"]
+        sections.append(
+            f"**{title(file.stem)}** ({machine}, {about['cores']} cores, torch {about['torch']}, "
+            f"{about['date']}; `{about['command']}`)\n\n{tables(content)}"
+        )
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    with atomic_write(readme) as out:
+        out.write(head + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + tail)
+
+
+def _operation_table(content: Mapping[str, Any]) -> str:
+    rows: list[Sequence[str]] = []
+    for name, milliseconds in content["milliseconds"].items():
+        peak = content["peak_bytes"].get(name)
+        rows.append(
+            [
+                name,
+                _spread(milliseconds, 1),
+                _spread(content["times_floor"][name], 2),
+                "1.00" if name == OURS["official"] else _spread(content["times_ours"][name], 2),
+                "" if peak is None else f"{peak / _MIB:.0f}",
+            ]
+        )
+    headers = ["operation", "ms", "times the floor", "times ours (official)", "peak, MiB"]
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return f"""{table}
+
+Forward and backward over {content["filters"]} conv weights with {content["values"]:,} values in
+float32, {content["threads"]} CPU threads. Medians (and quartiles) over
+{len(content["seconds"][COPY])} rounds that ran all of them in turns; ratios are taken within a
+round. The floor is {FLOOR_IN_COPIES} times the copy of the same bytes: what must be read and
+written at least.
+"""
+
+
+def _detector_table(part: Mapping[str, Any]) -> str:
+    rows = []
+    for name in part["seconds"]:
+        rows.append(
+            [
+                name,
+                _spread({k: 1000 * v for k, v in part["median_seconds"][name].items()}, 0),
+                _spread(part["ratios"][name], 3),
+                f"{part['peak_bytes'][name] / _MIB:.0f}",
+            ]
+        )
+    rows += [[name, f"does not run: {why}", "", ""] for name, why in part["refused"].items()]
+    baseline = next(iter(part["seconds"]), "-")
+    headers = [part["what"], "ms", f"times {baseline}", "peak, MiB"]
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    rounds = len(next(iter(part["seconds"].values()), []))
+    return f"""{table}
+
+Mask R-CNN R-50-FPN 4conv1fc, {part["images"]} image(s), short side {part["short_side"]} pixels,
+variant {part["variant"]}; medians (and quartiles) over {rounds} rounds in turns.
+"""
+
+
+def _spread(values: Mapping[str, float], digits: int) -> str:
+    median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"

@@ -1,0 +1,103 @@
+"""Candidates timed in turns, so that a change of the machine's load meets all of them."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Action = Callable[[], Any]
+
+
+def interleave(
+    candidates: Mapping[str, Action], rounds: int, warmup: int, device: str
+) -> dict[str, list[float]]:
+    """Runs every candidate once in each round: A B C, then C B A, ...
+
+    Args:
+        candidates: name -> what is timed.
+        rounds: timed runs of each.
+        warmup: runs of each before, not timed.
+        device: `"cuda"` times with CUDA events, and waits for the GPU around each run.
+
+    Returns:
+        Name -> seconds of each round.
+
+    Raises:
+        ValueError: `rounds` is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    for action in candidates.values():
+        for _ in range(warmup):
+            action()
+    measure = _seconds_on_cuda if device == "cuda" else _seconds
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(rounds):
+        for name in list(candidates)[:: 1 if number % 2 == 0 else -1]:
+            gc.collect()
+            seconds[name].append(measure(candidates[name]))
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
+    """How many times as long `name` took as `to`: median and quartiles of the rounds' ratios."""
+    return spread([a / b for a, b in zip(seconds[name], seconds[to])])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lower and upper quartile."""
+    if len(values) == 1:
+        return {"median": values[0], "low": values[0], "high": values[0]}
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": statistics.median(values), "low": low, "high": high}
+
+
+def peak_bytes(action: Action, device: str) -> int:
+    """The most memory that tensors made by `action` held at one time, above what was held before.
+
+    On a CPU it is read off torch's record of every allocation, so it does not depend on what the
+    system's allocator does with them.
+    """
+    action()  # what is allocated once and kept is not counted
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        action()
+    results: Any = profile.profiler
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in results.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _seconds(action: Action) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _seconds_on_cuda(action: Action) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    action()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
