@@ -1,0 +1,210 @@
+"""Running cells: skipped, resumed, failing, side by side, stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.study import Options, run_study, study_cells
+from ws_detectron.study.cell_state import last_words, read_state
+from ws_detectron.study.local import locked, slots
+from ws_detectron.study.process import command
+
+ONE = {"seeds": [1], "batches": [4]}
+
+
+def starts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "starts.txt").read_text().splitlines()]
+
+
+def test_all_cells_run_and_finished_ones_are_skipped(make_study, options: Options) -> None:
+    study = make_study()
+    lines: list[str] = []
+    results = run_study(study, options, lines.append)
+    assert [result.word for result in results.cells] == ["finished"] * 8
+    folder = study.output / "cells" / "bn_4img_seed1"
+    assert starts(folder)[0]["resume"] and len(starts(folder)) == 1
+    assert any("[8/8]" in line and "finished in" in line for line in lines)
+
+    again: list[str] = []
+    run_study(study, options, again.append)
+    assert len(starts(folder)) == 1
+    assert any("8 of 8 cells are finished already" in line for line in again)
+
+
+def test_a_failing_cell_is_named_and_the_others_run(make_study, options: Options) -> None:
+    study = make_study(**ONE)
+    folder = study.output / "cells" / "bn_4img_seed1"
+    folder.mkdir(parents=True)
+    (folder / "fail").touch()
+    lines: list[str] = []
+    results = run_study(study, options, lines.append)
+    assert [result.word for result in results.cells] == ["failed", "finished"]
+    state = results.cells[0].state
+    assert state and state.reason == (
+        "training diverged at iteration 3: loss_mask is nan (exit status 2)"
+    )
+    assert any("bn_4img_seed1 FAILED: training diverged" in line for line in lines)
+
+    (folder / "fail").unlink()  # it is tried again
+    results = run_study(study, options, lines.append)
+    assert [result.word for result in results.cells] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: int) -> None:
+    """SIGTERM takes the cell along; after SIGKILL it lives on, and keeps the study locked."""
+    study = make_study(**ONE)
+    (cell, other) = study_cells(study, {})
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "hang").touch()
+    script = (
+        "import sys\nfrom pathlib import Path\n"
+        "from ws_detectron.study import Options, read_study, run_study\n"
+        "run_study(read_study(sys.argv[1]), Options(Path(sys.argv[2])), print)\n"
+    )
+    job = [sys.executable, "-c", script, str(study.output.parent / "study.yaml")]
+    runner = subprocess.Popen([*job, str(options.train_net)], stdout=subprocess.DEVNULL)
+    try:
+        while not (cell.folder / "starts.txt").is_file():
+            assert runner.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(UserError, match="is being worked on"):
+            run_study(study, options, print)
+        runner.send_signal(number)
+        assert runner.wait(30) == (128 + number if number == signal.SIGTERM else -number)
+        state = read_state(cell)
+        assert state and state.state == "running"
+        if number == signal.SIGKILL:
+            with pytest.raises(UserError, match="is being worked on"):
+                run_study(study, options, print)
+    finally:
+        runner.kill()
+        (cell.folder / "hang").unlink()
+    while True:
+        try:
+            results = run_study(study, options, print)
+            break
+        except UserError:
+            time.sleep(0.05)  # the cell is about to end
+    assert [result.word for result in results.cells] == ["finished", "finished"]
+    assert len(starts(cell.folder)) == 2 and len(starts(other.folder)) == 1
+
+
+def test_other_settings_in_the_same_folder_are_refused(make_study, options: Options) -> None:
+    run_study(make_study(**ONE), options, print)
+    with pytest.raises(ConfigError, match="SOLVER.WEIGHT_DECAY was 0.0001 and is 0.1"):
+        run_study(make_study(**ONE, overrides={"SOLVER.WEIGHT_DECAY": 0.1}), options, print)
+
+
+def test_cells_run_side_by_side(make_study, options: Options) -> None:
+    """Both hang until the other has begun: one after another they never would end."""
+    study = make_study(**ONE)
+    folders = [study.output / "cells" / f"{arm}_4img_seed1" for arm in ("bn", "gn")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "hang").touch()
+
+    def say(line: str) -> None:
+        if "gn_4img_seed1 begins" in line:
+            for folder in folders:
+                (folder / "hang").unlink()
+
+    results = run_study(study, replace(options, jobs=2), say)
+    assert [result.word for result in results.cells] == ["finished"] * 2
+
+
+def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options) -> None:
+    """The stand-in is best at 0.005 per image: 0.04 at the config's 8 images."""
+    search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
+    study = make_study(**ONE, search=search)
+    folder = study.output / "search" / "gn_4img_2"
+    folder.mkdir(parents=True)
+    (folder / "fail").touch()  # so gn has to do without 0.04
+    results = run_study(study, options, print)
+    assert len(results.search) == 6
+    chosen = {result.cell.arm: result.cell.options["SOLVER.BASE_LR"] for result in results.cells}
+    assert chosen == {"bn": pytest.approx(0.02), "gn": pytest.approx(0.01)}
+
+
+def test_only_what_was_asked_for_runs(make_study, options: Options) -> None:
+    study = make_study()
+    results = run_study(study, replace(options, arms=["gn"], batches=[1], seeds=[2]), print)
+    assert [r.cell.name for r in results.cells if r.state] == ["gn_1img_seed2"]
+    with pytest.raises(UserError, match="--arms has ln; the study has bn, gn"):
+        run_study(study, replace(options, arms=["ln"]), print)
+
+
+@pytest.mark.parametrize(
+    "keep, kept",
+    [
+        (None, {"model_final", "model_best"}),
+        ("all", {"model_0000004", "model_final", "model_best"}),
+        ("none", set()),
+    ],
+)
+def test_checkpoints_of_finished_cells(make_study, options: Options, keep: str, kept: set) -> None:
+    study = make_study(**ONE, checkpoints=keep)
+    failing = study.output / "cells" / "gn_4img_seed1"
+    failing.mkdir(parents=True)
+    (failing / "fail").touch()
+    (failing / "model_0000001.pth").touch()
+    run_study(study, options, print)
+    finished = study.output / "cells" / "bn_4img_seed1"
+    assert {path.stem for path in finished.glob("*.pth")} == kept
+    assert (finished / "last_checkpoint").exists() == bool(kept)
+    assert (failing / "model_0000001.pth").exists()
+
+
+def test_several_processes_are_asked_for(make_study, options: Options) -> None:
+    study = make_study(**ONE, processes=2)
+    run_study(study, options, print)
+    cell = study_cells(study, {})[0]
+    assert starts(cell.folder)[0]["processes"] == 2
+    line = command(cell, options.train_net)
+    assert line[line.index("--dist-url") + 1] == "auto"
+
+
+def test_cpu_cells_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert slots(2, None, 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert slots(99, None, 1)[0] == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert slots(2, None, 1) == [{}, {}]
+
+
+def test_gpu_cells_get_their_own() -> None:
+    places = slots(2, [4, 5, 6, 7], 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["4,5", "6,7"]
+    with pytest.raises(UserError, match="--jobs 2 with 2 .* need 4 GPUs; --gpus gives 3"):
+        slots(2, [0, 1, 2], 2)
+
+
+def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:
+    with pytest.raises(UserError, match="--gpus"):
+        run_study(make_study(), replace(options, gpus=[0]), print)
+
+
+def test_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "study"):
+        with pytest.raises(UserError, match="is being worked on"), locked(tmp_path / "study"):
+            pass
+    with locked(tmp_path / "study"):
+        pass
+
+
+def test_last_words(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    assert last_words(path) == "it wrote nothing"
+    path.write_text("starting\nerror: no memory\nclean-up\n\n")
+    assert last_words(path) == "no memory"
+    path.write_text("starting\nRuntimeError: x\n\n")
+    assert last_words(path) == "RuntimeError: x"

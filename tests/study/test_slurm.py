@@ -1,0 +1,105 @@
+"""submitit's local executor in place of Slurm: the same jobs, without a queue."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ws_detectron.errors import UserError
+from ws_detectron.study import Options, study_cells
+from ws_detectron.study.cell_state import FINISHED, write_state
+from ws_detectron.study.progress import Progress
+from ws_detectron.study.results import read_results
+from ws_detectron.study.slurm import JOB, CellJob, run_on_slurm
+
+submitit = pytest.importorskip("submitit", reason="--launcher slurm needs the package submitit")
+ONE = {"seeds": [1], "batches": [4]}
+
+
+def run(study, options: Options, cluster: str = "local") -> list[str]:
+    cells, lines = study_cells(study, {}), []
+    run_on_slurm(
+        cells,
+        options.train_net,
+        study.slurm,
+        study.output / "submitit",
+        Progress(cells, 1, lines.append),
+        cluster=cluster,
+        poll_seconds=0.1,
+    )
+    return lines
+
+
+def test_cells_are_jobs_and_a_failing_one_is_named(make_study, options: Options) -> None:
+    study = make_study(**ONE, slurm={"timeout_min": 5})
+    bn, gn = study_cells(study, {})
+    bn.folder.mkdir(parents=True)
+    (bn.folder / "fail").touch()
+    lines = run(study, options)
+    failed, finished = read_results([bn, gn])
+    assert finished.ap["bbox"] == pytest.approx(101)
+    assert failed.state and "diverged" in failed.state.reason
+    assert any("bn_4img_seed1 FAILED" in line for line in lines)
+    assert not (gn.folder / JOB).exists()
+
+    (bn.folder / "fail").unlink()
+    run(study, options)
+    assert [result.word for result in read_results([bn, gn])] == ["finished", "finished"]
+    assert len((gn.folder / "starts.txt").read_text().splitlines()) == 1
+
+
+def test_a_job_that_is_cut_short_is_submitted_again_as_it_is(make_study, options: Options) -> None:
+    (cell, _) = study_cells(make_study(**ONE), {})
+    again = CellJob().checkpoint(cell, options.train_net)
+    assert isinstance(again.function, CellJob) and again.args == (cell, options.train_net)
+
+
+def test_a_job_in_the_queue_is_not_submitted_twice(
+    make_study, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(**ONE)
+    bn, gn = study_cells(study, {})
+    gn_done = write_state(gn, FINISHED, seconds=1.0)
+    bn.folder.mkdir(parents=True)
+    (bn.folder / JOB).write_text("12345")
+
+    class Queued:
+        """A job that an earlier call has submitted; it ends at the third look."""
+
+        looks = 0
+
+        def __init__(self, folder: Path, job_id: str) -> None:
+            assert job_id == "12345"
+
+        def done(self) -> bool:
+            Queued.looks += 1
+            return Queued.looks >= 3
+
+        def exception(self) -> None:
+            return None
+
+        def result(self):
+            return write_state(bn, FINISHED, seconds=2.0)
+
+    monkeypatch.setattr(submitit, "LocalJob", Queued)
+    run(study, options)
+    assert Queued.looks == 3 and not (bn.folder / "starts.txt").exists()
+    assert gn_done.state == FINISHED
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="needs a machine without Slurm")
+def test_without_slurm_it_says_so(make_study, options: Options) -> None:
+    with pytest.raises(UserError, match="--launcher slurm cannot submit jobs here"):
+        run(make_study(**ONE), options, cluster="slurm")
+
+
+def test_unknown_parameters_are_named(make_study, options: Options) -> None:
+    with pytest.raises(UserError, match="slurm.*timeout_minutes"):
+        run(make_study(**ONE, slurm={"timeout_minutes": 5}), options)
+
+
+def test_submitit_is_needed_for_nothing_else() -> None:
+    code = "import sys; sys.modules['submitit'] = None; import ws_detectron.study.run"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

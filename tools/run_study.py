@@ -1,0 +1,79 @@
+"""Runs a study: arms x batch sizes x seeds, each cell a training, then a report of all."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ws_detectron.errors import exit_on_user_error
+from ws_detectron.study import Options, commands, read_study, report_study, run_study
+from ws_detectron.study import read_study_results as read_results
+
+EXAMPLES = """
+examples:
+  # all of it, on the CPU; the same again goes on where it was stopped
+  python tools/run_study.py configs/studies/fashion_scenes.yaml
+
+  # two cells at a time; only what the commands are; only a report of what is there
+  python tools/run_study.py configs/studies/fashion_scenes.yaml --jobs 2
+  python tools/run_study.py configs/studies/fashion_scenes.yaml --dry-run
+  python tools/run_study.py configs/studies/fashion_scenes.yaml --report-only
+
+  # on 8 GPUs of this machine; one Slurm job per cell (pip install submitit)
+  python tools/run_study.py configs/studies/coco_8gpu.yaml --gpus 0 1 2 3 4 5 6 7
+  python tools/run_study.py configs/studies/coco_8gpu.yaml --launcher slurm --seeds 1
+
+Exit status 1 where a cell failed or is missing; it is named, and the others are reported.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", help="a study file")
+    parser.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default: 1)")
+    parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="default: all")
+    parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
+    parser.add_argument("--arms", nargs="+", help="run only these")
+    parser.add_argument("--batches", type=int, nargs="+", help="run only these")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run only these")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--report", metavar="DIR", type=Path, help="default: `report` in the study's output"
+    )
+    args = parser.parse_args()
+    with exit_on_user_error():
+        study = read_study(args.study)
+        options = Options(
+            train_net=Path(__file__).resolve().with_name("train_net.py"),
+            jobs=args.jobs,
+            gpus=args.gpus,
+            launcher=args.launcher,
+            arms=args.arms,
+            batches=args.batches,
+            seeds=args.seeds,
+        )
+        if args.dry_run:
+            print(*commands(study, options), sep="\n")
+            return
+        results = read_results(study) if args.report_only else run_study(study, options, _say)
+        problems = report_study(results, args.report or study.output / "report", _say)
+    if problems:
+        print("missing or failed:", *problems, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+if __name__ == "__main__":
+    main()

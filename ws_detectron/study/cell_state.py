@@ -1,0 +1,82 @@
+"""What is known of a cell, in its folder: `cell.json`, and the output of its process."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from ws_detectron.errors import ConfigError
+from ws_detectron.io import atomic_write
+
+from .cells import Cell
+
+STATE = "cell.json"
+OUTPUT = "cell.log"
+
+RUNNING, FINISHED, FAILED = "running", "finished", "failed"
+
+
+@dataclass(frozen=True)
+class CellState:
+    """Where a cell stands.
+
+    Args:
+        state: "running" also where its process was killed: it then goes on from its checkpoint.
+        reason: why it failed.
+        seconds: wall time of the last process, start-up and evaluations included.
+        settings: the config that it runs with.
+    """
+
+    state: str
+    settings: dict[str, Any]
+    reason: str = ""
+    seconds: Optional[float] = None
+
+
+def read_state(cell: Cell) -> Optional[CellState]:
+    """What `write_state` wrote; None for a cell that was never started.
+
+    Raises:
+        ConfigError: the folder holds a cell of other settings; names the keys.
+    """
+    path = cell.folder / STATE
+    try:
+        state = CellState(**json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is broken: {error}; delete the folder to run it anew") from error
+    # Keys that only one of them has are new or gone with a version of detectron2.
+    differing = [
+        f"{key} was {state.settings[key]!r} and is {value!r}"
+        for key, value in cell.settings.items()
+        if key in state.settings and state.settings[key] != value and key != "OUTPUT_DIR"
+    ]
+    if differing:
+        raise ConfigError(
+            f"{cell.folder} holds a run with other settings: {'; '.join(differing)}. Give the "
+            "study another `output`, or delete the folder"
+        )
+    return state
+
+
+def write_state(
+    cell: Cell, state: str, *, reason: str = "", seconds: Optional[float] = None
+) -> CellState:
+    """Writes and returns a cell's state."""
+    written = CellState(state, cell.settings, reason, seconds)
+    with atomic_write(cell.folder / STATE) as file:
+        json.dump(asdict(written), file, indent=1)
+        file.write("\n")
+    return written
+
+
+def last_words(path: Path) -> str:
+    """Why a process failed: its last `error:` line, else its last line that is not empty."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return "it wrote nothing"
+    said = [line.strip() for line in lines if line.strip()]
+    errors = [line[len("error: ") :] for line in said if line.startswith("error: ")]
+    return (errors or said or ["it wrote nothing"])[-1]

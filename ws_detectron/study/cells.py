@@ -1,0 +1,207 @@
+"""From a study to its cells: one training run each, matched by the linear rule."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from detectron2.config import CfgNode
+
+from ws_detectron.engine import as_flat_dict, load_config
+from ws_detectron.engine.checks import check_batch, check_datasets, check_weights
+from ws_detectron.engine.config import find_config
+from ws_detectron.engine.scaling import before_end, scale_to_batch
+from ws_detectron.errors import ConfigError
+
+from .spec import Arm, Search, Study
+
+Values = dict[str, Any]
+
+# what the linear rule and the study set, in the order in which a command shows it
+SCALED = (
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.REFERENCE_IMS_PER_BATCH",
+    "SOLVER.REFERENCE_WORLD_SIZE",
+    "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "SOLVER.WARMUP_ITERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "TEST.PRECISE_BN.NUM_ITER",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Args:
+        name: of the run and of its folder.
+        arm, batch, seed: what it belongs to; batch is images per process and step.
+        folder: OUTPUT_DIR.
+        config: path of the arm's config file.
+        options: config key -> value that the command line overrides, OUTPUT_DIR included.
+        processes: of the run.
+        images: that it sees.
+        checkpoints: what it keeps, see `Study`.
+        settings: the whole merged config, by full key; lists for tuples.
+        choice: what a search is trying or has found, at the reference batch.
+    """
+
+    name: str
+    arm: str
+    batch: int
+    seed: int
+    folder: Path
+    config: str
+    options: Values
+    processes: int
+    images: int
+    checkpoints: str
+    settings: Values = field(repr=False)
+    choice: Values = field(default_factory=dict)
+
+    @property
+    def iterations(self) -> int:
+        return self.options["SOLVER.MAX_ITER"]
+
+
+def study_cells(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]) -> list[Cell]:
+    """The cells of the study proper, batch by batch from the largest, which are the fastest.
+
+    Args:
+        study: of `read_study`.
+        choices: (arm, searched batch) -> what the search found, of `search.choose`; None where it
+            found nothing, and those cells are left out. Empty without a search.
+
+    Raises:
+        ConfigError: a config or override cannot work; names it.
+    """
+    cells = []
+    for seed, batch, arm in itertools.product(
+        study.seeds, sorted(study.batches, reverse=True), study.arms
+    ):
+        choice: Optional[Values] = {}
+        if study.search and choices:
+            choice = choices[arm.name, nearest(batch, study.search.batches)]
+        if choice is not None:
+            name = f"{arm.name}_{batch}img_seed{seed}"
+            cells.append(_cell(study, arm, batch, seed, f"cells/{name}", choice))
+    return cells
+
+
+def search_cells(study: Study) -> list[Cell]:
+    """The runs of the search: every combination of the grid for every arm and searched batch.
+
+    They are evaluated once, at their end.
+    """
+    search = study.search
+    if search is None:
+        return []
+    terms = replace(
+        study,
+        images=search.images,
+        evaluations=1,
+        overrides={**study.overrides, **search.overrides},
+    )
+    return [
+        _cell(terms, arm, batch, search.seed, f"search/{arm.name}_{batch}img_{number}", choice)
+        for batch, arm in itertools.product(sorted(search.batches, reverse=True), study.arms)
+        for number, choice in enumerate(combinations(search), start=1)
+    ]
+
+
+def combinations(search: Search) -> list[Values]:
+    """All combinations of the grid, as config key -> value."""
+    return [dict(zip(search.grid, values)) for values in itertools.product(*search.grid.values())]
+
+
+def nearest(batch: int, batches: Sequence[int]) -> int:
+    """The one of `batches` with the smallest ratio to `batch`; of two, the smaller."""
+    return min(batches, key=lambda other: (max(batch / other, other / batch), other))
+
+
+def _cell(study: Study, arm: Arm, batch: int, seed: int, place: str, choice: Values) -> Cell:
+    name = place.replace("cells/", "").replace("/", "_")
+    at_reference = {**study.overrides, **arm.overrides, **choice}
+    reference = load_config(arm.config, words(at_reference))
+    per_step = batch * study.processes
+    seen = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
+    if seen % per_step:
+        raise ConfigError(
+            f"cell {name}: {seen} images are no whole number of steps of {per_step} images; give "
+            "the study a number of `images` that every batch (times `processes`) divides"
+        )
+    scaled = _scaled(reference, per_step, seen, study.evaluations)
+    folder = study.output / place
+    flat = as_flat_dict(scaled)
+    options = {key: value for key, value in at_reference.items() if key not in SCALED}
+    options.update({key: flat[key] for key in SCALED})
+    options.update({"SEED": seed, "MODEL.DEVICE": study.device, "OUTPUT_DIR": str(folder)})
+    cfg = load_config(arm.config, words(options))
+    return Cell(
+        name=name,
+        arm=arm.name,
+        batch=batch,
+        seed=seed,
+        folder=folder,
+        config=find_config(arm.config),
+        options=options,
+        processes=study.processes,
+        images=seen,
+        checkpoints=study.checkpoints,
+        settings={key: _plain(value) for key, value in as_flat_dict(cfg).items()},
+        choice=choice,
+    )
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """What a user can get wrong, for all cells before the first is started.
+
+    The device is left out: another machine may run the cell.
+
+    Raises:
+        UserError: a cell cannot run; names it and the reason.
+    """
+    for cell in cells:
+        cfg = load_config(cell.config, words(cell.options))
+        try:
+            check_weights(cfg)
+            check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+            check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+            check_batch(cfg, cell.processes)
+        except ConfigError as error:
+            raise ConfigError(f"cell {cell.name}: {error}") from error
+
+
+def words(values: Values) -> list[str]:
+    """Keys and values as a command line has them."""
+    return [str(word) for pair in values.items() for word in pair]
+
+
+def _scaled(reference: CfgNode, per_step: int, seen: int, evaluations: Optional[int]) -> CfgNode:
+    """LR and schedule of a reference config for another batch and another number of images.
+
+    Milestones keep their place in the schedule; warm-up keeps its images.
+    """
+    reference, _ = scale_to_batch(reference)
+    cfg = reference.clone()
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = cfg.SOLVER.IMS_PER_BATCH
+    cfg.SOLVER.IMS_PER_BATCH = per_step
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    cfg, _ = scale_to_batch(cfg)
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = per_step  # also where it was 0: this LR is meant
+    cfg.SOLVER.MAX_ITER = seen // per_step
+    length = cfg.SOLVER.MAX_ITER / reference.SOLVER.MAX_ITER
+    steps = [round(step * length) for step in reference.SOLVER.STEPS]
+    cfg.SOLVER.STEPS = before_end(steps, cfg.SOLVER.MAX_ITER)
+    if evaluations:
+        period = -(-cfg.SOLVER.MAX_ITER // evaluations)
+        cfg.TEST.EVAL_PERIOD = cfg.SOLVER.CHECKPOINT_PERIOD = period
+    return cfg
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,141 @@
+"""Runs cells on this machine, a number of them side by side."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Optional
+
+import portalocker
+
+from ws_detectron.errors import UserError
+
+from .cell_state import FINISHED, read_state
+from .cells import Cell
+from .process import CellProcess
+from .progress import Progress
+
+POLL_SECONDS = 0.5
+BEAT_SECONDS = 600.0
+LOCK = "study.lock"
+
+
+def slots(jobs: int, gpus: Optional[Sequence[int]], processes: int) -> list[dict[str, str]]:
+    """The environment of each place where a cell can run.
+
+    CPU cells share the cores; GPU cells get the next `processes` GPUs each.
+
+    Args:
+        jobs: how many cells run side by side.
+        gpus: numbers of the GPUs to use; None for the CPU.
+        processes: of each cell.
+
+    Raises:
+        UserError: there are not enough GPUs.
+    """
+    if gpus is None:
+        if "OMP_NUM_THREADS" in os.environ:
+            return [{} for _ in range(jobs)]
+        threads = max(1, _cores() // (jobs * processes))
+        return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
+    if len(gpus) < jobs * processes:
+        raise UserError(
+            f"--jobs {jobs} with {processes} process(es) each need {jobs * processes} GPUs; "
+            f"--gpus gives {len(gpus)}"
+        )
+    shares = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, share))} for share in shares]
+
+
+def run_locally(
+    cells: Sequence[Cell],
+    train_net: Path,
+    places: Sequence[dict[str, str]],
+    progress: Progress,
+    lock: IO[Any],
+) -> None:
+    """Runs all cells that are not finished; a cell that fails does not keep the others from it.
+
+    Cells that were killed go on from their last checkpoint, and failed ones are tried again.
+
+    Args:
+        cells: in the order in which they start.
+        train_net: path of tools/train_net.py.
+        places: an environment for each cell that runs at a time, of `slots`.
+        progress: is told of every start and end.
+        lock: of `locked`; the cells keep it, so that the study stays locked as long as one of them
+            lives, even if this process is killed.
+    """
+    waiting = [cell for cell in cells if not _is_finished(cell)]
+    waiting.reverse()
+    free = list(reversed(range(len(places))))
+    running: dict[int, CellProcess] = {}
+    beat = time.monotonic()
+    with _ended_by_sigterm():
+        try:
+            while waiting or running:
+                while waiting and free:
+                    place, cell = free.pop(), waiting.pop()
+                    progress.began(cell)
+                    running[place] = CellProcess(
+                        cell, train_net, places[place], pass_fds=[]
+                    )
+                for place in [place for place, process in running.items() if process.poll()]:
+                    process = running.pop(place)
+                    free.append(place)
+                    progress.ended(process.cell, process.finish())
+                if time.monotonic() - beat > BEAT_SECONDS:
+                    beat = time.monotonic()
+                    progress.beat(process.cell for process in running.values())
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in running.values():
+                process.stop()
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[IO[Any]]:
+    """Keeps a study's folder from being worked on twice.
+
+    Raises:
+        UserError: somebody else works on it, be it only a cell whose `run_study` was killed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / LOCK, "a") as file:
+        try:
+            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+        except portalocker.LockException as error:
+            raise UserError(
+                f"{output} is being worked on by another run_study.py, or by a cell of one that "
+                f"was killed; wait for it or end it (fuser {output / LOCK} shows it)"
+            ) from error
+        yield file
+
+
+def _cores() -> int:
+    """The cores that this process may use; macOS knows only how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_finished(cell: Cell) -> bool:
+    state = read_state(cell)
+    return state is not None and state.state == FINISHED
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Turns SIGTERM into an exception, so that the cells are stopped on the way out."""
+
+    def leave(number: int, frame: Optional[FrameType]) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

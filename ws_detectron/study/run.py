@@ -1,0 +1,163 @@
+"""A whole study: search, cells, report."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Optional
+
+from ws_detectron.errors import UserError
+
+from .cells import Cell, check_cells, search_cells, study_cells
+from .local import locked, run_locally, slots
+from .process import command, shown
+from .progress import Progress
+from .report import StudyResults, problems_of, write_report
+from .results import choose, read_results
+from .slurm import run_on_slurm
+from .spec import Study
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study is run.
+
+    Args:
+        train_net: path of tools/train_net.py.
+        jobs: how many cells run side by side.
+        gpus: numbers of the GPUs to use; None for all visible ones on "cuda", for none on "cpu".
+        launcher: "local" or "slurm".
+        cluster: submitit's name for the cluster of "slurm".
+        arms, batches, seeds: run only these; None for all. The report is of all.
+    """
+
+    train_net: Path
+    jobs: int = 1
+    gpus: Optional[Sequence[int]] = None
+    launcher: str = "local"
+    cluster: str = "slurm"
+    arms: Optional[Collection[str]] = field(default=None)
+    batches: Optional[Collection[int]] = field(default=None)
+    seeds: Optional[Collection[int]] = field(default=None)
+
+
+def run_study(study: Study, options: Options, say: Say) -> StudyResults:
+    """Runs what is not finished: the search first, then the cells with what it chose.
+
+    Raises:
+        UserError: a cell cannot run on any machine, or the folder is being worked on.
+    """
+    check_cells([*search_cells(study), *study_cells(study, {})])
+    with locked(study.output) as lock:
+        _run(study, "search", search_cells(study), options, say, lock)
+        _run(study, "study", study_cells(study, _choices(study)), options, say, lock)
+    return read_study_results(study)
+
+
+def _run(
+    study: Study, what: str, cells: Sequence[Cell], options: Options, say: Say, lock: IO[Any]
+) -> None:
+    """Runs those of the cells that were asked for and are not finished."""
+    wanted = _selected(study, cells, options)
+    if not wanted:
+        return
+    say(f"{what}: {len(wanted)} cells in {study.output}")
+    if options.launcher == "slurm":
+        run_on_slurm(
+            wanted,
+            options.train_net,
+            study.slurm,
+            study.output / "submitit",
+            Progress(wanted, None, say),
+            cluster=options.cluster,
+        )
+        return
+    places = slots(options.jobs, _gpus(study, options), study.processes)
+    run_locally(wanted, options.train_net, places, Progress(wanted, options.jobs, say), lock)
+
+
+def read_study_results(study: Study) -> StudyResults:
+    """What is there of a study, finished or not."""
+    choices = _choices(study)
+    return StudyResults(
+        study, read_results(study_cells(study, choices)), read_results(search_cells(study))
+    )
+
+
+def report_study(results: StudyResults, folder: Path, say: Say) -> list[str]:
+    """Writes the report and says where; returns what is missing or failed."""
+    paths = write_report(results, folder)
+    say(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
+    return problems_of(results)
+
+
+def commands(study: Study, options: Options) -> list[str]:
+    """The command of each cell that would run, finished ones included, for a shell.
+
+    Where a search has not ended, the cells that follow it are shown with the values of the study
+    file, and a comment says so.
+    """
+    lines = []
+    searching = search_cells(study)
+    choices = _choices(study)
+    if searching:
+        lines.append("# search")
+        lines += _commands(_selected(study, searching, options), options)
+        lines.append("# cells")
+        unknown = sorted({arm for (arm, _), choice in choices.items() if choice is None})
+        if unknown:
+            keys = ", ".join(study.search.grid if study.search else ())
+            lines.append(f"# {keys} of {', '.join(unknown)}: what the search will find")
+            choices = {where: choice or {} for where, choice in choices.items()}
+    lines += _commands(_selected(study, study_cells(study, choices), options), options)
+    return lines
+
+
+def _commands(cells: Sequence[Cell], options: Options) -> list[str]:
+    return [shown(command(cell, options.train_net)) for cell in cells]
+
+
+def _choices(study: Study) -> dict:
+    return choose(study, read_results(search_cells(study)))
+
+
+def _selected(study: Study, cells: Sequence[Cell], options: Options) -> list[Cell]:
+    """The cells that were asked for; a search is of an arm, whatever batches and seeds."""
+    known: dict[str, Collection] = {
+        "arms": [arm.name for arm in study.arms],
+        "batches": study.batches,
+        "seeds": study.seeds,
+    }
+    for name, values in known.items():
+        unknown = set(getattr(options, name) or ()) - set(values)
+        if unknown:
+            raise UserError(
+                f"--{name} has {', '.join(map(str, sorted(unknown)))}; the study has "
+                f"{', '.join(map(str, values))}"
+            )
+    searching = {cell.name for cell in search_cells(study)}
+    return [
+        cell
+        for cell in cells
+        if (options.arms is None or cell.arm in options.arms)
+        and (
+            cell.name in searching
+            or (
+                (options.batches is None or cell.batch in options.batches)
+                and (options.seeds is None or cell.seed in options.seeds)
+            )
+        )
+    ]
+
+
+def _gpus(study: Study, options: Options) -> Optional[Sequence[int]]:
+    if study.device == "cpu":
+        if options.gpus is not None:
+            raise UserError('--gpus was given, but the study file says `device: "cpu"`')
+        return None
+    if options.gpus is not None:
+        return options.gpus
+    import torch
+
+    return range(torch.cuda.device_count())

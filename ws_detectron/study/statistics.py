@@ -1,0 +1,98 @@
+"""Means over seeds, and differences of them with a confidence interval.
+
+Source of the interval: Welch, "The generalization of Student's problem when several different
+population variances are involved" (Biometrika 34, 1947).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean of some values, and their standard deviation with n - 1 below; None for one value."""
+
+    count: int
+    mean: float
+    deviation: Optional[float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of two means, with the ends of its interval; None with too few values."""
+
+    mean: float
+    low: Optional[float] = None
+    high: Optional[float] = None
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and self.low * self.high > 0
+
+
+def summarize(values: Sequence[float]) -> Optional[Summary]:
+    """None of no values."""
+    if not values:
+        return None
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Summary(len(values), float(np.mean(values)), deviation)
+
+
+def difference(
+    values: Sequence[float], baseline: Sequence[float], level: float = LEVEL
+) -> Optional[Difference]:
+    """Mean of `values` less mean of `baseline`, with Welch's interval.
+
+        d ± t(level, v) * sqrt(s1²/n1 + s2²/n2)
+        v = (s1²/n1 + s2²/n2)² / ((s1²/n1)²/(n1 - 1) + (s2²/n2)²/(n2 - 1))
+
+    It takes the values for independent and normally distributed, and the two variances for
+    different. Runs of one seed share the order of the images, which it does not make use of.
+
+    Returns:
+        None where either side has no value; without an interval where one has a single value.
+    """
+    if not values or not baseline:
+        return None
+    mean = float(np.mean(values) - np.mean(baseline))
+    if min(len(values), len(baseline)) < 2:
+        return Difference(mean)
+    shares = [float(np.var(side, ddof=1)) / len(side) for side in (values, baseline)]
+    total = sum(shares)
+    if total == 0:
+        return Difference(mean, mean, mean)
+    freedom = total**2 / sum(
+        share**2 / (len(side) - 1) for share, side in zip(shares, (values, baseline))
+    )
+    half = student_t(level, freedom) * math.sqrt(total)
+    return Difference(mean, mean - half, mean + half)
+
+
+def student_t(level: float, freedom: float) -> float:
+    """The t for which |T| <= t with probability `level`, T of Student's distribution.
+
+    With t = sqrt(v) tan(a) the probability is the integral of cos(x)^(v-1) from 0 to a, over that
+    to pi/2; solved for `a` by bisection.
+
+    Args:
+        level: between 0 and 1.
+        freedom: degrees of freedom v, at least 1, not necessarily whole.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+
+    def integral(end: float) -> float:
+        angles = end / 2 * (nodes + 1)
+        return float(end / 2 * np.sum(weights * np.cos(angles) ** (freedom - 1)))
+
+    wanted = level * integral(math.pi / 2)
+    low, high = 0.0, math.pi / 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if integral(middle) < wanted else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
