@@ -1,0 +1,79 @@
+"""The README's code runs as it stands, and what it names exists."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ws_detectron import model_zoo
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+MY_CONFIG = """
+_BASE_: "{base}"
+MODEL:
+  BACKBONE: {{NAME: build_resnet_fpn_backbone}}
+  ROI_BOX_HEAD: {{NAME: FastRCNNConvFCHead}}
+  ROI_MASK_HEAD: {{NAME: MaskRCNNConvUpsampleHead}}
+DATASETS: {{TRAIN: ["scenes_shapes_128_val"], TEST: []}}
+SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 1, STEPS: []}}
+DATALOADER: {{NUM_WORKERS: 0}}
+OUTPUT_DIR: "{output}"
+"""
+
+
+def test_use_in_an_own_project(tmp_path: Path) -> None:
+    """Both blocks in one script of a project that is not this one, started from its own folder."""
+    base = model_zoo.get_config_file("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
+    (tmp_path / "my_config.yaml").write_text(MY_CONFIG.format(base=base, output=tmp_path))
+    training, conversion = PYTHON_BLOCKS
+    script = tmp_path / "train.py"
+    script.write_text(
+        "\n".join(
+            [
+                training,
+                "model = trainer.model",
+                "ws = sum(isinstance(m, ws_detectron.WSConv2d) for m in model.modules())",
+                conversion,
+                "print('WS convs:', ws, 'then', len(report.converted))",
+                "print(any(isinstance(m, ws_detectron.WSConv2d) for m in model.modules()))",
+            ]
+        )
+    )
+    result = subprocess.run(
+        [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    # 20 in R-18 and 8 in the FPN; the heads' 4 convs are followed by GN as well
+    assert "WS convs: 28 then 32" in result.stdout and result.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)[^)]*\)", README))
+def test_links_lead_somewhere(path: str) -> None:
+    if not path.startswith("http"):
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"\b((?:tools|configs)/[\w./-]+\w)", README)))
+)
+def test_named_files_exist(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("pattern", re.findall(r"^\| `(\S*mask_rcnn\S*)`", README, re.MULTILINE))
+def test_configs_of_the_table_exist(pattern: str) -> None:
+    for n in (1, 2, 8):
+        for arm in ("bn", "sync_bn", "gn", "bn_ws", "gn_ws"):
+            name = pattern.format(n=n, arm=arm)
+            assert f"COCO-InstanceSegmentation/{name}.yaml" in model_zoo.config_names()
+
+
+@pytest.mark.parametrize("target", re.findall(r"^    make (\w+)", README, re.MULTILINE))
+def test_make_targets_exist(target: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE)
