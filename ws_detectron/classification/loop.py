@@ -1,0 +1,112 @@
+"""One pass over the training images, and predictions."""
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Callable, Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .data import Images, batches
+from .model import CLASSES
+from .progress import Progress, Timer
+from .recipe import Schedule
+
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Mean cross-entropy (None where it is not finite) and share of right answers."""
+
+    loss: Optional[float]
+    accuracy: float
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    data: Images,
+    batch_size: int,
+    first_step: int,
+    *,
+    progress: Progress,
+    amp: bool = False,
+    compiled: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+) -> Figures:
+    """Trains on every image once, in an order drawn from torch's global generator.
+
+    Args:
+        first_step: steps that were done before, for the schedule.
+        compiled: `model` as torch.compile gives it, for all batches of full size.
+
+    Returns:
+        The figures of the images as each was met, dropout included.
+    """
+    model.train()
+    device = data.labels.device
+    order = torch.randperm(len(data)).to(device)
+    # Loss and accuracy are reckoned from the kept logits now and then, not at every step: on a GPU
+    # a step would wait for them, and at batch 2 they would be a good part of it.
+    logits = torch.empty(len(data), CLASSES, device=device)
+    labels = data.labels[order]
+    seen = shown = 0
+    timer = Timer()
+    for step, (images, targets) in enumerate(batches(data, order, batch_size), start=first_step):
+        lr = schedule.at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        size = len(targets)
+        with autocast(device, amp):
+            if compiled is not None and size == batch_size:
+                _begin_compiled_step()
+                output = compiled(images)
+            else:
+                output = model(images)
+            loss = F.cross_entropy(output, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        logits[seen : seen + size] = output.detach()
+        seen += size
+        if timer.due():
+            now = figures(logits[shown:seen], labels[shown:seen])
+            progress.advance(seen - shown, now.loss or math.nan, now.accuracy)
+            shown = seen
+    return figures(logits, labels)
+
+
+def predict(model: nn.Module, data: Images, amp: bool = False) -> torch.Tensor:
+    """Logits (N, 10), float32, of the model in evaluation."""
+    model.eval()
+    with torch.inference_mode(), autocast(data.labels.device, amp):
+        parts = [model(images).float() for images in data.images.split(EVALUATION_BATCH)]
+    return torch.cat(parts)
+
+
+def figures(logits: torch.Tensor, labels: torch.Tensor) -> Figures:
+    """Of logits (N, 10) and classes (N,)."""
+    loss = F.cross_entropy(logits, labels).item()
+    right = (logits.argmax(1) == labels).float().mean().item()
+    return Figures(loss if math.isfinite(loss) else None, right)
+
+
+def autocast(device: torch.device, amp: bool) -> AbstractContextManager:
+    """bfloat16, which needs no loss scale and works on CPUs as well."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+
+
+def compile_model(model: nn.Module, device: str) -> Any:
+    """torch.compile for batches of one size; on a GPU it replays the step as CUDA graphs."""
+    mode = "reduce-overhead" if device == "cuda" else "default"
+    return torch.compile(model, mode=mode, dynamic=False)
+
+
+def _begin_compiled_step() -> None:
+    """CUDA graphs of an earlier step may reuse their memory from here on."""
+    mark = getattr(torch.compiler, "cudagraph_mark_step_begin", None)  # from torch 2.2 on
+    if mark is not None:
+        mark()

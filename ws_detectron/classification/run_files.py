@@ -1,0 +1,114 @@
+"""The files of one training, each written atomically.
+
+settings.json     what was asked for
+history.json      one entry for each epoch
+checkpoint.pt     all that the next epoch depends on; removed when the training has ended
+weights.pth       of the epoch with the best validation accuracy
+test_logits.npy   (images, 10) float32, of these weights
+result.json       written last: where it is, the training has ended
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import portalocker
+import torch
+
+from ws_detectron.checkpoint.reading import read_weight_file
+from ws_detectron.errors import UserError
+from ws_detectron.io import atomic_write
+
+from .settings import TrainingSettings
+
+SETTINGS, HISTORY, RESULT = "settings.json", "history.json", "result.json"
+CHECKPOINT, WEIGHTS, TEST_LOGITS = "checkpoint.pt", "weights.pth", "test_logits.npy"
+_LOCK = ".lock"
+
+
+class RunLocked(UserError):
+    """Another process trains in the same folder."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps two processes from training in one folder; a killed process holds nothing.
+
+    Raises:
+        RunLocked: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "a") as file:
+        try:
+            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+        except portalocker.LockException as error:
+            raise RunLocked(f"another process is training in {folder}") from error
+        yield
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def read_json(path: Path) -> Optional[Any]:
+    """None where there is no such file.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete it to train anew") from error
+
+
+def check_same_settings(folder: Path, settings: TrainingSettings) -> bool:
+    """Whether `folder` holds a run, which must have the same settings.
+
+    Raises:
+        UserError: its settings differ; names one of them.
+    """
+    found = read_json(folder / SETTINGS)
+    if found is None:
+        return False
+    for name, value in settings.as_dict().items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{folder} holds a training with {name} {found.get(name)!r}, asked for is "
+                f"{value!r}; choose another --output-dir, or delete the folder"
+            )
+    return True
+
+
+def save_checkpoint(folder: Path, content: dict[str, Any]) -> None:
+    with atomic_write(folder / CHECKPOINT, "wb") as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(folder: Path) -> Optional[dict[str, Any]]:
+    """None where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / CHECKPOINT
+    return read_weight_file(path) if path.exists() else None
+
+
+def save_outcome(
+    folder: Path, weights: dict[str, Any], logits: np.ndarray, result: dict[str, Any]
+) -> None:
+    """Ends a run: weights, logits, then the result; the checkpoint goes."""
+    with atomic_write(folder / WEIGHTS, "wb") as file:
+        torch.save(weights, file)
+    with atomic_write(folder / TEST_LOGITS, "wb") as file:
+        np.save(file, logits)
+    write_json(folder / RESULT, result)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
