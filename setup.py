@@ -69,9 +69,10 @@ setup(
         "tabulate",
     ],
     extras_require={
-        "dev": ["mypy", "pre-commit", "pytest", "ruff"],
+        "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff"],
         "fast-eval": ["faster-coco-eval>=1.6.8"],
         "plots": ["matplotlib"],
+        "slurm": ["submitit"],
     },
     zip_safe=False,
 )

@@ -18,7 +18,7 @@ examples:
   python tools/run_study.py configs/studies/fashion_scenes.yaml --dry-run
   python tools/run_study.py configs/studies/fashion_scenes.yaml --report-only
 
-  # on 8 GPUs of this machine; one Slurm job per cell (pip install submitit)
+  # on 8 GPUs of this machine; one Slurm job per cell (pip install -e .[slurm])
   python tools/run_study.py configs/studies/coco_8gpu.yaml --gpus 0 1 2 3 4 5 6 7
   python tools/run_study.py configs/studies/coco_8gpu.yaml --launcher slurm --seeds 1
 

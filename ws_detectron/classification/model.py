@@ -92,7 +92,7 @@ def build_classifier(
     model = nn.Sequential(layers)
     _initialize(model, chosen)
     if chosen.norm not in ("GN", "LN"):  # group norm wants channels first
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 

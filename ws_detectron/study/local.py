@@ -81,7 +81,7 @@ def run_locally(
                     place, cell = free.pop(), waiting.pop()
                     progress.began(cell)
                     running[place] = CellProcess(
-                        cell, train_net, places[place], pass_fds=[]
+                        cell, train_net, places[place], pass_fds=[lock.fileno()]
                     )
                 for place in [place for place, process in running.items() if process.poll()]:
                     process = running.pop(place)
