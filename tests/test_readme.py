@@ -20,6 +20,7 @@ MODEL:
   ROI_BOX_HEAD: {{NAME: FastRCNNConvFCHead}}
   ROI_MASK_HEAD: {{NAME: MaskRCNNConvUpsampleHead}}
 DATASETS: {{TRAIN: ["scenes_shapes_128_val"], TEST: []}}
+TEST: {{EXPECTED_RESULTS: []}}
 SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 1, STEPS: []}}
 DATALOADER: {{NUM_WORKERS: 0}}
 OUTPUT_DIR: "{output}"

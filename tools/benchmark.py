@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ws_detectron.benchmark.classifier import measure_classifier
 from ws_detectron.benchmark.detector import ARMS, VARIANTS, measure_inference, measure_steps
 from ws_detectron.benchmark.environment import environment
 from ws_detectron.benchmark.operation import measure_operation
@@ -21,6 +22,7 @@ examples (on an idle machine; DETECTRON2_DATASETS must hold COCO for all but the
   python tools/benchmark.py step --variants plain channels_last autocast compile
   python tools/benchmark.py inference --device cuda
   python tools/benchmark.py arms --batches 1 2 4 8 16 --device cuda
+  python tools/benchmark.py classifier --batches 2 32 128 --keras-python keras-venv/bin/python
   python tools/benchmark.py readme
 
 Packages timm and mmcv-lite are measured where they are installed. Random weights: speed does not
@@ -33,9 +35,10 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=["operation", "step", "inference", "arms", "readme"], metavar="WHAT",
+        "what", metavar="WHAT",
+        choices=["operation", "step", "inference", "arms", "classifier", "readme"],
         help="operation, step (BN, GN, GN+WS), inference (GN, GN+WS folded and not), arms (all, by "
-        "batch), or readme (write the tables into README.md)",
+        "batch), classifier (of Fashion-MNIST), or readme (write the tables into README.md)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if any"
@@ -54,6 +57,10 @@ def main() -> None:
     parser.add_argument(
         "--depth", type=int, choices=[50, 101, 152], default=50, help="of the ResNet, for operation"
     )
+    parser.add_argument(
+        "--keras-python", metavar="PYTHON",
+        help="for classifier: an interpreter that has tensorflow-cpu",
+    )  # fmt: skip
     parser.add_argument("--output", default="results/benchmark", metavar="DIR")
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the configs")
     args = parser.parse_args()
@@ -79,6 +86,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         figures = measure_operation(args.device, args.rounds or 30, args.warmup, args.depth)
         return {"kind": "operation", **figures}
     rounds = args.rounds or 10
+    if args.what == "classifier":
+        parts = [
+            measure_classifier(
+                ["bn", "gn", "gn_ws"], batch_size, args.device, rounds, args.warmup,
+                compiled="compile" in args.variants, keras_python=args.keras_python,
+            )
+            for batch_size in args.batches
+        ]  # fmt: skip
+        return {"kind": "classifier", "parts": parts}
     if args.what == "inference":
         part = measure_inference(args.device, args.short_side, rounds, args.warmup, args.opts)
         return {"kind": "detector", "parts": [{"what": "inference", **part}]}

@@ -5,6 +5,7 @@ Needs no download, no GPU and about five minutes on two cores.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ws_detectron.engine import check_run, load_config, run
@@ -13,10 +14,11 @@ from ws_detectron.evaluation.drawing import draw_sheet
 from ws_detectron.model_zoo import get_config_file
 
 CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
-EXAMPLES = """
+EXAMPLES = r"""
 examples:
   python tools/quickstart.py
-  python tools/quickstart.py --output-dir /tmp/first_run SOLVER.MAX_ITER 300
+  python tools/quickstart.py --output-dir /tmp/first_run \
+      SOLVER.MAX_ITER 300 TEST.EXPECTED_RESULTS "[]"
 """
 
 
@@ -36,11 +38,21 @@ def main() -> None:
         output = Path(args.output_dir)
         for stale in output.glob("metrics.json"):
             stale.unlink()  # the writer appends, and this is a new run
-        run(cfg, args)
+        status = 0
+        try:
+            run(cfg, args)
+        except SystemExit as end:  # not TEST.EXPECTED_RESULTS: pictures may show why
+            status = int(end.code or 0)
         predictions = output / "inference" / "coco_instances_results.json"
         picture = output / "predictions.png"
         draw_sheet(cfg.DATASETS.TEST[0], str(predictions), str(picture))
     print(summary(output, picture))
+    if status:
+        print(
+            f"error: expected were (task, figure, value, tolerance) {cfg.TEST.EXPECTED_RESULTS}",
+            file=sys.stderr,
+        )
+        sys.exit(status)
 
 
 def summary(output: Path, picture: Path) -> str:

@@ -240,10 +240,10 @@ def test_summary_states_what_the_set_holds(finished: Path) -> None:
     assert "images    4," in text
     assert f"objects   {len(data['annotations'])}:" in text
     assert digest(finished) in text
-    stars = sum(
-        a["category_id"] == 1 + ShapeSprites.classes.index("star") for a in data["annotations"]
+    arches = sum(
+        a["category_id"] == 1 + ShapeSprites.classes.index("arch") for a in data["annotations"]
     )
-    assert f"star {stars}" in text
+    assert f"arch {arches}" in text
 
 
 def test_workers_must_be_positive(tmp_path: Path) -> None:

@@ -12,16 +12,16 @@ def polygon_area(points: np.ndarray) -> float:
     return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
-# Areas within the unit circle, in closed form: a disc; a disc less one of radius 0.55; an
-# equilateral triangle; a square of side 2; a square of side 2 less four corners of side 0.66; ten
-# triangles of sides 1 and 0.42 that enclose 36 degrees.
+# Areas in closed form: a disc of radius 1; that less one of radius 0.5; an equilateral triangle
+# within the unit circle; half of a square of side 2; five of its nine ninths; half of a disc of
+# radius 1 less half of one of radius 0.4.
 AREAS = {
     "circle": np.pi,
-    "ring": np.pi * (1 - 0.55**2),
+    "ring": np.pi * (1 - 0.5**2),
     "triangle": 3 * np.sqrt(3) / 4,
-    "square": 4.0,
-    "cross": 4.0 - 4 * 0.66**2,
-    "star": 5 * 0.42 * np.sin(np.pi / 5),
+    "bar": 2.0,
+    "cross": 4 * 5 / 9,
+    "arch": np.pi / 2 * (1 - 0.4**2),
 }
 
 
@@ -45,7 +45,7 @@ def test_sprites_have_the_size_asked_for_and_are_tight(size: int) -> None:
         sprite = source.draw(draws, size)
         assert sprite.alpha.dtype == sprite.tone.dtype == np.uint8
         assert sprite.alpha.shape == sprite.tone.shape
-        # the point of a star may cover too little of the last pixel
+        # the corner of a triangle may cover too little of the last pixel
         assert size - 2 <= max(sprite.alpha.shape) <= size
         for edge in (sprite.alpha[0], sprite.alpha[-1], sprite.alpha[:, 0], sprite.alpha[:, -1]):
             assert edge.any()

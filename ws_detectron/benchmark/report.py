@@ -25,7 +25,7 @@ def write_measurement(
         folder: made if need be.
         name: device and what was measured, such as `cpu_operation`.
         about: environment and command.
-        measured: `{"kind": "operation" or "detector", ...}`.
+        measured: `{"kind": "operation", "detector" or "classifier", ...}`.
     """
     content = {"about": dict(about), **measured}
     with atomic_write(Path(folder, f"{name}.json")) as file:
@@ -47,6 +47,8 @@ def tables(content: Mapping[str, Any]) -> str:
     """The tables of one measurement, with a line that says what their columns mean."""
     if content["kind"] == "operation":
         return _operation_table(content)
+    if content["kind"] == "classifier":
+        return "\n".join(_classifier_table(part) for part in content["parts"])
     return "\n".join(_detector_table(part) for part in content["parts"])
 
 
@@ -122,6 +124,26 @@ def _detector_table(part: Mapping[str, Any]) -> str:
 
 Mask R-CNN R-50-FPN 4conv1fc, {part["images"]} image(s), short side {part["short_side"]} pixels,
 variant {part["variant"]}; medians (and quartiles) over {rounds} rounds in turns.
+"""
+
+
+def _classifier_table(part: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            _spread(part["epoch_seconds"][name], 1),
+            _spread(part["times_bn"][name], 2) if name in part["times_bn"] else "",
+            _spread(part["times_keras"][name], 2) if name in part["times_keras"] else "",
+        ]
+        for name in part["seconds"]
+    ]
+    headers = ["classifier", "s / epoch", "times bn", "times the same arm in Keras"]
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    keras = f" {part['keras']}." if "keras" in part else ""
+    return f"""{table}
+
+Fashion-MNIST classifier, batch {part["batch_size"]}: training time for 50,000 images, from
+{part["steps"]} steps in each of {part["rounds"]} rounds in turns; medians (and quartiles).{keras}
 """
 
 

@@ -29,7 +29,7 @@ from .shapes import SHAPE_CLASSES, ShapeSprites
 from .sprites import Sprite, SpriteSource
 
 # Part of every cache's fingerprint: raise it with any change to the pixels or annotations.
-GENERATOR_VERSION = 5
+GENERATOR_VERSION = 7
 
 KINDS = ("shapes", "fashion")
 SPLITS = ("train", "val")
@@ -39,12 +39,13 @@ LEAST_OBJECT = 12
 _TRIES = 20
 # An object may reach over the image border by this share of its own side.
 _OVERHANG = 0.15
-# From this image size on: objects per image, training images, validation images.
-_BY_SIZE: tuple[tuple[int, tuple[int, int], int, int], ...] = (
-    (800, (4, 16), 4000, 500),
-    (512, (3, 12), 4000, 500),
-    (256, (2, 8), 2000, 200),
-    (0, (3, 6), 2000, 200),
+# From this image size on: objects per image, least visible share, training images, validation
+# images.
+_BY_SIZE: tuple[tuple[int, tuple[int, int], float, int, int], ...] = (
+    (800, (4, 16), 0.8, 4000, 500),
+    (512, (3, 12), 0.8, 4000, 500),
+    (256, (2, 8), 0.8, 2000, 200),
+    (0, (3, 6), 0.9, 2000, 200),
 )
 
 
@@ -66,7 +67,7 @@ class SceneSpec:
     # objects are as common as large ones.
     object_scale: tuple[float, float] = (0.21875, 0.5)
     # Least share of an object's pixels that later objects and the image border leave visible.
-    min_visible: float = 0.8
+    min_visible: float = 0.9
     distractors: tuple[int, int] = (1, 4)  # least and most per image, never annotated
     noise: int = 10  # most grey levels that the grain adds or takes
     seed: int = 0
@@ -114,12 +115,12 @@ class SceneSpec:
         Raises:
             UserError: a value is outside its range.
         """
-        objects, train, val = next(row[1:] for row in _BY_SIZE if image_size >= row[0])
+        objects, visible, train, val = next(row[1:] for row in _BY_SIZE if image_size >= row[0])
         defaults: dict[str, Any] = {
             "num_images": val if split == "val" else train,
             "objects": objects,
             "object_scale": (min(0.5, max(0.035, 28 / max(image_size, 1))), 0.5),
-            "min_visible": 0.8,
+            "min_visible": visible,
         }
         return cls(kind=kind, image_size=image_size, split=split, **{**defaults, **changes})
 

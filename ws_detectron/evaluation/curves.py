@@ -23,6 +23,17 @@ DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
+def line_style(number: int) -> dict[str, Any]:
+    """What matplotlib's `plot` is told for the n-th line of a figure."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.4,
+    }
+
+
 def draw_learning_curves(runs: Sequence[Run]) -> Figure:
     """Total loss over iterations (left) and over training time (right)."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -79,14 +90,7 @@ def _draw_row(
         if not iterations:
             continue
         drawn = True
-        style: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)],
-            "linestyle": DASHES[number % len(DASHES)],
-            "marker": MARKERS[number % len(MARKERS)],
-            "markersize": 4.5,
-            "linewidth": 1.4,
-            "clip_on": False,  # an AP of 0 shows its whole marker
-        }
+        style = {**line_style(number), "clip_on": False}  # an AP of 0 shows its whole marker
         if markers:
             # markers of different runs stand apart, though their curves may lie on each other
             step = max(1, len(values) // markers)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws_detectron.evaluation.curves import COLOURS, DASHES, MARKERS
+from ws_detectron.evaluation.curves import line_style
 from ws_detectron.evaluation.report import TITLES
 from ws_detectron.evaluation.runs import ap_key, series
 
@@ -37,7 +37,7 @@ def draw_ap_over_batch(study: Study, results: Sequence[CellResult]) -> Figure:
                     yerr=[reached.deviation or 0.0 for _, reached in found],
                     label=arm.name,
                     capsize=3,
-                    **_style(number),
+                    **line_style(number),
                 )
         panel.set_xscale("log", base=2)
         panel.set_xticks(batches, [str(batch) for batch in batches])
@@ -65,7 +65,7 @@ def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
                 runs = [r for r in results if (r.cell.arm, r.cell.batch) == (arm.name, batch)]
                 images, values = _common_curve(runs, key)
                 if len(images):
-                    style = _style(number)
+                    style = line_style(number)
                     markers = max(1, len(images) // 6)
                     panel.plot(images, values.mean(0), label=arm.name, markevery=markers, **style)
                     panel.fill_between(
@@ -97,16 +97,6 @@ def _common_curve(runs: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.
         return np.zeros(0), np.zeros((0, 0))
     places = sorted(set.intersection(*(set(curve) for curve in curves)))
     return np.array(places), np.array([[curve[place] for place in places] for curve in curves])
-
-
-def _style(number: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": DASHES[number % len(DASHES)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "markersize": 4.5,
-        "linewidth": 1.4,
-    }
 
 
 def _finish(figure: Figure, panels: Sequence[Axes]) -> None:

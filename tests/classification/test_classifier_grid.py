@@ -1,0 +1,57 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ws_detectron.classification import TrainingSettings
+from ws_detectron.classification import grid as grid_module
+from ws_detectron.classification.grid import grid, run_grid
+from ws_detectron.classification.progress import Progress
+from ws_detectron.errors import UserError
+
+
+def test_grid_has_every_arm_batch_and_seed_once() -> None:
+    cells = grid(["bn", "gn_ws"], [2, 32], [0, 5], epochs=3)
+    found = [(c.arm, c.batch_size, c.seed) for c in cells]
+    assert sorted(found) == sorted(
+        (a, b, s) for a in ("bn", "gn_ws") for b in (2, 32) for s in (0, 5)
+    )
+    assert {c.epochs for c in cells} == {3}
+    assert [c.batch_size for c in cells] == [32] * 4 + [2] * 4  # quick ones first
+    # all arms of a seed before the next seed: a grid that was stopped can be compared
+    assert [c.seed for c in cells[:4]] == [0, 0, 5, 5]
+
+
+def test_batch_2_has_one_seed_unless_asked_otherwise() -> None:
+    seeds = {batch: [c.seed for c in grid(["gn"], [batch])] for batch in (2, 32)}
+    assert seeds == {2: [0], 32: [0, 1, 2]}
+    assert len(grid(["gn"], [2], [0, 1, 2, 3])) == 4
+
+
+def test_failing_trainings_are_named_and_finished_ones_skipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained: list[str] = []
+
+    def train(settings: TrainingSettings, folder: Path, **_: Any) -> dict[str, float]:
+        if settings.arm == "ln":
+            raise RuntimeError("out of memory")
+        if settings.arm == "wn":
+            raise UserError("another process is training")
+        trained.append(folder.name)
+        return {"test_accuracy": 0.5}
+
+    monkeypatch.setattr(grid_module, "train", train)
+    monkeypatch.setattr(grid_module, "find_fashion_mnist", lambda *_, **__: None)
+    cells = grid(["bn", "ln", "wn", "gn"], [32], [0])
+    (tmp_path / cells[0].name).mkdir()
+    (tmp_path / cells[0].name / "result.json").write_text("{}")
+    lines: list[str] = []
+    problems = run_grid(cells, tmp_path, say=lines.append, progress=lambda _: Progress())
+    assert problems == [
+        "ln_batch32_seed0: out of memory",
+        "wn_batch32_seed0: another process is training",
+    ]
+    assert "[1/4] bn_batch32_seed0: finished already" in lines
+    assert lines[-1] == "[4/4] gn_batch32_seed0: test accuracy 50.00%"
+    assert trained == ["bn_batch32_seed0", "gn_batch32_seed0"]  # the first only checks its settings

@@ -1,0 +1,91 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from finished_runs import write_run
+
+from ws_detectron.classification.figures import (
+    draw_accuracy_over_batch,
+    draw_learning_curves,
+    draw_misclassified,
+)
+from ws_detectron.classification.report import accuracy_table, difference_text, write_report
+from ws_detectron.classification.results import gather, read_runs
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    for seed, (gn, gn_ws) in enumerate([(0.91, 0.92), (0.93, 0.92), (0.92, 0.95)]):
+        write_run(folder, gn, arm="gn", batch_size=32, seed=seed)
+        write_run(folder, gn_ws, arm="gn_ws", batch_size=32, seed=seed)
+    write_run(folder, 0.1, arm="bn", batch_size=2)
+    return folder
+
+
+def test_table_has_the_reports_row_beside_ours(runs: Path) -> None:
+    lines = accuracy_table(gather(read_runs(runs))).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert rows == [
+        ["BN", "2", "0.0015", "1", "22", "10.00", "255", "18.76"],
+        ["GN", "32", "0.02", "3", "22", "92.00 ± 1.00", "–", "–"],
+        ["GN+WS", "32", "0.02", "3", "22", "93.00 ± 1.73", "20", "92.82"],
+    ]
+
+
+def test_differences_are_taken_seed_by_seed(runs: Path) -> None:
+    text = difference_text(gather(read_runs(runs)))
+    assert (
+        "GN+WS against GN, batch 32: +1.00 points (+1.00, -1.00, +3.00 with the same seed)" in text
+    )
+    write_run(runs, 0.5, arm="gn_ws", batch_size=2)  # nothing to compare with
+    assert difference_text(gather(read_runs(runs))) == text
+
+
+def test_report_holds_everything(runs: Path, datasets_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    paths = write_report(runs, out, "python tools/train_fashion_mnist.py --all", datasets_root)
+    assert {path.name for path in out.iterdir()} == {path.name for path in paths} == {
+        "README.md", "table.csv", "runs.json", "misclassified.png",
+        "learning_curves.png", "learning_curves.svg",
+        "accuracy_over_batch.png", "accuracy_over_batch.svg",
+    }  # fmt: skip
+    text = paths[0].read_text()
+    assert "Made by `python tools/train_fashion_mnist.py --all`" in text
+    assert "500 / 100 / 100 images" in text and "torch 2.11.0" in text and "2026-01-02" in text
+    for name in ("accuracy_over_batch.png", "learning_curves.png", "misclassified.png"):
+        assert f"({name})" in text
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert len(rows) == 7 and {row["seed"] for row in rows} == {"0", "1", "2"}
+    data = json.loads((out / "runs.json").read_text())
+    assert len(data) == 7 and all(len(run["history"]) == 2 for run in data)
+
+
+def test_curves_show_means_over_seeds(runs: Path) -> None:
+    cells = gather(read_runs(runs))
+    figure = draw_learning_curves(cells)
+    top = figure.axes[:2]
+    assert [panel.get_title() for panel in top] == ["batch 2", "batch 32"]
+    assert [line.get_label() for line in top[1].lines] == ["GN", "GN+WS"]
+    np.testing.assert_allclose(top[1].lines[0].get_ydata(), [50, 60])
+    whole, _ = draw_accuracy_over_batch(cells).axes
+    points = {bar.get_label(): bar.lines[0].get_ydata() for bar in whole.containers}  # type: ignore[attr-defined]
+    assert {name: [round(v, 6) for v in y] for name, y in points.items()} == {
+        "BN": [10], "GN": [92], "GN+WS": [93],
+    }  # fmt: skip
+
+
+def test_sheet_shows_the_most_confident_mistakes_first() -> None:
+    logits = np.zeros((4, 10), dtype=np.float32)
+    labels = np.array([0, 1, 2, 3])
+    logits[0, 0] = 9  # right
+    logits[1, 5], logits[2, 6], logits[3, 7] = 2, 8, 4  # wrong, with rising confidence 1, 3, 2
+    images = np.zeros((4, 28, 28), dtype=np.uint8)
+    classes = [f"class {n}" for n in range(10)]
+    figure = draw_misclassified("GN", images, labels, logits, classes)
+    titles = [panel.get_title() for panel in figure.axes if panel.get_title()]
+    assert [title.split(" ")[1] for title in titles] == ["6", "7", "5"]
+    assert titles[0].endswith("is class 2")
+    assert "3 of 4 test images" in figure.get_suptitle()

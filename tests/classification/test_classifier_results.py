@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+from finished_runs import write_run
+
+from ws_detectron.classification.results import gather, read_runs
+from ws_detectron.errors import UserError
+
+
+def test_runs_are_averaged_over_seeds(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.90, 0.92, 0.94)):
+        write_run(tmp_path, accuracy, seconds=10.0 * seed, arm="gn_ws", batch_size=32, seed=seed)
+    write_run(tmp_path, 0.1, arm="bn", batch_size=32)
+    bn, gn_ws = gather(read_runs(tmp_path))
+    assert gn_ws.title == "GN+WS" and gn_ws.accuracy == pytest.approx(92.0)
+    assert gn_ws.deviation == pytest.approx(2.0)
+    assert gn_ws.seconds == pytest.approx(11.5)  # of 1, 2, 11, 12, 21, 22
+    assert gn_ws.report == (20.0, 92.82)
+    assert (bn.title, bn.accuracy, bn.deviation, bn.report) == (
+        "BN", pytest.approx(10.0), None, (10.0, 92.49),
+    )  # fmt: skip
+
+
+def test_variants_stand_apart_and_have_no_row_in_the_report(tmp_path: Path) -> None:
+    write_run(tmp_path, 0.9, arm="gn_ws", batch_size=2)
+    write_run(tmp_path, 0.8, arm="gn_ws", batch_size=2, groups=8)
+    write_run(tmp_path, 0.7, arm="gn_ws", batch_size=2, order="detector")
+    cells = gather(read_runs(tmp_path))
+    assert [cell.title for cell in cells] == ["GN+WS", "GN+WS, 8 groups", "GN+WS, detector order"]
+    assert [cell.report is None for cell in cells] == [False, True, True]
+
+
+def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
+    write_run(tmp_path, 0.9, arm="gn", batch_size=32, seed=0)
+    write_run(tmp_path, 0.9, arm="gn", batch_size=32, seed=1, lr=0.5)
+    with pytest.raises(UserError, match="cannot be averaged: their lr is 0.02 and 0.5"):
+        gather(read_runs(tmp_path))
+
+
+def test_missing_and_damaged_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no finished trainings"):
+        read_runs(tmp_path)
+    path = write_run(tmp_path, 0.9, arm="gn", batch_size=32) / "result.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=f"cannot read {path}"):
+        read_runs(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match=f"{path} is not of a finished training"):
+        read_runs(tmp_path)

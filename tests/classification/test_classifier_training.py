@@ -1,0 +1,171 @@
+"""Trainings of a few hundred images: they learn, resume bit for bit, and test once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ws_detectron.classification import TrainingSettings, train, training
+from ws_detectron.classification.progress import Progress
+from ws_detectron.classification.run_files import CHECKPOINT, HISTORY, RESULT, WEIGHTS
+from ws_detectron.errors import UserError
+
+SMALL = TrainingSettings("gn_ws", 20, epochs=3, images=300, seed=3)
+
+
+class Killed(Exception):
+    """Ends a training as a signal would."""
+
+
+class KillAfter(Progress):
+    """Raises after an epoch was saved."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        if record["epoch"] == self._epoch:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def finished(datasets_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    train(SMALL, folder, data_dir=datasets_root)
+    return folder
+
+
+def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if "seconds" not in k} for entry in history]
+
+
+def test_a_run_leaves_its_files_and_learns(finished: Path) -> None:
+    result = json.loads((finished / RESULT).read_text())
+    history = json.loads((finished / HISTORY).read_text())
+    assert [entry["epoch"] for entry in history] == [1, 2, 3]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    # chance is 0.1; 300 images seen three times
+    assert result["test_accuracy"] > 0.35
+    assert result["test_images"] == 60 and result["settings"] == SMALL.as_dict()
+    assert result["environment"]["torch"] == torch.__version__.split("+")[0]
+    assert not (finished / CHECKPOINT).exists()
+    assert {path.name for path in finished.iterdir()} == {
+        ".lock", "settings.json", "history.json", "result.json", "weights.pth", "test_logits.npy",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_killed_and_resumed_ends_with_the_same_bits(
+    finished: Path, datasets_root: Path, tmp_path: Path, epoch: int
+) -> None:
+    with pytest.raises(Killed):
+        train(SMALL, tmp_path, data_dir=datasets_root, progress=KillAfter(epoch))
+    torch.manual_seed(99)  # another process has other generators
+    train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
+    histories = [json.loads((folder / HISTORY).read_text()) for folder in (finished, tmp_path)]
+    assert without_times(histories[0]) == without_times(histories[1])
+    weights = [torch.load(folder / WEIGHTS, weights_only=True) for folder in (finished, tmp_path)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    logits = [np.load(folder / "test_logits.npy") for folder in (finished, tmp_path)]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_test_images_are_seen_once_by_the_epoch_that_validation_chose(
+    datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, accuracies = [], iter([0.5, 0.9, 0.9, 0.7])
+    load, figures = training.load_test_data, training.figures
+
+    def load_test_data(*args: Any) -> Any:
+        asked.append(args)
+        return load(*args)
+
+    def validated(logits: torch.Tensor, labels: torch.Tensor) -> Any:
+        return replace(figures(logits, labels), accuracy=next(accuracies))
+
+    monkeypatch.setattr(training, "load_test_data", load_test_data)
+    monkeypatch.setattr(training, "figures", validated)
+    states = []
+
+    class Watch(Progress):
+        def end_epoch(self, record: dict[str, Any]) -> None:
+            assert not asked
+            states.append(torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"])
+
+    result = train(SMALL, tmp_path, data_dir=datasets_root, progress=Watch())
+    assert len(asked) == 1
+    assert result["best_epoch"] == 2  # of the two equal ones the first
+    weights = torch.load(tmp_path / WEIGHTS, weights_only=True)
+    assert all(torch.equal(weights[name], states[1][name]) for name in weights)
+    assert not all(torch.equal(weights[name], states[2][name]) for name in weights)
+
+
+def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -> None:
+    before = (finished / RESULT).stat().st_mtime_ns
+    with pytest.raises(UserError, match="holds a training; go on with it by --resume"):
+        train(SMALL, finished, data_dir=datasets_root)
+    with pytest.raises(UserError, match="with batch_size 20, asked for is 10"):
+        train(replace(SMALL, batch_size=10), finished, data_dir=datasets_root, resume=True)
+    result = train(SMALL, finished, data_dir=datasets_root, resume=True)
+    assert result == json.loads((finished / RESULT).read_text())
+    assert (finished / RESULT).stat().st_mtime_ns == before
+
+
+def test_two_processes_do_not_share_a_folder(datasets_root: Path, tmp_path: Path) -> None:
+    with training.locked(tmp_path), pytest.raises(UserError, match="another process is training"):
+        train(SMALL, tmp_path, data_dir=datasets_root)
+
+
+def test_a_damaged_checkpoint_is_named(datasets_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(SMALL, tmp_path, data_dir=datasets_root, progress=KillAfter(1))
+    path = tmp_path / CHECKPOINT
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="checkpoint.pt"):
+        train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
+    torch.save({"model": {}}, path)
+    with pytest.raises(UserError, match="is not a checkpoint of this training"):
+        train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
+
+
+def test_seeds_differ_and_bfloat16_trains(datasets_root: Path, tmp_path: Path) -> None:
+    short = replace(SMALL, epochs=1, images=100)
+    results = {
+        name: train(replace(short, **changes), tmp_path / name, data_dir=datasets_root)
+        for name, changes in {"0": {}, "1": {"seed": 8}, "amp": {"amp": True}}.items()
+    }
+    losses = {name: result["test_loss"] for name, result in results.items()}
+    assert len(set(losses.values())) == 3 and all(np.isfinite(list(losses.values())))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": "in"}, "--arm is in; allowed: none or bn"),
+        ({"batch_size": 0}, "--batch-size is 0; allowed: from 1 to"),
+        ({"arm": "bn", "batch_size": 1}, "--batch-size is 1; allowed: from 2 to"),
+        ({"arm": "bn", "batch_size": 23, "images": 300}, "leaves a last batch of one image of 300"),
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"images": 120}, "--images is 120; allowed: a multiple of 50"),
+        ({"images": 60_000}, "--images is 60000"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"groups": 12}, "--groups is 12"),
+        ({"schedule": "step"}, "--schedule is step; allowed: cosine or constant"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(SMALL, **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--device is cuda, but torch finds no GPU"):
+        train(replace(SMALL, device="cuda"), tmp_path)

@@ -1,0 +1,103 @@
+"""tools/train_fashion_mnist.py as a user runs it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_fashion_mnist.py"
+
+
+@pytest.fixture
+def command(datasets_root: Path, tmp_path: Path) -> list[str]:
+    return [
+        sys.executable,
+        str(TOOL),
+        "--data-dir",
+        str(datasets_root),
+        "--output-dir",
+        str(tmp_path),
+    ]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, timeout=200)
+
+
+def test_quick_check_passes(command: list[str], tmp_path: Path) -> None:
+    """GN+WS learns at batch 2 and BN does not: the effect itself."""
+    result = run(*command, "--quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed: gn_ws at batch 2" in result.stdout
+    assert "passed: bn at batch 2" in result.stdout
+    found = json.loads((tmp_path / "quick" / "gn_ws_batch2_seed0" / "result.json").read_text())
+    assert found["test_images"] == 1200
+
+
+def test_a_killed_training_is_resumed(command: list[str], tmp_path: Path) -> None:
+    job = [*command, "--arm", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "12"]
+    folder = tmp_path / "gn_ws_batch50_seed0"
+    process = subprocess.Popen(job, stdout=subprocess.DEVNULL)
+    while not (folder / "history.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(json.loads((folder / "history.json").read_text()))
+    assert 1 <= done < 12 and not (folder / "result.json").exists()
+
+    refused = run(*job)
+    assert refused.returncode == 2 and "go on with it by --resume" in refused.stderr
+    result = run(*job, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert f"epoch {done}/12" not in result.stdout and "epoch 12/12" in result.stdout
+    assert "test accuracy" in result.stdout
+    assert len(json.loads((folder / "history.json").read_text())) == 12
+
+
+def test_grid_is_trained_and_reported(command: list[str], tmp_path: Path) -> None:
+    job = [*command, "--all", "--arms", "bn", "gn_ws", "--batch-sizes", "50", "--seeds", "0"]
+    job += ["--images", "500", "--epochs", "1", "--report", str(tmp_path / "report")]
+    result = run(*job)
+    assert result.returncode == 0, result.stderr
+    assert "[2/2] gn_ws_batch50_seed0: test accuracy" in result.stdout
+    assert "GN+WS" in (tmp_path / "report" / "README.md").read_text()
+    again = run(*job)
+    assert "[2/2] gn_ws_batch50_seed0: finished already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say --arm and --batch-size, or one of --all"),
+        (["--arm", "bn", "--batch-size", "1"], "--batch-size is 1; allowed: from 2"),
+        (["--report-only"], "holds no finished trainings"),
+    ],
+)
+def test_errors_are_one_line(command: list[str], arguments: list[str], message: str) -> None:
+    result = run(*command, *arguments)
+    assert result.returncode == 2 and message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_data_are_named(command: list[str], tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        (raw / name).write_bytes(b"not gzip")
+    job = [*command, "--arm", "gn", "--batch-size", "50"]
+    job[job.index("--data-dir") + 1] = str(tmp_path)
+    result = run(*job)
+    assert (
+        result.returncode == 2
+        and "train-images-idx3-ubyte.gz is not the published" in result.stderr
+    )
+
+
+def test_help_has_examples() -> None:
+    result = run(sys.executable, TOOL, "--help")
+    assert result.returncode == 0 and "--arm gn_ws --batch-size 2 --resume" in result.stdout

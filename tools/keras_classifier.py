@@ -1,0 +1,86 @@
+"""The Fashion-MNIST classifier in Keras, as `tools/benchmark.py classifier` times it beside ours.
+
+Runs in an environment of its own, where `pip install tensorflow-cpu` was done; needs nothing else.
+Reads lines from standard input, trains on the images once for each, and answers with a line.
+
+example:
+  echo run | python tools/keras_classifier.py --arm gn_ws --batch-size 32 --images 3200
+"""
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras  # type: ignore[import-not-found]
+import numpy as np
+from keras import layers, ops
+
+GROUPS, EPS = 32, 1e-5
+
+
+class WSConv2D(layers.Conv2D):
+    """Conv with standardized filters: deviation over all but the output channels, unbiased."""
+
+    def call(self, inputs: Any) -> Any:
+        mean = ops.mean(self.kernel, axis=(0, 1, 2), keepdims=True)
+        centred = self.kernel - mean
+        fan_in = int(np.prod(self.kernel.shape[:3]))
+        variance = ops.sum(ops.square(centred), axis=(0, 1, 2), keepdims=True) / (fan_in - 1)
+        weight = centred / (ops.sqrt(variance) + EPS)
+        outputs = ops.conv(inputs, weight, strides=1, padding="same")
+        return self.activation(outputs + self.bias)
+
+
+def build(arm: str) -> Any:
+    """The report's network: conv -> ReLU -> norm."""
+    conv = WSConv2D if arm.endswith("_ws") else layers.Conv2D
+
+    def norm() -> Any:
+        return (
+            layers.BatchNormalization()
+            if arm.startswith("bn")
+            else layers.GroupNormalization(GROUPS)
+        )
+
+    stack: list[Any] = [layers.Input((28, 28, 1))]
+    for width in (32, 64):
+        for _ in range(2):
+            stack += [conv(width, 3, padding="same", activation="relu"), norm()]
+        stack += [layers.MaxPooling2D(2), layers.Dropout(0.25)]
+    stack += [layers.Flatten(), layers.Dense(512, activation="relu"), norm(), layers.Dropout(0.5)]
+    stack += [layers.Dense(10, activation="softmax")]
+    model = keras.Sequential(stack)
+    model.compile(
+        keras.optimizers.SGD(0.001, momentum=0.9, nesterov=True),
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arm", choices=["bn", "gn", "bn_ws", "gn_ws"], required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--images", type=int, required=True, help="in a run")
+    args = parser.parse_args()
+    keras.utils.set_random_seed(0)
+    random = np.random.default_rng(0)  # speed does not depend on what the images show
+    images = random.normal(size=(args.images, 28, 28, 1)).astype(np.float32)
+    labels = random.integers(0, 10, args.images)
+    model = build(args.arm)
+    print(f"ready: keras {keras.__version__} on {keras.backend.backend()}", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        model.fit(images, labels, batch_size=args.batch_size, epochs=1, verbose=0)
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    main()

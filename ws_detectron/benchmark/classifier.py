@@ -1,0 +1,143 @@
+"""Time per epoch of the Fashion-MNIST classifier's arms, and of the same network in Keras."""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from ws_detectron.classification.data import Images
+from ws_detectron.classification.loop import compile_model, train_epoch
+from ws_detectron.classification.model import build_classifier
+from ws_detectron.classification.progress import Progress
+from ws_detectron.classification.recipe import Schedule, build_optimizer
+from ws_detectron.classification.settings import TRAIN_IMAGES
+from ws_detectron.errors import UserError
+
+from .timing import Action, interleave, ratio, spread
+
+BASELINE, OURS = "bn", "gn_ws"
+KERAS_ARMS = ("bn", "gn_ws")
+KERAS = Path(__file__).resolve().parents[2] / "tools" / "keras_classifier.py"
+STEPS = 400
+"""Training steps in a round; every candidate has as many."""
+
+
+def measure_classifier(
+    arms: Sequence[str],
+    batch_size: int,
+    device: str,
+    rounds: int,
+    warmup: int,
+    *,
+    steps: int = STEPS,
+    compiled: bool = False,
+    keras_python: Optional[str] = None,
+) -> dict[str, Any]:
+    """Times training steps of every arm, in turns.
+
+    Args:
+        arms: of `ARMS`.
+        batch_size: images in a step.
+        device: `"cpu"` or `"cuda"`.
+        rounds: timed runs of each.
+        warmup: runs of each before, not timed.
+        steps: in a run.
+        compiled: also time `torch.compile` of each arm.
+        keras_python: an interpreter with Keras, to time its BN and GN+WS as well.
+
+    Returns:
+        Seconds for 50,000 images of each candidate, and ratios to BN and to Keras' same arm.
+
+    Raises:
+        UserError: Keras does not start there.
+    """
+    images = steps * batch_size
+    torch.manual_seed(0)
+    data = Images(
+        torch.randn(images, 28, 28, 1, device=device).permute(0, 3, 1, 2),
+        torch.randint(0, 10, (images,), device=device),
+    )
+    candidates: dict[str, Action] = {}
+    about = {}
+    with ExitStack() as stack:
+        for arm in arms:
+            candidates[arm] = _epoch(arm, data, batch_size, device)
+            if compiled:
+                candidates[f"{arm}, compiled"] = _epoch(arm, data, batch_size, device, True)
+        for arm in KERAS_ARMS if keras_python else ():
+            assert keras_python
+            worker, version = stack.enter_context(_keras(keras_python, arm, batch_size, images))
+            candidates[f"{arm}, Keras"] = worker
+            about["keras"] = version
+        seconds = interleave(candidates, rounds, warmup, device)
+    epochs = {
+        name: [value * TRAIN_IMAGES / images for value in values]
+        for name, values in seconds.items()
+    }
+    return {
+        "batch_size": batch_size,
+        "steps": steps,
+        "rounds": rounds,
+        **about,
+        "seconds": epochs,
+        "epoch_seconds": {name: spread(values) for name, values in epochs.items()},
+        "times_bn": {name: ratio(epochs, name, BASELINE) for name in epochs if BASELINE in epochs},
+        "times_keras": {
+            name: ratio(epochs, name, f"{name.partition(',')[0]}, Keras")
+            for name in epochs
+            if f"{name.partition(',')[0]}, Keras" in epochs
+        },
+    }
+
+
+def _epoch(arm: str, data: Images, batch_size: int, device: str, compiled: bool = False) -> Action:
+    model: nn.Module = build_classifier(arm).to(device)
+    optimizer = build_optimizer(model, 0.001)
+    schedule = Schedule("constant", 0.001, 1)
+    function = compile_model(model, device) if compiled else None
+
+    def run() -> None:
+        train_epoch(
+            model, optimizer, schedule, data, batch_size, 0, progress=Progress(), compiled=function
+        )
+
+    return run
+
+
+@contextmanager
+def _keras(python: str, arm: str, batch_size: int, images: int) -> Iterator[tuple[Action, str]]:
+    """A process that trains on as many images for every line it gets; its action and version."""
+    job = [python, str(KERAS), "--arm", arm, "--batch-size", str(batch_size)]
+    try:
+        process = subprocess.Popen(
+            [*job, "--images", str(images)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    except OSError as error:
+        raise UserError(f"cannot run {python}: {error.strerror}") from error
+    with process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            ready = process.stdout.readline().strip()
+            if not ready.startswith("ready: "):
+                raise UserError(
+                    f"{KERAS.name} does not run with {python}; needed there: "
+                    "pip install tensorflow-cpu"
+                )
+            stdin, stdout = process.stdin, process.stdout
+
+            def run() -> None:
+                stdin.write("run\n")
+                stdin.flush()
+                if not stdout.readline():
+                    raise UserError(f"{KERAS.name} ended while it was timed")
+
+            yield run, ready.removeprefix("ready: ")
+        finally:
+            process.stdin.close()

@@ -1,0 +1,98 @@
+"""The grid of the report: arms x batch sizes x seeds, one training after another."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from ws_detectron.data.fashion_mnist import find_fashion_mnist
+from ws_detectron.errors import UserError
+
+from .progress import Progress
+from .run_files import RESULT
+from .settings import TrainingSettings
+from .training import train
+
+logger = logging.getLogger(__name__)
+
+REPORT_BATCHES = (2, 32, 128)
+GRID_SEEDS = {2: (0,)}
+"""Batch size -> seeds. An epoch at batch 2 takes several times as long as at the others."""
+OTHER_SEEDS = (0, 1, 2)
+
+
+def grid(
+    arms: Iterable[str],
+    batch_sizes: Sequence[int] = REPORT_BATCHES,
+    seeds: Optional[Sequence[int]] = None,
+    **common: Any,
+) -> list[TrainingSettings]:
+    """The settings of every training, the quickest batch sizes first.
+
+    Args:
+        arms: of `ARMS`.
+        batch_sizes: images in a step.
+        seeds: of every arm and batch size; None: `GRID_SEEDS`.
+        common: other fields of `TrainingSettings`.
+
+    Raises:
+        UserError: a value is not allowed.
+    """
+    arms = list(arms)
+    return [
+        TrainingSettings(arm, batch_size, seed=seed, **common)
+        for batch_size in sorted(batch_sizes, reverse=True)
+        for number in range(max(map(len, (seeds or OTHER_SEEDS, *GRID_SEEDS.values()))))
+        for arm in arms
+        for seed in (seeds or GRID_SEEDS.get(batch_size, OTHER_SEEDS))[number : number + 1]
+    ]
+
+
+def run_grid(
+    cells: Sequence[TrainingSettings],
+    folder: Path,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[str], Progress],
+    data_dir: Optional[Path] = None,
+) -> list[str]:
+    """Trains what is not finished, each in `folder`/name, and goes on with what was interrupted.
+
+    Args:
+        cells: in the order in which they run.
+        folder: of all runs.
+        say: takes a line.
+        progress: makes what shows a training, from its name.
+        data_dir: see `train`.
+
+    Returns:
+        What failed, a line each; a failing training does not keep the others from running.
+
+    Raises:
+        UserError: the data are missing or damaged.
+    """
+    find_fashion_mnist("train", root=data_dir)  # without it, every training would fail
+    problems = []
+    for number, settings in enumerate(cells, start=1):
+        head = f"[{number}/{len(cells)}] {settings.name}"
+        finished = (folder / settings.name / RESULT).exists()
+        say(f"{head}: " + ("finished already" if finished else f"LR {settings.lr:g}"))
+        try:
+            result = train(
+                settings,
+                folder / settings.name,
+                data_dir=data_dir,
+                resume=True,
+                progress=progress(settings.name),
+            )
+        except UserError as error:
+            problems.append(f"{settings.name}: {error}")
+            say(f"{head} FAILED: {error}")
+        except RuntimeError as error:  # out of memory, for one
+            logger.exception("%s failed", settings.name)
+            problems.append(f"{settings.name}: {error}")
+            say(f"{head} FAILED: {error}")
+        else:
+            if not finished:
+                say(f"{head}: test accuracy {result['test_accuracy']:.2%}")
+    return problems

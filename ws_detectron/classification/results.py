@@ -1,0 +1,142 @@
+"""Finished runs, gathered by what they have in common but the seed."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from ws_detectron.errors import UserError
+
+from .arms import ARMS, REPORT_ORDER
+from .model import REPORT_GROUPS
+from .run_files import HISTORY, RESULT, TEST_LOGITS, read_json
+
+REPORT = {
+    ("bn", 2): (255.0, 18.76),
+    ("gn_ws", 2): (275.0, 91.86),
+    ("bn", 32): (10.0, 92.49),
+    ("gn_ws", 32): (20.0, 92.82),
+    ("bn", 128): (7.0, 92.93),
+    ("gn_ws", 128): (12.0, 92.90),
+}
+"""(arm, batch size) -> seconds per epoch on a GPU, test accuracy in per cent: Ehling and Rouault,
+IIT, April 2019. Its "WS" never acted, so its GN+WS rows are GN."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One training that has ended.
+
+    Attributes:
+        folder: where it lies.
+        settings: of `TrainingSettings.as_dict`.
+        history: an entry for each epoch.
+        result: the content of result.json.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    history: list[dict[str, Any]]
+    result: dict[str, Any]
+
+    def test_logits(self) -> np.ndarray:
+        """(images, 10) float32, of the chosen epoch."""
+        return np.load(self.folder / TEST_LOGITS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        arm, order, groups, batch_size: their settings.
+        runs: by seed.
+    """
+
+    arm: str
+    order: str
+    groups: int
+    batch_size: int
+    runs: Sequence[FinishedRun]
+
+    @property
+    def title(self) -> str:
+        """The arm, and what differs from the report's model."""
+        changes = [f"{self.groups} groups"] if self.groups != REPORT_GROUPS else []
+        changes += [f"{self.order} order"] if self.order != REPORT_ORDER else []
+        return ", ".join([ARMS[self.arm].title, *changes])
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracy of each run, in per cent."""
+        return [100 * run.result["test_accuracy"] for run in self.runs]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over seeds, in per cent."""
+        return statistics.mean(self.accuracies)
+
+    @property
+    def deviation(self) -> Optional[float]:
+        """Standard deviation (n - 1) over seeds, in points; None of a single run."""
+        return statistics.stdev(self.accuracies) if len(self.runs) > 1 else None
+
+    @property
+    def seconds(self) -> float:
+        """Median time of a training epoch."""
+        return statistics.median(entry["seconds"] for run in self.runs for entry in run.history)
+
+    @property
+    def report(self) -> Optional[tuple[float, float]]:
+        """The report's row, where it has one for this model."""
+        same = (self.order, self.groups) == (REPORT_ORDER, REPORT_GROUPS)
+        return REPORT.get((self.arm, self.batch_size)) if same else None
+
+
+def read_runs(folder: Path) -> list[FinishedRun]:
+    """All finished runs in the folders below `folder`, by name.
+
+    Raises:
+        UserError: there are none, or a file of one is damaged.
+    """
+    runs = []
+    for path in sorted(folder.glob(f"*/{RESULT}")):
+        result, history = read_json(path), read_json(path.with_name(HISTORY))
+        try:
+            runs.append(FinishedRun(path.parent, result["settings"], list(history), result))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not of a finished training; delete its folder") from error
+    if not runs:
+        raise UserError(f"{folder} holds no finished trainings (*/{RESULT})")
+    return runs
+
+
+def gather(runs: Sequence[FinishedRun]) -> list[Cell]:
+    """By batch size, then in the order of `ARMS`, the report's model before its variants.
+
+    Raises:
+        UserError: runs of a cell differ in more than the seed.
+    """
+    groups: dict[tuple[Any, ...], list[FinishedRun]] = {}
+    for run in runs:
+        s = run.settings
+        key = s["batch_size"], list(ARMS).index(s["arm"]), s["order"] != REPORT_ORDER, -s["groups"]
+        groups.setdefault(key, []).append(run)
+    cells = []
+    for key in sorted(groups):
+        members = sorted(groups[key], key=lambda run: run.settings["seed"])
+        first = members[0].settings
+        for other in members[1:]:
+            for name, value in other.settings.items():
+                if name != "seed" and value != first[name]:
+                    raise UserError(
+                        f"{members[0].folder} and {other.folder} cannot be averaged: their {name} "
+                        f"is {first[name]!r} and {value!r}"
+                    )
+        cells.append(
+            Cell(first["arm"], first["order"], first["groups"], first["batch_size"], members)
+        )
+    return cells
