@@ -32,14 +32,15 @@ def test_quick_check_passes(command: list[str], tmp_path: Path) -> None:
     """GN+WS learns at batch 2 and BN does not: the effect itself."""
     result = run(*command, "--quick")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed: gn_ws at batch 2" in result.stdout
-    assert "passed: bn at batch 2" in result.stdout
+    assert "passed: GN+WS at batch 2 learns" in result.stdout
+    assert "passed: BN at batch 2 collapses" in result.stdout
+    assert "passed: GN+WS leads BN" in result.stdout
     found = json.loads((tmp_path / "quick" / "gn_ws_batch2_seed0" / "result.json").read_text())
-    assert found["test_images"] == 1200
+    assert found["test_images"] == 800
 
 
 def test_a_killed_training_is_resumed(command: list[str], tmp_path: Path) -> None:
-    job = [*command, "--arm", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "12"]
+    job = [*command, "--arm", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "8"]
     folder = tmp_path / "gn_ws_batch50_seed0"
     process = subprocess.Popen(job, stdout=subprocess.DEVNULL)
     while not (folder / "history.json").is_file():
@@ -48,15 +49,15 @@ def test_a_killed_training_is_resumed(command: list[str], tmp_path: Path) -> Non
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = len(json.loads((folder / "history.json").read_text()))
-    assert 1 <= done < 12 and not (folder / "result.json").exists()
+    assert 1 <= done < 8 and not (folder / "result.json").exists()
 
     refused = run(*job)
     assert refused.returncode == 2 and "go on with it by --resume" in refused.stderr
     result = run(*job, "--resume")
     assert result.returncode == 0, result.stderr
-    assert f"epoch {done}/12" not in result.stdout and "epoch 12/12" in result.stdout
+    assert f"epoch {done}/8" not in result.stdout and "epoch 8/8" in result.stdout
     assert "test accuracy" in result.stdout
-    assert len(json.loads((folder / "history.json").read_text())) == 12
+    assert len(json.loads((folder / "history.json").read_text())) == 8
 
 
 def test_grid_is_trained_and_reported(command: list[str], tmp_path: Path) -> None:

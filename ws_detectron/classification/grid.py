@@ -42,9 +42,8 @@ def grid(
     return [
         TrainingSettings(arm, batch_size, seed=seed, **common)
         for batch_size in sorted(batch_sizes, reverse=True)
-        for number in range(max(map(len, (seeds or OTHER_SEEDS, *GRID_SEEDS.values()))))
+        for seed in (seeds if seeds else GRID_SEEDS.get(batch_size, OTHER_SEEDS))
         for arm in arms
-        for seed in (seeds or GRID_SEEDS.get(batch_size, OTHER_SEEDS))[number : number + 1]
     ]
 
 

@@ -1,33 +1,23 @@
 """The quick check: a part of one epoch at batch 2, where GN+WS learns and BN does not."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 from .progress import Progress
+from .run_files import HISTORY, read_json
 from .settings import TrainingSettings
 from .training import train
 
-IMAGES, BATCH_SIZE = 6000, 2
+IMAGES, BATCH_SIZE = 4000, 2
 
-
-@dataclass(frozen=True)
-class Bar:
-    """What an arm must reach.
-
-    Attributes:
-        arm: of `ARMS`.
-        least, most: bounds of its test accuracy.
-    """
-
-    arm: str
-    least: float
-    most: float
-
-
-# Chance is 0.1.
-BARS = (Bar("gn_ws", least=0.7, most=1.0), Bar("bn", least=0.0, most=0.5))
+# Measured with seeds 0, 1 and 2 (torch 2.11, CPU): test accuracy of GN+WS 0.81 to 0.85. BN, whose
+# hidden dense layer gets nothing but signs out of two images, met 0.28 to 0.32 of the images right
+# in training at a loss above that of guessing, ln 10, and was 13 to 20 points behind in the test,
+# where the running statistics come to its help.
+LEAST_GN_WS = 0.75
+MOST_BN_TRAINING = 0.45
+LEAST_LEAD = 0.08
 
 
 def quick_check(
@@ -38,11 +28,11 @@ def quick_check(
     data_dir: Optional[Path] = None,
     device: str = "cpu",
 ) -> list[str]:
-    """Trains GN+WS and BN for one epoch on 6,000 images, two at a time.
+    """Trains GN+WS and BN for one epoch on 4,000 images, two at a time.
 
     Args:
         folder: of the two runs; finished ones are not run again.
-        say: takes a line for each arm.
+        say: takes a line for each thing checked.
         progress: makes what shows a training, from its name.
         data_dir: see `train`.
         device: "cpu" or "cuda".
@@ -53,21 +43,33 @@ def quick_check(
     Raises:
         UserError: the data are missing or damaged.
     """
-    missed = []
-    for bar in BARS:
-        settings = TrainingSettings(bar.arm, BATCH_SIZE, epochs=1, images=IMAGES, device=device)
+    tested, trained = {}, {}
+    for arm in ("gn_ws", "bn"):
+        settings = TrainingSettings(arm, BATCH_SIZE, epochs=1, images=IMAGES, device=device)
+        run = folder / settings.name
         result = train(
-            settings,
-            folder / settings.name,
-            data_dir=data_dir,
-            resume=True,
-            progress=progress(settings.name),
+            settings, run, data_dir=data_dir, resume=True, progress=progress(settings.name)
         )
-        accuracy = result["test_accuracy"]
-        wanted = f"at least {bar.least:.0%}" if bar.least else f"at most {bar.most:.0%}"
-        passed = bar.least <= accuracy <= bar.most
-        line = f"{bar.arm} at batch {BATCH_SIZE}: test accuracy {accuracy:.1%}, expected {wanted}"
+        tested[arm] = result["test_accuracy"]
+        trained[arm] = (read_json(run / HISTORY) or [{}])[0]["train_accuracy"]
+    lead = tested["gn_ws"] - tested["bn"]
+    checks = [
+        (
+            tested["gn_ws"] >= LEAST_GN_WS,
+            f"GN+WS at batch {BATCH_SIZE} learns: test accuracy {tested['gn_ws']:.1%}, expected "
+            f"at least {LEAST_GN_WS:.0%}",
+        ),
+        (
+            trained["bn"] <= MOST_BN_TRAINING,
+            f"BN at batch {BATCH_SIZE} collapses: training accuracy {trained['bn']:.1%}, expected "
+            f"at most {MOST_BN_TRAINING:.0%}",
+        ),
+        (
+            lead >= LEAST_LEAD,
+            f"GN+WS leads BN in the test by {100 * lead:.1f} points, expected at least "
+            f"{100 * LEAST_LEAD:.0f}",
+        ),
+    ]
+    for passed, line in checks:
         say(f"{'passed' if passed else 'FAILED'}: {line}")
-        if not passed:
-            missed.append(line)
-    return missed
+    return [line for passed, line in checks if not passed]

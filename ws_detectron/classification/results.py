@@ -104,7 +104,8 @@ def read_runs(folder: Path) -> list[FinishedRun]:
     """
     runs = []
     for path in sorted(folder.glob(f"*/{RESULT}")):
-        result, history = read_json(path), read_json(path.with_name(HISTORY))
+        result: Any = read_json(path)
+        history: Any = read_json(path.with_name(HISTORY))
         try:
             runs.append(FinishedRun(path.parent, result["settings"], list(history), result))
         except (KeyError, TypeError) as error:
