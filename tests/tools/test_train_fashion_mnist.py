@@ -60,15 +60,15 @@ def test_a_killed_training_is_resumed(command: list[str], tmp_path: Path) -> Non
     assert len(json.loads((folder / "history.json").read_text())) == 8
 
 
-def test_grid_is_trained_and_reported(command: list[str], tmp_path: Path) -> None:
-    job = [*command, "--all", "--arms", "bn", "gn_ws", "--batch-sizes", "50", "--seeds", "0"]
+def test_grid_is_trained_and_reported(call_tool, command: list[str], tmp_path: Path) -> None:
+    job = [*command[2:], "--all", "--arms", "bn", "gn_ws", "--batch-sizes", "50", "--seeds", "0"]
     job += ["--images", "500", "--epochs", "1", "--report", str(tmp_path / "report")]
-    result = run(*job)
-    assert result.returncode == 0, result.stderr
-    assert "[2/2] gn_ws_batch50_seed0: test accuracy" in result.stdout
+    status, output, errors = call_tool(TOOL.name, *job)
+    assert status == 0, errors
+    assert "[2/2] gn_ws_batch50_seed0: test accuracy" in output
     assert "GN+WS" in (tmp_path / "report" / "README.md").read_text()
-    again = run(*job)
-    assert "[2/2] gn_ws_batch50_seed0: finished already" in again.stdout
+    _, output, _ = call_tool(TOOL.name, *job)
+    assert "[2/2] gn_ws_batch50_seed0: finished already" in output
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,11 @@ def test_grid_is_trained_and_reported(command: list[str], tmp_path: Path) -> Non
         (["--report-only"], "holds no finished trainings"),
     ],
 )
-def test_errors_are_one_line(command: list[str], arguments: list[str], message: str) -> None:
-    result = run(*command, *arguments)
-    assert result.returncode == 2 and message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_errors_are_one_line(
+    call_tool, command: list[str], arguments: list[str], message: str
+) -> None:
+    status, _, errors = call_tool(TOOL.name, *command[2:], *arguments)
+    assert status == 2 and message in errors and len(errors.splitlines()) == 1
 
 
 def test_missing_data_are_named(command: list[str], tmp_path: Path) -> None:
