@@ -67,6 +67,7 @@ setup(
         "pycocotools",
         "PyYAML",
         "tabulate",
+        "tqdm",
     ],
     extras_require={
         "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff"],

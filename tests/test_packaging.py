@@ -21,7 +21,8 @@ import ws_detectron
 
 ROOT = Path(__file__).parents[1]
 # What a user of detectron2 has, and what pip must not choose for them; setup.py says why.
-CHOSEN_BY_THE_USER = {"cv2", "detectron2", "torch", "torchvision"}
+# triton comes with torch, where there is one for the machine
+CHOSEN_BY_THE_USER = {"cv2", "detectron2", "torch", "torchvision", "triton"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 

@@ -10,7 +10,7 @@ from ws_detectron.errors import ConfigError
 from ws_detectron.modeling import WSSettings
 
 
-def test_add_ws_config_adds_one_node_with_the_defaults() -> None:
+def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None:
     stock, cfg = get_cfg(), get_cfg()
     add_ws_config(cfg)
     assert cfg.MODEL.WS == {
@@ -22,7 +22,8 @@ def test_add_ws_config_adds_one_node_with_the_defaults() -> None:
         "EPS": 1e-5,
         "GN_GROUPS": 32,
     }
-    del cfg.MODEL["WS"]
+    assert (cfg.SOLVER.ACCUMULATE_STEPS, cfg.SOLVER.REFERENCE_IMS_PER_BATCH) == (1, 0)
+    del cfg.MODEL["WS"], cfg.SOLVER["ACCUMULATE_STEPS"], cfg.SOLVER["REFERENCE_IMS_PER_BATCH"]
     assert cfg == stock
 
 

@@ -39,7 +39,7 @@ def test_quick_check_passes(command: list[str], tmp_path: Path) -> None:
     assert found["test_images"] == 800
 
 
-def test_a_killed_training_is_resumed(command: list[str], tmp_path: Path) -> None:
+def test_a_killed_training_is_resumed(call_tool, command: list[str], tmp_path: Path) -> None:
     job = [*command, "--arm", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "8"]
     folder = tmp_path / "gn_ws_batch50_seed0"
     process = subprocess.Popen(job, stdout=subprocess.DEVNULL)
@@ -51,12 +51,12 @@ def test_a_killed_training_is_resumed(command: list[str], tmp_path: Path) -> Non
     done = len(json.loads((folder / "history.json").read_text()))
     assert 1 <= done < 8 and not (folder / "result.json").exists()
 
-    refused = run(*job)
-    assert refused.returncode == 2 and "go on with it by --resume" in refused.stderr
-    result = run(*job, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert f"epoch {done}/8" not in result.stdout and "epoch 8/8" in result.stdout
-    assert "test accuracy" in result.stdout
+    status, _, errors = call_tool(TOOL.name, *job[2:])
+    assert status == 2 and "go on with it by --resume" in errors
+    status, output, errors = call_tool(TOOL.name, *job[2:], "--resume")
+    assert status == 0, errors
+    assert f"epoch {done}/8" not in output and "epoch 8/8" in output
+    assert "test accuracy" in output
     assert len(json.loads((folder / "history.json").read_text())) == 8
 
 

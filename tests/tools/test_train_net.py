@@ -31,7 +31,7 @@ def train_net(*args: object, **environ: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        env={**os.environ, "OMP_NUM_THREADS": "2", **environ},
     )
 
 
@@ -46,11 +46,11 @@ def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
     config = CONFIGS / f"mask_rcnn_R_50_FPN_1x_{arm}_1img.yaml"
     common = ["--config-file", config, *SMALL, "OUTPUT_DIR", tmp_path]
 
-    first = train_net(*common)
+    first = train_net(*common, "DATASETS.TEST", "()")  # the resumed run evaluates
     assert first.returncode == 0, first.stderr
     assert "Total training time" in first.stdout
-    for name in ("model_final.pth", "model_best.pth", "config.yaml", "metrics.json"):
-        assert (tmp_path / name).is_file() or name == "model_best.pth", name
+    for name in ("model_final.pth", "config.yaml", "metrics.json"):
+        assert (tmp_path / name).is_file(), name
 
     resumed = train_net("--resume", *common, "SOLVER.MAX_ITER", 5)
     assert resumed.returncode == 0, resumed.stderr
@@ -78,7 +78,8 @@ def test_two_cpu_processes_train_and_evaluate_as_one_job(tmp_path: Path) -> None
     options += ["OUTPUT_DIR", tmp_path / "out", "DATALOADER.NUM_WORKERS", 0]
     options += ["SOLVER.REFERENCE_WORLD_SIZE", 4, "MODEL.RPN.POST_NMS_TOPK_TEST", 5]
     options += ["TEST.EXPECTED_RESULTS", "[]"]
-    result = train_net("--num-gpus", 2, "--dist-url", "auto", "--config-file", QUICKSTART, *options)
+    job = ["--num-gpus", 2, "--dist-url", "auto", "--config-file", QUICKSTART, *options]
+    result = train_net(*job, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr + result.stdout
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "IMS_PER_BATCH: 2" in config and "MAX_ITER: 4" in config

@@ -1,0 +1,59 @@
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from ws_detectron.benchmark.classifier import measure_classifier
+from ws_detectron.benchmark.report import tables
+from ws_detectron.errors import UserError
+
+# Stands for an interpreter that has Keras: is ready, and answers every line.
+STAND_IN = """#!{python}
+import sys
+with open("{log}", "a") as log:
+    log.write(" ".join(sys.argv[2:]) + "\\n")
+    print("{greeting}", flush=True)
+    for _ in sys.stdin:
+        log.write("run\\n")
+        print(0.1, flush=True)
+"""
+
+
+def stand_in(folder: Path, greeting: str) -> str:
+    path = folder / "python"
+    path.write_text(STAND_IN.format(python=sys.executable, log=folder / "log", greeting=greeting))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_every_arm_is_timed_in_every_round_and_related_to_bn() -> None:
+    part = measure_classifier(["bn", "gn_ws"], 4, "cpu", rounds=3, warmup=0, steps=2)
+    assert {name: len(values) for name, values in part["seconds"].items()} == {"bn": 3, "gn_ws": 3}
+    ratios = [a / b for a, b in zip(part["seconds"]["gn_ws"], part["seconds"]["bn"])]
+    assert part["times_bn"]["gn_ws"]["median"] == pytest.approx(sorted(ratios)[1])
+    assert part["times_keras"] == {}
+    # 8 images take some milliseconds, 50,000 over a second
+    assert all(value > 1 for values in part["seconds"].values() for value in values)
+
+
+def test_keras_runs_beside_it(tmp_path: Path) -> None:
+    python = stand_in(tmp_path, "ready: keras 3 on a stand-in")
+    part = measure_classifier(
+        ["bn", "gn_ws"], 4, "cpu", rounds=3, warmup=1, steps=2, keras_python=python
+    )
+    log = (tmp_path / "log").read_text().splitlines()
+    assert log.count("run") == 2 * (1 + 3)
+    assert "--arm bn --batch-size 4 --images 8" in log
+    assert set(part["times_keras"]) == {"bn", "gn_ws", "bn, Keras", "gn_ws, Keras"}
+    table = tables({"kind": "classifier", "parts": [part]})
+    assert "keras 3 on a stand-in" in table and "times the same arm in Keras" in table
+
+
+def test_an_interpreter_without_keras_is_named(tmp_path: Path) -> None:
+    python = stand_in(tmp_path, "")
+    with pytest.raises(UserError, match="needed there: pip install tensorflow-cpu"):
+        measure_classifier(["bn"], 4, "cpu", rounds=1, warmup=0, steps=1, keras_python=python)
+    with pytest.raises(UserError, match="cannot run .*/missing: No such file"):
+        missing = str(tmp_path / "missing")
+        measure_classifier(["bn"], 4, "cpu", rounds=1, warmup=0, steps=1, keras_python=missing)
