@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from ws_detectron.benchmark import operation
+from ws_detectron.errors import UserError
 from ws_detectron.layers import standardize_weight
 
 
@@ -58,3 +61,13 @@ def test_measurement_has_every_figure() -> None:
     # W_hat of all filters and their gradient
     ours = figures["peak_bytes"]["ws_detectron, official"]
     assert 8 * figures["values"] <= ours < 8.2 * figures["values"] + 2 * 4 * 512 * 512 * 9
+
+
+def test_a_broken_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_installed.py").write_text("import a_package_that_is_not_there")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserError, match="half_installed is installed but cannot be imported: No mod"
+    ):
+        operation._imported("half_installed")
+    assert operation._imported("a_package_that_is_not_there") is None

@@ -14,6 +14,7 @@ from detectron2.layers import ShapeSpec
 from torch.nn import functional as F
 
 from ws_detectron.engine import load_config
+from ws_detectron.errors import UserError
 from ws_detectron.layers import WS_MODES, WSConv2d, standardize_weight
 from ws_detectron.modeling import build_ws_resnet_backbone
 
@@ -41,7 +42,11 @@ def backbone_filters(depth: int, device: str) -> list[torch.Tensor]:
 
 
 def formulas() -> dict[str, Standardize]:
-    """Others' operations: where their package is installed, as it runs there."""
+    """Others' operations: where their package is installed, as it runs there.
+
+    Raises:
+        UserError: a package is installed but broken.
+    """
     found: dict[str, Standardize] = {"authors' operations": _as_the_authors_do}
     mmcv = _imported("mmcv.cnn.bricks.conv_ws")
     if mmcv is not None:
@@ -153,6 +158,12 @@ def _conv2d_recorded() -> Iterator[list[torch.Tensor]]:
 
 
 def _imported(name: str) -> Optional[Any]:
-    if importlib.util.find_spec(name.split(".")[0]) is None:
+    package = name.split(".")[0]
+    if importlib.util.find_spec(package) is None:
         return None
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:  # a table without it would not say why
+        raise UserError(
+            f"{package} is installed but cannot be imported: {error}; mend or uninstall it"
+        ) from error
