@@ -14,6 +14,7 @@ from ws_detectron.classification.progress import BarProgress
 from ws_detectron.classification.quick import quick_check
 from ws_detectron.classification.recipe import SCHEDULES
 from ws_detectron.classification.report import write_report
+from ws_detectron.classification.results import read_records
 from ws_detectron.errors import UserError, exit_on_user_error
 
 EXAMPLES = """
@@ -85,7 +86,14 @@ def _grid(args: argparse.Namespace) -> list[str]:
     problems: list[str] = []
     if not args.report_only:
         cells = grid(args.arms, args.batch_sizes, args.seeds, lr=args.lr, **_common(args))
-        problems = run_grid(cells, args.output_dir, say=_say, progress=_bar, data_dir=args.data_dir)
+        problems = run_grid(
+            cells,
+            args.output_dir,
+            say=_say,
+            progress=_bar,
+            data_dir=args.data_dir,
+            records=read_records(args.report),
+        )
     command = shlex.join(["python", "tools/train_fashion_mnist.py", *sys.argv[1:]])
     if args.report_only:
         command = "python tools/train_fashion_mnist.py --all"

@@ -7,6 +7,7 @@ from ws_detectron.classification import TrainingSettings
 from ws_detectron.classification import grid as grid_module
 from ws_detectron.classification.grid import grid, run_grid
 from ws_detectron.classification.progress import Progress
+from ws_detectron.classification.results import FinishedRun
 from ws_detectron.errors import UserError
 
 
@@ -55,3 +56,19 @@ def test_failing_trainings_are_named_and_finished_ones_skipped(
     assert "[1/4] bn_batch32_seed0: finished already" in lines
     assert lines[-1] == "[4/4] gn_batch32_seed0: test accuracy 50.00%"
     assert trained == ["bn_batch32_seed0", "gn_batch32_seed0"]  # the first only checks its settings
+
+
+def test_recorded_trainings_are_not_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(grid_module, "find_fashion_mnist", lambda *_, **__: None)
+    monkeypatch.setattr(grid_module, "train", None)  # calling it would fail
+    (cell,) = grid(["gn"], [32], [0])
+    record = FinishedRun(cell.name, None, cell.as_dict(), [], {})
+    lines: list[str] = []
+    show = {"say": lines.append, "progress": lambda _: Progress()}
+    assert run_grid([cell], tmp_path, records=[record], **show) == []  # type: ignore[arg-type]
+    assert lines == ["[1/1] gn_batch32_seed0: finished already"]
+    (other,) = grid(["gn"], [32], [0], lr=0.5)
+    with pytest.raises(UserError, match="recorded with lr 0.02, asked for is 0.5"):
+        run_grid([other], tmp_path, records=[record], **show)  # type: ignore[arg-type]

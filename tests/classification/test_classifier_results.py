@@ -1,9 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 from finished_runs import write_run
 
-from ws_detectron.classification.results import gather, read_runs
+from ws_detectron.classification.results import gather, read_records, read_runs
 from ws_detectron.errors import UserError
 
 
@@ -47,3 +48,21 @@ def test_missing_and_damaged_runs_are_named(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match=f"{path} is not of a finished training"):
         read_runs(tmp_path)
+
+
+def test_records_stand_for_runs_whose_folders_are_gone(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", 0.9, arm="gn", batch_size=32)
+    write_run(tmp_path / "old", 0.8, arm="bn", batch_size=32)
+    records = [run.as_record() for run in read_runs(tmp_path / "old")]
+    (tmp_path / "runs.json").write_text(json.dumps(records))
+    write_run(tmp_path / "new", 0.7, arm="bn", batch_size=32)  # goes before its record
+    runs = read_runs(tmp_path / "new", read_records(tmp_path))
+    assert [(run.name, run.result["test_accuracy"]) for run in runs] == [
+        ("bn_batch32_seed0", 0.7), ("gn_batch32_seed0", 0.9),
+    ]  # fmt: skip
+    assert runs[1].test_logits() is None and runs[0].test_logits() is not None
+    assert [run.as_record() for run in read_records(tmp_path)] == records
+    assert read_records(tmp_path / "new") == []
+    (tmp_path / "runs.json").write_text("[1]")
+    with pytest.raises(UserError, match="does not hold the records"):
+        read_records(tmp_path)

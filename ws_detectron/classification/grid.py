@@ -9,6 +9,7 @@ from ws_detectron.data.fashion_mnist import find_fashion_mnist
 from ws_detectron.errors import UserError
 
 from .progress import Progress
+from .results import FinishedRun
 from .run_files import RESULT
 from .settings import TrainingSettings
 from .training import train
@@ -54,6 +55,7 @@ def run_grid(
     say: Callable[[str], None],
     progress: Callable[[str], Progress],
     data_dir: Optional[Path] = None,
+    records: Sequence[FinishedRun] = (),
 ) -> list[str]:
     """Trains what is not finished, each in `folder`/name, and goes on with what was interrupted.
 
@@ -63,17 +65,30 @@ def run_grid(
         say: takes a line.
         progress: makes what shows a training, from its name.
         data_dir: see `train`.
+        records: of runs that are finished though their folders may be gone.
 
     Returns:
         What failed, a line each; a failing training does not keep the others from running.
 
     Raises:
-        UserError: the data are missing or damaged.
+        UserError: the data are missing or damaged, or a run was recorded with other settings.
     """
+    recorded = {record.name: record.settings for record in records}
+    for settings in cells:
+        for key, found in recorded.get(settings.name, {}).items():
+            wanted = settings.as_dict()[key]
+            if found != wanted:
+                raise UserError(
+                    f"{settings.name} is recorded with {key} {found!r}, asked for is {wanted!r}; "
+                    "choose another --report, or delete its runs.json"
+                )
     find_fashion_mnist("train", root=data_dir)  # without it, every training would fail
     problems = []
     for number, settings in enumerate(cells, start=1):
         head = f"[{number}/{len(cells)}] {settings.name}"
+        if settings.name in recorded:
+            say(f"{head}: finished already")
+            continue
         finished = (folder / settings.name / RESULT).exists()
         say(f"{head}: " + ("finished already" if finished else f"LR {settings.lr:g}"))
         try:

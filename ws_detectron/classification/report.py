@@ -5,8 +5,9 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
+import numpy as np
 from tabulate import tabulate
 
 from ws_detectron.data.fashion_mnist import FASHION_CLASSES, find_fashion_mnist, load_fashion_mnist
@@ -14,7 +15,7 @@ from ws_detectron.evaluation.curves import write_figure
 from ws_detectron.io import atomic_write
 
 from .figures import draw_accuracy_over_batch, draw_learning_curves, draw_misclassified
-from .results import Cell, FinishedRun, gather, read_runs
+from .results import RECORDS, Cell, FinishedRun, gather, read_records, read_runs
 
 UNDEFINED = "–"
 SHOWN_ARM = "gn_ws"
@@ -35,6 +36,9 @@ def write_report(
 ) -> list[Path]:
     """Writes README.md, table.csv, runs.json, and the figures, of all finished runs.
 
+    Runs that an earlier report in `folder` recorded count as well, so a grid can be made bit by
+    bit, on machines that keep nothing but the report.
+
     Args:
         runs_folder: holds a folder for each run.
         folder: where to; made if need be.
@@ -47,21 +51,21 @@ def write_report(
     Raises:
         UserError: there are no finished runs, or some cannot be averaged.
     """
-    runs = read_runs(runs_folder)
+    runs = read_runs(runs_folder, read_records(folder))
     cells = gather(runs)
-    paths = [folder / name for name in ("README.md", "table.csv", "runs.json")]
+    paths = [folder / name for name in ("README.md", "table.csv", RECORDS)]
     _write(paths[0], report_text(cells, command))
     _write(paths[1], _csv(cells))
-    _write(paths[2], json.dumps([_as_data(run) for run in runs], indent=1) + "\n")
+    _write(paths[2], json.dumps([run.as_record() for run in runs], indent=1) + "\n")
     paths += write_figure(draw_learning_curves(cells), folder / "learning_curves")
     paths += write_figure(draw_accuracy_over_batch(cells), folder / "accuracy_over_batch")
-    shown = [cell for cell in cells if cell.arm == SHOWN_ARM] or cells
-    best = max(shown, key=lambda cell: cell.accuracy)
-    run = best.runs[0]
+    chosen = _to_be_looked_at(cells)
+    if chosen is None:  # an earlier report's sheet, if any, stays
+        return paths
+    cell, run, logits = chosen
     images, labels = load_fashion_mnist("test", find_fashion_mnist("test", root=data_dir))
-    logits = run.test_logits()
     figure = draw_misclassified(
-        f"{best.title}, batch {best.batch_size}, seed {run.settings['seed']}",
+        f"{cell.title}, batch {cell.batch_size}, seed {run.settings['seed']}",
         images[: len(logits)],
         labels[: len(logits)],
         logits,
@@ -70,6 +74,16 @@ def write_report(
     paths += write_figure(figure, folder / "misclassified")[:1]
     paths[-1].with_suffix(".svg").unlink()  # it would hold the same pixels, larger
     return paths
+
+
+def _to_be_looked_at(cells: Sequence[Cell]) -> Optional[tuple[Cell, FinishedRun, np.ndarray]]:
+    """A run of the best cell, of `SHOWN_ARM` if there is one, whose logits are there."""
+    for cell in sorted(cells, key=lambda cell: (cell.arm != SHOWN_ARM, -cell.accuracy)):
+        for run in cell.runs:
+            logits = run.test_logits()
+            if logits is not None:
+                return cell, run, logits
+    return None
 
 
 def report_text(cells: Sequence[Cell], command: str) -> str:
@@ -177,10 +191,6 @@ def _csv(cells: Sequence[Cell]) -> str:
                 + [round(r["seconds_per_epoch"], 3)]
             )
     return out.getvalue()
-
-
-def _as_data(run: FinishedRun) -> dict[str, Any]:
-    return {"name": run.folder.name, **run.result, "history": run.history}
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,6 +14,8 @@ from .arms import ARMS, REPORT_ORDER
 from .model import REPORT_GROUPS
 from .run_files import HISTORY, RESULT, TEST_LOGITS, read_json
 
+RECORDS = "runs.json"
+
 REPORT = {
     ("bn", 2): (255.0, 18.76),
     ("gn_ws", 2): (275.0, 91.86),
@@ -31,20 +33,26 @@ class FinishedRun:
     """One training that has ended.
 
     Attributes:
-        folder: where it lies.
+        name: of its folder.
+        folder: where it lies; None where only its record is left.
         settings: of `TrainingSettings.as_dict`.
         history: an entry for each epoch.
         result: the content of result.json.
     """
 
-    folder: Path
+    name: str
+    folder: Optional[Path]
     settings: dict[str, Any]
     history: list[dict[str, Any]]
     result: dict[str, Any]
 
-    def test_logits(self) -> np.ndarray:
-        """(images, 10) float32, of the chosen epoch."""
-        return np.load(self.folder / TEST_LOGITS)
+    def test_logits(self) -> Optional[np.ndarray]:
+        """(images, 10) float32, of the chosen epoch; None where only the record is left."""
+        return None if self.folder is None else np.load(self.folder / TEST_LOGITS)
+
+    def as_record(self) -> dict[str, Any]:
+        """All but weights and logits, as JSON values."""
+        return {"name": self.name, **self.result, "history": self.history}
 
 
 @dataclass(frozen=True)
@@ -96,23 +104,51 @@ class Cell:
         return REPORT.get((self.arm, self.batch_size)) if same else None
 
 
-def read_runs(folder: Path) -> list[FinishedRun]:
-    """All finished runs in the folders below `folder`, by name.
+def read_records(folder: Path) -> list[FinishedRun]:
+    """What an earlier report in `folder` recorded; empty without one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / RECORDS
+    content: Any = read_json(path)
+    try:
+        return [
+            FinishedRun(
+                record["name"],
+                None,
+                record["settings"],
+                record["history"],
+                {k: v for k, v in record.items() if k not in ("name", "history")},
+            )
+            for record in content or []
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} does not hold the records of trainings; delete it") from error
+
+
+def read_runs(folder: Path, records: Sequence[FinishedRun] = ()) -> list[FinishedRun]:
+    """All finished runs in the folders below `folder`, and the recorded ones, by name.
+
+    Args:
+        folder: holds a folder for each run.
+        records: of runs whose folders may be gone; a folder goes before its record.
 
     Raises:
         UserError: there are none, or a file of one is damaged.
     """
-    runs = []
+    runs = {record.name: record for record in records}
     for path in sorted(folder.glob(f"*/{RESULT}")):
         result: Any = read_json(path)
         history: Any = read_json(path.with_name(HISTORY))
         try:
-            runs.append(FinishedRun(path.parent, result["settings"], list(history), result))
+            name = path.parent.name
+            runs[name] = FinishedRun(name, path.parent, result["settings"], list(history), result)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not of a finished training; delete its folder") from error
     if not runs:
         raise UserError(f"{folder} holds no finished trainings (*/{RESULT})")
-    return runs
+    return [runs[name] for name in sorted(runs)]
 
 
 def gather(runs: Sequence[FinishedRun]) -> list[Cell]:
@@ -134,7 +170,7 @@ def gather(runs: Sequence[FinishedRun]) -> list[Cell]:
             for name, value in other.settings.items():
                 if name != "seed" and value != first[name]:
                     raise UserError(
-                        f"{members[0].folder} and {other.folder} cannot be averaged: their {name} "
+                        f"{members[0].name} and {other.name} cannot be averaged: their {name} "
                         f"is {first[name]!r} and {value!r}"
                     )
         cells.append(
