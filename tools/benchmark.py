@@ -77,6 +77,8 @@ def main() -> None:
             "command": f"python tools/benchmark.py {shlex.join(sys.argv[1:])}",
         }
         name = f"{args.device}_{args.what}"
+        if args.variants != ["plain"]:
+            name += "_variants"
         print(write_measurement(args.output, name, about, measure(args)))
 
 

@@ -40,7 +40,7 @@ def write_measurement(
 
 def title(name: str) -> str:
     device, _, kind = name.partition("_")
-    return f"{kind.capitalize()} on {'a GPU' if device == 'cuda' else 'a CPU'}"
+    return f"{kind.replace('_', ' ').capitalize()} on {'a GPU' if device == 'cuda' else 'a CPU'}"
 
 
 def tables(content: Mapping[str, Any]) -> str:
