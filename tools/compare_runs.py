@@ -8,7 +8,7 @@ from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.evaluation.comparison import as_csv, as_markdown
 from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
 from ws_detectron.evaluation.runs import read_runs
-from ws_detectron.io import atomic_write
+from ws_detectron.io import write_text
 
 EXAMPLES = """
 examples:
@@ -53,8 +53,7 @@ def compare(arguments: list[str], output: Path) -> list[str]:
     text = as_markdown(runs)
     try:
         for name, content in (("comparison.md", text), ("comparison.csv", as_csv(runs))):
-            with atomic_write(output / name) as file:
-                file.write(content)
+            write_text(output / name, content)
         if any(run.rows for run in runs):
             write_figure(draw_learning_curves(runs), output / "learning_curves")
             write_figure(draw_ap_curves(runs), output / "ap_curves")

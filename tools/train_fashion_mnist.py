@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ws_detectron.classification import ARMS, ORDERS, TrainingSettings, train
-from ws_detectron.classification.grid import GRID_SEEDS, OTHER_SEEDS, grid, run_grid
+from ws_detectron.classification.grid import GRID_SEEDS, OTHER_SEEDS, REPORT_BATCHES, grid, run_grid
 from ws_detectron.classification.progress import BarProgress
 from ws_detectron.classification.quick import quick_check
 from ws_detectron.classification.recipe import SCHEDULES
@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
 
     many = parser.add_argument_group("the grid")
     many.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
-    many.add_argument("--batch-sizes", nargs="+", type=int, default=[2, 32, 128], metavar="IMAGES")
+    many.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=REPORT_BATCHES, metavar="IMAGES"
+    )
     few = "; ".join(f"{' '.join(map(str, seeds))} at batch {b}" for b, seeds in GRID_SEEDS.items())
     many.add_argument(
         "--seeds",

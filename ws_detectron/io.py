@@ -1,8 +1,11 @@
 """Atomic file output: a reader sees the old file or the new one, never a half-written one."""
 
+import csv
+import io
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Union
@@ -41,3 +44,27 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         Path(handle.name).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Union[str, Path], text: str) -> None:
+    """Writes a whole UTF-8 file, atomically."""
+    with atomic_write(path) as file:
+        file.write(text)
+
+
+def write_json(
+    path: Union[str, Path], content: Any, *, indent: int = 1, allow_nan: bool = True
+) -> None:
+    """Writes JSON with a line feed at its end, atomically.
+
+    Raises:
+        ValueError: a value is NaN or infinite, and `allow_nan` is not set.
+    """
+    write_text(path, json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n")
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """The rows as CSV, with the line ends that `git` and Unix tools expect."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

@@ -2,14 +2,13 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ws_detectron.io import atomic_write
+from ws_detectron.io import write_json, write_text
 
 from .measures import Measure
 
@@ -45,11 +44,8 @@ def write_report(results: Results, settings: dict[str, Any], folder: Path) -> No
             for model, groups in results.items()
         },
     }
-    with atomic_write(folder / "parity.json") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    with atomic_write(folder / "README.md") as file:
-        file.write(_markdown(results, environment, settings))
+    write_json(folder / "parity.json", content)
+    write_text(folder / "README.md", _markdown(results, environment, settings))
 
 
 def _markdown(results: Results, environment: dict[str, str], settings: dict[str, Any]) -> str:

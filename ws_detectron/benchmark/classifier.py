@@ -19,7 +19,7 @@ from ws_detectron.errors import UserError
 
 from .timing import Action, interleave, ratio, spread
 
-BASELINE, OURS = "bn", "gn_ws"
+BASELINE = "bn"
 KERAS_ARMS = ("bn", "gn_ws")
 KERAS = Path(__file__).resolve().parents[2] / "tools" / "keras_classifier.py"
 STEPS = 400

@@ -8,7 +8,7 @@ from typing import Any, Union
 from tabulate import tabulate
 
 from ws_detectron.errors import DataError
-from ws_detectron.io import atomic_write
+from ws_detectron.io import write_json, write_text
 
 from .operation import COPY, FLOOR_IN_COPIES, OURS
 
@@ -28,13 +28,10 @@ def write_measurement(
         measured: `{"kind": "operation", "detector" or "classifier", ...}`.
     """
     content = {"about": dict(about), **measured}
-    with atomic_write(Path(folder, f"{name}.json")) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    write_json(Path(folder, f"{name}.json"), content)
     facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items())
     text = f"# {title(name)}\n\n{tables(content)}\n{facts}\n"
-    with atomic_write(Path(folder, f"{name}.md")) as file:
-        file.write(text)
+    write_text(Path(folder, f"{name}.md"), text)
     return text
 
 
@@ -75,8 +72,7 @@ def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
         )
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    with atomic_write(readme) as out:
-        out.write(head + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + tail)
+    write_text(readme, head + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + tail)
 
 
 def _operation_table(content: Mapping[str, Any]) -> str:

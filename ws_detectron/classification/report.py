@@ -1,18 +1,15 @@
 """The report of the runs: table, figures, and all figures as data."""
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 from tabulate import tabulate
 
 from ws_detectron.data.fashion_mnist import FASHION_CLASSES, find_fashion_mnist, load_fashion_mnist
 from ws_detectron.evaluation.curves import write_figure
-from ws_detectron.io import atomic_write
+from ws_detectron.io import csv_text, write_json, write_text
 
 from .figures import draw_accuracy_over_batch, draw_learning_curves, draw_misclassified
 from .results import RECORDS, Cell, FinishedRun, gather, read_records, read_runs
@@ -54,9 +51,9 @@ def write_report(
     runs = read_runs(runs_folder, read_records(folder))
     cells = gather(runs)
     paths = [folder / name for name in ("README.md", "table.csv", RECORDS)]
-    _write(paths[0], report_text(cells, command))
-    _write(paths[1], _csv(cells))
-    _write(paths[2], json.dumps([run.as_record() for run in runs], indent=1) + "\n")
+    write_text(paths[0], report_text(cells, command))
+    write_text(paths[1], _csv(cells))
+    write_json(paths[2], [run.as_record() for run in runs])
     paths += write_figure(draw_learning_curves(cells), folder / "learning_curves")
     paths += write_figure(draw_accuracy_over_batch(cells), folder / "accuracy_over_batch")
     chosen = _to_be_looked_at(cells)
@@ -176,23 +173,16 @@ def difference_text(cells: Sequence[Cell]) -> str:
 
 
 def _csv(cells: Sequence[Cell]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
+    rows: list[Sequence[Any]] = [
         ["arm", "order", "groups", "batch_size", "lr", "seed", "best_epoch", "test_accuracy"]
         + ["validation_accuracy", "test_loss", "seconds_per_epoch"]
-    )
+    ]
     for cell in cells:
         for run in cell.runs:
             s, r = run.settings, run.result
-            writer.writerow(
+            rows.append(
                 [s["arm"], s["order"], s["groups"], s["batch_size"], s["lr"], s["seed"]]
                 + [r["best_epoch"], r["test_accuracy"], r["validation_accuracy"], r["test_loss"]]
                 + [round(r["seconds_per_epoch"], 3)]
             )
-    return out.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text)
+    return csv_text(rows)

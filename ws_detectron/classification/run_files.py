@@ -20,7 +20,7 @@ import torch
 
 from ws_detectron.checkpoint.reading import read_weight_file
 from ws_detectron.errors import UserError
-from ws_detectron.io import atomic_write
+from ws_detectron.io import atomic_write, write_json
 
 from .settings import TrainingSettings
 
@@ -47,12 +47,6 @@ def locked(folder: Path) -> Iterator[None]:
         except portalocker.LockException as error:
             raise RunLocked(f"another process is training in {folder}") from error
         yield
-
-
-def write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-        file.write("\n")
 
 
 def read_json(path: Path) -> Optional[Any]:
@@ -110,5 +104,5 @@ def save_outcome(
         torch.save(weights, file)
     with atomic_write(folder / TEST_LOGITS, "wb") as file:
         np.save(file, logits)
-    write_json(folder / RESULT, result)
+    write_json(folder / RESULT, result, allow_nan=False)
     (folder / CHECKPOINT).unlink(missing_ok=True)

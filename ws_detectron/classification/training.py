@@ -10,6 +10,7 @@ from torch import nn
 
 from ws_detectron.benchmark.environment import environment
 from ws_detectron.errors import UserError
+from ws_detectron.io import write_json
 
 from .data import TrainingData, load_test_data, load_training_data
 from .loop import compile_model, figures, predict, train_epoch
@@ -27,7 +28,6 @@ from .run_files import (
     read_json,
     save_checkpoint,
     save_outcome,
-    write_json,
 )
 from .settings import TrainingSettings
 
@@ -72,7 +72,7 @@ def train(
         if check_same_settings(folder, settings) and (folder / RESULT).exists():
             finished: dict[str, Any] = read_json(folder / RESULT) or {}
             return finished
-        write_json(folder / SETTINGS, settings.as_dict())
+        write_json(folder / SETTINGS, settings.as_dict(), allow_nan=False)
         data = load_training_data(
             data_dir, settings.seed, settings.images, settings.held_out, settings.device
         )
@@ -83,9 +83,9 @@ def train(
         while len(run.history) < settings.epochs:
             record = run.train_epoch(progress or Progress())
             save_checkpoint(folder, run.state_dict())
-            write_json(folder / HISTORY, run.history)
+            write_json(folder / HISTORY, run.history, allow_nan=False)
             (progress or Progress()).end_epoch(record)
-        write_json(folder / HISTORY, run.history)
+        write_json(folder / HISTORY, run.history, allow_nan=False)
         return _finish(run, folder, data_dir)
 
 

@@ -1,7 +1,6 @@
 """Times the two COCO evaluators side by side on the same data."""
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any, Union
 
 from tabulate import tabulate
 
-from ws_detectron.io import atomic_write
+from ws_detectron.io import write_json, write_text
 
 from .coco_eval import TASKS, CocoResult, compute
 from .report import TITLES
@@ -111,9 +110,7 @@ def write_measurement(
     Returns:
         The text of the Markdown file.
     """
-    with atomic_write(Path(folder, "benchmark.json")) as file:
-        json.dump({**about, **measured}, file, indent=2)
-        file.write("\n")
+    write_json(Path(folder, "benchmark.json"), {**about, **measured}, indent=2)
     tasks = measured["tasks"]
     rows = [_row(TITLES[task], [values]) for task, values in tasks.items()]
     rows.append(_row("both", list(tasks.values())))
@@ -132,8 +129,7 @@ included: {measured["largest_difference"]:.1e} per cent.
 
 {facts}
 """
-    with atomic_write(Path(folder, "benchmark.md")) as file:
-        file.write(text)
+    write_text(Path(folder, "benchmark.md"), text)
     return text
 
 

@@ -1,11 +1,11 @@
 """Runs side by side: a table of figures, differences to a baseline, and where configs differ."""
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any, Optional
 
 from tabulate import tabulate
+
+from ws_detectron.io import csv_text
 
 from .coco_eval import FIGURES, TASKS
 from .report import TITLES, UNDEFINED, figure
@@ -63,17 +63,15 @@ def as_csv(runs: Sequence[Run]) -> str:
     names = [f"{t}/{n}" for t in TASKS for n in FIGURES]
     names = [name for name in names if any(name in run.figures for run in runs)]
     keys = differing_keys(runs)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     header = ["run", *names, *(f"{name} - baseline" for name in names)]
     header += ["iterations", "training_seconds", "source", *keys, "problems"]
-    writer.writerow(header)
+    rows = [header]
     for run in runs:
         differences = [difference(run, runs[0], name) for name in names]
         row: list[Any] = [run.name, *(run.figures.get(name) for name in names), *differences]
         row += [*effort(run), run.source, *(run.config.get(key) for key in keys)]
-        writer.writerow([*row, "; ".join(run.problems)])
-    return text.getvalue()
+        rows.append([*row, "; ".join(run.problems)])
+    return csv_text(rows)
 
 
 def difference(run: Run, baseline: Run, name: str) -> Optional[float]:

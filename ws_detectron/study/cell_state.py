@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.io import atomic_write
+from ws_detectron.io import write_json
 
 from .cells import Cell
 
@@ -65,9 +65,7 @@ def write_state(
 ) -> CellState:
     """Writes and returns a cell's state."""
     written = CellState(state, cell.settings, reason, seconds)
-    with atomic_write(cell.folder / STATE) as file:
-        json.dump(asdict(written), file, indent=1)
-        file.write("\n")
+    write_json(cell.folder / STATE, asdict(written))
     return written
 
 

@@ -1,7 +1,5 @@
 """The report of a study: Markdown, CSV, figures, and one self-contained page."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from ws_detectron.evaluation.comparison import differing_keys, duration, effort
 from ws_detectron.evaluation.curves import write_figure
 from ws_detectron.evaluation.report import TITLES, UNDEFINED, figure
 from ws_detectron.evaluation.runs import Run
-from ws_detectron.io import atomic_write
+from ws_detectron.io import csv_text, write_text
 
 from .blocks import Block, Heading, Picture, Problems, Table, Text, as_html, as_markdown
 from .figures import draw_ap_over_batch, draw_study_curves
@@ -63,13 +61,12 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
         texts = {
             "index.html": as_html(results.study.title, blocks),
             "report.md": as_markdown(results.study.title, blocks),
-            "cells.csv": _csv(cell_rows(results)),
-            "summary.csv": _csv(summary_rows(results)),
-            "differences.csv": _csv(difference_rows(results)),
+            "cells.csv": csv_text(cell_rows(results)),
+            "summary.csv": csv_text(summary_rows(results)),
+            "differences.csv": csv_text(difference_rows(results)),
         }
         for name, text in texts.items():
-            with atomic_write(folder / name) as file:
-                file.write(text)
+            write_text(folder / name, text)
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
     return [*(folder / name for name in texts), *paths]
@@ -397,9 +394,3 @@ def _draw(results: StudyResults, folder: Path) -> tuple[list[Picture], list[Path
         pictures.append(Picture(name, caption, svg.read_text("utf-8")))
         paths += [png, svg]
     return pictures, paths
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()

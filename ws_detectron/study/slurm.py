@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ws_detectron.errors import UserError
-from ws_detectron.io import atomic_write
+from ws_detectron.io import write_text
 
 from .cell_state import FAILED, FINISHED, CellState, read_state, write_state
 from .cells import Cell
@@ -79,8 +79,7 @@ def run_on_slurm(
             except (NameError, TypeError, ValueError) as error:
                 raise UserError(f"submitit refuses the study's `slurm`: {error}") from error
             job = executor.submit(CellJob(), cell, train_net)
-            with atomic_write(cell.folder / JOB) as file:
-                file.write(job.job_id)
+            write_text(cell.folder / JOB, job.job_id)
         progress.began(cell)
         jobs[cell.name] = cell, job
     while jobs:
