@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ws_detectron.evaluation.curves import line_style
 
@@ -17,7 +18,7 @@ SHEET = (5, 8)  # rows and columns of misclassified articles
 def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
     """Validation accuracy (above) and training loss over epochs, a column for each batch size.
 
-    Lines are means over seeds. Accuracies below the lowest shown are at the lower edge.
+    Lines are means over seeds.
     """
     batches = sorted({cell.batch_size for cell in cells})
     figure = Figure(figsize=(0.8 + 3.4 * len(batches), 6.4), layout="constrained")
@@ -26,6 +27,7 @@ def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
     for column, batch in enumerate(batches):
         panels[0][column].set_title(f"batch {batch}", fontsize=10)
         panels[1][column].set_xlabel("epoch")
+        panels[1][column].xaxis.set_major_locator(MaxNLocator(integer=True))
         for cell in cells:
             if cell.batch_size != batch:
                 continue
