@@ -1,8 +1,10 @@
 """Measures what WS costs, everything side by side and in turns, on this machine."""
 
 import argparse
+import itertools
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,39 +81,39 @@ def main() -> None:
         name = f"{args.device}_{args.what}"
         if args.variants != ["plain"]:
             name += "_variants"
-        print(write_measurement(args.output, name, about, measure(args)))
+        if args.what == "operation":
+            figures = measure_operation(args.device, args.rounds or 30, args.warmup, args.depth)
+            print(write_measurement(args.output, name, about, {"kind": "operation", **figures}))
+            return
+        kind = "classifier" if args.what == "classifier" else "detector"
+        parts = []
+        for part in measured_parts(args):
+            # after each part, as the next may take long, or be stopped
+            parts.append(part)
+            text = write_measurement(args.output, name, about, {"kind": kind, "parts": parts})
+        print(text)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """What `write_measurement` takes."""
-    if args.what == "operation":
-        figures = measure_operation(args.device, args.rounds or 30, args.warmup, args.depth)
-        return {"kind": "operation", **figures}
+def measured_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The parts of all measurements but that of the operation, one by one as they are made."""
     rounds = args.rounds or 10
     if args.what == "classifier":
-        parts = [
-            measure_classifier(
+        for batch_size in args.batches:
+            yield measure_classifier(
                 ["bn", "gn", "gn_ws"], batch_size, args.device, rounds, args.warmup,
                 compiled="compile" in args.variants, keras_python=args.keras_python,
-            )
-            for batch_size in args.batches
-        ]  # fmt: skip
-        return {"kind": "classifier", "parts": parts}
+            )  # fmt: skip
+        return
     if args.what == "inference":
         part = measure_inference(args.device, args.short_side, rounds, args.warmup, args.opts)
-        return {"kind": "detector", "parts": [{"what": "inference", **part}]}
+        yield {"what": "inference", **part}
+        return
     arms = args.arms or (list(ARMS) if args.what == "arms" else ["gn", "gn_ws", "bn"])
-    parts = [
-        {
-            "what": "training step",
-            **measure_steps(
-                arms, args.device, images, args.short_side, rounds, args.warmup, variant, args.opts
-            ),
-        }
-        for images in args.batches
-        for variant in args.variants
-    ]
-    return {"kind": "detector", "parts": parts}
+    for images, variant in itertools.product(args.batches, args.variants):
+        part = measure_steps(
+            arms, args.device, images, args.short_side, rounds, args.warmup, variant, args.opts
+        )
+        yield {"what": "training step", **part}
 
 
 if __name__ == "__main__":

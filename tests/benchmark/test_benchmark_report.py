@@ -57,6 +57,20 @@ def test_measurement_is_written_as_json_and_table(tmp_path: Path) -> None:
     assert "| times gn" in text and "1234 (1100 to 1300)" in text
 
 
+def test_parts_of_a_measurement_share_a_table(tmp_path: Path) -> None:
+    content = detector()
+    content["parts"].append({**content["parts"][0], "images": 16})
+    text = write_measurement(tmp_path, "cpu_arms", ABOUT, content)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [row for row in rows if row]
+    assert rows[0] == ["images", "training step", "ms", "times gn", "peak, MiB"]
+    assert [row[:2] for row in rows[2:]] == [
+        *[["1", "gn"], ["1", "gn_ws"], ["1", "sync_bn"]],
+        *[["16", "gn"], ["16", "gn_ws"], ["16", "sync_bn"]],
+    ]
+    assert "variant plain" in text and "short side 320 pixels" in text
+
+
 def test_readme_gets_the_tables_of_all_measurements(tmp_path: Path) -> None:
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")

@@ -4,14 +4,24 @@ import torch
 from ws_detectron.benchmark import timing
 
 
-def test_candidates_run_in_turns_in_both_orders() -> None:
+def test_candidates_run_in_turns() -> None:
     log: list[str] = []
     candidates = {name: lambda name=name: log.append(name) for name in "abc"}
-    seconds = timing.interleave(candidates, rounds=3, warmup=1, device="cpu")
-    assert "".join(log) == "abc" + "abc" + "cba" + "abc"
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    seconds = timing.interleave(candidates, rounds=4, warmup=1, device="cpu")
+    assert "".join(log) == "abc" + "abc" + "bca" + "cab" + "cba"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         timing.interleave(candidates, rounds=0, warmup=0, device="cpu")
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc", "abcde"])
+def test_every_candidate_stands_at_every_place_equally_often(names: str) -> None:
+    cycles = range(2 * len(names))
+    orders = [timing.round_order(list(names), number) for number in cycles]
+    for place in range(len(names)):
+        assert sorted(order[place] for order in orders) == sorted(2 * names)
+    pairs = [pair for order in orders for pair in zip(order, order[1:])]
+    assert all(pairs.count((a, b)) == pairs.count((b, a)) for a in names for b in names)
 
 
 def test_ratios_are_taken_within_a_round() -> None:

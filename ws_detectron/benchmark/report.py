@@ -14,6 +14,12 @@ from .operation import COPY, FLOOR_IN_COPIES, OURS
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 _MIB = 2**20
+# of a detector's measurement -> how they are stated where they are the same for all parts
+_SETTINGS = {
+    "images": "{} image(s) per step",
+    "variant": "variant {}",
+    "short_side": "short side {} pixels",
+}
 
 
 def write_measurement(
@@ -46,7 +52,7 @@ def tables(content: Mapping[str, Any]) -> str:
         return _operation_table(content)
     if content["kind"] == "classifier":
         return "\n".join(_classifier_table(part) for part in content["parts"])
-    return "\n".join(_detector_table(part) for part in content["parts"])
+    return _detector_table(content["parts"])
 
 
 def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
@@ -100,26 +106,35 @@ written at least.
 """
 
 
-def _detector_table(part: Mapping[str, Any]) -> str:
-    rows = []
-    for name in part["seconds"]:
-        rows.append(
-            [
-                name,
-                _spread({k: 1000 * v for k, v in part["median_seconds"][name].items()}, 0),
-                _spread(part["ratios"][name], 3),
-                f"{part['peak_bytes'][name] / _MIB:.0f}",
-            ]
-        )
-    rows += [[name, f"does not run: {why}", "", ""] for name, why in part["refused"].items()]
-    baseline = next(iter(part["seconds"]), "-")
-    headers = [part["what"], "ms", f"times {baseline}", "peak, MiB"]
+def _detector_table(parts: Sequence[Mapping[str, Any]]) -> str:
+    """One table for all parts, with a column for each setting in which they differ."""
+    settings = {key: list(dict.fromkeys(part[key] for part in parts)) for key in _SETTINGS}
+    varied = [key for key, values in settings.items() if len(values) > 1]
+    rows: list[Sequence[str]] = []
+    for part in parts:
+        where = [str(part[key]) for key in varied]
+        for name in part["seconds"]:
+            rows.append(
+                [
+                    *where,
+                    name,
+                    _spread({k: 1000 * v for k, v in part["median_seconds"][name].items()}, 0),
+                    _spread(part["ratios"][name], 3),
+                    f"{part['peak_bytes'][name] / _MIB:.0f}",
+                ]
+            )
+        for name, why in part["refused"].items():
+            rows.append([*where, name, f"does not run: {why}", "", ""])
+    first = parts[0]
+    baseline = next(iter(first["seconds"]), "-")
+    headers = [*varied, first["what"], "ms", f"times {baseline}", "peak, MiB"]
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    rounds = len(next(iter(part["seconds"].values()), []))
+    rounds = len(next(iter(first["seconds"].values()), []))
+    fixed = [text.format(settings[key][0]) for key, text in _SETTINGS.items() if key not in varied]
     return f"""{table}
 
-Mask R-CNN R-50-FPN 4conv1fc, {part["images"]} image(s), short side {part["short_side"]} pixels,
-variant {part["variant"]}; medians (and quartiles) over {rounds} rounds in turns.
+Mask R-CNN R-50-FPN 4conv1fc, {", ".join(fixed)}; medians (and
+quartiles) over {rounds} rounds in turns, ratios within a round.
 """
 
 

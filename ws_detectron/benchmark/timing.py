@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ Action = Callable[[], Any]
 def interleave(
     candidates: Mapping[str, Action], rounds: int, warmup: int, device: str
 ) -> dict[str, list[float]]:
-    """Runs every candidate once in each round: A B C, then C B A, ...
+    """Runs every candidate once in each round, in the order of `round_order`.
 
     Args:
         candidates: name -> what is timed.
@@ -36,10 +36,26 @@ def interleave(
     measure = _seconds_on_cuda if device == "cuda" else _seconds
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds):
-        for name in list(candidates)[:: 1 if number % 2 == 0 else -1]:
+        for name in round_order(list(candidates), number):
             gc.collect()
             seconds[name].append(measure(candidates[name]))
     return seconds
+
+
+def round_order(names: Sequence[str], number: int) -> list[str]:
+    """The order of one round: A B C, B C A, C A B, then the same backwards: B A C, A C B, C B A.
+
+    Over as many rounds as there are names, each stands once at every place, so none is always the
+    one that starts a round or follows the candidate that fills the caches; over twice as many, it
+    also follows each of its neighbours as often as it precedes them.
+
+    Args:
+        names: of the candidates.
+        number: of the round, from 0.
+    """
+    turn = number % len(names)
+    order = [*names[turn:], *names[:turn]]
+    return order[::-1] if number // len(names) % 2 else order
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
