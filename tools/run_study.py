@@ -18,6 +18,9 @@ examples:
   python tools/run_study.py configs/studies/fashion_scenes.yaml --dry-run
   python tools/run_study.py configs/studies/fashion_scenes.yaml --report-only
 
+  # bit by bit, on machines that keep nothing: finished cells are recorded, recorded ones not run
+  python tools/run_study.py configs/studies/fashion_scenes.yaml --records records --seeds 1
+
   # on 8 GPUs of this machine; one Slurm job per cell (pip install -e .[slurm])
   python tools/run_study.py configs/studies/coco_8gpu.yaml --gpus 0 1 2 3 4 5 6 7
   python tools/run_study.py configs/studies/coco_8gpu.yaml --launcher slurm --seeds 1
@@ -37,6 +40,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="run only these")
     parser.add_argument("--batches", type=int, nargs="+", help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these")
+    parser.add_argument(
+        "--records", metavar="DIR", type=Path, help="take finished cells from here, and keep them"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--report-only", action="store_true", help="run nothing")
     parser.add_argument(
@@ -53,6 +59,7 @@ def main() -> None:
             arms=args.arms,
             batches=args.batches,
             seeds=args.seeds,
+            records=args.records,
         )
         if args.dry_run:
             print(*commands(study, options), sep="\n")

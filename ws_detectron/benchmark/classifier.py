@@ -22,8 +22,8 @@ from .timing import Action, interleave, ratio, spread
 BASELINE = "bn"
 KERAS_ARMS = ("bn", "gn_ws")
 KERAS = Path(__file__).resolve().parents[2] / "tools" / "keras_classifier.py"
-STEPS = 400
-"""Training steps in a round; every candidate has as many."""
+MOST_STEPS, MOST_IMAGES = 400, 6400
+"""Of a run, whichever comes first: 400 steps at batch 2, 200 at 32, 50 at 128, a few seconds each."""
 
 
 def measure_classifier(
@@ -33,7 +33,7 @@ def measure_classifier(
     rounds: int,
     warmup: int,
     *,
-    steps: int = STEPS,
+    steps: Optional[int] = None,
     compiled: bool = False,
     keras_python: Optional[str] = None,
 ) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def measure_classifier(
         device: `"cpu"` or `"cuda"`.
         rounds: timed runs of each.
         warmup: runs of each before, not timed.
-        steps: in a run.
+        steps: in a run; None: `MOST_STEPS` or what `MOST_IMAGES` make.
         compiled: also time `torch.compile` of each arm.
         keras_python: an interpreter with Keras, to time its BN and GN+WS as well.
 
@@ -55,6 +55,7 @@ def measure_classifier(
     Raises:
         UserError: Keras does not start there.
     """
+    steps = steps or max(1, min(MOST_STEPS, MOST_IMAGES // batch_size))
     images = steps * batch_size
     torch.manual_seed(0)
     data = Images(

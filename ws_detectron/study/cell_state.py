@@ -33,13 +33,18 @@ class CellState:
     seconds: Optional[float] = None
 
 
-def read_state(cell: Cell) -> Optional[CellState]:
+def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]:
     """What `write_state` wrote; None for a cell that was never started.
+
+    Args:
+        cell: whose state it should be.
+        folder: where it lies; None: the cell's own.
 
     Raises:
         ConfigError: the folder holds a cell of other settings; names the keys.
     """
-    path = cell.folder / STATE
+    folder = folder or cell.folder
+    path = folder / STATE
     try:
         state = CellState(**json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
@@ -54,7 +59,7 @@ def read_state(cell: Cell) -> Optional[CellState]:
     ]
     if differing:
         raise ConfigError(
-            f"{cell.folder} holds a run with other settings: {'; '.join(differing)}. Give the "
+            f"{folder} holds a run with other settings: {'; '.join(differing)}. Give the "
             "study another `output`, or delete the folder"
         )
     return state

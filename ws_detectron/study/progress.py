@@ -24,6 +24,7 @@ class Progress:
             then nothing is reckoned.
         say: takes a line.
         now: a clock in seconds.
+        finished: is called with each cell that has finished, before it is said.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Progress:
         side_by_side: Optional[int],
         say: Callable[[str], None],
         now: Callable[[], float] = time.monotonic,
+        finished: Optional[Callable[[Cell], None]] = None,
     ) -> None:
         self._cells, self._side_by_side = cells, side_by_side
-        self._say, self._now = say, now
+        self._say, self._now, self._finished = say, now, finished
         self._begun: dict[str, float] = {}
         self._ended: set[str] = set()
         self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
@@ -56,6 +58,8 @@ class Progress:
         self._ended.add(cell.name)
         self._learn(cell, state)
         if state.state == FINISHED:
+            if self._finished is not None:
+                self._finished(cell)
             what = f"finished in {duration(state.seconds)}: {figures(read_run(cell.folder, ''))}"
         else:
             what = f"FAILED: {state.reason}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Optional
 
@@ -11,6 +12,7 @@ from .cells import Cell, check_cells, search_cells, study_cells
 from .local import locked, run_locally, slots
 from .process import command, shown
 from .progress import Progress
+from .records import keep_record, restore_records
 from .report import StudyResults, problems_of, write_report
 from .results import choose, read_results
 from .slurm import run_on_slurm
@@ -30,6 +32,8 @@ class Options:
         launcher: "local" or "slurm".
         cluster: submitit's name for the cluster of "slurm".
         arms, batches, seeds: run only these; None for all. The report is of all.
+        records: folder in which finished cells are recorded, and from which recorded ones are
+            taken instead of being run; None for none.
     """
 
     train_net: Path
@@ -40,6 +44,7 @@ class Options:
     arms: Optional[Collection[str]] = field(default=None)
     batches: Optional[Collection[int]] = field(default=None)
     seeds: Optional[Collection[int]] = field(default=None)
+    records: Optional[Path] = None
 
 
 def run_study(study: Study, options: Options, say: Say) -> StudyResults:
@@ -59,6 +64,11 @@ def _run(
     study: Study, what: str, cells: Sequence[Cell], options: Options, say: Say, lock: IO[Any]
 ) -> None:
     """Runs those of the cells that were asked for and are not finished."""
+    finished = None
+    if options.records is not None:
+        restored = restore_records(cells, options.records)
+        say(f"{what}: {restored} finished cells taken from {options.records}")
+        finished = partial(keep_record, folder=options.records)
     wanted = _selected(study, cells, options)
     if not wanted:
         return
@@ -69,12 +79,13 @@ def _run(
             options.train_net,
             study.slurm,
             study.output / "submitit",
-            Progress(wanted, None, say),
+            Progress(wanted, None, say, finished=finished),
             cluster=options.cluster,
         )
         return
     places = slots(options.jobs, _gpus(study, options), study.processes)
-    run_locally(wanted, options.train_net, places, Progress(wanted, options.jobs, say), lock)
+    progress = Progress(wanted, options.jobs, say, finished=finished)
+    run_locally(wanted, options.train_net, places, progress, lock)
 
 
 def read_study_results(study: Study) -> StudyResults:

@@ -1,0 +1,71 @@
+"""Records: a study goes on where nothing but they are left."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ws_detectron.errors import ConfigError
+from ws_detectron.study import Options, run_study
+from ws_detectron.study.records import FILES
+
+SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4], "seed": 9}
+
+
+def report_of(results) -> list:
+    return [(r.cell.name, r.word, r.ap, r.record, len(r.run.rows)) for r in results.cells]
+
+
+def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path: Path) -> None:
+    study, records = make_study(search=SEARCH), tmp_path / "records"
+    kept = Options(options.train_net, records=records, seeds=[1])
+    run_study(study, kept, print)
+    names = {path.name for path in records.iterdir()}
+    assert "bn_4img_seed1" in names and "search_gn_4img_2" in names and len(names) == 4 + 4
+    # the stand-in writes no config
+    files = {path.name for path in (records / "bn_4img_seed1").iterdir()}
+    assert files == {*FILES} - {"config.yaml"}
+
+    shutil.rmtree(study.output)
+    lines: list[str] = []
+    everything = run_study(study, Options(options.train_net, records=records), lines.append)
+    assert any("4 finished cells taken from" in line for line in lines)
+    assert [result.word for result in everything.cells] == ["finished"] * 8
+    ran = {path.parent.name for path in study.output.glob("*/*/starts.txt")}
+    assert ran == {f"{arm}_{batch}img_seed2" for arm in ("bn", "gn") for batch in (1, 4)}
+
+    shutil.rmtree(study.output)
+    again = run_study(study, Options(options.train_net, records=records), print)
+    assert report_of(again) == report_of(everything)
+    assert not [*study.output.glob("*/*/starts.txt")]
+
+
+def test_a_record_takes_the_place_of_what_is_unfinished(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
+    kept = Options(options.train_net, records=records)
+    run_study(study, kept, print)
+    folder = study.output / "cells" / "bn_4img_seed1"
+    state = json.loads((folder / "cell.json").read_text())
+    (folder / "cell.json").write_text(json.dumps({**state, "state": "running"}))
+    (folder / "metrics.json").write_text("")
+    results = run_study(study, kept, print)
+    assert len(results.cells[0].run.rows) == 21 and not (folder / "starts.txt").exists()
+
+
+def test_a_record_of_other_settings_is_refused(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
+    kept = Options(options.train_net, records=records)
+    run_study(study, kept, print)
+    shutil.rmtree(study.output)
+    path = records / "bn_4img_seed1" / "cell.json"
+    state = json.loads(path.read_text())
+    state["settings"]["SOLVER.BASE_LR"] = 7
+    path.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="records/bn_4img_seed1 holds .* SOLVER.BASE_LR was 7"):
+        run_study(study, kept, print)
+    assert not (study.output / "cells" / "bn_4img_seed1").exists()

@@ -1,0 +1,65 @@
+"""Records of finished cells: their small files, kept where the runs themselves are not.
+
+A study may take longer than one sitting, and its folder may lie on a machine that is given back. A
+record is what the report and a search need of a cell, in a folder of its name: its state with all
+settings, its config, its metrics and on what it ran. A recorded cell counts as finished.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ws_detectron.errors import UserError
+from ws_detectron.evaluation.runs import CONFIG, METRICS
+from ws_detectron.io import write_text
+
+from .cell_state import FINISHED, STATE, read_state
+from .cells import Cell
+from .results import RECORD
+
+# The state comes last: a folder that has it is whole.
+FILES = (METRICS, CONFIG, RECORD, STATE)
+
+
+def keep_record(cell: Cell, folder: Path) -> None:
+    """Copies the small files of a finished cell to `folder`/<name of the cell>.
+
+    Raises:
+        UserError: a file cannot be read or written.
+    """
+    _copy(cell.folder, folder / cell.name)
+
+
+def restore_records(cells: Sequence[Cell], folder: Path) -> int:
+    """Gives cells that are not finished what was recorded of them.
+
+    What an unfinished run left in such a cell's folder is deleted: the record is further.
+
+    Returns:
+        How many cells it was.
+
+    Raises:
+        UserError: a file cannot be read or written.
+        ConfigError: a record is of other settings than its cell; names them.
+    """
+    restored = 0
+    for cell in cells:
+        source = folder / cell.name
+        if not (source / STATE).is_file():
+            continue
+        read_state(cell, source)
+        state = read_state(cell)
+        if state is None or state.state != FINISHED:
+            shutil.rmtree(cell.folder, ignore_errors=True)
+            _copy(source, cell.folder)
+            restored += 1
+    return restored
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        for name in FILES:
+            if (source / name).is_file():
+                write_text(target / name, (source / name).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot copy {source} to {target}: {error.strerror or error}") from error
