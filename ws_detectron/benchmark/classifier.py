@@ -23,7 +23,7 @@ BASELINE = "bn"
 KERAS_ARMS = ("bn", "gn_ws")
 KERAS = Path(__file__).resolve().parents[2] / "tools" / "keras_classifier.py"
 MOST_STEPS, MOST_IMAGES = 400, 6400
-"""Of a run, whichever comes first: 400 steps at batch 2, 200 at 32, 50 at 128, a few seconds each."""
+"""Of a run, whichever comes first: 400 steps at batch 2, 200 at 32, 50 at 128; a few seconds."""
 
 
 def measure_classifier(
