@@ -24,11 +24,13 @@ examples (on an idle machine; DETECTRON2_DATASETS must hold COCO for all but the
   python tools/benchmark.py step --variants plain channels_last autocast compile
   python tools/benchmark.py inference --device cuda
   python tools/benchmark.py arms --batches 1 2 4 8 16 --device cuda
+  python tools/benchmark.py arms --batches 1 2 4 8 16 --device cpu --rounds 4 --warmup 0 \\
+      --short-side 160 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 64
   python tools/benchmark.py classifier --batches 2 32 128 --keras-python keras-venv/bin/python
   python tools/benchmark.py readme
 
 Packages timm and mmcv-lite are measured where they are installed. Random weights: speed does not
-depend on them, because every arm gets the same number of proposals.
+depend on them, because every arm gets the same proposals.
 """
 
 
@@ -65,7 +67,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--output", default="results/benchmark", metavar="DIR")
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the configs")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # KEY VALUE may stand behind options
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.short_side = args.short_side or (800 if args.device == "cuda" else 320)
     with exit_on_user_error():

@@ -1,4 +1,6 @@
 import pytest
+import torch
+from detectron2.utils.events import EventStorage
 
 from ws_detectron.benchmark import detector
 
@@ -19,6 +21,23 @@ def test_step_and_inference_of_arms_are_measured(coco_root) -> None:
     assert 0 < more < 4 * 13_000_000
     inference = detector.measure_inference("cpu", 64, rounds=1, warmup=0, opts=SMALL)
     assert list(inference["seconds"]) == ["gn", "gn_ws, folded", "gn_ws, not folded"]
+
+
+def test_all_arms_get_the_same_proposals(coco_root) -> None:
+    boxes = []
+    for arm in ("bn", "gn_ws"):
+        cfg = detector.arm_config(arm, "cpu", 64, SMALL)
+        model = detector.Trainer.build_model(cfg).train()
+        detector.propose_alike(model)
+        (batch,) = detector.real_batches(cfg, 1, 1)
+        with torch.no_grad(), EventStorage(0):
+            images = model.preprocess_image(batch)
+            features = model.backbone(images.tensor)
+            instances = [batch[0]["instances"]]
+            proposals, _ = model.proposal_generator(images, features, instances)
+        boxes.append(proposals[0].proposal_boxes.tensor)
+    assert len(boxes[0]) > 50
+    torch.testing.assert_close(boxes[0], boxes[1], rtol=0, atol=0)
 
 
 def test_what_does_not_run_is_named(coco_root) -> None:

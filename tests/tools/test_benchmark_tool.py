@@ -17,3 +17,9 @@ def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:
 def test_help_shows_an_example(call_tool) -> None:
     status, output, _ = call_tool("benchmark.py", "--help")
     assert status == 0 and "python tools/benchmark.py arms --batches 1 2 4 8 16" in output
+
+
+def test_config_keys_may_follow_options(call_tool, tmp_path: Path) -> None:
+    options = ["step", "--device", "cpu", "--output", tmp_path, "--rounds", 1, "--short-side", 64]
+    status, _, errors = call_tool("benchmark.py", *options, "MODEL.NO_SUCH_KEY", 1)
+    assert status == 2 and "MODEL.NO_SUCH_KEY" in errors and "unrecognized" not in errors

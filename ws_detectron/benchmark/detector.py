@@ -63,6 +63,8 @@ def measure_steps(
 ) -> dict[str, Any]:
     """Times training steps (forward, backward, SGD) of several arms in turns.
 
+    All of them get the same images and the same proposals, and the LR is 0.
+
     Args:
         arms: of `ARMS`, the baseline first.
         images: per step.
@@ -137,7 +139,10 @@ def _training_step(cfg: CfgNode, batches: list[Batch], variant: str) -> Action:
     device = cfg.MODEL.DEVICE
     torch.manual_seed(0)
     model = Trainer.build_model(cfg).train()
+    propose_alike(model)
     optimizer = Trainer.build_optimizer(cfg, model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # the step costs what it costs, and all steps have the same work
     context, scaler = _apply(variant, model, device)
     turn = _Turns(batches)
 
@@ -155,6 +160,23 @@ def _training_step(cfg: CfgNode, batches: list[Batch], variant: str) -> Action:
             scaler.update()
 
     return step
+
+
+def propose_alike(model: nn.Module) -> None:
+    """Makes all arms propose the same boxes, whatever their features are.
+
+    RoIAlign takes a number of samples that grows with the box, and the mask head as many boxes as
+    overlap an object, so that arms with proposals of their own differ by several per cent in work
+    that has nothing to do with norm layers. With zeros in the RPN's two predictors, every anchor
+    scores the same and stays where it is.
+
+    Args:
+        model: a detectron2 model with an RPN.
+    """
+    head: Any = model.proposal_generator.rpn_head  # type: ignore[union-attr]
+    for predictor in (head.objectness_logits, head.anchor_deltas):
+        nn.init.zeros_(predictor.weight)
+        nn.init.zeros_(predictor.bias)
 
 
 def _inference(model: nn.Module, batches: list[Batch]) -> Action:
