@@ -27,7 +27,7 @@ def operation() -> dict:
 def detector() -> dict:
     part = {
         "what": "training step", "images": 1, "short_side": 320, "variant": "plain",
-        "seconds": {"gn": [1.0], "gn_ws": [1.01]},
+        "seconds": {"gn": [1.0, 1.5], "gn_ws": [1.31, 1.02]},
         "median_seconds": {"gn": SPREAD, "gn_ws": SPREAD},
         "ratios": {"gn": SPREAD, "gn_ws": {"median": 1.01, "low": 1.0, "high": 1.02}},
         "peak_bytes": {"gn": 2**20, "gn_ws": 2**21},
@@ -53,7 +53,10 @@ def test_measurement_is_written_as_json_and_table(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "cpu_operation.json").read_text())["about"] == ABOUT
 
     text = write_measurement(tmp_path, "cpu_step", ABOUT, detector())
-    assert "1.010 (1.000 to 1.020)" in text and "does not run: ValueError: no GPU" in text
+    assert (
+        "1.010 (1.000 to 1.020)" in text and "\nsync_bn does not run: ValueError: no GPU.\n" in text
+    )
+    assert "| 1020 (1.020)" in text and "| 1000 (1.000)" in text and "2 rounds" in text
     assert "| times gn" in text and "1234 (1100 to 1300)" in text
 
 
@@ -63,7 +66,8 @@ def test_parts_of_a_measurement_share_a_table(tmp_path: Path) -> None:
     text = write_measurement(tmp_path, "cpu_arms", ABOUT, content)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     rows = [row for row in rows if row]
-    assert rows[0] == ["images", "training step", "ms", "times gn", "peak, MiB"]
+    columns = ["training step", "ms", "times gn", "fastest, ms (times)", "peak, MiB"]
+    assert rows[0] == ["images", *columns]
     assert [row[:2] for row in rows[2:]] == [
         *[["1", "gn"], ["1", "gn_ws"], ["1", "sync_bn"]],
         *[["16", "gn"], ["16", "gn_ws"], ["16", "sync_bn"]],
