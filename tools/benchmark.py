@@ -21,7 +21,8 @@ EXAMPLES = """
 examples (on an idle machine; DETECTRON2_DATASETS must hold COCO for all but the first):
   python tools/benchmark.py operation
   python tools/benchmark.py step
-  python tools/benchmark.py step --variants plain channels_last autocast compile
+  python tools/benchmark.py step --variants channels_last autocast
+  python tools/benchmark.py step --variants compile --rounds 6 --warmup 1
   python tools/benchmark.py inference --device cuda
   python tools/benchmark.py arms --batches 1 2 4 8 16 --device cuda
   python tools/benchmark.py arms --batches 1 2 4 8 16 --device cpu --rounds 4 --warmup 0 \\
@@ -82,7 +83,7 @@ def main() -> None:
         }
         name = f"{args.device}_{args.what}"
         if args.variants != ["plain"]:
-            name += "_variants"
+            name += "_variants" if len(args.variants) > 1 else f"_{args.variants[0]}"
         if args.what == "operation":
             figures = measure_operation(args.device, args.rounds or 30, args.warmup, args.depth)
             print(write_measurement(args.output, name, about, {"kind": "operation", **figures}))

@@ -82,9 +82,12 @@ def test_readme_gets_the_tables_of_all_measurements(tmp_path: Path) -> None:
         update_readme(readme, folder)
     write_measurement(folder, "cpu_operation", ABOUT, operation())
     write_measurement(folder, "cpu_step", ABOUT, detector())
+    write_measurement(folder, "cpu_arms", ABOUT, detector())
     update_readme(readme, folder)
     once = readme.read_text()
     assert once.startswith("before\n" + BEGIN) and once.endswith(END + "\nafter\n")
+    places = [once.index(f"**{name} on a CPU**") for name in ("Step", "Operation", "Arms")]
+    assert places == sorted(places)
     assert "old" not in once and "23,454,912 values" in once and "training step" in once
     assert (
         "A CPU, 2 cores, torch 2.11.0" in once and "`python tools/benchmark.py operation`" in once

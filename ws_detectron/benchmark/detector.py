@@ -71,7 +71,9 @@ def measure_steps(
         short_side: of the images, pixels.
         rounds, warmup: of `interleave`.
         variant: of `VARIANTS`; "autocast" is bfloat16 on a CPU and float16 with a gradient scaler
-            on a GPU, "compile" compiles backbone and FPN.
+            on a GPU, "compile" compiles backbone and FPN, for one size of image: all steps then
+            have the same batch, as each further size is compiled anew for minutes, and one
+            compilation for all sizes takes longer still.
         opts: KEY VALUE overrides of every arm's config.
 
     Returns:
@@ -83,6 +85,8 @@ def measure_steps(
     batches = real_batches(
         arm_config(arms[0], device, short_side, opts), images, rounds + warmup + 3
     )
+    if variant == "compile":
+        batches = batches[:1]
     for arm in arms:
         try:
             cfg = arm_config(arm, device, short_side, opts)
@@ -93,7 +97,12 @@ def measure_steps(
             refused[arm] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         else:
             actions[arm] = action
-    about = {"images": images, "short_side": short_side, "variant": variant}
+    about = {
+        "images": images,
+        "short_side": short_side,
+        "variant": variant,
+        "depth": arm_config(arms[0], device, short_side, opts).MODEL.RESNETS.DEPTH,
+    }
     return {**about, **_measure(actions, rounds, warmup, device), "refused": refused}
 
 
@@ -118,7 +127,12 @@ def measure_inference(
         "gn_ws, not folded": models["gn_ws"],
     }
     actions = {name: _inference(model, batches) for name, model in candidates.items()}
-    about = {"images": 1, "short_side": short_side, "variant": "plain"}
+    about = {
+        "images": 1,
+        "short_side": short_side,
+        "variant": "plain",
+        "depth": cfgs["gn"].MODEL.RESNETS.DEPTH,
+    }
     return {**about, **_measure(actions, rounds, warmup, device), "refused": {}}
 
 
@@ -210,7 +224,7 @@ def _apply(
     if variant == "channels_last":
         module.to(memory_format=torch.channels_last)
     elif variant == "compile":
-        module.backbone.forward = torch.compile(module.backbone.forward)
+        module.backbone.forward = torch.compile(module.backbone.forward, dynamic=False)
     elif variant == "autocast":
         if device == "cuda":
             return lambda: torch.autocast("cuda", torch.float16), torch.amp.GradScaler("cuda")

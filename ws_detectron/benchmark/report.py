@@ -15,6 +15,7 @@ from .operation import COPY, FLOOR_IN_COPIES, OURS
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 _MIB = 2**20
+_FIRST = ("step", "inference", "operation")
 # of a detector's measurement -> how they are stated where they are the same for all parts
 _SETTINGS = {
     "images": "{} image(s) per step",
@@ -62,7 +63,7 @@ def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
     Raises:
         DataError: the README has no such marks, or the folder no measurements.
     """
-    readme, files = Path(readme), sorted(Path(folder).glob("*.json"))
+    readme, files = Path(readme), sorted(Path(folder).glob("*.json"), key=_place)
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise DataError(f"{readme}: needs the lines {BEGIN} and {END}, each once")
@@ -80,6 +81,12 @@ def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
     write_text(readme, head + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + tail)
+
+
+def _place(file: Path) -> tuple[int, str]:
+    """A sorting key: what most readers look for comes first, then by name."""
+    kind = file.stem.partition("_")[2]
+    return (_FIRST.index(kind) if kind in _FIRST else len(_FIRST)), file.stem
 
 
 def _operation_table(content: Mapping[str, Any]) -> str:
@@ -142,7 +149,7 @@ def _detector_table(parts: Sequence[Mapping[str, Any]]) -> str:
     reasons = "".join(f"\n{name} does not run: {why}.\n" for name, why in refused.items())
     return f"""{table}
 
-Mask R-CNN R-50-FPN 4conv1fc, {", ".join(fixed)}; medians (and
+Mask R-CNN R-{first.get("depth", 50)}-FPN 4conv1fc, {", ".join(fixed)}; medians (and
 quartiles) over {rounds} rounds in turns, ratios within a round; and the fastest round of each, as a
 busy machine can only add to it.
 {reasons}"""
