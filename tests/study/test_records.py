@@ -41,6 +41,16 @@ def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path
     assert not [*study.output.glob("*/*/starts.txt")]
 
 
+def test_cells_that_finished_before_are_recorded(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
+    run_study(study, options, print)
+    assert not records.exists()
+    run_study(study, Options(options.train_net, records=records), print)
+    assert {path.name for path in records.iterdir()} == {"bn_4img_seed1", "gn_4img_seed1"}
+
+
 def test_a_record_takes_the_place_of_what_is_unfinished(
     make_study, options: Options, tmp_path: Path
 ) -> None:

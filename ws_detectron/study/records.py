@@ -30,13 +30,13 @@ def keep_record(cell: Cell, folder: Path) -> None:
     _copy(cell.folder, folder / cell.name)
 
 
-def restore_records(cells: Sequence[Cell], folder: Path) -> int:
-    """Gives cells that are not finished what was recorded of them.
+def exchange_records(cells: Sequence[Cell], folder: Path) -> int:
+    """Gives cells that are not finished what was recorded of them, and records those that are.
 
     What an unfinished run left in such a cell's folder is deleted: the record is further.
 
     Returns:
-        How many cells it was.
+        How many cells were taken from their records.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -45,11 +45,12 @@ def restore_records(cells: Sequence[Cell], folder: Path) -> int:
     restored = 0
     for cell in cells:
         source = folder / cell.name
-        if not (source / STATE).is_file():
-            continue
-        read_state(cell, source)
+        recorded = read_state(cell, source) is not None
         state = read_state(cell)
-        if state is None or state.state != FINISHED:
+        finished = state is not None and state.state == FINISHED
+        if finished and not recorded:
+            keep_record(cell, folder)
+        elif recorded and not finished:
             shutil.rmtree(cell.folder, ignore_errors=True)
             _copy(source, cell.folder)
             restored += 1

@@ -12,7 +12,7 @@ from .cells import Cell, check_cells, search_cells, study_cells
 from .local import locked, run_locally, slots
 from .process import command, shown
 from .progress import Progress
-from .records import keep_record, restore_records
+from .records import keep_record, exchange_records
 from .report import StudyResults, problems_of, write_report
 from .results import choose, read_results
 from .slurm import run_on_slurm
@@ -66,7 +66,7 @@ def _run(
     """Runs those of the cells that were asked for and are not finished."""
     finished = None
     if options.records is not None:
-        restored = restore_records(cells, options.records)
+        restored = exchange_records(cells, options.records)
         say(f"{what}: {restored} finished cells taken from {options.records}")
         finished = partial(keep_record, folder=options.records)
     wanted = _selected(study, cells, options)
