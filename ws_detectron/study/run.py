@@ -12,7 +12,7 @@ from .cells import Cell, check_cells, search_cells, study_cells
 from .local import locked, run_locally, slots
 from .process import command, shown
 from .progress import Progress
-from .records import keep_record, exchange_records
+from .records import exchange_records, keep_record
 from .report import StudyResults, problems_of, write_report
 from .results import choose, read_results
 from .slurm import run_on_slurm
