@@ -148,7 +148,7 @@ def test_fashion_study_differs_in_norm_ws_batch_and_what_the_search_chooses() ->
     cells = by_name(study_cells(study, {}))
     assert len(cells) == 4 * 4 * 3
     assert {cell.images for cell in cells.values()} == {3200}
-    assert len(search_cells(study)) == 4 * 4
+    assert len(search_cells(study)) == 4 * 5
     norms = {f"MODEL.{node}.NORM" for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
     flags = {f"MODEL.WS.{part}" for part in ("BACKBONE", "FPN", "BOX_HEAD", "MASK_HEAD")}
     builders = {f"MODEL.{node}.NAME" for node in ("BACKBONE", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}

@@ -109,7 +109,7 @@ def test_resumed_cells_are_marked(make_study) -> None:
 def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:
     from ws_detectron.study import search_cells
 
-    grid = {"SOLVER.BASE_LR": [0.01, 0.02, 0.04], "SOLVER.WEIGHT_DECAY": [0.0, 0.1]}
+    grid = {"SOLVER.BASE_LR": [0.04, 0.01, 0.02], "SOLVER.WEIGHT_DECAY": [0.0, 0.1]}
     study = make_study(search={"grid": grid, "images": 40, "batches": [4]})
     cells = search_cells(study)
     assert choose(study, read_results(cells)) == {("bn", 4): None, ("gn", 4): None}
@@ -132,6 +132,6 @@ def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:
     # 0.04 with 0.1 would be best, but failed: 4.0 at (0.04, 0) against 3.0 at (0.02, 0.1)
     expected = {"SOLVER.BASE_LR": 0.04, "SOLVER.WEIGHT_DECAY": 0.0}
     assert choices == {("bn", 4): expected, ("gn", 4): None}
-    # the first or last of two values says nothing
+    # the least or greatest of two values says nothing
     assert at_the_edge(study, expected) == ["SOLVER.BASE_LR"]
     assert at_the_edge(study, {**expected, "SOLVER.BASE_LR": 0.02}) == []

@@ -153,13 +153,18 @@ def _rank(result: CellResult) -> float:
 
 
 def at_the_edge(study: Study, choice: Values) -> list[str]:
-    """Keys whose chosen value is the first or last of three or more: the best may lie beyond."""
+    """Keys whose chosen value is the least or greatest of three or more numbers, in any order.
+
+    The best may lie beyond.
+    """
     if study.search is None:
         return []
     return [
         key
         for key, values in study.search.grid.items()
-        if len(values) > 2 and choice[key] in (values[0], values[-1])
+        if len(values) > 2
+        and all(isinstance(value, (int, float)) for value in values)
+        and choice[key] in (min(values), max(values))
     ]
 
 
