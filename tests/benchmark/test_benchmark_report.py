@@ -75,7 +75,7 @@ def test_parts_of_a_measurement_share_a_table(tmp_path: Path) -> None:
     assert "variant plain" in text and "short side 320 pixels" in text
 
 
-def test_readme_gets_the_tables_of_all_measurements(tmp_path: Path) -> None:
+def test_readme_gets_the_main_tables_and_links_to_the_others(tmp_path: Path) -> None:
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     with pytest.raises(DataError, match="holds no measurements"):
@@ -86,8 +86,9 @@ def test_readme_gets_the_tables_of_all_measurements(tmp_path: Path) -> None:
     update_readme(readme, folder)
     once = readme.read_text()
     assert once.startswith("before\n" + BEGIN) and once.endswith(END + "\nafter\n")
-    places = [once.index(f"**{name} on a CPU**") for name in ("Step", "Operation", "Arms")]
-    assert places == sorted(places)
+    link = f"- [Arms on a CPU](results/cpu_arms.md), {ABOUT['date']}"
+    places = [once.index(part) for part in ("**Step on a CPU**", "**Operation on a CPU**", link)]
+    assert places == sorted(places) and "**Arms" not in once
     assert "old" not in once and "23,454,912 values" in once and "training step" in once
     assert (
         "A CPU, 2 cores, torch 2.11.0" in once and "`python tools/benchmark.py operation`" in once

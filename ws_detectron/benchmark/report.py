@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
@@ -15,7 +16,7 @@ from .operation import COPY, FLOOR_IN_COPIES, OURS
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 _MIB = 2**20
-_FIRST = ("step", "inference", "operation")
+_SHOWN = ("step", "inference", "operation")  # in the README, in this order; others are linked
 # of a detector's measurement -> how they are stated where they are the same for all parts
 _SETTINGS = {
     "images": "{} image(s) per step",
@@ -58,7 +59,9 @@ def tables(content: Mapping[str, Any]) -> str:
 
 
 def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
-    """Writes the tables of all measurements in `folder` between the two marks of the README.
+    """Writes the measurements in `folder` between the two marks of the README.
+
+    The tables of `_SHOWN` in full, what most readers look for; links to the others.
 
     Raises:
         DataError: the README has no such marks, or the folder no measurements.
@@ -69,24 +72,35 @@ def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
         raise DataError(f"{readme}: needs the lines {BEGIN} and {END}, each once")
     if not files:
         raise DataError(f"{folder}: holds no measurements (*.json); make them first")
-    sections = []
+    sections, links = [], []
     for file in files:
         content = json.loads(file.read_text())
         about = content["about"]
         machine = about.get("gpu") if file.stem.startswith("cuda") else about["cpu"]
-        sections.append(
+        head = (
             f"**{title(file.stem)}** ({machine}, {about['cores']} cores, torch {about['torch']}, "
-            f"{about['date']}; `{about['command']}`)\n\n{tables(content)}"
+            f"{about['date']}; `{about['command']}`)"
         )
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    write_text(readme, head + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + tail)
+        if _kind(file) in _SHOWN:
+            sections.append(f"{head}\n\n{tables(content)}")
+        else:
+            target = os.path.relpath(file.with_suffix(".md"), readme.parent)
+            links.append(f"- [{title(file.stem)}]({Path(target).as_posix()}), {about['date']}\n")
+    if links:
+        sections.append("Measured as well:\n\n" + "".join(links))
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    write_text(readme, before + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + after)
 
 
 def _place(file: Path) -> tuple[int, str]:
-    """A sorting key: what most readers look for comes first, then by name."""
-    kind = file.stem.partition("_")[2]
-    return (_FIRST.index(kind) if kind in _FIRST else len(_FIRST)), file.stem
+    """A sorting key: as in `_SHOWN`, the others behind them by name."""
+    kind = _kind(file)
+    return (_SHOWN.index(kind) if kind in _SHOWN else len(_SHOWN)), file.stem
+
+
+def _kind(file: Path) -> str:
+    return file.stem.partition("_")[2]
 
 
 def _operation_table(content: Mapping[str, Any]) -> str:
