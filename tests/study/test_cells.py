@@ -162,3 +162,22 @@ def test_fashion_study_differs_in_norm_ws_batch_and_what_the_search_chooses() ->
             first, second = (arms[arm] for arm in pair)
             differing = {key for key in first if first[key] != second[key]} - {"OUTPUT_DIR"}
             assert differing == allowed
+
+
+def test_deeper_study_is_the_same_training_in_R_50() -> None:
+    """Of the arms that both have, cells differ in depth alone; PreciseBN acts on BN only."""
+    ours, theirs = (
+        by_name(study_cells(read_study(STUDIES / file), {}))
+        for file in ("fashion_scenes_R50.yaml", "fashion_scenes.yaml")
+    )
+    assert set(ours) == {f"{a}_4img_seed{s}" for a in ("gn", "gn_ws") for s in (1, 2, 3)}
+    for name, cell in ours.items():
+        first, second = cell.settings, theirs[name].settings
+        differing = {key for key in first if first[key] != second[key]}
+        assert differing == {
+            "MODEL.RESNETS.DEPTH",
+            "MODEL.RESNETS.RES2_OUT_CHANNELS",
+            "TEST.PRECISE_BN.ENABLED",
+            "TEST.PRECISE_BN.NUM_ITER",
+            "OUTPUT_DIR",
+        }
