@@ -123,8 +123,11 @@ def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:
     results = read_study_results(make_study())
     write_report(results, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "bn_4img_seed1 is not started" in text
-    assert len(problems_of(results)) == 8
+    (problem,) = problems_of(results)
+    assert problem.startswith("8 of 8 not started: ") and problem in text
+    assert {f"{a}_{b}img_seed{s}" for a in ("bn", "gn") for b in (1, 4) for s in (1, 2)} == set(
+        problem.partition(": ")[2].split(", ")
+    )
     write_report(read_study_results(make_study(search=SEARCH)), tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "the search found nothing for bn" in text

@@ -121,11 +121,18 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
 
 
 def problems_of(results: StudyResults) -> list[str]:
-    """Cells that are not finished, with the reason, and arms for which a search found nothing."""
+    """Cells that are not finished, with the reason, and arms for which a search found nothing.
+
+    Cells that were never started share a line: a study made bit by bit has many.
+    """
     problems = []
-    for result in [*results.search, *results.cells]:
-        if result.word != "finished":
-            reason = f": {result.state.reason}" if result.state and result.state.reason else ""
+    every = [*results.search, *results.cells]
+    waiting = [result.cell.name for result in every if result.state is None]
+    if waiting:
+        problems.append(f"{len(waiting)} of {len(every)} not started: {', '.join(waiting)}")
+    for result in every:
+        if result.state is not None and result.word != "finished":
+            reason = f": {result.state.reason}" if result.state.reason else ""
             problems.append(f"{result.cell.name} is {result.word}{reason}")
     for (arm, batch), choice in choose(results.study, results.search).items():
         if choice is None:
