@@ -5,8 +5,15 @@ import sys
 from pathlib import Path
 
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.study import Options, commands, read_study, report_study, run_study
-from ws_detectron.study import read_study_results as read_results
+from ws_detectron.study import (
+    Options,
+    commands,
+    read_study,
+    read_study_results,
+    report_study,
+    run_study,
+    take_records,
+)
 
 EXAMPLES = """
 examples:
@@ -64,7 +71,12 @@ def main() -> None:
         if args.dry_run:
             print(*commands(study, options), sep="\n")
             return
-        results = read_results(study) if args.report_only else run_study(study, options, _say)
+        if args.report_only:
+            if args.records:
+                take_records(study, args.records, _say)
+            results = read_study_results(study)
+        else:
+            results = run_study(study, options, _say)
         problems = report_study(results, args.report or study.output / "report", _say)
     if problems:
         print("missing or failed:", *problems, sep="\n  ", file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.study import Options, run_study
+from ws_detectron.study import Options, read_study_results, run_study, take_records
 from ws_detectron.study.records import FILES
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4], "seed": 9}
@@ -38,6 +38,21 @@ def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path
     shutil.rmtree(study.output)
     again = run_study(study, Options(options.train_net, records=records), print)
     assert report_of(again) == report_of(everything)
+    assert not [*study.output.glob("*/*/starts.txt")]
+
+
+def test_a_report_needs_nothing_but_the_records(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    study, records = make_study(search=SEARCH), tmp_path / "records"
+    ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
+    shutil.rmtree(study.output)
+    lines: list[str] = []
+    take_records(study, records, lines.append)
+    assert [line.split()[:2] for line in lines] == [["search:", "4"], ["study:", "4"]]
+    found = read_study_results(study)
+    assert report_of(found) == report_of(ran) and found.cells[0].word == "finished"
+    assert [r.ap for r in found.search] == [r.ap for r in ran.search] != [{}] * 4
     assert not [*study.output.glob("*/*/starts.txt")]
 
 

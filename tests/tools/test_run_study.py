@@ -45,7 +45,8 @@ def study(tmp_path: Path) -> Path:
 def test_cells_train_and_are_reported_and_a_broken_one_is_named(
     run_tool, call_tool, study: Path, tmp_path: Path
 ) -> None:
-    result = run_tool(TOOL, study, "--jobs", 2)
+    records = tmp_path / "records"
+    result = run_tool(TOOL, study, "--jobs", 2, "--records", records)
     assert result.returncode == 1, result.stderr
     assert "broken_2img_seed1 is failed: " in result.stderr and "GN_GROUPS is 48" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
@@ -65,6 +66,12 @@ def test_cells_train_and_are_reported_and_a_broken_one_is_named(
     status, output, errors = call_tool(TOOL, study, *options)
     assert status == 1 and "broken_2img_seed1 is failed" in errors
     assert (tmp_path / "again" / "cells.csv").read_text() == (report / "cells.csv").read_text()
+
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    status, output, errors = call_tool(TOOL, study, *options, "--records", records)
+    assert status == 1 and "1 of 2 not started: broken_2img_seed1" in errors
+    (again, _) = csv.DictReader((tmp_path / "again" / "cells.csv").open())
+    assert again == cell
 
 
 def test_dry_run_prints_commands_and_runs_nothing(call_tool, study: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from .cells import Cell, search_cells, study_cells
 from .report import StudyResults, write_report
-from .run import Options, commands, read_study_results, report_study, run_study
+from .run import Options, commands, read_study_results, report_study, run_study, take_records
 from .spec import Arm, Search, Study, read_study
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "run_study",
     "search_cells",
     "study_cells",
+    "take_records",
     "write_report",
 ]

@@ -66,8 +66,7 @@ def _run(
     """Runs those of the cells that were asked for and are not finished."""
     finished = None
     if options.records is not None:
-        restored = exchange_records(cells, options.records)
-        say(f"{what}: {restored} finished cells taken from {options.records}")
+        _exchange(what, cells, options.records, say)
         finished = partial(keep_record, folder=options.records)
     wanted = _selected(study, cells, options)
     if not wanted:
@@ -86,6 +85,22 @@ def _run(
     places = slots(options.jobs, _gpus(study, options), study.processes)
     progress = Progress(wanted, options.jobs, say, finished=finished)
     run_locally(wanted, options.train_net, places, progress, lock)
+
+
+def take_records(study: Study, records: Path, say: Say) -> None:
+    """Gives the study's folder all that is recorded, and records what is finished there.
+
+    Raises:
+        UserError: the folder is being worked on, or a record is of other settings.
+    """
+    with locked(study.output):
+        _exchange("search", search_cells(study), records, say)
+        _exchange("study", study_cells(study, _choices(study)), records, say)
+
+
+def _exchange(what: str, cells: Sequence[Cell], records: Path, say: Say) -> None:
+    restored = exchange_records(cells, records)
+    say(f"{what}: {restored} finished cells taken from {records}")
 
 
 def read_study_results(study: Study) -> StudyResults:
