@@ -1,6 +1,6 @@
 """Trains a small GN+WS Mask R-CNN on drawn shapes, evaluates it and draws what it sees.
 
-Needs no download, no GPU and about five minutes on two cores.
+Needs no download, no GPU and five to ten minutes on two cores.
 """
 
 import argparse

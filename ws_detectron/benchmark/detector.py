@@ -82,9 +82,8 @@ def measure_steps(
     """
     actions: dict[str, Action] = {}
     refused: dict[str, str] = {}
-    batches = real_batches(
-        arm_config(arms[0], device, short_side, opts), images, rounds + warmup + 3
-    )
+    first = arm_config(arms[0], device, short_side, opts)
+    batches = real_batches(first, images, rounds + warmup + 3)
     if variant == "compile":
         batches = batches[:1]
     for arm in arms:
@@ -101,7 +100,7 @@ def measure_steps(
         "images": images,
         "short_side": short_side,
         "variant": variant,
-        "depth": arm_config(arms[0], device, short_side, opts).MODEL.RESNETS.DEPTH,
+        "depth": first.MODEL.RESNETS.DEPTH,
     }
     return {**about, **_measure(actions, rounds, warmup, device), "refused": refused}
 

@@ -66,41 +66,35 @@ def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
     Raises:
         DataError: the README has no such marks, or the folder no measurements.
     """
-    readme, files = Path(readme), sorted(Path(folder).glob("*.json"), key=_place)
+    readme, files = Path(readme), sorted(Path(folder).glob("*.json"))
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise DataError(f"{readme}: needs the lines {BEGIN} and {END}, each once")
     if not files:
         raise DataError(f"{folder}: holds no measurements (*.json); make them first")
-    sections, links = [], []
-    for file in files:
-        content = json.loads(file.read_text())
-        about = content["about"]
-        machine = about.get("gpu") if file.stem.startswith("cuda") else about["cpu"]
-        head = (
-            f"**{title(file.stem)}** ({machine}, {about['cores']} cores, torch {about['torch']}, "
-            f"{about['date']}; `{about['command']}`)"
-        )
-        if _kind(file) in _SHOWN:
-            sections.append(f"{head}\n\n{tables(content)}")
-        else:
-            target = os.path.relpath(file.with_suffix(".md"), readme.parent)
-            links.append(f"- [{title(file.stem)}]({Path(target).as_posix()}), {about['date']}\n")
+    kinds = {file: file.stem.partition("_")[2] for file in files}
+    sections = [_section(file) for kind in _SHOWN for file in files if kinds[file] == kind]
+    links = [_link(file, readme) for file in files if kinds[file] not in _SHOWN]
     if links:
         sections.append("Measured as well:\n\n" + "".join(links))
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    write_text(readme, before + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + after)
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    write_text(readme, head + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + tail)
 
 
-def _place(file: Path) -> tuple[int, str]:
-    """A sorting key: as in `_SHOWN`, the others behind them by name."""
-    kind = _kind(file)
-    return (_SHOWN.index(kind) if kind in _SHOWN else len(_SHOWN)), file.stem
+def _section(file: Path) -> str:
+    content = json.loads(file.read_text())
+    about = content["about"]
+    machine = about.get("gpu") if file.stem.startswith("cuda") else about["cpu"]
+    return (
+        f"**{title(file.stem)}** ({machine}, {about['cores']} cores, torch {about['torch']}, "
+        f"{about['date']}; `{about['command']}`)\n\n{tables(content)}"
+    )
 
 
-def _kind(file: Path) -> str:
-    return file.stem.partition("_")[2]
+def _link(file: Path, readme: Path) -> str:
+    target = Path(os.path.relpath(file.with_suffix(".md"), readme.parent)).as_posix()
+    return f"- [{title(file.stem)}]({target}), {json.loads(file.read_text())['about']['date']}\n"
 
 
 def _operation_table(content: Mapping[str, Any]) -> str:
