@@ -31,6 +31,7 @@ def write_study(folder: Path, **changes: Any) -> Study:
         },
         **changes,
     }
+    kept = {k: v for k, v in content.items() if v is not None}
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    path.write_text(yaml.safe_dump(kept, sort_keys=False))
     return read_study(path)

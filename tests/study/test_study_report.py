@@ -8,13 +8,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from small_study import FAKE, write_study
+from small_study import ARM, FAKE, write_study
 
 from ws_detectron.errors import UserError
 from ws_detectron.study import Options, StudyResults, read_study_results, run_study, write_report
 from ws_detectron.study.blocks import Picture, Problems, Table, Text, as_html, as_markdown
 from ws_detectron.study.figures import draw_ap_over_batch, draw_study_curves
-from ws_detectron.study.report import problems_of
+from ws_detectron.study.report import problems_of, report_blocks
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
 
@@ -90,6 +90,20 @@ def test_search_is_reported_with_its_choice(report: Path) -> None:
     found = re.findall(r"\| (bn|gn) +\| 4 +\| (0\.0\d) +\| [\d.]+ +\| [\d.]+ +\| (\S+)", text)
     assert len(found) == 6
     assert [lr for _, lr, mean in found if mean.startswith("**")] == ["0.04", "0.04"]
+
+
+def test_search_is_listed_in_the_order_of_arms_and_upwards(make_study) -> None:
+    grid = {"SOLVER.BASE_LR": [0.04, 0.08, 0.02], "MODEL.RESNETS.NORM": ["GN", "BN"]}
+    arms = {name: ARM.format(name) for name in ("gn", "bn")}
+    study = make_study(arms=arms, search={**SEARCH, "grid": grid})
+    (table,) = (
+        block
+        for block in report_blocks(read_study_results(study), [])
+        if isinstance(block, Table) and "`SOLVER.BASE_LR`" in block.headers
+    )
+    assert [row[0] for row in table.rows] == ["gn"] * 6 + ["bn"] * 6
+    values = [("0.02", "GN"), ("0.02", "BN"), ("0.04", "GN"), ("0.04", "BN")]
+    assert [row[2:4] for row in table.rows[:4]] == values
 
 
 def test_page_is_sound_and_needs_nothing_else(report: Path) -> None:

@@ -241,7 +241,7 @@ def _search_blocks(results: StudyResults) -> list[Block]:
     tasks = tasks_of(results.search)
     choices = choose(study, results.search)
     rows = []
-    for result in sorted(results.search, key=lambda r: (r.cell.arm, r.cell.batch)):
+    for result in _searched_in_order(results):
         chosen = choices[result.cell.arm, result.cell.batch] == result.cell.choice
         reached = "failed" if result.word == "failed" else figure(score(result))
         rows.append(
@@ -275,6 +275,18 @@ def _search_blocks(results: StudyResults) -> list[Block]:
             Text(f"Chosen at the edge of the grid, so the best may lie beyond: {'; '.join(edges)}.")
         )
     return blocks
+
+
+def _searched_in_order(results: StudyResults) -> list[CellResult]:
+    """Arms as the study lists them, and numbers upwards, in whatever order the grid has them."""
+    arms = [arm.name for arm in results.study.arms]
+
+    def place(result: CellResult) -> tuple[Any, ...]:
+        values = result.cell.choice.values()
+        numbers = (v if isinstance(v, (int, float)) else 0 for v in values)
+        return (arms.index(result.cell.arm), result.cell.batch, *numbers)
+
+    return sorted(results.search, key=place)
 
 
 def _settings_blocks(results: StudyResults) -> list[Block]:
