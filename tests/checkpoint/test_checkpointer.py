@@ -313,6 +313,25 @@ def test_numpy_numbers_are_saved_as_plain_ones(ws_model: nn.Module, tmp_path: Pa
     assert content["metrics"] == {"bbox": {"AP": 1.5}, "list": [2]}
 
 
+def test_a_save_that_is_cut_short_leaves_the_old_file(
+    ws_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = WSCheckpointer(ws_model, str(tmp_path), save_to_disk=True)
+    checkpointer.save("model_best", iteration=1)
+
+    def half(content: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    for name in ("model_best", "model_0000009"):
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save(name, iteration=2)
+    assert read_weight_file(tmp_path / "model_best.pth")["iteration"] == 1
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_best.pth")
+    assert {path.name for path in tmp_path.iterdir()} == {"model_best.pth", "last_checkpoint"}
+
+
 def test_checkpoint_of_the_default_trainer_resumes(tmp_path: Path) -> None:
     class Trainer(DefaultTrainer):
         @classmethod

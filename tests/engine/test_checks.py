@@ -71,6 +71,8 @@ def test_missing_weights(tmp_path: Path) -> None:
 
 def test_batch_that_cannot_be_shared_out() -> None:
     checks.check_batch(config("SOLVER.IMS_PER_BATCH", 4), 2)
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH is 0; allowed: 1 or more"):
+        checks.check_batch(config("SOLVER.IMS_PER_BATCH", 0), 2)
     with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH is 3.* 2 processes"):
         checks.check_batch(config("SOLVER.IMS_PER_BATCH", 3), 2)
     with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE"):

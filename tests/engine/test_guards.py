@@ -69,6 +69,7 @@ def test_frozen_bn_without_weights() -> None:
         (0.02, 2, "8 times"),
         (0.0005, 16, "1/40 of"),
         (0.01, 8, ""),
+        (0.0, 8, ""),  # a try of the data or of the speed
     ],
 )
 def test_lr_far_off_the_linear_rule(lr: float, batch: int, part: str) -> None:

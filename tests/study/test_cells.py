@@ -6,6 +6,7 @@ import pytest
 
 from ws_detectron.engine import as_flat_dict, load_config
 from ws_detectron.errors import ConfigError
+from ws_detectron.model_zoo import get_config_file
 from ws_detectron.study import read_study, search_cells, study_cells
 from ws_detectron.study.cells import check_cells, nearest, words
 
@@ -62,6 +63,26 @@ def test_without_images_the_config_says_how_many(make_study) -> None:
     assert cell.images == 6400 and cell.iterations == 1600
 
 
+def test_a_config_may_be_for_another_batch_than_its_own(make_study, tmp_path: Path) -> None:
+    """LR 0.04 and 800 iterations, here meant for 16 images: 12,800 of them."""
+    path = tmp_path / "mine.yaml"
+    base = get_config_file("quickstart/mask_rcnn_R_18_FPN_fashion_bn_8img.yaml")
+    path.write_text(f"_BASE_: {base}\nSOLVER: {{REFERENCE_IMS_PER_BATCH: 16}}\n")
+    study = make_study(images=None, arms={"bn": str(path)})
+    cell = by_name(study_cells(study, {}))["bn_4img_seed1"]
+    assert cell.images == 12800 and cell.iterations == 3200
+    assert cell.options["SOLVER.BASE_LR"] == pytest.approx(0.01)
+
+
+def test_few_evaluations_do_not_make_few_checkpoints(make_study) -> None:
+    """The config: one every 250 iterations of 8 images, so at least one every 2,000 images."""
+    cells = by_name(study_cells(make_study(images=6400, evaluations=1), {}))
+    for batch, period in ((1, 1600), (4, 400)):
+        options = cells[f"bn_{batch}img_seed1"].options
+        assert options["TEST.EVAL_PERIOD"] == 6400 / batch
+        assert options["SOLVER.CHECKPOINT_PERIOD"] == period
+
+
 def test_overrides_are_at_the_reference_batch_and_the_arms_win(make_study) -> None:
     arm = {"config": "quickstart/mask_rcnn_R_18_FPN_fashion_gn_8img.yaml"}
     arm["overrides"] = {"SOLVER.BASE_LR": 0.16, "SOLVER.ACCUMULATE_STEPS": 1}
@@ -104,6 +125,27 @@ def test_search_has_the_same_runs_for_every_arm(make_study) -> None:
                 assert cell.settings["TEST.EVAL_PERIOD"] == cell.iterations == 40 / batch
     assert not set(by_name(cells)) & set(by_name(study_cells(study, {})))
     assert search_cells(make_study()) == []
+
+
+def test_runs_of_a_search_keep_their_folders_when_its_grid_grows(make_study) -> None:
+    before = by_name(search_cells(make_study(search=SEARCH)))
+    assert "search_bn_4img_BASE_LR_0.08_WEIGHT_DECAY_0.001" in before
+    grid = {
+        "SOLVER.BASE_LR": [0.04, 0.08, 0.16],
+        "SOLVER.WEIGHT_DECAY": [0.01, 0.001, 0.0001, 0.0],
+    }
+    after = by_name(search_cells(make_study(search={**SEARCH, "grid": grid})))
+    assert len(after) == 2 * len(before)
+    assert all(after[name].choice == cell.choice for name, cell in before.items())
+
+
+def test_names_of_runs_of_a_search_are_unlike(make_study) -> None:
+    norms = {"MODEL.RESNETS.NORM": ["GN", "BN"], "MODEL.FPN.NORM": ["", "GN"]}
+    names = by_name(search_cells(make_study(search={**SEARCH, "grid": norms})))
+    assert "search_gn_1img_MODEL.RESNETS.NORM_BN_MODEL.FPN.NORM_GN" in names
+    with pytest.raises(ConfigError, match="`grid` has a value twice"):
+        twice = {"SOLVER.BASE_LR": [0.08, 0.16, 0.08]}
+        search_cells(make_study(search={**SEARCH, "grid": twice}))
 
 
 def test_cells_take_what_the_search_found_at_the_nearest_batch(make_study) -> None:

@@ -8,14 +8,26 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import pytest
+from small_study import FAKE
 
 from ws_detectron.errors import ConfigError, UserError
-from ws_detectron.study import Options, run_study, study_cells
-from ws_detectron.study.cell_state import last_words, read_state
+from ws_detectron.study import (
+    Options,
+    StudyResults,
+    read_study_results,
+    run_study,
+    search_cells,
+    study_cells,
+)
+from ws_detectron.study.cell_state import RUNNING, last_words, read_state, write_state
 from ws_detectron.study.local import locked, slots
-from ws_detectron.study.process import command
+from ws_detectron.study.process import command, run_cell
+from ws_detectron.study.report import problems_of
+from ws_detectron.study.run import _gpus, commands
+from ws_detectron.study.slurm import JOB
 
 ONE = {"seeds": [1], "batches": [4]}
 
@@ -125,13 +137,48 @@ def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options
     """The stand-in is best at 0.005 per image: 0.04 at the config's 8 images."""
     search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
     study = make_study(**ONE, search=search)
-    folder = study.output / "search" / "gn_4img_2"
+    folder = study.output / "search" / "gn_4img_BASE_LR_0.04"
     folder.mkdir(parents=True)
     (folder / "fail").touch()  # so gn has to do without 0.04
     results = run_study(study, options, print)
     assert len(results.search) == 6
-    chosen = {result.cell.arm: result.cell.options["SOLVER.BASE_LR"] for result in results.cells}
-    assert chosen == {"bn": pytest.approx(0.02), "gn": pytest.approx(0.01)}
+    expected = {"bn": pytest.approx(0.02), "gn": pytest.approx(0.01)}
+    assert lrs(results) == expected
+
+    (folder / "fail").unlink()  # it has lost: cells with another LR are finished
+    results = run_study(study, options, print)
+    assert lrs(results) == expected and [r.word for r in results.cells] == ["finished"] * 2
+    assert len(starts(folder)) == 1
+
+
+def lrs(results: StudyResults) -> dict[str, float]:
+    return {result.cell.arm: result.cell.options["SOLVER.BASE_LR"] for result in results.cells}
+
+
+def test_a_search_all_of_which_failed_is_tried_again(make_study, options: Options) -> None:
+    search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4]}
+    study = make_study(**ONE, search=search)
+    folders = [study.output / "search" / f"gn_4img_BASE_LR_{lr}" for lr in (0.02, 0.04)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "fail").touch()
+    results = run_study(study, options, print)
+    assert [*lrs(results)] == ["bn"]
+    assert any("for gn at 4 images found nothing: all" in text for text in problems_of(results))
+    for folder in folders:
+        (folder / "fail").unlink()
+    assert [*lrs(run_study(study, options, print))] == ["bn", "gn"]
+
+
+def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Options) -> None:
+    search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4]}
+    study = make_study(**ONE, search=search)
+    run_study(study, options, print)
+    write_state(search_cells(study)[0], RUNNING)  # as if it had been killed
+    results = read_study_results(study)
+    assert [*lrs(results)] == ["gn"]
+    assert any("for bn at 4 images has not ended" in text for text in problems_of(results))
+    assert "# SOLVER.BASE_LR of bn: what the search will find" in commands(study, options)
 
 
 def test_only_what_was_asked_for_runs(make_study, options: Options) -> None:
@@ -163,6 +210,35 @@ def test_checkpoints_of_finished_cells(make_study, options: Options, keep: str, 
     assert (failing / "model_0000001.pth").exists()
 
 
+@pytest.mark.parametrize("keep", ["last", "none"])
+def test_a_cell_is_finished_before_its_checkpoints_go(
+    make_study, options: Options, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    """Ctrl-C may come between any two of these steps."""
+    (cell, _) = study_cells(make_study(**ONE, checkpoints=keep), {})
+
+    def interrupt(path: Path) -> None:
+        assert not (path.parent / "last_checkpoint").exists() or keep == "last"
+        raise KeyboardInterrupt
+
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda p: interrupt(p) if p.suffix == ".pth" else unlink(p))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, options.train_net)
+    state = read_state(cell)
+    assert state and state.state == "finished"
+
+
+def test_a_cell_that_is_a_job_of_slurm_is_left_alone(make_study, options: Options) -> None:
+    study = make_study(**ONE)
+    (cell, _) = study_cells(study, {})
+    cell.folder.mkdir(parents=True)
+    (cell.folder / JOB).write_text("12345")
+    with pytest.raises(UserError, match="bn_4img_seed1 is job 12345 of an earlier --laun"):
+        run_study(study, options, print)
+    assert not [*study.output.glob("*/*/starts.txt")]
+
+
 def test_several_processes_are_asked_for(make_study, options: Options) -> None:
     study = make_study(**ONE, processes=2)
     run_study(study, options, print)
@@ -175,17 +251,39 @@ def test_several_processes_are_asked_for(make_study, options: Options) -> None:
 def test_cpu_cells_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert slots(2, None, 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+    # two cells of 4 cores; train_net.py gives each of a cell's processes its share of them
+    assert slots(2, None, 2) == [{"OMP_NUM_THREADS": "4"}] * 2
     assert slots(99, None, 1)[0] == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert slots(2, None, 1) == [{}, {}]
 
 
 def test_gpu_cells_get_their_own() -> None:
-    places = slots(2, [4, 5, 6, 7], 2)
+    places = slots(2, ["4", "5", "6", "7"], 2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["4,5", "6,7"]
-    with pytest.raises(UserError, match="--jobs 2 with 2 .* need 4 GPUs; --gpus gives 3"):
-        slots(2, [0, 1, 2], 2)
+    with pytest.raises(UserError, match="--jobs 2 with 2 .* need 4 GPUs; there are 3 .*0, 1, 2"):
+        slots(2, ["0", "1", "2"], 2)
+    with pytest.raises(UserError, match="need 1 GPUs; there are 0 .*none"):
+        slots(1, [], 1)
+
+
+@pytest.mark.parametrize(
+    "visible, asked, expected",
+    [
+        (None, None, ["0", "1"]),
+        ("4,5", None, ["4", "5"]),
+        ("GPU-8f,GPU-9c", None, ["GPU-8f", "GPU-9c"]),
+        ("4,5", [7], ["7"]),
+    ],
+)
+def test_visible_gpus_are_the_default(
+    make_study, monkeypatch: pytest.MonkeyPatch, visible: Optional[str], asked, expected: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _gpus(make_study(device="cuda"), Options(FAKE, gpus=asked)) == expected
 
 
 def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:

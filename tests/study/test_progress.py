@@ -47,6 +47,16 @@ def test_failed_cells_teach_nothing_and_are_not_awaited(make_study, clock: list[
     assert watched.seconds_left() == pytest.approx(6 * 40)
 
 
+def test_resumed_cells_teach_nothing(make_study, clock: list[float]) -> None:
+    """Their seconds are those of the last start alone."""
+    (cell, *_) = cells = study_cells(make_study(), {})
+    state = write_state(cell, FINISHED, seconds=4.0)
+    (cell.folder / "run_record.json").write_text('{"starts": 2}')
+    watched = progress(cells, clock)
+    watched.ended(cell, state)
+    assert watched.seconds_left() is None
+
+
 def test_a_sign_of_life_says_how_far_each_cell_is(make_study, clock: list[float]) -> None:
     lines: list[str] = []
     (cell, *_) = cells = study_cells(make_study(), {})

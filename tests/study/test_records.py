@@ -22,7 +22,9 @@ def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path
     kept = Options(options.train_net, records=records, seeds=[1])
     run_study(study, kept, print)
     names = {path.name for path in records.iterdir()}
-    assert "bn_4img_seed1" in names and "search_gn_4img_2" in names and len(names) == 4 + 4
+    assert (
+        "bn_4img_seed1" in names and "search_gn_4img_BASE_LR_0.04" in names and len(names) == 4 + 4
+    )
     # the stand-in writes no config
     files = {path.name for path in (records / "bn_4img_seed1").iterdir()}
     assert files == {*FILES} - {"config.yaml"}
@@ -39,6 +41,26 @@ def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path
     again = run_study(study, Options(options.train_net, records=records), print)
     assert report_of(again) == report_of(everything)
     assert not [*study.output.glob("*/*/starts.txt")]
+
+
+def test_failed_runs_of_a_search_are_recorded_and_failed_cells_are_not(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    study, records = make_study(search=SEARCH), tmp_path / "records"
+    lost = study.output / "search" / "gn_4img_BASE_LR_0.04"
+    for folder in (lost, study.output / "cells" / "bn_4img_seed1"):
+        folder.mkdir(parents=True)
+        (folder / "fail").touch()
+    kept = Options(options.train_net, records=records, seeds=[1])
+    ran = run_study(study, kept, print)
+    names = {path.name for path in records.iterdir()}
+    assert len(names) == 4 + 3 and "bn_4img_seed1" not in names
+
+    shutil.rmtree(study.output)
+    again = run_study(study, kept, print)
+    assert not (lost / "starts.txt").exists()
+    assert [r.cell.choice for r in again.cells] == [r.cell.choice for r in ran.cells]
+    assert (study.output / "cells" / "bn_4img_seed1" / "starts.txt").exists()
 
 
 def test_a_report_needs_nothing_but_the_records(

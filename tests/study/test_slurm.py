@@ -9,10 +9,10 @@ import pytest
 
 from ws_detectron.errors import UserError
 from ws_detectron.study import Options, study_cells
-from ws_detectron.study.cell_state import FINISHED, write_state
+from ws_detectron.study.cell_state import FINISHED, RUNNING, write_state
 from ws_detectron.study.progress import Progress
 from ws_detectron.study.results import read_results
-from ws_detectron.study.slurm import JOB, CellJob, run_on_slurm
+from ws_detectron.study.slurm import JOB, CellJob, _outcome, run_on_slurm
 
 submitit = pytest.importorskip("submitit", reason="--launcher slurm needs the package submitit")
 ONE = {"seeds": [1], "batches": [4]}
@@ -61,7 +61,7 @@ def test_a_job_in_the_queue_is_not_submitted_twice(
 ) -> None:
     study = make_study(**ONE)
     bn, gn = study_cells(study, {})
-    gn_done = write_state(gn, FINISHED, seconds=1.0)
+    write_state(gn, FINISHED, seconds=1.0)
     bn.folder.mkdir(parents=True)
     (bn.folder / JOB).write_text("12345")
 
@@ -86,7 +86,23 @@ def test_a_job_in_the_queue_is_not_submitted_twice(
     monkeypatch.setattr(submitit, "LocalJob", Queued)
     run(study, options)
     assert Queued.looks == 3 and not (bn.folder / "starts.txt").exists()
-    assert gn_done.state == FINISHED
+    assert not (gn.folder / "starts.txt").exists()
+
+
+def test_a_finished_cell_stays_so_when_its_job_fails_afterwards(
+    make_study, options: Options
+) -> None:
+    """A node may die between the end of the training and the end of the job."""
+
+    class Lost:
+        def exception(self) -> Exception:
+            return RuntimeError("job 12345 has no result")
+
+    (bn, gn) = study_cells(make_study(**ONE), {})
+    write_state(bn, FINISHED, seconds=1.0)
+    write_state(gn, RUNNING)
+    assert _outcome(bn, Lost()).state == FINISHED
+    assert _outcome(gn, Lost()).reason == "job 12345 has no result"
 
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="needs a machine without Slurm")

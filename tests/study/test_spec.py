@@ -28,6 +28,14 @@ def test_everything_is_read(make_study) -> None:
     assert (study.evaluations, study.processes, study.slurm) == (2, 2, {"timeout_min": 5})
 
 
+def test_numbers_of_a_grid_that_yaml_takes_for_text(make_study) -> None:
+    """YAML 1.1 wants a point in 1e-3."""
+    grid = {"SOLVER.BASE_LR": ["1e-3", 0.01, "1e-1"], "MODEL.RESNETS.NORM": ["GN", "BN"]}
+    search = make_study(search={**SEARCH, "grid": grid}).search
+    assert search.grid["SOLVER.BASE_LR"] == (0.001, 0.01, 0.1)
+    assert search.grid["MODEL.RESNETS.NORM"] == ("GN", "BN")
+
+
 def test_first_arm_is_the_baseline_unless_said_otherwise(make_study) -> None:
     arms = {"a": "a.yaml", "b": "b.yaml", "c": "c.yaml"}
     assert make_study(arms=arms).comparisons == (("b", "a"), ("c", "a"))
@@ -52,6 +60,10 @@ def test_first_arm_is_the_baseline_unless_said_otherwise(make_study) -> None:
         ({"checkpoints": "best"}, ["`checkpoints` is 'best'", "all, last, none"]),
         ({"comparisons": [["gn", "ln"]]}, ["`comparisons`", "['gn', 'ln']", "bn, gn"]),
         ({"overrides": {"SOLVER.MAX_ITER": 5}}, ["SOLVER.MAX_ITER", "sets for every cell"]),
+        (
+            {"evaluations": 2, "overrides": {"TEST.EVAL_PERIOD": 5}},
+            ["TEST.EVAL_PERIOD", "`evaluations` is 2"],
+        ),
         ({"search": {**SEARCH, "grid": {"SEED": [1]}}}, ["`search`", "SEED"]),
         ({"search": {**SEARCH, "grid": {"SOLVER.BASE_LR": 0.1}}}, ["SOLVER.BASE_LR: 0.1"]),
         ({"search": {"grid": {"A": [1]}, "batches": [1]}}, ["`images` are needed"]),

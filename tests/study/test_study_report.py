@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:
     )
     write_report(read_study_results(make_study(search=SEARCH)), tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "the search found nothing for bn" in text
+    assert "the search for bn at 4 images has not ended" in text
 
 
 def test_folder_that_cannot_be_written(ran: StudyResults, tmp_path: Path) -> None:
@@ -173,6 +174,25 @@ def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResult
     assert box_4.get_shared_x_axes().joined(box_4, loss_4)
     np.testing.assert_array_equal(box_4.lines[0].get_xdata(), [80])
     np.testing.assert_allclose(box_4.lines[0].get_ydata(), [101.5])
+
+
+def test_curves_are_of_finished_cells_and_may_lack_a_place(ran: StudyResults) -> None:
+    """gn of seed 2 at batch 1 failed; bn of seed 2 at batch 4 lost what it had at 40 images."""
+    cells = [*ran.cells]
+    number = next(i for i, r in enumerate(cells) if r.cell.name == "bn_4img_seed2")
+    rows = [row for row in cells[number].run.rows if row["iteration"] != 9]
+    cells[number] = replace(cells[number], run=replace(cells[number].run, rows=rows))
+    loss_1, loss_4 = draw_study_curves(ran.study, cells).axes[:2]
+    (gn,) = (line for line in loss_1.lines if line.get_label() == "gn")
+    assert len(gn.get_xdata()) == 80
+    np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
+    assert np.isfinite(loss_4.lines[0].get_ydata()).all()
+
+    number = next(i for i, r in enumerate(cells) if r.cell.name == "gn_1img_seed2")
+    diverged = [{"iteration": 0, "total_loss": 1000.0}]
+    cells[number] = replace(cells[number], run=replace(cells[number].run, rows=diverged))
+    (gn,) = (x for x in draw_study_curves(ran.study, cells).axes[0].lines if x.get_label() == "gn")
+    assert len(gn.get_xdata()) == 80 and max(gn.get_ydata()) < 10
 
 
 def test_what_is_not_for_html_is_escaped() -> None:

@@ -2,14 +2,18 @@
 
 import logging
 import os
-from typing import Any, Optional
+from contextlib import AbstractContextManager
+from typing import IO, Any, Optional
 from urllib.parse import parse_qs
 
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils.file_io import PathManager
 from torch import nn
+
+from ws_detectron.io import atomic_write
 
 from .describe import describe_model
 from .errors import WeightsError
@@ -23,12 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 class WSCheckpointer(DetectionCheckpointer):
-    """Saves and loads checkpoints like `DetectionCheckpointer`, with three differences.
+    """Saves and loads checkpoints like `DetectionCheckpointer`, with four differences.
 
     - Files are read without running code in them (`read_weight_file`), resumed training included.
     - Weights that do not fit the model are refused, where that can be known: see `check_fit`.
     - Saved files say what the model needs (WS convs, preprocessing, ...), so that this can be
       known of them later.
+    - Files in `save_dir`, the one that names the last checkpoint included, are there whole or not
+      at all, whenever the process is killed.
 
     Args:
         model: may be wrapped in DistributedDataParallel.
@@ -50,6 +56,7 @@ class WSCheckpointer(DetectionCheckpointer):
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.path_manager = _AtomicPathManager()
         self._fold = fold
         self._check = check
         self._path = ""
@@ -158,6 +165,18 @@ class WSCheckpointer(DetectionCheckpointer):
                 raise WeightsError(message)
             logger.warning("%s\nIt is loaded nevertheless, as the check is off.", message)
         return super()._load_model(checkpoint)
+
+
+class _AtomicPathManager:
+    """detectron2's PathManager, whose local files appear when they are complete."""
+
+    def open(self, path: str, mode: str = "r", **kwargs: Any) -> AbstractContextManager[IO[Any]]:
+        if mode in ("w", "wb") and "://" not in path:
+            return atomic_write(path, mode)
+        return PathManager.open(path, mode, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(PathManager, name)
 
 
 def _plain(value: Any) -> Any:

@@ -94,6 +94,8 @@ def check_weights(cfg: CfgNode) -> None:
 def check_batch(cfg: CfgNode, world_size: int) -> None:
     """SOLVER.IMS_PER_BATCH can be shared out evenly to processes, and there to parts."""
     images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if images < 1:
+        raise ConfigError(f"SOLVER.IMS_PER_BATCH is {images}; allowed: 1 or more")
     if cfg.SOLVER.REFERENCE_IMS_PER_BATCH < 0:
         raise ConfigError(
             f"SOLVER.REFERENCE_IMS_PER_BATCH is {cfg.SOLVER.REFERENCE_IMS_PER_BATCH}; allowed: the "

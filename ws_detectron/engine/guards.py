@@ -65,7 +65,7 @@ def _frozen_random_layers(cfg: CfgNode) -> list[str]:
 def _far_off_lr(cfg: CfgNode) -> list[str]:
     """An LR that was not scaled with the batch; a config that states its reference is trusted."""
     solver = cfg.SOLVER
-    if solver.REFERENCE_IMS_PER_BATCH:
+    if solver.REFERENCE_IMS_PER_BATCH or not solver.BASE_LR:  # LR 0: a try that learns nothing
         return []
     expected = REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH
     ratio = solver.BASE_LR / expected

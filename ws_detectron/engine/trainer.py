@@ -64,8 +64,8 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        cfg = scale_config(cfg, comm.get_world_size())
         check_batch(cfg, comm.get_world_size())
+        cfg = scale_config(cfg, comm.get_world_size())
         if comm.is_main_process():
             for trap in find_traps(cfg, comm.get_world_size()):
                 logger.warning(trap)

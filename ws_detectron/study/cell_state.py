@@ -10,6 +10,9 @@ from ws_detectron.io import write_json
 
 from .cells import Cell
 
+# What another start of the same run may change without another result
+FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD")
+
 STATE = "cell.json"
 OUTPUT = "cell.log"
 
@@ -55,7 +58,7 @@ def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]
     differing = [
         f"{key} was {state.settings[key]!r} and is {value!r}"
         for key, value in cell.settings.items()
-        if key in state.settings and state.settings[key] != value and key != "OUTPUT_DIR"
+        if key in state.settings and state.settings[key] != value and key not in FREE
     ]
     if differing:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """From a study to its cells: one training run each, matched by the linear rule."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,6 +97,9 @@ def search_cells(study: Study) -> list[Cell]:
     """The runs of the search: every combination of the grid for every arm and searched batch.
 
     They are evaluated once, at their end.
+
+    Raises:
+        ConfigError: a config or override cannot work, or two values of the grid are the same.
     """
     search = study.search
     if search is None:
@@ -106,11 +110,24 @@ def search_cells(study: Study) -> list[Cell]:
         evaluations=1,
         overrides={**study.overrides, **search.overrides},
     )
+    choices = {_folder_name(choice): choice for choice in combinations(search)}
+    if len(choices) < len(combinations(search)):
+        raise ConfigError(f"search: `grid` has a value twice: {search.grid}")
     return [
-        _cell(terms, arm, batch, search.seed, f"search/{arm.name}_{batch}img_{number}", choice)
+        _cell(terms, arm, batch, search.seed, f"search/{arm.name}_{batch}img_{name}", choice)
         for batch, arm in itertools.product(sorted(search.batches, reverse=True), study.arms)
-        for number, choice in enumerate(combinations(search), start=1)
+        for name, choice in choices.items()
     ]
+
+
+def _folder_name(choice: Values) -> str:
+    """Of the values alone, so that a run keeps its folder when the grid grows."""
+    ends = [key.rpartition(".")[2] for key in choice]
+    keys = ends if len(set(ends)) == len(ends) else list(choice)
+    return "_".join(
+        f"{key}_{re.sub(r'[^A-Za-z0-9.+-]+', '-', str(value))}"
+        for key, value in zip(keys, choice.values())
+    )
 
 
 def combinations(search: Search) -> list[Values]:
@@ -126,7 +143,7 @@ def nearest(batch: int, batches: Sequence[int]) -> int:
 def _cell(study: Study, arm: Arm, batch: int, seed: int, place: str, choice: Values) -> Cell:
     name = place.replace("cells/", "").replace("/", "_")
     at_reference = {**study.overrides, **arm.overrides, **choice}
-    reference = load_config(arm.config, words(at_reference))
+    reference, _ = scale_to_batch(load_config(arm.config, words(at_reference)))
     per_step = batch * study.processes
     seen = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
     if seen % per_step:
@@ -184,9 +201,9 @@ def words(values: Values) -> list[str]:
 def _scaled(reference: CfgNode, per_step: int, seen: int, evaluations: Optional[int]) -> CfgNode:
     """LR and schedule of a reference config for another batch and another number of images.
 
-    Milestones keep their place in the schedule; warm-up keeps its images.
+    Milestones keep their place in the schedule; warm-up keeps its images. Checkpoints are no more
+    images apart than the reference's, and no fewer than the `evaluations`.
     """
-    reference, _ = scale_to_batch(reference)
     cfg = reference.clone()
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = cfg.SOLVER.IMS_PER_BATCH
     cfg.SOLVER.IMS_PER_BATCH = per_step
@@ -198,8 +215,9 @@ def _scaled(reference: CfgNode, per_step: int, seen: int, evaluations: Optional[
     steps = [round(step * length) for step in reference.SOLVER.STEPS]
     cfg.SOLVER.STEPS = before_end(steps, cfg.SOLVER.MAX_ITER)
     if evaluations:
-        period = -(-cfg.SOLVER.MAX_ITER // evaluations)
-        cfg.TEST.EVAL_PERIOD = cfg.SOLVER.CHECKPOINT_PERIOD = period
+        cfg.TEST.EVAL_PERIOD = period = -(-cfg.SOLVER.MAX_ITER // evaluations)
+        parts = -(-period // max(1, cfg.SOLVER.CHECKPOINT_PERIOD))
+        cfg.SOLVER.CHECKPOINT_PERIOD = -(-period // parts)
     return cfg
 
 

@@ -1,5 +1,6 @@
 """AP over batch size, and learning curves of all arms at each batch."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ws_detectron.evaluation.curves import line_style
 from ws_detectron.evaluation.report import TITLES
 from ws_detectron.evaluation.runs import ap_key, series
 
+from .cell_state import FINISHED
 from .results import CellResult, summary, tasks_of
 from .spec import Study
 
@@ -51,8 +53,8 @@ def draw_ap_over_batch(study: Study, results: Sequence[CellResult]) -> Figure:
 def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
     """Loss and AP over the images seen: a column per batch, a row per quantity.
 
-    Lines are means over seeds, at the places that all of them have; the band is from the smallest
-    to the largest.
+    Lines are means over the seeds that have finished (over all, where none has); the band is from
+    the smallest to the largest.
     """
     keys = ["total_loss", *tasks_of(results)]
     batches = sorted(study.batches)
@@ -63,14 +65,15 @@ def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
         for panel, batch in zip(row, batches):
             for number, arm in enumerate(study.arms):
                 runs = [r for r in results if (r.cell.arm, r.cell.batch) == (arm.name, batch)]
-                images, values = _common_curve(runs, key)
+                done = [run for run in runs if run.word == FINISHED]
+                images, values = _curves(done or runs, key)
                 if len(images):
                     style = line_style(number)
                     markers = max(1, len(images) // 6)
-                    panel.plot(images, values.mean(0), label=arm.name, markevery=markers, **style)
-                    panel.fill_between(
-                        images, values.min(0), values.max(0), color=style["color"], alpha=0.15, lw=0
-                    )
+                    mean = np.nanmean(values, 0)
+                    low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+                    panel.plot(images, mean, label=arm.name, markevery=markers, **style)
+                    panel.fill_between(images, low, high, color=style["color"], alpha=0.15, lw=0)
         name = "total loss" if key == "total_loss" else f"{TITLES[key]} AP"
         row[0].set_ylabel(name)
     for panel, batch in zip(panels[0], batches):
@@ -82,8 +85,11 @@ def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
     return figure
 
 
-def _common_curve(runs: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images seen, and values (runs, places), at the places that all runs have a value for."""
+def _curves(runs: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images seen, and values (runs, places) where any run has one; NaN for those that have none.
+
+    A run that was killed in an evaluation lacks it: it resumes behind it.
+    """
     curves = []
     for result in runs:
         name = key if key == "total_loss" else ap_key(result.run.rows, key)
@@ -92,11 +98,9 @@ def _common_curve(runs: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.
         # a last evaluation is written one iteration after the last step
         last = result.cell.iterations
         curves.append({min(i + 1, last) * per_step: value for i, value in zip(iterations, values)})
-    curves = [curve for curve in curves if curve]
-    if not curves:
-        return np.zeros(0), np.zeros((0, 0))
-    places = sorted(set.intersection(*(set(curve) for curve in curves)))
-    return np.array(places), np.array([[curve[place] for place in places] for curve in curves])
+    places = sorted({place for curve in curves for place in curve})
+    table = [[curve.get(place, math.nan) for place in places] for curve in curves]
+    return np.array(places), np.array(table)
 
 
 def _finish(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -23,14 +23,15 @@ BEAT_SECONDS = 600.0
 LOCK = "study.lock"
 
 
-def slots(jobs: int, gpus: Optional[Sequence[int]], processes: int) -> list[dict[str, str]]:
+def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict[str, str]]:
     """The environment of each place where a cell can run.
 
-    CPU cells share the cores; GPU cells get the next `processes` GPUs each.
+    CPU cells share the cores, and `tools/train_net.py` shares those of a cell out to its processes;
+    GPU cells get the next `processes` GPUs each.
 
     Args:
         jobs: how many cells run side by side.
-        gpus: numbers of the GPUs to use; None for the CPU.
+        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES names them; None for the CPU.
         processes: of each cell.
 
     Raises:
@@ -39,15 +40,15 @@ def slots(jobs: int, gpus: Optional[Sequence[int]], processes: int) -> list[dict
     if gpus is None:
         if "OMP_NUM_THREADS" in os.environ:
             return [{} for _ in range(jobs)]
-        threads = max(1, _cores() // (jobs * processes))
+        threads = max(1, _cores() // jobs)
         return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
     if len(gpus) < jobs * processes:
         raise UserError(
             f"--jobs {jobs} with {processes} process(es) each need {jobs * processes} GPUs; "
-            f"--gpus gives {len(gpus)}"
+            f"there are {len(gpus)} (--gpus, else the visible ones): {', '.join(gpus) or 'none'}"
         )
     shares = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, share))} for share in shares]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
 def run_locally(

@@ -36,7 +36,7 @@ def shown(command: Sequence[str]) -> str:
 class CellProcess:
     """A cell that runs.
 
-    Starting it makes its folder, notes that it runs, and appends to its log.
+    Starting it makes its folder, notes that it runs, and begins its log anew.
 
     Args:
         cell: to run.
@@ -79,8 +79,10 @@ class CellProcess:
         status = self._process.wait()
         seconds = time.perf_counter() - self._start
         if status == 0:
+            # in this order, as without checkpoints a cell that is not finished would start anew
+            state = write_state(self.cell, FINISHED, seconds=seconds)
             drop_checkpoints(self.cell)
-            return write_state(self.cell, FINISHED, seconds=seconds)
+            return state
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         reason = f"{last_words(self._log)} ({how})"
         return write_state(self.cell, FAILED, reason=reason, seconds=seconds)
@@ -103,7 +105,7 @@ class CellProcess:
 
 def drop_checkpoints(cell: Cell) -> None:
     """Deletes what a finished cell does not keep."""
-    patterns = {"all": [], "last": ["model_[0-9]*.pth"], "none": ["*.pth", "last_checkpoint"]}
+    patterns = {"all": [], "last": ["model_[0-9]*.pth"], "none": ["last_checkpoint", "*.pth"]}
     for pattern in patterns[cell.checkpoints]:
         for path in cell.folder.glob(pattern):
             path.unlink()
@@ -111,4 +113,9 @@ def drop_checkpoints(cell: Cell) -> None:
 
 def run_cell(cell: Cell, train_net: Path) -> CellState:
     """Runs a cell to its end, in the environment as it is."""
-    return CellProcess(cell, train_net, {}).finish()
+    process = CellProcess(cell, train_net, {})
+    try:
+        return process.finish()
+    except BaseException:
+        process.stop()
+        raise

@@ -10,6 +10,7 @@ from ws_detectron.evaluation.runs import METRICS, Run, read_run
 
 from .cell_state import FINISHED, CellState, read_state
 from .cells import Cell
+from .results import read_record
 
 
 class Progress:
@@ -24,7 +25,7 @@ class Progress:
             then nothing is reckoned.
         say: takes a line.
         now: a clock in seconds.
-        finished: is called with each cell that has finished, before it is said.
+        keep: is called with each cell that has ended and its state, before it is said.
     """
 
     def __init__(
@@ -33,10 +34,10 @@ class Progress:
         side_by_side: Optional[int],
         say: Callable[[str], None],
         now: Callable[[], float] = time.monotonic,
-        finished: Optional[Callable[[Cell], None]] = None,
+        keep: Optional[Callable[[Cell, CellState], None]] = None,
     ) -> None:
         self._cells, self._side_by_side = cells, side_by_side
-        self._say, self._now, self._finished = say, now, finished
+        self._say, self._now, self._keep = say, now, keep
         self._begun: dict[str, float] = {}
         self._ended: set[str] = set()
         self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
@@ -57,9 +58,9 @@ class Progress:
     def ended(self, cell: Cell, state: CellState) -> None:
         self._ended.add(cell.name)
         self._learn(cell, state)
+        if self._keep is not None:
+            self._keep(cell, state)
         if state.state == FINISHED:
-            if self._finished is not None:
-                self._finished(cell)
             what = f"finished in {duration(state.seconds)}: {figures(read_run(cell.folder, ''))}"
         else:
             what = f"FAILED: {state.reason}"
@@ -90,7 +91,9 @@ class Progress:
         return total / self._side_by_side
 
     def _learn(self, cell: Cell, state: CellState) -> None:
-        if state.state == FINISHED and state.seconds:
+        # `seconds` are of the last start, which for a resumed cell is a part of its images
+        whole = read_record(cell.folder).get("starts", 1) == 1
+        if state.state == FINISHED and state.seconds and whole:
             self._speeds.setdefault(cell.batch, []).append(state.seconds / cell.images)
 
     def _position(self) -> str:

@@ -2,18 +2,20 @@
 
 A study may take longer than one sitting, and its folder may lie on a machine that is given back. A
 record is what the report and a search need of a cell, in a folder of its name: its state with all
-settings, its config, its metrics and on what it ran. A recorded cell counts as finished.
+settings, its config, its metrics and on what it ran. Finished cells are recorded, and failed ones
+of a search, which has its result from them, too.
 """
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional
 
 from ws_detectron.errors import UserError
 from ws_detectron.evaluation.runs import CONFIG, METRICS
 from ws_detectron.io import write_text
 
-from .cell_state import FINISHED, STATE, read_state
+from .cell_state import FINISHED, STATE, CellState, read_state
 from .cells import Cell
 from .results import RECORD
 
@@ -30,10 +32,15 @@ def keep_record(cell: Cell, folder: Path) -> None:
     _copy(cell.folder, folder / cell.name)
 
 
-def exchange_records(cells: Sequence[Cell], folder: Path) -> int:
-    """Gives cells that are not finished what was recorded of them, and records those that are.
+def exchange_records(cells: Sequence[Cell], folder: Path, kept: Sequence[str] = (FINISHED,)) -> int:
+    """Gives cells what was recorded of them, and records those that are further than that.
 
-    What an unfinished run left in such a cell's folder is deleted: the record is further.
+    What an unfinished run left in the folder of a cell with a record is deleted.
+
+    Args:
+        cells: all of the study, or of its search.
+        folder: of the records.
+        kept: states that are recorded, the best first.
 
     Returns:
         How many cells were taken from their records.
@@ -45,16 +52,19 @@ def exchange_records(cells: Sequence[Cell], folder: Path) -> int:
     restored = 0
     for cell in cells:
         source = folder / cell.name
-        recorded = read_state(cell, source) is not None
-        state = read_state(cell)
-        finished = state is not None and state.state == FINISHED
-        if finished and not recorded:
+        ours, recorded = (_rank(read_state(cell, place), kept) for place in (None, source))
+        if ours < recorded:
             keep_record(cell, folder)
-        elif recorded and not finished:
+        elif recorded < ours:
             shutil.rmtree(cell.folder, ignore_errors=True)
             _copy(source, cell.folder)
             restored += 1
     return restored
+
+
+def _rank(state: Optional[CellState], kept: Sequence[str]) -> int:
+    """The place in `kept`; what is not kept comes last."""
+    return kept.index(state.state) if state and state.state in kept else len(kept)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from .results import (
     arm_difference,
     at_the_edge,
     choose,
+    has_ended,
     overall_difference,
     score,
     summary,
@@ -121,7 +122,7 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
 
 
 def problems_of(results: StudyResults) -> list[str]:
-    """Cells that are not finished, with the reason, and arms for which a search found nothing.
+    """Cells that are not finished, with the reason, and arms for which a search has no result.
 
     Cells that were never started share a line: a study made bit by bit has many.
     """
@@ -136,9 +137,13 @@ def problems_of(results: StudyResults) -> list[str]:
             problems.append(f"{result.cell.name} is {result.word}{reason}")
     for (arm, batch), choice in choose(results.study, results.search).items():
         if choice is None:
-            problems.append(
-                f"the search found nothing for {arm} at {_images(batch)}: none of its runs finished"
+            runs = [r for r in results.search if (r.cell.arm, r.cell.batch) == (arm, batch)]
+            why = (
+                "found nothing: all its runs failed"
+                if all(has_ended(run) for run in runs)
+                else "has not ended, and what follows from it is not shown"
             )
+            problems.append(f"the search for {arm} at {_images(batch)} {why}")
     return problems
 
 

@@ -50,7 +50,11 @@ def read_results(cells: Sequence[Cell]) -> list[CellResult]:
 
 
 def read_result(cell: Cell) -> CellResult:
-    """What a cell has reached; never fails over a cell that is missing or broken."""
+    """What a cell has reached, also where it was never started or has failed.
+
+    Raises:
+        ConfigError: its folder holds a run of other settings.
+    """
     state = read_state(cell)
     if state is None:
         return CellResult(cell, None, Run(cell.name, cell.folder))
@@ -60,7 +64,7 @@ def read_result(cell: Cell) -> CellResult:
     if state.state == FINISHED:
         ap, more = final_ap(run, ["bbox", "segm"] if cell.settings["MODEL.MASK_ON"] else ["bbox"])
         notes += more
-    record = _read_record(cell.folder / RECORD)
+    record = read_record(cell.folder)
     if record.get("starts", 1) > 1:
         notes.append(f"resumed: {record['starts']} starts")
     return CellResult(cell, state, run, ap, record, tuple(notes))
@@ -133,8 +137,8 @@ def score(result: CellResult) -> Optional[float]:
 def choose(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int], Optional[Values]]:
     """(arm, searched batch) -> the combination with the highest mean of box and mask AP.
 
-    A run that failed (a high LR may diverge) loses; None where all failed or none has run. The
-    earlier in the grid wins a tie.
+    A run that failed (a high LR may diverge) loses; None where all failed, and as long as not all
+    have ended. The earlier in the grid wins a tie.
     """
     choices: dict[tuple[str, int], Optional[Values]] = {}
     if study.search is None:
@@ -143,8 +147,13 @@ def choose(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int],
         for batch in study.search.batches:
             tried = [r for r in results if (r.cell.arm, r.cell.batch) == (arm.name, batch)]
             best = max(tried, key=_rank)
-            choices[arm.name, batch] = None if score(best) is None else best.cell.choice
+            found = score(best) is not None and all(has_ended(result) for result in tried)
+            choices[arm.name, batch] = best.cell.choice if found else None
     return choices
+
+
+def has_ended(result: CellResult) -> bool:
+    return result.word in (FINISHED, FAILED)
 
 
 def _rank(result: CellResult) -> float:
@@ -168,9 +177,10 @@ def at_the_edge(study: Study, choice: Values) -> list[str]:
     ]
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's `RunRecord`; empty where there is none."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

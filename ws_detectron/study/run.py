@@ -1,5 +1,6 @@
 """A whole study: search, cells, report."""
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,6 +9,7 @@ from typing import IO, Any, Optional
 
 from ws_detectron.errors import UserError
 
+from .cell_state import FAILED, FINISHED, CellState, read_state
 from .cells import Cell, check_cells, search_cells, study_cells
 from .local import locked, run_locally, slots
 from .process import command, shown
@@ -15,10 +17,13 @@ from .progress import Progress
 from .records import exchange_records, keep_record
 from .report import StudyResults, problems_of, write_report
 from .results import choose, read_results
-from .slurm import run_on_slurm
+from .slurm import JOB, run_on_slurm
 from .spec import Study
 
 Say = Callable[[str], None]
+
+# States that are recorded, of the runs of a search and of the study's cells
+_KEPT = {"search": (FINISHED, FAILED), "study": (FINISHED,)}
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Options:
         launcher: "local" or "slurm".
         cluster: submitit's name for the cluster of "slurm".
         arms, batches, seeds: run only these; None for all. The report is of all.
-        records: folder in which finished cells are recorded, and from which recorded ones are
-            taken instead of being run; None for none.
+        records: folder in which cells that have ended are recorded, and from which recorded ones
+            are taken instead of being run; None for none.
     """
 
     train_net: Path
@@ -50,6 +55,10 @@ class Options:
 def run_study(study: Study, options: Options, say: Say) -> StudyResults:
     """Runs what is not finished: the search first, then the cells with what it chose.
 
+    Cells that failed are tried again. A failed run of a search has lost, and is left at that, as
+    its choice must not change under cells that are finished; only where all runs of an arm have
+    failed, they are tried again.
+
     Raises:
         UserError: a cell cannot run on any machine, or the folder is being worked on.
     """
@@ -64,11 +73,13 @@ def _run(
     study: Study, what: str, cells: Sequence[Cell], options: Options, say: Say, lock: IO[Any]
 ) -> None:
     """Runs those of the cells that were asked for and are not finished."""
-    finished = None
+    keep = None
     if options.records is not None:
         _exchange(what, cells, options.records, say)
-        finished = partial(keep_record, folder=options.records)
+        keep = partial(_keep, what, options.records)
     wanted = _selected(study, cells, options)
+    if what == "search":
+        wanted = _not_lost(wanted)
     if not wanted:
         return
     say(f"{what}: {len(wanted)} cells in {study.output}")
@@ -78,12 +89,13 @@ def _run(
             options.train_net,
             study.slurm,
             study.output / "submitit",
-            Progress(wanted, None, say, finished=finished),
+            Progress(wanted, None, say, keep=keep),
             cluster=options.cluster,
         )
         return
+    _check_not_queued(wanted)
     places = slots(options.jobs, _gpus(study, options), study.processes)
-    progress = Progress(wanted, options.jobs, say, finished=finished)
+    progress = Progress(wanted, options.jobs, say, keep=keep)
     run_locally(wanted, options.train_net, places, progress, lock)
 
 
@@ -99,8 +111,25 @@ def take_records(study: Study, records: Path, say: Say) -> None:
 
 
 def _exchange(what: str, cells: Sequence[Cell], records: Path, say: Say) -> None:
-    restored = exchange_records(cells, records)
+    restored = exchange_records(cells, records, _KEPT[what])
     say(f"{what}: {restored} finished cells taken from {records}")
+
+
+def _keep(what: str, records: Path, cell: Cell, state: CellState) -> None:
+    if state.state in _KEPT[what]:
+        keep_record(cell, records)
+
+
+def _not_lost(cells: Sequence[Cell]) -> list[Cell]:
+    """Runs of a search without those that failed, where another of the arm and batch did not."""
+    states = {cell.name: read_state(cell) for cell in cells}
+
+    def failed(cell: Cell) -> bool:
+        state = states[cell.name]
+        return state is not None and state.state == FAILED
+
+    open_ones = {(cell.arm, cell.batch) for cell in cells if not failed(cell)}
+    return [c for c in cells if not (failed(c) and (c.arm, c.batch) in open_ones)]
 
 
 def read_study_results(study: Study) -> StudyResults:
@@ -177,13 +206,28 @@ def _selected(study: Study, cells: Sequence[Cell], options: Options) -> list[Cel
     ]
 
 
-def _gpus(study: Study, options: Options) -> Optional[Sequence[int]]:
+def _check_not_queued(cells: Sequence[Cell]) -> None:
+    """A job of Slurm and a process of ours must not train in one folder."""
+    for cell in cells:
+        path = cell.folder / JOB
+        if path.is_file():
+            raise UserError(
+                f"{cell.name} is job {path.read_text('utf-8').strip()} of an earlier --launcher "
+                f"slurm; wait for it with the same option, or cancel it and delete {path}"
+            )
+
+
+def _gpus(study: Study, options: Options) -> Optional[list[str]]:
+    """The GPUs that cells may use, as CUDA_VISIBLE_DEVICES names them."""
     if study.device == "cpu":
         if options.gpus is not None:
             raise UserError('--gpus was given, but the study file says `device: "cpu"`')
         return None
     if options.gpus is not None:
-        return options.gpus
+        return [str(number) for number in options.gpus]
     import torch
 
-    return range(torch.cuda.device_count())
+    # what is visible to us may not be the first of the machine, and may have names for numbers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()
+    return visible[:count] if visible != [""] else [str(number) for number in range(count)]

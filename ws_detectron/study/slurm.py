@@ -95,6 +95,9 @@ def _outcome(cell: Cell, job: Any) -> CellState:
     error = job.exception()
     if error is None:
         return job.result()
+    state = read_state(cell)
+    if state is not None and state.state == FINISHED:  # what failed came after the training
+        return state
     lines = str(error).strip().splitlines()
     return write_state(cell, FAILED, reason=lines[-1] if lines else type(error).__name__)
 

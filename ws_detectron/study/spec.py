@@ -145,7 +145,18 @@ def _study(keys: "_Keys", name: str) -> Study:
         slurm=keys.mapping("slurm", {}),
     )
     keys.end()
+    if study.evaluations:
+        _check_evaluations(study, keys.where)
     return study
+
+
+def _check_evaluations(study: Study, where: str) -> None:
+    given = [study.overrides, *(arm.overrides for arm in study.arms)]
+    if any("TEST.EVAL_PERIOD" in values for values in given):
+        raise ConfigError(
+            f"{where}: TEST.EVAL_PERIOD is overridden and `evaluations` is {study.evaluations}; "
+            "only one of them can say when is evaluated"
+        )
 
 
 def _arm(name: Any, value: Any) -> Arm:
@@ -186,7 +197,7 @@ def _search(keys: "_Keys") -> Optional[Search]:
                 f"{inner.where}: `grid` has {key}: {values!r}; allowed: a list of values for a "
                 f"config key other than {', '.join(DECIDED)}"
             )
-        grid[key] = tuple(values)
+        grid[key] = tuple(map(_number, values))
     images = inner.count("images", None)
     if not grid or images is None:
         raise ConfigError(f"{inner.where}: `grid` and `images` are needed")
@@ -265,6 +276,14 @@ class _Keys:
             raise ConfigError(
                 f"{self.where}: `{key}` is not a key{hint} (allowed: {', '.join(self._known)})"
             )
+
+
+def _number(value: Any) -> Any:
+    """The number that a text is: YAML takes 1e-3, without a point, for one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _is_count(value: Any, least: int) -> bool:
