@@ -69,13 +69,20 @@ def main() -> None:
     parser.add_argument("--arm", choices=["bn", "gn", "bn_ws", "gn_ws"], required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--images", type=int, required=True, help="in a run")
+    parser.add_argument("--threads", type=int, default=0, help="default: all")
     args = parser.parse_args()
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow  # type: ignore[import-not-found]
+
+        tensorflow.config.threading.set_intra_op_parallelism_threads(args.threads)
     keras.utils.set_random_seed(0)
     random = np.random.default_rng(0)  # speed does not depend on what the images show
     images = random.normal(size=(args.images, 28, 28, 1)).astype(np.float32)
     labels = random.integers(0, 10, args.images)
     model = build(args.arm)
-    print(f"ready: keras {keras.__version__} on {keras.backend.backend()}", flush=True)
+    count = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
+    version = f"keras {keras.__version__} on {keras.backend.backend()}"
+    print(f"ready: {version}, {count} parameters", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         model.fit(images, labels, batch_size=args.batch_size, epochs=1, verbose=0)

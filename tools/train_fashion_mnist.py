@@ -17,6 +17,16 @@ from ws_detectron.classification.report import write_report
 from ws_detectron.classification.results import read_records
 from ws_detectron.errors import UserError, exit_on_user_error
 
+PLACES = ("data_dir", "output_dir", "device")
+SETTINGS = ("epochs", "lr", "schedule", "order", "groups", "images", "amp", "compile")
+FORMS = {
+    "all": ("arms", "batch_sizes", "seeds", "report", *SETTINGS, *PLACES),
+    "quick": PLACES,
+    "report_only": ("report", "data_dir", "output_dir"),
+    "one": ("arm", "batch_size", "seed", "resume", *SETTINGS, *PLACES),
+}
+"""What is asked for -> the options that it takes."""
+
 EXAMPLES = """
 examples:
   # GN+WS at 2 images per step, the report's 10 epochs; the second goes on where the first stopped
@@ -39,8 +49,10 @@ $DETECTRON2_DATASETS/FashionMNIST/raw, else they are downloaded.
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
     with exit_on_user_error():
+        _check_form(parser, args)
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if args.quick:
             problems = quick_check(
@@ -60,6 +72,19 @@ def main() -> None:
         sys.exit(1)
 
 
+def _check_form(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that would be ignored are refused: --seed 1 with --all was hardly meant so."""
+    form = next((name for name in FORMS if getattr(args, name, False)), "one")
+    for name, value in vars(args).items():
+        if name not in (form, *FORMS[form]) and value != parser.get_default(name):
+            option, chosen = (f"--{word.replace('_', '-')}" for word in (name, form))
+            raise UserError(
+                f"{option} has no effect "
+                + ("without --all" if form == "one" else f"with {chosen}")
+                + f"; allowed are {', '.join('--' + n.replace('_', '-') for n in FORMS[form])}"
+            )
+
+
 def _one(args: argparse.Namespace) -> None:
     if args.arm is None or args.batch_size is None:
         raise UserError("say --arm and --batch-size, or one of --all, --quick and --report-only")
@@ -73,6 +98,7 @@ def _one(args: argparse.Namespace) -> None:
         data_dir=args.data_dir,
         resume=args.resume,
         progress=_bar(settings.name),
+        command=_command(),
     )
     _say(
         f"{settings.name}: test accuracy {result['test_accuracy']:.2%} on "
@@ -93,13 +119,15 @@ def _grid(args: argparse.Namespace) -> list[str]:
             progress=_bar,
             data_dir=args.data_dir,
             records=read_records(args.report),
+            command=_command(),
         )
-    command = shlex.join(["python", "tools/train_fashion_mnist.py", *sys.argv[1:]])
-    if args.report_only:
-        command = "python tools/train_fashion_mnist.py --all"
-    paths = write_report(args.output_dir, args.report, command, args.data_dir)
+    paths = write_report(args.output_dir, args.report, args.data_dir)
     _say("\n".join(["wrote", *(f"  {path}" for path in paths)]))
     return problems
+
+
+def _command() -> str:
+    return shlex.join(["python", "tools/train_fashion_mnist.py", *sys.argv[1:]])
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:

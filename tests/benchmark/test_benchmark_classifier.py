@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ws_detectron.benchmark.classifier import measure_classifier
 from ws_detectron.benchmark.report import tables
@@ -38,16 +39,33 @@ def test_every_arm_is_timed_in_every_round_and_related_to_bn() -> None:
 
 
 def test_keras_runs_beside_it(tmp_path: Path) -> None:
-    python = stand_in(tmp_path, "ready: keras 3 on a stand-in")
+    # bn and gn_ws have a scale and a shift for each of 704 channels
+    python = stand_in(tmp_path, f"ready: keras 3 on a stand-in, {1_676_266 + 2 * 704} parameters")
     part = measure_classifier(
         ["bn", "gn_ws"], 4, "cpu", rounds=3, warmup=1, steps=2, keras_python=python
     )
     log = (tmp_path / "log").read_text().splitlines()
     assert log.count("run") == 2 * (1 + 3)
-    assert "--arm bn --batch-size 4 --images 8" in log
+    assert f"--arm bn --batch-size 4 --threads {torch.get_num_threads()} --images 8" in log
     assert set(part["times_keras"]) == {"bn", "gn_ws", "bn, Keras", "gn_ws, Keras"}
     table = tables({"kind": "classifier", "parts": [part]})
     assert "keras 3 on a stand-in" in table and "times the same arm in Keras" in table
+
+
+def test_another_network_and_another_device_are_refused(tmp_path: Path) -> None:
+    python = stand_in(tmp_path, "ready: keras 3 on a stand-in, 7 parameters")
+    with pytest.raises(UserError, match="7 parameters'; ours has 1677674 parameters"):
+        measure_classifier(["bn"], 4, "cpu", rounds=1, warmup=0, steps=1, keras_python=python)
+    with pytest.raises(UserError, match="times Keras on the CPU; the device is cuda"):
+        measure_classifier(["bn"], 4, "cuda", rounds=1, warmup=0, steps=1, keras_python=python)
+
+
+def test_a_keras_that_ends_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "python"
+    path.write_text("#!/bin/sh\necho 'ready: keras, 1677674 parameters'\n")
+    path.chmod(0o755)
+    with pytest.raises(UserError, match="ended while it was timed"):
+        measure_classifier(["bn"], 4, "cpu", rounds=1, warmup=0, steps=1, keras_python=str(path))
 
 
 def test_an_interpreter_without_keras_is_named(tmp_path: Path) -> None:

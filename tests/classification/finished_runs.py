@@ -10,6 +10,7 @@ from ws_detectron.classification import TrainingSettings
 ENVIRONMENT = {
     "date": "2026-01-02 03:04 UTC",
     "cpu": "A CPU",
+    "gpu": "A GPU",
     "torch": "2.11.0",
     "python": "3.11.1",
 }
@@ -33,7 +34,8 @@ def write_run(folder: Path, accuracy: float, seconds: float = 20.0, **settings: 
         for epoch in (1, 2)
     ]  # fmt: skip
     result = {
-        "settings": chosen.as_dict(), "best_epoch": 2, "validation_accuracy": 0.6,
+        "settings": chosen.as_dict(), "command": "python tools/train_fashion_mnist.py --all",
+        "best_epoch": 2, "validation_accuracy": 0.6,
         "test_loss": 0.7, "test_accuracy": accuracy, "test_images": 100,
         "seconds_per_epoch": seconds + 1.5, "threads": 2, "environment": ENVIRONMENT,
     }  # fmt: skip

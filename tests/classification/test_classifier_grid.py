@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from ws_detectron.classification import grid as grid_module
 from ws_detectron.classification.grid import grid, run_grid
 from ws_detectron.classification.progress import Progress
 from ws_detectron.classification.results import FinishedRun
+from ws_detectron.classification.run_files import RunLocked
 from ws_detectron.errors import UserError
 
 
@@ -38,23 +40,26 @@ def test_failing_trainings_are_named_and_finished_ones_skipped(
         if settings.arm == "ln":
             raise RuntimeError("out of memory")
         if settings.arm == "wn":
-            raise UserError("another process is training")
+            raise UserError("its data are damaged")
+        if settings.arm == "none":
+            raise RunLocked("another process is training")
         trained.append(folder.name)
         return {"test_accuracy": 0.5}
 
     monkeypatch.setattr(grid_module, "train", train)
     monkeypatch.setattr(grid_module, "find_fashion_mnist", lambda *_, **__: None)
-    cells = grid(["bn", "ln", "wn", "gn"], [32], [0])
+    cells = grid(["bn", "ln", "wn", "none", "gn"], [32], [0])
     (tmp_path / cells[0].name).mkdir()
     (tmp_path / cells[0].name / "result.json").write_text("{}")
     lines: list[str] = []
     problems = run_grid(cells, tmp_path, say=lines.append, progress=lambda _: Progress())
     assert problems == [
         "ln_batch32_seed0: out of memory",
-        "wn_batch32_seed0: another process is training",
+        "wn_batch32_seed0: its data are damaged",
     ]
-    assert "[1/4] bn_batch32_seed0: finished already" in lines
-    assert lines[-1] == "[4/4] gn_batch32_seed0: test accuracy 50.00%"
+    assert "[1/5] bn_batch32_seed0: finished already" in lines
+    assert "[4/5] none_batch32_seed0: another process is at it" in lines
+    assert lines[-1] == "[5/5] gn_batch32_seed0: test accuracy 50.00%"
     assert trained == ["bn_batch32_seed0", "gn_batch32_seed0"]  # the first only checks its settings
 
 
@@ -72,3 +77,8 @@ def test_recorded_trainings_are_not_run_again(
     (other,) = grid(["gn"], [32], [0], lr=0.5)
     with pytest.raises(UserError, match="recorded with lr 0.02, asked for is 0.5"):
         run_grid([other], tmp_path, records=[record], **show)  # type: ignore[arg-type]
+    # so is one that was begun: hours of other trainings are not to end in that
+    (tmp_path / cell.name).mkdir()
+    (tmp_path / cell.name / "settings.json").write_text(json.dumps(cell.as_dict()))
+    with pytest.raises(UserError, match="with lr 0.02, asked for is 0.5; choose another --output"):
+        run_grid([other], tmp_path, **show)  # type: ignore[arg-type]

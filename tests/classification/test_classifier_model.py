@@ -32,6 +32,38 @@ def test_every_arm_has_the_reports_parameters(arm: str) -> None:
     assert model(torch.randn(4, 1, 28, 28)).shape == (4, 10)
 
 
+def test_layers_stand_where_the_report_has_them() -> None:
+    """Dropout acts in training alone, which the comparison of outputs below does not see."""
+    short = {nn.BatchNorm2d: "norm", nn.BatchNorm1d: "norm", ByteDropout: "dropout"}
+    short |= {nn.Linear: "dense", nn.Flatten: "flatten", nn.ReLU: "relu"}
+    found = [
+        short.get(type(layer), "pool" if isinstance(layer, nn.MaxPool2d) else "conv+relu")
+        + (f" {layer.p}" if isinstance(layer, ByteDropout) else "")
+        for layer in build_classifier("bn")
+    ]
+    block = ["conv+relu", "norm", "conv+relu", "norm", "pool", "dropout 0.25"]
+    tail = ["flatten", "dense", "relu", "norm", "dropout 0.5", "dense"]
+    assert found == [*block, *block, *tail]
+
+
+@pytest.mark.parametrize("arm", sorted(set(ARMS) - {"wn"}))
+def test_starts_as_keras_does(arm: str) -> None:
+    """Glorot-uniform weights, zero biases, and BN with eps 0.001 that keeps 0.99 of the old."""
+    torch.manual_seed(0)
+    for layer in build_classifier(arm).modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            area = layer.weight[0, 0].numel()
+            fans = (layer.weight.shape[0] + layer.weight.shape[1]) * area
+            limit = (6 / fans) ** 0.5
+            largest = layer.weight.abs().max().item()
+            # 288 values at least: the largest is below 0.97 of the limit once in 6,000 times
+            assert 0.97 * limit < largest <= limit
+            assert layer.weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
+            assert layer.bias is not None and not layer.bias.any()
+        if isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            assert (layer.eps, layer.momentum) == (1e-3, 0.01)
+
+
 @pytest.mark.parametrize("arm", sorted(ARMS))
 def test_standardized_are_the_four_convs_of_ws_arms_and_nothing_else(arm: str) -> None:
     convs = [m for m in build_classifier(arm).modules() if isinstance(m, nn.Conv2d)]

@@ -46,14 +46,15 @@ def test_differences_are_taken_seed_by_seed(runs: Path) -> None:
 
 def test_report_holds_everything(runs: Path, datasets_root: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    paths = write_report(runs, out, "python tools/train_fashion_mnist.py --all", datasets_root)
+    paths = write_report(runs, out, datasets_root)
     assert {path.name for path in out.iterdir()} == {path.name for path in paths} == {
         "README.md", "table.csv", "runs.json", "misclassified.png",
         "learning_curves.png", "learning_curves.svg",
         "accuracy_over_batch.png", "accuracy_over_batch.svg",
     }  # fmt: skip
     text = paths[0].read_text()
-    assert "Made by `python tools/train_fashion_mnist.py --all`" in text
+    assert text.count("    python tools/train_fashion_mnist.py --all\n") == 1
+    assert "A CPU, 2 threads" in text and "device cpu" in text
     assert "500 / 100 / 100 images" in text and "torch 2.11.0" in text and "2026-01-02" in text
     for name in ("accuracy_over_batch.png", "learning_curves.png", "misclassified.png"):
         assert f"({name})" in text
@@ -75,6 +76,15 @@ def test_curves_show_means_over_seeds(runs: Path) -> None:
     assert {name: [round(v, 6) for v in y] for name, y in points.items()} == {
         "BN": [10], "GN": [92], "GN+WS": [93],
     }  # fmt: skip
+
+
+def test_a_run_that_diverged_does_not_hide_the_others(runs: Path) -> None:
+    path = runs / "gn_batch32_seed1" / "history.json"
+    history = json.loads(path.read_text())
+    history[1]["train_loss"] = None
+    path.write_text(json.dumps(history))
+    losses = draw_learning_curves(gather(read_runs(runs))).axes[3]
+    np.testing.assert_allclose(losses.lines[0].get_ydata(), [1, 0.5])
 
 
 def test_sheet_shows_the_most_confident_mistakes_first() -> None:

@@ -34,8 +34,20 @@ def test_variants_stand_apart_and_have_no_row_in_the_report(tmp_path: Path) -> N
 def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
     write_run(tmp_path, 0.9, arm="gn", batch_size=32, seed=0)
     write_run(tmp_path, 0.9, arm="gn", batch_size=32, seed=1, lr=0.5)
-    with pytest.raises(UserError, match="cannot be averaged: their lr is 0.02 and 0.5"):
+    with pytest.raises(UserError, match="cannot be in one report: their lr is 0.02 and 0.5"):
         gather(read_runs(tmp_path))
+
+
+def test_a_stray_run_neither_enters_the_report_nor_replaces_a_record(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", 0.9, arm="gn", batch_size=2)
+    records = [run.as_record() for run in read_runs(tmp_path / "old")]
+    (tmp_path / "runs.json").write_text(json.dumps(records))
+    write_run(tmp_path / "new", 0.1, arm="gn", batch_size=2, lr=9.0)
+    with pytest.raises(UserError, match="record of gn_batch2_seed0 and .* their lr is 0.0015 and"):
+        read_runs(tmp_path / "new", read_records(tmp_path))
+    write_run(tmp_path / "old", 0.1, arm="bn", batch_size=32, epochs=1)
+    with pytest.raises(UserError, match="bn_batch32_seed0 .* their epochs is 2 and 1|1 and 2"):
+        gather(read_runs(tmp_path / "old"))
 
 
 def test_missing_and_damaged_runs_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Trainings of a few hundred images: they learn, resume bit for bit, and test once."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from ws_detectron.classification import TrainingSettings, train, training
 from ws_detectron.classification.progress import Progress
 from ws_detectron.classification.run_files import CHECKPOINT, HISTORY, RESULT, WEIGHTS
+from ws_detectron.data.fashion_mnist import find_fashion_mnist
 from ws_detectron.errors import UserError
 
 SMALL = TrainingSettings("gn_ws", 20, epochs=3, images=300, seed=3)
@@ -75,6 +77,76 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     np.testing.assert_array_equal(*logits)
 
 
+@pytest.mark.parametrize("arm", ["bn", "wn"])
+def test_buffers_and_parametrizations_resume_as_well(
+    datasets_root: Path, tmp_path: Path, arm: str
+) -> None:
+    settings = replace(SMALL, arm=arm, epochs=2, images=100)
+    whole = train(settings, tmp_path / "whole", data_dir=datasets_root)
+    with pytest.raises(Killed):
+        train(settings, tmp_path / "cut", data_dir=datasets_root, progress=KillAfter(1))
+    cut = train(settings, tmp_path / "cut", data_dir=datasets_root, resume=True)
+    assert cut["test_loss"] == whole["test_loss"]
+    weights = [torch.load(tmp_path / n / WEIGHTS, weights_only=True) for n in ("whole", "cut")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_another_number_of_threads_is_warned_of(
+    datasets_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(SMALL, epochs=2, images=100)
+    with pytest.raises(Killed):
+        train(settings, tmp_path, data_dir=datasets_root, progress=KillAfter(1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        train(settings, tmp_path, data_dir=datasets_root, resume=True)
+    finally:
+        torch.set_num_threads(before)
+    assert f"made with {before} threads and is resumed with {before + 1}" in caplog.text
+
+
+def test_a_compiled_model_computes_the_batches_of_full_size(
+    datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch.compile itself makes of the model is torch's to test, and takes a compiler."""
+    settings = replace(SMALL, epochs=1, images=300, batch_size=40)
+    plain = train(settings, tmp_path / "plain", data_dir=datasets_root)
+    sizes = []
+
+    def compiled(model: torch.nn.Module, **_: Any) -> Any:
+        return lambda x: (sizes.append(len(x)), model(x))[1]  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    same = train(replace(settings, compile=True), tmp_path / "same", data_dir=datasets_root)
+    assert sizes == [40] * 7 and same["test_loss"] == plain["test_loss"]
+
+
+def test_nothing_is_begun_without_data(
+    datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a folder that has to be resumed, nor hours that end before a missing test."""
+    raw = tmp_path / "data"
+    raw.mkdir()
+    run = tmp_path / "run"
+    monkeypatch.setattr("ws_detectron.data.fashion_mnist._download", _no_network)
+    with pytest.raises(UserError, match="train split.* not found"):
+        train(SMALL, run, data_dir=raw)
+    for path in find_fashion_mnist("train", root=datasets_root).glob("train-*"):
+        shutil.copy(path, raw)
+    with pytest.raises(UserError, match="test split.* not found.*Give the folder that holds them"):
+        train(SMALL, run, data_dir=raw)
+    for path in find_fashion_mnist("test", root=datasets_root).glob("t10k-*"):
+        (raw / path.name).write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="t10k-images.* is not the published file"):
+        train(SMALL, run, data_dir=raw)
+    assert {path.name for path in run.iterdir()} == {".lock"}
+
+
+def _no_network(*_: object) -> None:
+    raise OSError("no network")
+
+
 def test_test_images_are_seen_once_by_the_epoch_that_validation_chose(
     datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +186,11 @@ def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -
     result = train(SMALL, finished, data_dir=datasets_root, resume=True)
     assert result == json.loads((finished / RESULT).read_text())
     assert (finished / RESULT).stat().st_mtime_ns == before
+    # a kill between the result and the clean-up, and one while a checkpoint was written
+    for name in (CHECKPOINT, f".{CHECKPOINT}.abc"):
+        (finished / name).touch()
+    train(SMALL, finished, data_dir=datasets_root, resume=True)
+    assert not [*finished.glob(f"*{CHECKPOINT}*")]
 
 
 def test_two_processes_do_not_share_a_folder(datasets_root: Path, tmp_path: Path) -> None:

@@ -70,13 +70,24 @@ def test_grid_is_trained_and_reported(call_tool, command: list[str], tmp_path: P
     _, output, _ = call_tool(TOOL.name, *job)
     assert "[2/2] gn_ws_batch50_seed0: finished already" in output
 
+    # the report needs nothing but what it has recorded
+    (tmp_path / "report" / "README.md").unlink()
+    paths = ["--output-dir", str(tmp_path / "gone"), "--report", str(tmp_path / "report")]
+    status, _, errors = call_tool(TOOL.name, "--report-only", *paths)
+    assert status == 0, errors
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert "    python tools/train_fashion_mnist.py --data-dir" in text and "GN+WS" in text
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "say --arm and --batch-size, or one of --all"),
         (["--arm", "bn", "--batch-size", "1"], "--batch-size is 1; allowed: from 2"),
-        (["--report-only"], "holds no finished trainings"),
+        (["--report-only", "--report", "nowhere"], "holds no finished trainings"),
+        (["--all", "--seed", "1"], "--seed has no effect with --all; allowed are --arms, --batch-"),
+        (["--arm", "bn", "--seeds", "1"], "--seeds has no effect without --all"),
+        (["--quick", "--amp"], "--amp has no effect with --quick; allowed are --data-dir"),
     ],
 )
 def test_errors_are_one_line(

@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,8 +22,9 @@ from .timing import Action, interleave, ratio, spread
 BASELINE = "bn"
 KERAS_ARMS = ("bn", "gn_ws")
 KERAS = Path(__file__).resolve().parents[2] / "tools" / "keras_classifier.py"
-MOST_STEPS, MOST_IMAGES = 400, 6400
-"""Of a run, whichever comes first: 400 steps at batch 2, 200 at 32, 50 at 128; a few seconds."""
+MOST_STEPS, MOST_IMAGES = 1000, 12800
+"""Of a run, whichever comes first: 1000 steps at batch 2, 400 at 32, 100 at 128; about ten seconds.
+Not fewer, as Keras does some work at the beginning of each, which in an epoch comes once."""
 
 
 def measure_classifier(
@@ -53,8 +54,11 @@ def measure_classifier(
         Seconds for 50,000 images of each candidate, and ratios to BN and to Keras' same arm.
 
     Raises:
-        UserError: Keras does not start there.
+        UserError: Keras does not start there, or has another network; or the device is a GPU,
+            where the Keras of `tensorflow-cpu` does not run.
     """
+    if keras_python and device != "cpu":
+        raise UserError(f"--keras-python times Keras on the CPU; the device is {device}")
     steps = steps or max(1, min(MOST_STEPS, MOST_IMAGES // batch_size))
     images = steps * batch_size
     torch.manual_seed(0)
@@ -113,6 +117,8 @@ def _epoch(arm: str, data: Images, batch_size: int, device: str, compiled: bool 
 def _keras(python: str, arm: str, batch_size: int, images: int) -> Iterator[tuple[Action, str]]:
     """A process that trains on as many images for every line it gets; its action and version."""
     job = [python, str(KERAS), "--arm", arm, "--batch-size", str(batch_size)]
+    job += ["--threads", str(torch.get_num_threads())]
+    parameters = sum(p.numel() for p in build_classifier(arm).parameters())
     try:
         process = subprocess.Popen(
             [*job, "--images", str(images)],
@@ -131,14 +137,21 @@ def _keras(python: str, arm: str, batch_size: int, images: int) -> Iterator[tupl
                     f"{KERAS.name} does not run with {python}; needed there: "
                     "pip install tensorflow-cpu"
                 )
+            if not ready.endswith(f", {parameters} parameters"):
+                raise UserError(f"{KERAS.name} is {ready!r}; ours has {parameters} parameters")
             stdin, stdout = process.stdin, process.stdout
 
             def run() -> None:
-                stdin.write("run\n")
-                stdin.flush()
-                if not stdout.readline():
+                try:
+                    stdin.write("run\n")
+                    stdin.flush()
+                    answer = stdout.readline()
+                except BrokenPipeError:
+                    answer = ""
+                if not answer:
                     raise UserError(f"{KERAS.name} ended while it was timed")
 
             yield run, ready.removeprefix("ready: ")
         finally:
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()

@@ -69,6 +69,15 @@ def load_test_data(
     return _prepare(images[:count], labels[:count], mean, std, device)
 
 
+def check_test_data(folder: Optional[Path]) -> None:
+    """That the test images can be loaded when a training has ended; they are not kept.
+
+    Raises:
+        UserError: files are missing, truncated or not the published ones.
+    """
+    load_fashion_mnist("test", find_fashion_mnist("test", root=folder))
+
+
 def stratified_split(
     labels: np.ndarray, train: int, validation: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,9 @@ def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
             for row, key in enumerate(("validation_accuracy", "train_loss")):
                 values = np.array(
                     [[_number(entry[key]) for entry in run.history] for run in cell.runs]
-                ).mean(axis=0)
+                )
+                # a run that diverged has no loss from there on, and must not hide the others'
+                values = np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
                 epochs = np.arange(1, len(values) + 1)
                 panels[row][column].plot(
                     epochs, 100 * values if row == 0 else values, label=cell.title, **style

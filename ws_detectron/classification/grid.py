@@ -10,7 +10,7 @@ from ws_detectron.errors import UserError
 
 from .progress import Progress
 from .results import FinishedRun
-from .run_files import RESULT
+from .run_files import RESULT, RunLocked, check_same_settings
 from .settings import TrainingSettings
 from .training import train
 
@@ -56,6 +56,7 @@ def run_grid(
     progress: Callable[[str], Progress],
     data_dir: Optional[Path] = None,
     records: Sequence[FinishedRun] = (),
+    command: str = "",
 ) -> list[str]:
     """Trains what is not finished, each in `folder`/name, and goes on with what was interrupted.
 
@@ -66,23 +67,27 @@ def run_grid(
         progress: makes what shows a training, from its name.
         data_dir: see `train`.
         records: of runs that are finished though their folders may be gone.
+        command: what the user called, for the records.
 
     Returns:
-        What failed, a line each; a failing training does not keep the others from running.
+        What failed, a line each; a failing training does not keep the others from running. One
+        that another process is at is left to it, so that several can share a grid.
 
     Raises:
-        UserError: the data are missing or damaged, or a run was recorded with other settings.
+        UserError: the data are missing, or a run was recorded or begun with other settings.
     """
     recorded = {record.name: record.settings for record in records}
     for settings in cells:
-        for key, found in recorded.get(settings.name, {}).items():
-            wanted = settings.as_dict()[key]
+        for key, wanted in settings.as_dict().items():
+            found = recorded.get(settings.name, {}).get(key, wanted)
             if found != wanted:
                 raise UserError(
                     f"{settings.name} is recorded with {key} {found!r}, asked for is {wanted!r}; "
                     "choose another --report, or delete its runs.json"
                 )
-    find_fashion_mnist("train", root=data_dir)  # without it, every training would fail
+        check_same_settings(folder / settings.name, settings)
+    for split in ("train", "test"):  # without them, every training would fail
+        find_fashion_mnist(split, root=data_dir)
     problems = []
     for number, settings in enumerate(cells, start=1):
         head = f"[{number}/{len(cells)}] {settings.name}"
@@ -98,7 +103,10 @@ def run_grid(
                 data_dir=data_dir,
                 resume=True,
                 progress=progress(settings.name),
+                command=command,
             )
+        except RunLocked:
+            say(f"{head}: another process is at it")
         except UserError as error:
             problems.append(f"{settings.name}: {error}")
             say(f"{head} FAILED: {error}")

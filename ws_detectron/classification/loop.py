@@ -1,7 +1,7 @@
 """One pass over the training images, and predictions."""
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
@@ -55,12 +55,13 @@ def train_epoch(
     labels = data.labels[order]
     seen = shown = 0
     timer = Timer()
+    casting = autocast(device, amp)
     for step, (images, targets) in enumerate(batches(data, order, batch_size), start=first_step):
         lr = schedule.at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         size = len(targets)
-        with autocast(device, amp):
+        with casting:
             if compiled is not None and size == batch_size:
                 _begin_compiled_step()
                 output = compiled(images)
@@ -74,7 +75,7 @@ def train_epoch(
         seen += size
         if timer.due():
             now = figures(logits[shown:seen], labels[shown:seen])
-            progress.advance(seen - shown, now.loss or math.nan, now.accuracy)
+            progress.advance(seen - shown, math.nan if now.loss is None else now.loss, now.accuracy)
             shown = seen
     return figures(logits, labels)
 
@@ -96,7 +97,7 @@ def figures(logits: torch.Tensor, labels: torch.Tensor) -> Figures:
 
 def autocast(device: torch.device, amp: bool) -> AbstractContextManager:
     """bfloat16, which needs no loss scale and works on CPUs as well."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+    return torch.autocast(device.type, dtype=torch.bfloat16) if amp else nullcontext()
 
 
 def compile_model(model: nn.Module, device: str) -> Any:

@@ -1,5 +1,6 @@
 """The quick check: a part of one epoch at batch 2, where GN+WS learns and BN does not."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
@@ -31,7 +32,7 @@ def quick_check(
     """Trains GN+WS and BN for one epoch on 4,000 images, two at a time.
 
     Args:
-        folder: of the two runs; finished ones are not run again.
+        folder: of the two runs; those of an earlier check are deleted.
         say: takes a line for each thing checked.
         progress: makes what shows a training, from its name.
         data_dir: see `train`.
@@ -47,9 +48,8 @@ def quick_check(
     for arm in ("gn_ws", "bn"):
         settings = TrainingSettings(arm, BATCH_SIZE, epochs=1, images=IMAGES, device=device)
         run = folder / settings.name
-        result = train(
-            settings, run, data_dir=data_dir, resume=True, progress=progress(settings.name)
-        )
+        shutil.rmtree(run, ignore_errors=True)
+        result = train(settings, run, data_dir=data_dir, progress=progress(settings.name))
         tested[arm] = result["test_accuracy"]
         trained[arm] = (read_json(run / HISTORY) or [{}])[0]["train_accuracy"]
     lead = tested["gn_ws"] - tested["bn"]

@@ -12,7 +12,7 @@ from ws_detectron.evaluation.curves import write_figure
 from ws_detectron.io import csv_text, write_json, write_text
 
 from .figures import draw_accuracy_over_batch, draw_learning_curves, draw_misclassified
-from .results import RECORDS, Cell, FinishedRun, gather, read_records, read_runs
+from .results import RECORDS, SHARED, Cell, FinishedRun, gather, read_records, read_runs
 
 UNDEFINED = "–"
 SHOWN_ARM = "gn_ws"
@@ -28,9 +28,7 @@ COLUMNS = (
 )
 
 
-def write_report(
-    runs_folder: Path, folder: Path, command: str, data_dir: Optional[Path] = None
-) -> list[Path]:
+def write_report(runs_folder: Path, folder: Path, data_dir: Optional[Path] = None) -> list[Path]:
     """Writes README.md, table.csv, runs.json, and the figures, of all finished runs.
 
     Runs that an earlier report in `folder` recorded count as well, so a grid can be made bit by
@@ -39,7 +37,6 @@ def write_report(
     Args:
         runs_folder: holds a folder for each run.
         folder: where to; made if need be.
-        command: that made the runs, stated in the report.
         data_dir: of Fashion-MNIST, see `find_fashion_mnist`.
 
     Returns:
@@ -51,7 +48,7 @@ def write_report(
     runs = read_runs(runs_folder, read_records(folder))
     cells = gather(runs)
     paths = [folder / name for name in ("README.md", "table.csv", RECORDS)]
-    write_text(paths[0], report_text(cells, command))
+    write_text(paths[0], report_text(cells))
     write_text(paths[1], _csv(cells))
     write_json(paths[2], [run.as_record() for run in runs])
     paths += write_figure(draw_learning_curves(cells), folder / "learning_curves")
@@ -83,28 +80,26 @@ def _to_be_looked_at(cells: Sequence[Cell]) -> Optional[tuple[Cell, FinishedRun,
     return None
 
 
-def report_text(cells: Sequence[Cell], command: str) -> str:
+def report_text(cells: Sequence[Cell]) -> str:
     """README.md of the results."""
     runs = [run for cell in cells for run in cell.runs]
     settings = runs[0].settings
     kept = {
         name: sorted({str(run.settings[name]) for run in runs})
-        for name in ("epochs", "schedule", "amp", "compile", "images")
+        for name in (*SHARED, "compile", "device")
     }
     facts = "; ".join(f"{name} {' or '.join(values)}" for name, values in kept.items())
-    machines = sorted(
-        {
-            f"{about.get('gpu', about['cpu'])}, {run.result['threads']} threads, "
-            f"torch {about['torch']}, Python {about['python']}"
-            for run in runs
-            for about in [run.result["environment"]]
-        }
-    )
+    machines = sorted({_machine(run) for run in runs})
     dates = sorted(run.result["environment"]["date"] for run in runs)
+    commands = sorted({run.result.get("command") or UNDEFINED for run in runs})
     split = f"{settings['images']:,} / {settings['images'] // 5:,} / {settings['images'] // 5:,}"
     return f"""# Fashion-MNIST
 
-Made by `{command}`, which skips what is done and goes on with what was interrupted.
+Made by
+
+{"".join(f"    {command}{chr(10)}" for command in commands)}
+which skip what is recorded here (run them with another `--report` to make everything anew) and go
+on with what was interrupted.
 
 {accuracy_table(cells)}
 
@@ -126,6 +121,13 @@ on the machine changes it, so times of different rows are to be compared by
 Settings of all runs: {facts}; SGD with Nesterov momentum 0.9, weight decay 5e-4.
 Measured on {"; ".join(machines)}; {dates[0]} to {dates[-1]}.
 """
+
+
+def _machine(run: FinishedRun) -> str:
+    about = run.result["environment"]
+    device = about["gpu" if run.settings["device"] == "cuda" else "cpu"]
+    versions = f"torch {about['torch']}, Python {about['python']}"
+    return f"{device}, {run.result['threads']} threads, {versions}"
 
 
 def accuracy_table(cells: Sequence[Cell]) -> str:

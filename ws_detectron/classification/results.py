@@ -1,7 +1,7 @@
 """Finished runs, gathered by what they have in common but the seed."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -15,6 +15,9 @@ from .model import REPORT_GROUPS
 from .run_files import HISTORY, RESULT, TEST_LOGITS, read_json
 
 RECORDS = "runs.json"
+
+SHARED = ("epochs", "schedule", "images", "amp")
+"""Settings that all runs of one report have in common."""
 
 REPORT = {
     ("bn", 2): (255.0, 18.76),
@@ -135,7 +138,8 @@ def read_runs(folder: Path, records: Sequence[FinishedRun] = ()) -> list[Finishe
         records: of runs whose folders may be gone; a folder goes before its record.
 
     Raises:
-        UserError: there are none, or a file of one is damaged.
+        UserError: there are none, a file of one is damaged, or a folder is of another run than the
+            record of that name.
     """
     runs = {record.name: record for record in records}
     for path in sorted(folder.glob(f"*/{RESULT}")):
@@ -143,7 +147,9 @@ def read_runs(folder: Path, records: Sequence[FinishedRun] = ()) -> list[Finishe
         history: Any = read_json(path.with_name(HISTORY))
         try:
             name = path.parent.name
-            runs[name] = FinishedRun(name, path.parent, result["settings"], list(history), result)
+            run = FinishedRun(name, path.parent, result["settings"], list(history), result)
+            _check_alike(runs.get(name, run), run, run.settings)
+            runs[name] = run
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not of a finished training; delete its folder") from error
     if not runs:
@@ -155,8 +161,10 @@ def gather(runs: Sequence[FinishedRun]) -> list[Cell]:
     """By batch size, then in the order of `ARMS`, the report's model before its variants.
 
     Raises:
-        UserError: runs of a cell differ in more than the seed.
+        UserError: runs of a cell differ in more than the seed, or any in what is `SHARED`.
     """
+    for run in runs[1:]:
+        _check_alike(runs[0], run, SHARED)
     groups: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
         s = run.settings
@@ -167,13 +175,19 @@ def gather(runs: Sequence[FinishedRun]) -> list[Cell]:
         members = sorted(groups[key], key=lambda run: run.settings["seed"])
         first = members[0].settings
         for other in members[1:]:
-            for name, value in other.settings.items():
-                if name != "seed" and value != first[name]:
-                    raise UserError(
-                        f"{members[0].name} and {other.name} cannot be averaged: their {name} "
-                        f"is {first[name]!r} and {value!r}"
-                    )
+            _check_alike(members[0], other, [name for name in other.settings if name != "seed"])
         cells.append(
             Cell(first["arm"], first["order"], first["groups"], first["batch_size"], members)
         )
     return cells
+
+
+def _check_alike(first: FinishedRun, second: FinishedRun, names: Iterable[str]) -> None:
+    for name in names:
+        one, other = first.settings.get(name), second.settings.get(name)
+        if one != other:
+            places = [str(run.folder or f"the record of {run.name}") for run in (first, second)]
+            raise UserError(
+                f"{' and '.join(places)} cannot be in one report: their {name} is {one!r} and "
+                f"{other!r}; choose another --output-dir or --report, or delete one of them"
+            )

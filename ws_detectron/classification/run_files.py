@@ -105,4 +105,10 @@ def save_outcome(
     with atomic_write(folder / TEST_LOGITS, "wb") as file:
         np.save(file, logits)
     write_json(folder / RESULT, result, allow_nan=False)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    clean_up(folder)
+
+
+def clean_up(folder: Path) -> None:
+    """Removes what a finished run does not need, and what killed processes left half-written."""
+    for path in folder.glob(f"*{CHECKPOINT}*"):
+        path.unlink(missing_ok=True)

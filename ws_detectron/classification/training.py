@@ -1,5 +1,6 @@
 """One training from its first epoch, or from where it stopped, to its test accuracy."""
 
+import logging
 import time
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ from ws_detectron.benchmark.environment import environment
 from ws_detectron.errors import UserError
 from ws_detectron.io import write_json
 
-from .data import TrainingData, load_test_data, load_training_data
+from .data import TrainingData, check_test_data, load_test_data, load_training_data
 from .loop import compile_model, figures, predict, train_epoch
 from .model import build_classifier
 from .progress import Progress
@@ -23,6 +24,7 @@ from .run_files import (
     RESULT,
     SETTINGS,
     check_same_settings,
+    clean_up,
     load_checkpoint,
     locked,
     read_json,
@@ -30,6 +32,8 @@ from .run_files import (
     save_outcome,
 )
 from .settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "ws_detectron")
 
@@ -41,6 +45,7 @@ def train(
     data_dir: Optional[Path] = None,
     resume: bool = False,
     progress: Optional[Progress] = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Trains, chooses the epoch with the best validation accuracy, and tests that one once.
 
@@ -53,6 +58,7 @@ def train(
         data_dir: `root` of `find_fashion_mnist`.
         resume: go on with the run in `folder`, if there is one; of a run that has ended, its
             result is returned.
+        command: what the user called, for the record.
 
     Returns:
         The content of result.json.
@@ -71,11 +77,13 @@ def train(
             )
         if check_same_settings(folder, settings) and (folder / RESULT).exists():
             finished: dict[str, Any] = read_json(folder / RESULT) or {}
+            clean_up(folder)
             return finished
-        write_json(folder / SETTINGS, settings.as_dict(), allow_nan=False)
         data = load_training_data(
             data_dir, settings.seed, settings.images, settings.held_out, settings.device
         )
+        check_test_data(data_dir)
+        write_json(folder / SETTINGS, settings.as_dict(), allow_nan=False)
         run = _Run(settings, data)
         checkpoint = load_checkpoint(folder)
         if checkpoint is not None:
@@ -86,7 +94,7 @@ def train(
             write_json(folder / HISTORY, run.history, allow_nan=False)
             (progress or Progress()).end_epoch(record)
         write_json(folder / HISTORY, run.history, allow_nan=False)
-        return _finish(run, folder, data_dir)
+        return _finish(run, folder, data_dir, command)
 
 
 class _Run:
@@ -157,6 +165,7 @@ class _Run:
             "best_epoch": self.best_epoch,
             "best_state": self.best_state,
             "random_state": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
         }
         if self.settings.device == "cuda":
             state["cuda_random_state"] = torch.cuda.get_rng_state()
@@ -171,14 +180,23 @@ class _Run:
             torch.set_rng_state(state["random_state"])
             if "cuda_random_state" in state:
                 torch.cuda.set_rng_state(state["cuda_random_state"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            threads = state["threads"]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"{source} is not a checkpoint of this training ({error}); delete its folder to "
                 "train anew"
             ) from error
+        if self.settings.device == "cpu" and threads != torch.get_num_threads():
+            logger.warning(
+                "%s was made with %d threads and is resumed with %d: the last digits will differ "
+                "from those of a training without interruption (OMP_NUM_THREADS sets the number)",
+                source,
+                threads,
+                torch.get_num_threads(),
+            )
 
 
-def _finish(run: _Run, folder: Path, data_dir: Optional[Path]) -> dict[str, Any]:
+def _finish(run: _Run, folder: Path, data_dir: Optional[Path], command: str) -> dict[str, Any]:
     """The only place where the test images are looked at."""
     settings, data = run.settings, run.data
     run.model.load_state_dict(run.best_state)
@@ -187,6 +205,7 @@ def _finish(run: _Run, folder: Path, data_dir: Optional[Path]) -> dict[str, Any]
     tested = figures(logits, test.labels)
     result = {
         "settings": settings.as_dict(),
+        "command": command,
         "best_epoch": run.best_epoch,
         "validation_accuracy": run.history[run.best_epoch - 1]["validation_accuracy"],
         "test_loss": tested.loss,

@@ -168,8 +168,13 @@ def find_fashion_mnist(
     raise UserError(
         f"Fashion-MNIST ({split} split) not found: looked for "
         f"{' and '.join(name for name, _ in files)} in {' and in '.join(map(str, candidates))}; "
-        f"{problem}. Set {DATASETS_VARIABLE} to the folder that holds FashionMNIST/raw with the "
-        f"official gz files, or {CACHE_VARIABLE} to a folder that can be written."
+        f"{problem}. "
+        + (
+            "Give the folder that holds them, or FashionMNIST/raw with them."
+            if root is not None
+            else f"Set {DATASETS_VARIABLE} to the folder that holds FashionMNIST/raw with the "
+            f"official gz files, or {CACHE_VARIABLE} to a folder that can be written."
+        )
     )
 
 
