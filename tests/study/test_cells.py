@@ -1,5 +1,7 @@
 """Cells: matched by the linear rule, by hand; and the shipped studies."""
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +9,18 @@ import pytest
 from ws_detectron.engine import as_flat_dict, load_config
 from ws_detectron.errors import ConfigError
 from ws_detectron.model_zoo import get_config_file
-from ws_detectron.study import read_study, search_cells, study_cells
+from ws_detectron.study import (
+    read_study,
+    read_study_results,
+    search_cells,
+    study_cells,
+    take_records,
+)
 from ws_detectron.study.cells import check_cells, nearest, words
 
-STUDIES = Path(__file__).resolve().parents[2] / "configs" / "studies"
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = ROOT / "configs" / "studies"
+RECORDS = ROOT / "results" / "batch_size_study" / "cells"
 SEARCH = {
     "grid": {"SOLVER.BASE_LR": [0.08, 0.16], "SOLVER.WEIGHT_DECAY": [0.0001, 0.001, 0.01]},
     "images": 40,
@@ -223,3 +233,18 @@ def test_deeper_study_is_the_same_training_in_R_50() -> None:
             "TEST.PRECISE_BN.NUM_ITER",
             "OUTPUT_DIR",
         }
+
+
+def test_decay_study_goes_on_from_the_published_records(tmp_path: Path) -> None:
+    """Its arms without more decay are cells of the fashion study, with the LR found there."""
+    study = replace(read_study(STUDIES / "fashion_scenes.yaml"), output=tmp_path)
+    take_records(study, RECORDS, print)  # which fit the study file, or this raises
+    theirs = {r.cell.name: r.cell for r in read_study_results(study).cells if r.ap}
+    ours = by_name(study_cells(read_study(STUDIES / "fashion_scenes_decay.yaml"), {}))
+    arms = ("bn", "gn", "bn_ws", "gn_ws")
+    for arm, seed in itertools.product(arms, (1, 2, 3)):
+        plain, more = (ours[f"{name}_4img_seed{seed}"] for name in (arm, f"{arm}_decay"))
+        expected = theirs[plain.name].settings
+        assert {k for k, v in plain.settings.items() if v != expected[k]} == {"OUTPUT_DIR"}
+        differing = {k for k, v in plain.settings.items() if v != more.settings[k]}
+        assert differing == {"OUTPUT_DIR", "SOLVER.WEIGHT_DECAY"}
