@@ -1,13 +1,19 @@
 """tools/run_study.py as a user runs it, with real trainings of a few steps."""
 
 import csv
+import json
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from ws_detectron.engine import load_config
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TOOL = "run_study.py"
 STUDY = """
 title: Two arms, one of which cannot be built
@@ -72,6 +78,25 @@ def test_cells_train_and_are_reported_and_a_broken_one_is_named(
     assert status == 1 and "1 of 2 not started: broken_2img_seed1" in errors
     (again, _) = csv.DictReader((tmp_path / "again" / "cells.csv").open())
     assert again == cell
+
+
+def test_a_killed_study_goes_on_from_the_checkpoint_of_its_cell(
+    run_tool, study: Path, tmp_path: Path
+) -> None:
+    cell = tmp_path / "out" / "cells" / "gn_ws_2img_seed1"
+    job = [sys.executable, str(TOOLS / TOOL), str(study), "--arms", "gn_ws"]
+    with subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runner:
+        while not (cell / "last_checkpoint").is_file():  # an evaluation follows
+            assert runner.poll() is None
+            time.sleep(0.05)
+        runner.send_signal(signal.SIGTERM)
+    assert json.loads((cell / "cell.json").read_text())["state"] == "running"
+    result = run_tool(TOOL, study, "--arms", "gn_ws")
+    assert "gn_ws_2img_seed1 finished in" in result.stdout, result.stderr
+    assert "Starting training from iteration 2" in (cell / "log.txt").read_text()
+    first, _ = csv.DictReader((tmp_path / "out" / "report" / "cells.csv").open())
+    assert (first["state"], first["iterations"]) == ("finished", "4")
+    assert "resumed: 2 starts" in first["notes"] and float(first["bbox/AP"]) >= 0
 
 
 def test_dry_run_prints_commands_and_runs_nothing(call_tool, study: Path, tmp_path: Path) -> None:
