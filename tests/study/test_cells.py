@@ -138,13 +138,14 @@ def test_search_has_the_same_runs_for_every_arm(make_study) -> None:
 
 
 def test_runs_of_a_search_keep_their_folders_when_its_grid_grows(make_study) -> None:
-    before = by_name(search_cells(make_study(search=SEARCH)))
+    search = {**SEARCH, "batches": [4]}
+    before = by_name(search_cells(make_study(search=search)))
     assert "search_bn_4img_BASE_LR_0.08_WEIGHT_DECAY_0.001" in before
     grid = {
         "SOLVER.BASE_LR": [0.04, 0.08, 0.16],
         "SOLVER.WEIGHT_DECAY": [0.01, 0.001, 0.0001, 0.0],
     }
-    after = by_name(search_cells(make_study(search={**SEARCH, "grid": grid})))
+    after = by_name(search_cells(make_study(search={**search, "grid": grid})))
     assert len(after) == 2 * len(before)
     assert all(after[name].choice == cell.choice for name, cell in before.items())
 
