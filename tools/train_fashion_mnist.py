@@ -88,9 +88,7 @@ def _check_form(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 def _one(args: argparse.Namespace) -> None:
     if args.arm is None or args.batch_size is None:
         raise UserError("say --arm and --batch-size, or one of --all, --quick and --report-only")
-    settings = TrainingSettings(
-        args.arm, args.batch_size, lr=args.lr, seed=args.seed, **_common(args)
-    )
+    settings = TrainingSettings(args.arm, args.batch_size, seed=args.seed, **_common(args))
     folder = args.output_dir / settings.name
     result = train(
         settings,
@@ -111,7 +109,7 @@ def _one(args: argparse.Namespace) -> None:
 def _grid(args: argparse.Namespace) -> list[str]:
     problems: list[str] = []
     if not args.report_only:
-        cells = grid(args.arms, args.batch_sizes, args.seeds, lr=args.lr, **_common(args))
+        cells = grid(args.arms, args.batch_sizes, args.seeds, **_common(args))
         problems = run_grid(
             cells,
             args.output_dir,
@@ -131,8 +129,7 @@ def _command() -> str:
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("epochs", "schedule", "order", "groups", "images", "amp", "compile", "device")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (*SETTINGS, "device")}
 
 
 def _bar(name: str) -> BarProgress:

@@ -68,6 +68,12 @@ def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]
     return state
 
 
+def is_finished(cell: Cell) -> bool:
+    """Raises as `read_state` does."""
+    state = read_state(cell)
+    return state is not None and state.state == FINISHED
+
+
 def write_state(
     cell: Cell, state: str, *, reason: str = "", seconds: Optional[float] = None
 ) -> CellState:

@@ -13,7 +13,7 @@ import portalocker
 
 from ws_detectron.errors import UserError
 
-from .cell_state import FINISHED, read_state
+from .cell_state import is_finished
 from .cells import Cell
 from .process import CellProcess
 from .progress import Progress
@@ -70,7 +70,7 @@ def run_locally(
         lock: of `locked`; the cells keep it, so that the study stays locked as long as one of them
             lives, even if this process is killed.
     """
-    waiting = [cell for cell in cells if not _is_finished(cell)]
+    waiting = [cell for cell in cells if not is_finished(cell)]
     waiting.reverse()
     free = list(reversed(range(len(places))))
     running: dict[int, CellProcess] = {}
@@ -121,11 +121,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _is_finished(cell: Cell) -> bool:
-    state = read_state(cell)
-    return state is not None and state.state == FINISHED
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from ws_detectron.errors import UserError
 from ws_detectron.io import write_text
 
-from .cell_state import FAILED, FINISHED, CellState, read_state, write_state
+from .cell_state import FAILED, FINISHED, CellState, is_finished, read_state, write_state
 from .cells import Cell
 from .process import run_cell
 from .progress import Progress
@@ -67,8 +67,7 @@ def run_on_slurm(
         raise UserError(f"--launcher slurm cannot submit jobs here: {error}") from error
     jobs = {}
     for cell in cells:
-        state = read_state(cell)
-        if state is not None and state.state == FINISHED:
+        if is_finished(cell):
             continue
         job = _earlier_job(submitit, cluster, cell, folder)
         if job is None:
