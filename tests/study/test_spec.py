@@ -66,6 +66,8 @@ def test_first_arm_is_the_baseline_unless_said_otherwise(make_study) -> None:
         ),
         ({"search": {**SEARCH, "grid": {"SEED": [1]}}}, ["`search`", "SEED"]),
         ({"search": {**SEARCH, "grid": {"SOLVER.BASE_LR": 0.1}}}, ["SOLVER.BASE_LR: 0.1"]),
+        ({"search": {**SEARCH, "overrides": {"TEST.EVAL_PERIOD": 5}}}, ["TEST.EVAL_PERIOD"]),
+        ({"search": {**SEARCH, "grid": {"TEST.EVAL_PERIOD": [5]}}}, ["TEST.EVAL_PERIOD"]),
         ({"search": {"grid": {"A": [1]}, "batches": [1]}}, ["`images` are needed"]),
     ],
 )

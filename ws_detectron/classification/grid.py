@@ -11,7 +11,7 @@ from ws_detectron.errors import UserError
 from .progress import Progress
 from .results import FinishedRun
 from .run_files import RESULT, RunLocked, check_same_settings
-from .settings import TrainingSettings
+from .settings import TrainingSettings, first_difference
 from .training import train
 
 logger = logging.getLogger(__name__)
@@ -78,13 +78,14 @@ def run_grid(
     """
     recorded = {record.name: record.settings for record in records}
     for settings in cells:
-        for key, wanted in settings.as_dict().items():
-            found = recorded.get(settings.name, {}).get(key, wanted)
-            if found != wanted:
-                raise UserError(
-                    f"{settings.name} is recorded with {key} {found!r}, asked for is {wanted!r}; "
-                    "choose another --report, or delete its runs.json"
-                )
+        asked = settings.as_dict()
+        difference = first_difference(asked, recorded.get(settings.name, asked))
+        if difference:
+            key, wanted, found = difference
+            raise UserError(
+                f"{settings.name} is recorded with {key} {found!r}, asked for is {wanted!r}; "
+                "choose another --report, or delete its runs.json"
+            )
         check_same_settings(folder / settings.name, settings)
     for split in ("train", "test"):  # without them, every training would fail
         find_fashion_mnist(split, root=data_dir)

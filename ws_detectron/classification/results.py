@@ -13,6 +13,7 @@ from ws_detectron.errors import UserError
 from .arms import ARMS, REPORT_ORDER
 from .model import REPORT_GROUPS
 from .run_files import HISTORY, RESULT, TEST_LOGITS, read_json
+from .settings import first_difference
 
 RECORDS = "runs.json"
 
@@ -183,11 +184,11 @@ def gather(runs: Sequence[FinishedRun]) -> list[Cell]:
 
 
 def _check_alike(first: FinishedRun, second: FinishedRun, names: Iterable[str]) -> None:
-    for name in names:
-        one, other = first.settings.get(name), second.settings.get(name)
-        if one != other:
-            places = [str(run.folder or f"the record of {run.name}") for run in (first, second)]
-            raise UserError(
-                f"{' and '.join(places)} cannot be in one report: their {name} is {one!r} and "
-                f"{other!r}; choose another --output-dir or --report, or delete one of them"
-            )
+    difference = first_difference(first.settings, second.settings, names)
+    if difference:
+        name, one, other = difference
+        places = [str(run.folder or f"the record of {run.name}") for run in (first, second)]
+        raise UserError(
+            f"{' and '.join(places)} cannot be in one report: their {name} is {one!r} and "
+            f"{other!r}; choose another --output-dir or --report, or delete one of them"
+        )

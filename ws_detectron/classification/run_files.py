@@ -22,7 +22,7 @@ from ws_detectron.checkpoint.reading import read_weight_file
 from ws_detectron.errors import UserError
 from ws_detectron.io import atomic_write, write_json
 
-from .settings import TrainingSettings
+from .settings import TrainingSettings, first_difference
 
 SETTINGS, HISTORY, RESULT = "settings.json", "history.json", "result.json"
 CHECKPOINT, WEIGHTS, TEST_LOGITS = "checkpoint.pt", "weights.pth", "test_logits.npy"
@@ -72,12 +72,13 @@ def check_same_settings(folder: Path, settings: TrainingSettings) -> bool:
     found = read_json(folder / SETTINGS)
     if found is None:
         return False
-    for name, value in settings.as_dict().items():
-        if found.get(name) != value:
-            raise UserError(
-                f"{folder} holds a training with {name} {found.get(name)!r}, asked for is "
-                f"{value!r}; choose another --output-dir, or delete the folder"
-            )
+    difference = first_difference(settings.as_dict(), found)
+    if difference:
+        name, wanted, there = difference
+        raise UserError(
+            f"{folder} holds a training with {name} {there!r}, asked for is {wanted!r}; choose "
+            "another --output-dir, or delete the folder"
+        )
     return True
 
 

@@ -1,5 +1,6 @@
 """`TrainingSettings`: all that decides what a training computes, checked."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
@@ -86,6 +87,19 @@ class TrainingSettings:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def first_difference(
+    one: Mapping[str, Any], other: Mapping[str, Any], names: Optional[Iterable[str]] = None
+) -> Optional[tuple[str, Any, Any]]:
+    """The first of `names` (None: all of `one`) with two values, and these; None where all agree.
+
+    A setting that is missing, as in the files of an older version, is None.
+    """
+    for name in one if names is None else names:
+        if one.get(name) != other.get(name):
+            return name, one.get(name), other.get(name)
+    return None
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:

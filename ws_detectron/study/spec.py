@@ -145,14 +145,19 @@ def _study(keys: "_Keys", name: str) -> Study:
         slurm=keys.mapping("slurm", {}),
     )
     keys.end()
-    if study.evaluations:
-        _check_evaluations(study, keys.where)
+    _check_evaluations(study, keys.where)
     return study
 
 
 def _check_evaluations(study: Study, where: str) -> None:
     given = [study.overrides, *(arm.overrides for arm in study.arms)]
-    if any("TEST.EVAL_PERIOD" in values for values in given):
+    search = study.search
+    if search and "TEST.EVAL_PERIOD" in {**search.grid, **search.overrides}:
+        raise ConfigError(
+            f"{where}, `search`: TEST.EVAL_PERIOD has no effect, as its runs are evaluated once, "
+            "at their end"
+        )
+    if study.evaluations and any("TEST.EVAL_PERIOD" in values for values in given):
         raise ConfigError(
             f"{where}: TEST.EVAL_PERIOD is overridden and `evaluations` is {study.evaluations}; "
             "only one of them can say when is evaluated"
