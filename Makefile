@@ -30,7 +30,7 @@ $(STAMP): constraints.txt setup.py tools/install_detectron2.py \
 	@touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 quickstart: $(STAMP)
 	$(BIN)/python tools/quickstart.py

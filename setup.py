@@ -70,7 +70,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
         "fast-eval": ["faster-coco-eval>=1.6.8"],
         "plots": ["matplotlib"],
         "slurm": ["submitit"],

@@ -5,12 +5,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch, which reads it once. Threads that outnumber the cores wait for each other: a worker
+# of `make test` has one core, a single process two; the tools that tests start take it from here.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+
 import numpy as np
 import pytest
 import torch
-
-# Two cores run the suite; more threads than that only wait for each other.
-torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

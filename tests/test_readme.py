@@ -46,7 +46,7 @@ def test_use_in_an_own_project(tmp_path: Path) -> None:
         )
     )
     result = subprocess.run(
-        [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 0, result.stderr
     # 20 in R-18 and 8 in the FPN; the heads' 4 convs are followed by GN as well

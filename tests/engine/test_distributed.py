@@ -54,7 +54,7 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict:
         [sys.executable, "job.py", str(folder / "gradients.pth")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
     )

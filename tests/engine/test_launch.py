@@ -42,7 +42,7 @@ def script(tmp_path: Path) -> str:
 def run(*command: str) -> subprocess.CompletedProcess:
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     environ["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environ)
 
 
 def test_one_process_runs_here() -> None:

@@ -49,7 +49,7 @@ def test_stock_detectron2_finds_the_same(
     picture = sorted(evaluation_files.images.iterdir())[0]
     result = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path / "folded.yaml"), str(picture)],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        capture_output=True, text=True, timeout=600, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     stock = json.loads(result.stdout.splitlines()[-1])

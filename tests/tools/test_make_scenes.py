@@ -15,7 +15,7 @@ def run(*args: str, **variables: str) -> "subprocess.CompletedProcess[str]":
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -25,7 +25,7 @@ def command(datasets_root: Path, tmp_path: Path) -> list[str]:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, timeout=200)
+    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, timeout=600)
 
 
 def test_quick_check_passes(command: list[str], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def train_net(*args: object, **environ: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **environ},
+        env={**os.environ, **environ},
     )
 
 
