@@ -11,14 +11,14 @@ import torch
 
 from ws_detectron.benchmark.classifier import measure_classifier
 from ws_detectron.benchmark.detector import ARMS, VARIANTS, measure_inference, measure_steps
-from ws_detectron.benchmark.environment import environment
 from ws_detectron.benchmark.operation import measure_operation
 from ws_detectron.benchmark.report import update_readme, write_measurement
+from ws_detectron.environment import environment
 from ws_detectron.errors import exit_on_user_error
 
 PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", "timm", "mmcv-lite")
 EXAMPLES = """
-examples (on an idle machine; DETECTRON2_DATASETS must hold COCO for all but the first):
+examples (on an idle machine; step, inference and arms need COCO in DETECTRON2_DATASETS):
   python tools/benchmark.py operation
   python tools/benchmark.py step
   python tools/benchmark.py step --variants channels_last autocast

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from ws_detectron.benchmark.environment import environment
+from ws_detectron.environment import environment
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.benchmark import BACKENDS, enlarged, measure, write_measurement
 from ws_detectron.evaluation.coco_files import load_annotations

@@ -13,8 +13,9 @@ from ws_detectron.io import atomic_write
 EXAMPLES = """examples:
   # a mmdetection detector, then its AP (the published files have names: docs/weights.md)
   python tools/convert_weights.py mask_rcnn_r50_fpn_gn_ws-all_2x_coco_20200226-16acb762.pth r50.pth
-  python tools/train_net.py --eval-only MODEL.WEIGHTS r50.pth --config-file \\
-      configs/COCO-InstanceSegmentation/mmdet/mask_rcnn_r50_fpn_gn_ws-all_2x_coco.yaml
+  python tools/train_net.py --eval-only --config-file \\
+      configs/COCO-InstanceSegmentation/mmdet/mask_rcnn_r50_fpn_gn_ws-all_2x_coco.yaml \\
+      MODEL.WEIGHTS r50.pth
 
   # the WS authors' ImageNet weights
   python tools/convert_weights.py R-50-GN-WS.pth.tar R-50-GN-WS.pth

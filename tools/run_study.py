@@ -25,7 +25,7 @@ examples:
   python tools/run_study.py configs/studies/fashion_scenes.yaml --dry-run
   python tools/run_study.py configs/studies/fashion_scenes.yaml --report-only
 
-  # bit by bit, on machines that keep nothing: finished cells are recorded, recorded ones not run
+  # in several sittings: finished cells are recorded, recorded ones are not run again
   python tools/run_study.py configs/studies/fashion_scenes.yaml --records records --seeds 1
 
   # on 8 GPUs of this machine; one Slurm job per cell (pip install -e .[slurm])

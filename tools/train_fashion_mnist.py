@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument(
         "--images", type=int, default=usual.images, help="training images (%(default)s)"
     )
-    every.add_argument("--data-dir", type=Path, help="default: $DETECTRON2_DATASETS")
+    every.add_argument("--data-dir", type=Path, help="default: $DETECTRON2_DATASETS, else a cache")
     every.add_argument(
         "--output-dir",
         type=Path,

@@ -59,8 +59,15 @@ def test_eval_only_loads_the_weights(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     expected = Trainer.test(tiny_cfg, model)
     tiny_cfg.MODEL.WEIGHTS = str(weights)
     torch.manual_seed(5)
+    output = Path(tiny_cfg.OUTPUT_DIR)
+    output.mkdir(exist_ok=True)
+    for name in ("config.yaml", "log.txt"):
+        (output / name).write_text("of a training")
     results = run(tiny_cfg, arguments(eval_only=True))
     assert json.dumps(results) == json.dumps(expected)
+    for name in ("config.yaml", "log.txt"):
+        assert (output / name).read_text() == "of a training"
+        assert str(weights) in (output / "inference" / name).read_text()
 
 
 def test_config_file_may_be_the_name_of_a_packaged_one(tiny_cfg: CfgNode) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_coco import annotations, prediction
 
-from ws_detectron.benchmark.environment import environment
+from ws_detectron.environment import environment
 from ws_detectron.evaluation.benchmark import (
     BACKENDS,
     enlarged,

@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ws_detectron.benchmark.environment import environment
+from ws_detectron.environment import environment
 from ws_detectron.errors import UserError
 from ws_detectron.io import write_json
 

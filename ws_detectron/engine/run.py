@@ -1,6 +1,7 @@
 """One run, as one process of it sees it: set up, then train or evaluate."""
 
 import argparse
+import os
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,7 +20,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     """Trains, or with `args.eval_only` evaluates, and checks TEST.EXPECTED_RESULTS.
 
     What is written to OUTPUT_DIR/config.yaml is the config scaled to the batch and to the number of
-    processes, the one that runs.
+    processes, the one that runs. An evaluation writes its own and its log.txt beside its results,
+    in OUTPUT_DIR/inference: OUTPUT_DIR is often that of the training, whose files stay.
 
     Args:
         cfg: a merged and checked config.
@@ -33,13 +35,17 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
         UserError: weights, data or config cannot work, or training diverged.
         SystemExit: status 1, where a result is not the expected one.
     """
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
     # beside the loggers of detectron2, which default_setup sets up
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ws_detectron")
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="ws_detectron")
     cfg = scale_config(cfg, comm.get_world_size())
     cfg.freeze()
     if args.config_file:  # default_setup logs the file; it may be the name of a packaged one
         args = argparse.Namespace(**{**vars(args), "config_file": find_config(args.config_file)})
-    default_setup(cfg, args)
+    set_up = cfg.clone()
+    set_up.defrost()
+    set_up.OUTPUT_DIR = folder
+    default_setup(set_up, args)
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

@@ -124,7 +124,7 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
 def problems_of(results: StudyResults) -> list[str]:
     """Cells that are not finished, with the reason, and arms for which a search has no result.
 
-    Cells that were never started share a line: a study made bit by bit has many.
+    Cells that were never started share a line: a study made in several sittings has many.
     """
     problems = []
     every = [*results.search, *results.cells]
