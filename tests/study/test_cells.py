@@ -16,7 +16,7 @@ from ws_detectron.study import (
     study_cells,
     take_records,
 )
-from ws_detectron.study.cells import check_cells, nearest, words
+from ws_detectron.study.cells import Cell, check_cells, nearest, words
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "configs" / "studies"
@@ -236,11 +236,33 @@ def test_deeper_study_is_the_same_training_in_R_50() -> None:
         }
 
 
+def published(folder: Path) -> dict[str, Cell]:
+    """The cells of the fashion study, by name, with the LR that its search found."""
+    study = replace(read_study(STUDIES / "fashion_scenes.yaml"), output=folder)
+    take_records(study, RECORDS, print)  # which fit the study file, or this raises
+    return {r.cell.name: r.cell for r in read_study_results(study).cells if r.ap}
+
+
+def test_longer_study_is_the_published_one_with_four_times_the_images(tmp_path: Path) -> None:
+    """PreciseBN acts on BN only."""
+    theirs = published(tmp_path)
+    ours = by_name(study_cells(read_study(STUDIES / "fashion_scenes_long.yaml"), {}))
+    assert set(ours) == {f"{a}_4img_seed{s}" for a in ("gn", "gn_ws") for s in (1, 2, 3)}
+    for name, cell in ours.items():
+        differing = {k for k, v in cell.settings.items() if v != theirs[name].settings[k]}
+        assert differing == {
+            "SOLVER.MAX_ITER",
+            "TEST.EVAL_PERIOD",
+            "TEST.PRECISE_BN.ENABLED",
+            "TEST.PRECISE_BN.NUM_ITER",
+            "OUTPUT_DIR",
+        }
+        assert cell.settings["SOLVER.MAX_ITER"] == 4 * theirs[name].settings["SOLVER.MAX_ITER"]
+
+
 def test_decay_study_goes_on_from_the_published_records(tmp_path: Path) -> None:
     """Its arms without more decay are cells of the fashion study, with the LR found there."""
-    study = replace(read_study(STUDIES / "fashion_scenes.yaml"), output=tmp_path)
-    take_records(study, RECORDS, print)  # which fit the study file, or this raises
-    theirs = {r.cell.name: r.cell for r in read_study_results(study).cells if r.ap}
+    theirs = published(tmp_path)
     ours = by_name(study_cells(read_study(STUDIES / "fashion_scenes_decay.yaml"), {}))
     arms = ("bn", "gn", "bn_ws", "gn_ws")
     for arm, seed in itertools.product(arms, (1, 2, 3)):
