@@ -104,6 +104,7 @@ def test_truncated_file_is_named(raw_folder: Path, tmp_path: Path) -> None:
         (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8))[:-1]), "states .3, 4. .*holds 11"),
         (gzip.compress(b"\0\0\x08\x03\0\0"), "ends within its header, after 6"),
     ],
+    ids=["empty", "text", "cut short", "other type", "too few values", "header alone"],
 )
 def test_damaged_file_is_named(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "damaged.gz"

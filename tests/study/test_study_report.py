@@ -164,6 +164,13 @@ def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
     assert ends == pytest.approx([101.5 - 0.5**0.5, 101.5 + 0.5**0.5])
 
 
+def test_arms_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
+    box, _ = draw_ap_over_batch(replace(ran.study, batches=(4,)), ran.cells).axes
+    low, high = box.get_xlim()
+    places = [container[0].get_xdata()[0] for container in box.containers]
+    assert len(places) == 2 and places[1] - places[0] < (high - low) / 10
+
+
 def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResults) -> None:
     panels = draw_study_curves(ran.study, ran.cells).axes
     loss_1, loss_4 = panels[:2]

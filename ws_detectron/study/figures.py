@@ -18,7 +18,7 @@ from .spec import Study
 
 
 def draw_ap_over_batch(study: Study, results: Sequence[CellResult]) -> Figure:
-    """Mean AP of each arm over the batch, bars of one deviation; a panel per task."""
+    """Mean AP of each arm over the batch, bars of one standard deviation; a panel per task."""
     tasks = tasks_of(results)
     figure = Figure(figsize=(1 + 4.6 * len(tasks), 4.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
@@ -42,6 +42,7 @@ def draw_ap_over_batch(study: Study, results: Sequence[CellResult]) -> Figure:
                     **line_style(number),
                 )
         panel.set_xscale("log", base=2)
+        panel.set_xlim(batches[0] / 1.25, batches[-1] * 1.25)
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.minorticks_off()
         panel.set_xlabel(study.unit)
