@@ -76,6 +76,7 @@ def test_markdown_has_figures_intervals_and_what_is_missing(report: Path) -> Non
     assert re.search(r"\| bn +\| 101\.50 ± 0\.71 \(2\) +\| 101\.50 ± 0\.71 \(2\) +\|", text)
     assert re.search(r"\| gn +\| 101\.00 \(1\) ", text)
     assert re.search(r"\| gn - bn +\| box AP +\| mask AP", text)
+    assert "The last row is of each seed's mean over all batches." in text
     assert re.search(r"\| 4 images +\| \+0\.00 \(-3\.04 to \+3\.04\)", text)
     assert "- **gn_1img_seed2 is failed: training diverged at iteration 3" in text
     assert "| `MODEL.RESNETS.NORM` " in text and "`SOLVER.MAX_ITER`" in text

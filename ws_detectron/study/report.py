@@ -93,13 +93,14 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
         blocks.append(_ap_table(results, task))
     blocks += pictures[:1]
     if results.study.comparisons:
+        several = len(results.study.batches) > 1
         blocks += [
             Heading("Differences"),
             Text(
                 f"In points of AP, in brackets the {LEVEL:.0%} confidence interval of Welch's "
                 "t-test over seeds, **bold** where it excludes 0. Each interval stands for itself: "
-                "of twenty, one is expected to miss. The last row is of each seed's mean over "
-                "all batches."
+                "of twenty, one is expected to miss."
+                + (" The last row is of each seed's mean over all batches." if several else "")
             ),
         ]
         blocks += [_difference_table(results, pair) for pair in results.study.comparisons]
