@@ -82,6 +82,7 @@ def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
         panel.set_title(f"{batch} {unit}", fontsize=10)
     for panel in panels[-1]:
         panel.set_xlabel("images seen")
+        panel.locator_params(axis="x", nbins=5)  # numbers of five digits would touch
     _finish(figure, [*panels.flat])
     return figure
 
