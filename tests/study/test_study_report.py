@@ -172,6 +172,19 @@ def test_arms_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
     assert len(places) == 2 and places[1] - places[0] < (high - low) / 10
 
 
+def test_legend_of_many_arms_is_not_cut_off(ran: StudyResults) -> None:
+    arms = [replace(ran.study.arms[0], name=f"{n}_of_many_arms") for n in range(8)]
+    study = replace(ran.study, arms=arms, batches=[1])
+    (seen, *_) = (c for c in ran.cells if c.word == "finished" and c.cell.batch == 1)
+    cells = [replace(seen, cell=replace(seen.cell, arm=arm.name)) for arm in arms]
+    figure = draw_study_curves(study, cells)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 8
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width
+
+
 def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResults) -> None:
     panels = draw_study_curves(ran.study, ran.cells).axes
     loss_1, loss_4 = panels[:2]

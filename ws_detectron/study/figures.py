@@ -16,6 +16,9 @@ from .cell_state import FINISHED
 from .results import CellResult, summary, tasks_of
 from .spec import Study
 
+LEGEND_WIDTH = 1.7
+"""Inches for a column of the legend: its line, and a name like bn_ws_decay."""
+
 
 def draw_ap_over_batch(study: Study, results: Sequence[CellResult]) -> Figure:
     """Mean AP of each arm over the batch, bars of one standard deviation; a panel per task."""
@@ -123,5 +126,5 @@ def _finish(figure: Figure, panels: Sequence[Axes]) -> None:
             [*entries.values()],
             [*entries],
             loc="outside lower center",
-            ncols=min(6, len(entries)),
+            ncols=max(1, min(6, len(entries), int(figure.get_figwidth() / LEGEND_WIDTH))),
         )
