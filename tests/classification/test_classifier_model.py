@@ -184,3 +184,12 @@ def test_dropout_passes_the_gradient_of_what_it_keeps() -> None:
 def test_dropout_refuses_what_a_byte_cannot_meet(p: float) -> None:
     with pytest.raises(ValueError, match="multiple of 1/256"):
         ByteDropout(p)
+
+
+@pytest.mark.parametrize("arm", ["gn", "gn_ws", "ln"])
+def test_relu_and_group_norm_work_in_one_memory_format(arm: str) -> None:
+    model = build_classifier(arm)
+    images = torch.randn(2, 28, 28, 1).permute(0, 3, 1, 2)  # as the data are: channels last
+    features = model.conv1(images)
+    assert features.is_contiguous()
+    assert not features.is_contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ takes 0.3 ms with channels last and 4.2 ms with channels first, group norm with 
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class ChannelsFirstGroupNorm(nn.GroupNorm):
@@ -25,3 +26,12 @@ class ChannelsLastMaxPool2d(nn.MaxPool2d):
         if x.device.type != "cpu" or not x.is_contiguous():
             return super().forward(x)
         return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
+
+
+def relu_channels_first(x: torch.Tensor) -> torch.Tensor:
+    """ReLU of x, of any shape, for a layer behind that works in the standard memory format.
+
+    Reordered by that layer instead, the ReLU's backward pass would meet its result in one format
+    and the gradient in the other: 22 ms instead of 1.4 for 128 images.
+    """
+    return F.relu_(x.contiguous())

@@ -21,7 +21,7 @@ from ws_detectron.layers import DEFAULT_WS_EPS, DEFAULT_WS_MODE, WSConv2d
 
 from .arms import ARMS, ORDERS, REPORT_ORDER, Arm
 from .dropout import ByteDropout
-from .memory_format import ChannelsFirstGroupNorm, ChannelsLastMaxPool2d
+from .memory_format import ChannelsFirstGroupNorm, ChannelsLastMaxPool2d, relu_channels_first
 
 CLASSES = 10
 IMAGE_SIZE = 28
@@ -58,13 +58,15 @@ def build_classifier(
     if groups < 1 or any(width % groups for width in (*BLOCKS, HIDDEN)):
         raise UserError(f"groups is {groups}; it must divide {BLOCKS[0]}, the fewest channels")
     chosen = ARMS[arm]
+    channels_first = chosen.norm in ("GN", "LN")  # as group norm wants them
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels, size, number = 1, IMAGE_SIZE, 0
     for block, width in enumerate(BLOCKS, start=1):
         for _ in range(2):
             number += 1
             norm = _norm(chosen, width, groups, dimensions=2)
-            options: dict[str, Any] = {"kernel_size": 3, "padding": 1, "activation": F.relu_}
+            relu = relu_channels_first if channels_first else F.relu_
+            options: dict[str, Any] = {"kernel_size": 3, "padding": 1, "activation": relu}
             if order != REPORT_ORDER:
                 options["norm"] = norm  # applied before the activation
             if chosen.ws:
@@ -91,7 +93,7 @@ def build_classifier(
     layers["predictor"] = nn.Linear(HIDDEN, CLASSES)
     model = nn.Sequential(layers)
     _initialize(model, chosen)
-    if chosen.norm not in ("GN", "LN"):  # group norm wants channels first
+    if not channels_first:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
