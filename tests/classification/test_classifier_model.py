@@ -186,10 +186,12 @@ def test_dropout_refuses_what_a_byte_cannot_meet(p: float) -> None:
         ByteDropout(p)
 
 
-@pytest.mark.parametrize("arm", ["gn", "gn_ws", "ln"])
-def test_relu_and_group_norm_work_in_one_memory_format(arm: str) -> None:
+@pytest.mark.parametrize("arm", sorted(ARMS))
+def test_features_stay_channels_last_so_that_no_layer_reorders_them(arm: str) -> None:
     model = build_classifier(arm)
-    images = torch.randn(2, 28, 28, 1).permute(0, 3, 1, 2)  # as the data are: channels last
-    features = model.conv1(images)
-    assert features.is_contiguous()
-    assert not features.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 28, 28, 1).permute(0, 3, 1, 2)  # as the data are
+    for name, layer in model.named_children():
+        if name == "flatten":
+            break
+        x = layer(x)
+        assert x.is_contiguous(memory_format=torch.channels_last), name

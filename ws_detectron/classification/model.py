@@ -21,7 +21,7 @@ from ws_detectron.layers import DEFAULT_WS_EPS, DEFAULT_WS_MODE, WSConv2d
 
 from .arms import ARMS, ORDERS, REPORT_ORDER, Arm
 from .dropout import ByteDropout
-from .memory_format import ChannelsFirstGroupNorm, ChannelsLastMaxPool2d, relu_channels_first
+from .group_norm import ChannelsLastGroupNorm
 
 CLASSES = 10
 IMAGE_SIZE = 28
@@ -58,15 +58,13 @@ def build_classifier(
     if groups < 1 or any(width % groups for width in (*BLOCKS, HIDDEN)):
         raise UserError(f"groups is {groups}; it must divide {BLOCKS[0]}, the fewest channels")
     chosen = ARMS[arm]
-    channels_first = chosen.norm in ("GN", "LN")  # as group norm wants them
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels, size, number = 1, IMAGE_SIZE, 0
     for block, width in enumerate(BLOCKS, start=1):
         for _ in range(2):
             number += 1
             norm = _norm(chosen, width, groups, dimensions=2)
-            relu = relu_channels_first if channels_first else F.relu_
-            options: dict[str, Any] = {"kernel_size": 3, "padding": 1, "activation": relu}
+            options: dict[str, Any] = {"kernel_size": 3, "padding": 1, "activation": F.relu_}
             if order != REPORT_ORDER:
                 options["norm"] = norm  # applied before the activation
             if chosen.ws:
@@ -78,7 +76,7 @@ def build_classifier(
                 layers[f"norm{number}"] = norm
             channels = width
         size //= 2
-        layers[f"pool{block}"] = ChannelsLastMaxPool2d(2)
+        layers[f"pool{block}"] = nn.MaxPool2d(2)
         layers[f"dropout{block}"] = ByteDropout(CONV_DROPOUT)
     layers["flatten"] = nn.Flatten()
     layers["dense"] = nn.Linear(channels * size * size, HIDDEN)
@@ -93,8 +91,7 @@ def build_classifier(
     layers["predictor"] = nn.Linear(HIDDEN, CLASSES)
     model = nn.Sequential(layers)
     _initialize(model, chosen)
-    if not channels_first:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 
@@ -104,9 +101,9 @@ def _norm(arm: Arm, channels: int, groups: int, *, dimensions: int) -> Optional[
         kind = nn.BatchNorm2d if dimensions else nn.BatchNorm1d
         return kind(channels, eps=_BN_EPS, momentum=_BN_MOMENTUM)
     if arm.norm == "LN":
-        return ChannelsFirstGroupNorm(1, channels)  # over all channels and pixels of an image
+        return ChannelsLastGroupNorm(1, channels)  # over all channels and pixels of an image
     if arm.norm == "GN":
-        return ChannelsFirstGroupNorm(groups, channels)
+        return ChannelsLastGroupNorm(groups, channels)
     return None
 
 
