@@ -21,7 +21,7 @@ def runs(tmp_path: Path) -> Path:
     for seed, (gn, gn_ws) in enumerate([(0.91, 0.92), (0.93, 0.92), (0.92, 0.95)]):
         write_run(folder, gn, arm="gn", batch_size=32, seed=seed)
         write_run(folder, gn_ws, arm="gn_ws", batch_size=32, seed=seed)
-    write_run(folder, 0.1, arm="bn", batch_size=2)
+    write_run(folder, 0.1, arm="bn", batch_size=2, compile=True)
     return folder
 
 
@@ -29,7 +29,7 @@ def test_table_has_the_reports_row_beside_ours(runs: Path) -> None:
     lines = accuracy_table(gather(read_runs(runs))).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert rows == [
-        ["BN", "2", "0.0015", "1", "22", "10.00", "255", "18.76"],
+        ["BN", "2", "0.0015", "1", "22, compiled", "10.00", "255", "18.76"],
         ["GN", "32", "0.02", "3", "22", "92.00 ± 1.00", "–", "–"],
         ["GN+WS", "32", "0.02", "3", "22", "93.00 ± 1.73", "20", "92.82"],
     ]

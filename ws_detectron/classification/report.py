@@ -86,7 +86,7 @@ def report_text(cells: Sequence[Cell]) -> str:
     settings = runs[0].settings
     kept = {
         name: sorted({str(run.settings[name]) for run in runs})
-        for name in (*SHARED, "compile", "device")
+        for name in (*SHARED, "device")
     }
     facts = "; ".join(f"{name} {' or '.join(values)}" for name, values in kept.items())
     machines = sorted({_machine(run) for run in runs})
@@ -105,10 +105,10 @@ on with what was interrupted.
 
 Test accuracy after training on {split} images (training, validation, test), of the epoch with the
 best validation accuracy; the test images are looked at once. Mean ± standard deviation (n - 1) over
-seeds. The time is the median of all training epochs, without validation; what runs at the same time
-on the machine changes it, so times of different rows are to be compared by
-`tools/benchmark.py classifier`, which measures in turns. The report is that of Ehling and Rouault
-(IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
+seeds. The time is the median of all training epochs, without validation, "compiled" with
+`--compile`; what runs at the same time on the machine changes it, so times of different rows are to
+be compared by `tools/benchmark.py classifier`, which measures in turns. The report is that of Ehling
+and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
 
 {difference_text(cells)}
 ![test accuracy over batch size](accuracy_over_batch.png)
@@ -136,13 +136,14 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
     for cell in cells:
         report = cell.report
         deviation = "" if cell.deviation is None else f" ± {cell.deviation:.2f}"
+        compiled = ", compiled" if cell.runs[0].settings["compile"] else ""
         rows.append(
             (
                 cell.title,
                 cell.batch_size,
                 f"{cell.runs[0].settings['lr']:g}",
                 len(cell.runs),
-                f"{cell.seconds:.0f}",
+                f"{cell.seconds:.0f}{compiled}",
                 f"{cell.accuracy:.2f}{deviation}",
                 UNDEFINED if report is None else f"{report[0]:.0f}",
                 UNDEFINED if report is None else f"{report[1]:.2f}",
