@@ -107,8 +107,8 @@ Test accuracy after training on {split} images (training, validation, test), of 
 best validation accuracy; the test images are looked at once. Mean ± standard deviation (n - 1) over
 seeds. The time is the median of all training epochs, without validation, "compiled" with
 `--compile`; what runs at the same time on the machine changes it, so times of different rows are to
-be compared by `tools/benchmark.py classifier`, which measures in turns. The report is that of Ehling
-and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
+be compared by `tools/benchmark.py classifier`, which measures in turns. The report is that of
+Ehling and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
 
 {difference_text(cells)}
 ![test accuracy over batch size](accuracy_over_batch.png)
