@@ -84,10 +84,7 @@ def report_text(cells: Sequence[Cell]) -> str:
     """README.md of the results."""
     runs = [run for cell in cells for run in cell.runs]
     settings = runs[0].settings
-    kept = {
-        name: sorted({str(run.settings[name]) for run in runs})
-        for name in (*SHARED, "device")
-    }
+    kept = {name: sorted({str(run.settings[name]) for run in runs}) for name in (*SHARED, "device")}
     facts = "; ".join(f"{name} {' or '.join(values)}" for name, values in kept.items())
     machines = sorted({_machine(run) for run in runs})
     dates = sorted(run.result["environment"]["date"] for run in runs)
