@@ -60,6 +60,34 @@ def test_measurement_is_written_as_json_and_table(tmp_path: Path) -> None:
     assert "| times gn" in text and "1234 (1100 to 1300)" in text
 
 
+def test_classifier_is_compared_with_bn_and_with_keras_by_medians_and_by_fastest(
+    tmp_path: Path,
+) -> None:
+    ratio = {"median": 1.2, "low": 1.1, "high": 1.3}
+    part = {
+        "batch_size": 2, "steps": 1000, "rounds": 2, "keras": "keras 3",
+        "seconds": {
+            "bn": [30.0, 20.0], "gn_ws": [33.0, 44.0], "gn_ws, compiled": [22.0, 23.0],
+            "gn_ws, Keras": [55.0, 60.0],
+        },
+        "epoch_seconds": dict.fromkeys(
+            ["bn", "gn_ws", "gn_ws, compiled", "gn_ws, Keras"], {"median": 9, "low": 8, "high": 10}
+        ),
+        "times_bn": dict.fromkeys(["bn", "gn_ws", "gn_ws, compiled", "gn_ws, Keras"], ratio),
+        "times_keras": dict.fromkeys(["gn_ws", "gn_ws, compiled", "gn_ws, Keras"], ratio),
+    }  # fmt: skip
+    content = {"kind": "classifier", "parts": [part]}
+    text = write_measurement(tmp_path, "cpu_classifier", ABOUT, content)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    spread = "1.20 (1.10 to 1.30)"
+    assert [row for row in rows if row][2:] == [
+        ["bn", "9.0 (8.0 to 10.0)", "20.0", spread, "1.00", "", ""],
+        ["gn_ws", "9.0 (8.0 to 10.0)", "33.0", spread, "1.65", spread, "0.60"],
+        ["gn_ws, compiled", "9.0 (8.0 to 10.0)", "22.0", spread, "1.10", spread, "0.40"],
+        ["gn_ws, Keras", "9.0 (8.0 to 10.0)", "55.0", spread, "2.75", spread, "1.00"],
+    ]
+
+
 def test_parts_of_a_measurement_share_a_table(tmp_path: Path) -> None:
     content = detector()
     content["parts"].append({**content["parts"][0], "images": 16})
