@@ -181,8 +181,8 @@ def _classifier_table(part: Mapping[str, Any]) -> str:
     return f"""{table}
 
 Fashion-MNIST classifier, batch {part["batch_size"]}: training time for 50,000 images, from
-{part["steps"]} steps in each of {part["rounds"]} rounds in turns; medians (and quartiles), ratios within
-a round; and the fastest round of each, as a busy machine can only add to it.{keras}
+{part["steps"]} steps in each of {part["rounds"]} rounds in turns; medians (and quartiles), ratios
+within a round; and the fastest round of each, as a busy machine can only add to it.{keras}
 """
 
 
