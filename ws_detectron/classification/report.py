@@ -124,7 +124,8 @@ def _machine(run: FinishedRun) -> str:
     about = run.result["environment"]
     device = about["gpu" if run.settings["device"] == "cuda" else "cpu"]
     versions = f"torch {about['torch']}, Python {about['python']}"
-    return f"{device}, {run.result['threads']} threads, {versions}"
+    threads = run.result["threads"]
+    return f"{device}, {threads} thread{'' if threads == 1 else 's'}, {versions}"
 
 
 def accuracy_table(cells: Sequence[Cell]) -> str:
