@@ -76,7 +76,7 @@ def measure_classifier(
         for arm in KERAS_ARMS if keras_python else ():
             assert keras_python
             worker, version = stack.enter_context(_keras(keras_python, arm, batch_size, images))
-            candidates[f"{arm}, Keras"] = worker
+            candidates[same_in_keras(arm)] = worker
             about["keras"] = version
         seconds = interleave(candidates, rounds, warmup, device)
     epochs = {
@@ -92,11 +92,16 @@ def measure_classifier(
         "epoch_seconds": {name: spread(values) for name, values in epochs.items()},
         "times_bn": {name: ratio(epochs, name, BASELINE) for name in epochs if BASELINE in epochs},
         "times_keras": {
-            name: ratio(epochs, name, f"{name.partition(',')[0]}, Keras")
+            name: ratio(epochs, name, same_in_keras(name))
             for name in epochs
-            if f"{name.partition(',')[0]}, Keras" in epochs
+            if same_in_keras(name) in epochs
         },
     }
+
+
+def same_in_keras(name: str) -> str:
+    """Of a candidate ("gn_ws", "gn_ws, compiled") the name of Keras' same arm."""
+    return f"{name.partition(',')[0]}, Keras"
 
 
 def _epoch(arm: str, data: Images, batch_size: int, device: str, compiled: bool = False) -> Action:

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from ws_detectron.errors import DataError
 from ws_detectron.io import write_json, write_text
 
+from .classifier import BASELINE, same_in_keras
 from .operation import COPY, FLOOR_IN_COPIES, OURS
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -167,12 +168,12 @@ def _classifier_table(part: Mapping[str, Any]) -> str:
     fastest = {name: min(seconds) for name, seconds in part["seconds"].items()}
     rows = []
     for name, seconds in fastest.items():
-        keras = f"{name.partition(',')[0]}, Keras"
         row = [name, _spread(part["epoch_seconds"][name], 1), f"{seconds:.1f}"]
-        for ratios, base in ((part["times_bn"], "bn"), (part["times_keras"], keras)):
-            known = name in ratios
-            row += [_spread(ratios[name], 2) if known else ""]
-            row += [f"{seconds / fastest[base]:.2f}" if known else ""]
+        for ratios, base in (("times_bn", BASELINE), ("times_keras", same_in_keras(name))):
+            if name in part[ratios]:
+                row += [_spread(part[ratios][name], 2), f"{seconds / fastest[base]:.2f}"]
+            else:
+                row += ["", ""]
         rows.append(row)
     headers = ["classifier", "s / epoch", "fastest, s"]
     headers += ["times bn", "fastest", "times the same arm in Keras", "fastest"]
