@@ -11,11 +11,15 @@ from ws_detectron.engine import launch, started_by_torchrun
 from ws_detectron.errors import UserError
 
 SCRIPT = """
+import os
 import sys
 import torch
 from detectron2.utils import comm
 from ws_detectron.engine import launch
 from ws_detectron.errors import UserError, exit_on_user_error
+
+def threads():  # 0 on systems without /proc
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 
 def main(word):
     ranks = comm.all_gather((comm.get_rank(), comm.get_local_rank(), comm.get_world_size(), word))
@@ -27,7 +31,9 @@ def main(word):
 
 if __name__ == "__main__":
     with exit_on_user_error():
+        before = threads()
         launch(main, 2, device="cpu", dist_url="auto", args=(sys.argv[1],))
+        print("THREADS LEFT", threads() - before, flush=True)
 """
 RANKS = "RANKS [(0, 0, 2, 'word'), (1, 1, 2, 'word')]"
 
@@ -60,6 +66,8 @@ def test_torchrun(script: str) -> None:
     result = run(*torchrun, "--nproc-per-node", "2", script, "word")
     assert result.returncode == 0, result.stderr
     assert RANKS in result.stdout
+    # Threads of gloo that live on while Python shuts down can abort the process.
+    assert result.stdout.count("THREADS LEFT 0") == 2, result.stdout
 
 
 def test_user_error_of_one_process_ends_all_with_its_message(script: str) -> None:

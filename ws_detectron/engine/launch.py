@@ -104,7 +104,7 @@ def _run_on_cpu(
     create_local_process_group(num_processes)
     comm.synchronize()
     _run_quietly(main, args)
-    dist.destroy_process_group()
+    _destroy_process_groups()
 
 
 def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> Any:
@@ -119,7 +119,17 @@ def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> A
     try:
         return main(*args)
     finally:
-        dist.destroy_process_group()
+        _destroy_process_groups()
+
+
+def _destroy_process_groups() -> None:
+    """Ends the threads of gloo, which only the last reference to a group does.
+
+    detectron2 keeps two. A thread that frees a tensor while Python shuts down aborts the process.
+    """
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    dist.destroy_process_group()
 
 
 def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
