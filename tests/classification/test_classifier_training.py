@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ws_detectron.classification import TrainingSettings, train, training
+from ws_detectron.classification.loop import compile_model
 from ws_detectron.classification.progress import Progress
 from ws_detectron.classification.run_files import CHECKPOINT, HISTORY, RESULT, WEIGHTS
 from ws_detectron.data.fashion_mnist import find_fashion_mnist
@@ -120,6 +121,20 @@ def test_a_compiled_model_computes_the_batches_of_full_size(
     monkeypatch.setattr(torch, "compile", compiled)
     same = train(replace(settings, compile=True), tmp_path / "same", data_dir=datasets_root)
     assert sizes == [40] * 7 and same["test_loss"] == plain["test_loss"]
+
+
+def test_compiled_code_is_for_the_threads_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options are part of the key under which torch caches code; its own threads are not."""
+    seen: list[dict] = []
+    monkeypatch.setattr(torch, "compile", lambda _, **how: seen.append(how["options"]))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            compile_model(torch.nn.ReLU(), "cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert [options["cpp.threads"] for options in seen] == [1, 2]
 
 
 def test_nothing_is_begun_without_data(
