@@ -109,7 +109,7 @@ def compile_model(model: nn.Module, device: str) -> Any:
     if device == "cuda":
         return torch.compile(model, mode="reduce-overhead", dynamic=False)
     # Without the threads as an option, code cached by a run of other threads would be taken.
-    options = {"cpp_wrapper": True, "cpp.threads": torch.get_num_threads()}
+    options: dict[str, Any] = {"cpp_wrapper": True, "cpp.threads": torch.get_num_threads()}
     return torch.compile(model, options=options, dynamic=False)
 
 
