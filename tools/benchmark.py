@@ -13,10 +13,24 @@ from ws_detectron.benchmark.classifier import measure_classifier
 from ws_detectron.benchmark.detector import ARMS, VARIANTS, measure_inference, measure_steps
 from ws_detectron.benchmark.operation import measure_operation
 from ws_detectron.benchmark.report import update_readme, write_measurement
+from ws_detectron.classification import ARMS as CLASSIFIER_ARMS
+from ws_detectron.command_line import refuse_options_without_effect
 from ws_detectron.environment import environment
-from ws_detectron.errors import exit_on_user_error
+from ws_detectron.errors import UserError, exit_on_user_error
 
 PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", "timm", "mmcv-lite")
+TIMING = ("device", "rounds", "warmup", "output")
+STEPS = (*TIMING, "short_side", "batches", "variants", "arms", "opts")
+OPTIONS = {
+    "operation": (*TIMING, "depth"),
+    "step": STEPS,
+    "inference": (*TIMING, "short_side", "opts"),
+    "arms": STEPS,
+    "classifier": (*TIMING, "batches", "variants", "arms", "keras_python"),
+    "readme": ("output",),
+}
+"""What is measured -> the options that it takes."""
+
 EXAMPLES = """
 examples (on an idle machine; step, inference and arms need COCO in DETECTRON2_DATASETS):
   python tools/benchmark.py operation
@@ -41,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument(
         "what", metavar="WHAT",
-        choices=["operation", "step", "inference", "arms", "classifier", "readme"],
+        choices=OPTIONS,
         help="operation, step (BN, GN, GN+WS), inference (GN, GN+WS folded and not), arms (all, by "
         "batch), classifier (of Fashion-MNIST), or readme (write the tables into README.md)",
     )  # fmt: skip
@@ -58,7 +72,10 @@ def main() -> None:
         "--variants", nargs="+", choices=VARIANTS, default=["plain"], metavar="VARIANT",
         help=", ".join(VARIANTS),
     )  # fmt: skip
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=None, metavar="ARM")
+    parser.add_argument(
+        "--arms", nargs="+", default=None, metavar="ARM",
+        help=f"of the detector: {', '.join(ARMS)}; of the classifier: {', '.join(CLASSIFIER_ARMS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--depth", type=int, choices=[50, 101, 152], default=50, help="of the ResNet, for operation"
     )
@@ -69,9 +86,10 @@ def main() -> None:
     parser.add_argument("--output", default="results/benchmark", metavar="DIR")
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the configs")
     args = parser.parse_intermixed_args()  # KEY VALUE may stand behind options
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.short_side = args.short_side or (800 if args.device == "cuda" else 320)
     with exit_on_user_error():
+        check(parser, args)
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        args.short_side = args.short_side or (800 if args.device == "cuda" else 320)
         if args.what == "readme":
             update_readme("README.md", args.output)
             return
@@ -97,13 +115,29 @@ def main() -> None:
         print(text)
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options and values that what is measured does not take."""
+    taken = OPTIONS[args.what]
+    refuse_options_without_effect(parser, args, "what", taken, f"with {args.what}")
+    classifier = args.what == "classifier"
+    for option, values, allowed in (
+        ("arms", args.arms or (), CLASSIFIER_ARMS if classifier else ARMS),
+        ("variants", args.variants, ("plain", "compile") if classifier else VARIANTS),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise UserError(
+                    f"--{option} of {args.what}: {value} is none; allowed: {', '.join(allowed)}"
+                )
+
+
 def measured_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The parts of all measurements but that of the operation, one by one as they are made."""
     rounds = args.rounds or 10
     if args.what == "classifier":
         for batch_size in args.batches:
             yield measure_classifier(
-                ["bn", "gn", "gn_ws"], batch_size, args.device, rounds, args.warmup,
+                args.arms or ["bn", "gn", "gn_ws"], batch_size, args.device, rounds, args.warmup,
                 compiled="compile" in args.variants, keras_python=args.keras_python,
             )  # fmt: skip
         return

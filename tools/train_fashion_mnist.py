@@ -15,6 +15,7 @@ from ws_detectron.classification.quick import quick_check
 from ws_detectron.classification.recipe import SCHEDULES
 from ws_detectron.classification.report import write_report
 from ws_detectron.classification.results import read_records
+from ws_detectron.command_line import refuse_options_without_effect
 from ws_detectron.errors import UserError, exit_on_user_error
 
 PLACES = ("data_dir", "output_dir", "device")
@@ -73,16 +74,9 @@ def main() -> None:
 
 
 def _check_form(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options that would be ignored are refused: --seed 1 with --all was hardly meant so."""
     form = next((name for name in FORMS if getattr(args, name, False)), "one")
-    for name, value in vars(args).items():
-        if name not in (form, *FORMS[form]) and value != parser.get_default(name):
-            option, chosen = (f"--{word.replace('_', '-')}" for word in (name, form))
-            raise UserError(
-                f"{option} has no effect "
-                + ("without --all" if form == "one" else f"with {chosen}")
-                + f"; allowed are {', '.join('--' + n.replace('_', '-') for n in FORMS[form])}"
-            )
+    where = "without --all" if form == "one" else f"with --{form.replace('_', '-')}"
+    refuse_options_without_effect(parser, args, form, FORMS[form], where)
 
 
 def _one(args: argparse.Namespace) -> None:

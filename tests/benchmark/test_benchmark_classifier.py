@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ws_detectron.benchmark import classifier
 from ws_detectron.benchmark.classifier import measure_classifier
 from ws_detectron.benchmark.report import tables
 from ws_detectron.errors import UserError
@@ -38,6 +39,15 @@ def test_every_arm_is_timed_in_every_round_and_related_to_bn() -> None:
     assert all(value > 1 for values in part["seconds"].values() for value in values)
 
 
+def test_compiled_is_related_to_compiled_bn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "compile_model", lambda model, device: model)
+    part = measure_classifier(["bn", "gn"], 4, "cpu", rounds=2, warmup=0, steps=2, compiled=True)
+    seconds = part["seconds"]
+    ratios = [a / b for a, b in zip(seconds["gn, compiled"], seconds["bn, compiled"])]
+    assert part["times_bn"]["gn, compiled"]["median"] == pytest.approx(sum(ratios) / 2)
+    assert part["times_bn"]["bn, compiled"]["median"] == 1
+
+
 def test_keras_runs_beside_it(tmp_path: Path) -> None:
     # bn and gn_ws have a scale and a shift for each of 704 channels
     python = stand_in(tmp_path, f"ready: keras 3 on a stand-in, {1_676_266 + 2 * 704} parameters")
@@ -47,6 +57,8 @@ def test_keras_runs_beside_it(tmp_path: Path) -> None:
     log = (tmp_path / "log").read_text().splitlines()
     assert log.count("run") == 2 * (1 + 3)
     assert f"--arm bn --batch-size 4 --threads {torch.get_num_threads()} --images 8" in log
+    # 50,000 images at the 0.1 s that the stand-in says it took for 8
+    assert part["seconds"]["bn, Keras"] == pytest.approx([625.0] * 3)
     assert set(part["times_keras"]) == {"bn", "gn_ws", "bn, Keras", "gn_ws, Keras"}
     table = tables({"kind": "classifier", "parts": [part]})
     assert "keras 3 on a stand-in" in table and "times the same arm in Keras" in table

@@ -3,6 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from ws_detectron.benchmark import classifier
+
 
 def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:
     options = ["--rounds", 1, "--warmup", 0, "--depth", 50, "--output", tmp_path]
@@ -23,3 +27,36 @@ def test_config_keys_may_follow_options(call_tool, tmp_path: Path) -> None:
     options = ["step", "--device", "cpu", "--output", tmp_path, "--rounds", 1, "--short-side", 64]
     status, _, errors = call_tool("benchmark.py", *options, "MODEL.NO_SUCH_KEY", 1)
     assert status == 2 and "MODEL.NO_SUCH_KEY" in errors and "unrecognized" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["classifier", "--depth", 101],
+            "--depth has no effect with classifier; allowed are --dev",
+        ),
+        (["operation", "--arms", "bn"], "--arms has no effect with operation"),
+        (
+            ["classifier", "--arms", "sync_bn"],
+            "--arms of classifier: sync_bn is none; allowed: none",
+        ),
+        (["step", "--arms", "wn"], "--arms of step: wn is none; allowed: bn, frozen_bn"),
+        (["classifier", "--variants", "autocast"], "autocast is none; allowed: plain, compile"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(call_tool, arguments: list, message: str) -> None:
+    status, _, errors = call_tool("benchmark.py", *arguments)
+    assert status == 2 and message in errors
+
+
+def test_the_classifier_is_measured_with_the_arms_asked_for(
+    call_tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier, "MOST_STEPS", 1)
+    options = ["--device", "cpu", "--output", tmp_path, "--rounds", 1, "--warmup", 0]
+    options += ["--batches", 4]
+    status, output, errors = call_tool("benchmark.py", "classifier", *options, "--arms", "bn", "wn")
+    assert status == 0, errors
+    content = json.loads((tmp_path / "cpu_classifier.json").read_text())
+    assert list(content["parts"][0]["seconds"]) == ["bn", "wn"]

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from ws_detectron.errors import DataError
 from ws_detectron.io import write_json, write_text
 
-from .classifier import BASELINE, same_in_keras
+from .classifier import bn_beside, same_in_keras
 from .operation import COPY, FLOOR_IN_COPIES, OURS
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -169,7 +169,7 @@ def _classifier_table(part: Mapping[str, Any]) -> str:
     rows = []
     for name, seconds in fastest.items():
         row = [name, _spread(part["epoch_seconds"][name], 1), f"{seconds:.1f}"]
-        for ratios, base in (("times_bn", BASELINE), ("times_keras", same_in_keras(name))):
+        for ratios, base in (("times_bn", bn_beside(name)), ("times_keras", same_in_keras(name))):
             if name in part[ratios]:
                 row += [_spread(part[ratios][name], 2), f"{seconds / fastest[base]:.2f}"]
             else:
@@ -183,7 +183,8 @@ def _classifier_table(part: Mapping[str, Any]) -> str:
 
 Fashion-MNIST classifier, batch {part["batch_size"]}: training time for 50,000 images, from
 {part["steps"]} steps in each of {part["rounds"]} rounds in turns; medians (and quartiles), ratios
-within a round; and the fastest round of each, as a busy machine can only add to it.{keras}
+within a round; and the fastest round of each, as a busy machine can only add to it. What is
+compiled is related to BN compiled.{keras}
 """
 
 

@@ -1,0 +1,33 @@
+import argparse
+
+import pytest
+
+from ws_detectron.command_line import refuse_options_without_effect
+from ws_detectron.errors import UserError
+
+
+def refuse(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--depth", type=int)
+    parser.add_argument("opts", nargs="*")
+    args = parser.parse_args(arguments)
+    refuse_options_without_effect(parser, args, "what", ["batch_size"], f"with {args.what}")
+
+
+def test_options_with_an_effect_and_defaults_pass() -> None:
+    refuse("step", "--batch-size", "4")
+    refuse("step")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--depth", "50"], "^--depth has no effect with step; allowed are --batch-size$"),
+        (["KEY", "1"], "^KEY VALUE has no effect with step"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        refuse("step", *arguments)
