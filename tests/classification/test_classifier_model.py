@@ -151,6 +151,14 @@ def test_what_cannot_be_built_is_named(options: dict, message: str) -> None:
         build_classifier(**options)
 
 
+def test_works_with_a_torch_that_cannot_tell_whether_it_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch.compiler has `is_compiling` from 2.3 on."""
+    monkeypatch.delattr(torch.compiler, "is_compiling")
+    assert build_classifier("gn_ws")(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
 def test_dropout_drops_the_share_it_says_and_keeps_the_mean() -> None:
     layer = ByteDropout(0.25)
     x = torch.ones(100, 30, 10, 11)

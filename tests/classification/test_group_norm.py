@@ -34,7 +34,7 @@ def test_outputs_and_gradients_are_those_of_torch(groups: int, images: int) -> N
         y = layer(leaf)
         y.backward(gradient)
         results.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
-    for expected, actual in zip(*results, strict=True):
+    for expected, actual in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ws_detectron.layers.standardize import in_graph_capture
+
 _VALUES = 256  # of a byte
 
 
@@ -31,7 +33,7 @@ class ByteDropout(nn.Module):
         """Drops values of x, of any shape; the memory format stays."""
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or in_graph_capture():
             return F.dropout(x, self.p)
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64)
         words.random_(-(2**63), None)  # all 64 bits

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ws_detectron.layers.standardize import in_graph_capture
+
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` whose result is channels last, as its input should be.
@@ -25,7 +27,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalizes x of shape (N, C, ...)."""
         usual = x.device.type != "cpu" or x.dim() != 4 or x.dtype != self.weight.dtype
-        if usual or torch.compiler.is_compiling():  # a compiler fuses the formula by itself
+        if usual or in_graph_capture():  # a compiler fuses the formula by itself
             return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         y: torch.Tensor = _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
