@@ -37,7 +37,8 @@ examples:
   # does it work? GN+WS learns at batch 2, BN does not; exit status 1 otherwise
   python tools/train_fashion_mnist.py --quick
 
-  # every arm at every batch size, and the report; the same again does what is left
+  # every arm at every batch size, and the report; the same again does what is left, and a second
+  # process beside it takes a part
   python tools/train_fashion_mnist.py --all
   python tools/train_fashion_mnist.py --all --arms bn gn gn_ws --batch-sizes 32 128 --seeds 0
 
@@ -102,6 +103,7 @@ def _one(args: argparse.Namespace) -> None:
 
 def _grid(args: argparse.Namespace) -> list[str]:
     problems: list[str] = []
+    report = args.report or args.output_dir / "report"
     if not args.report_only:
         cells = grid(args.arms, args.batch_sizes, args.seeds, **_common(args))
         problems = run_grid(
@@ -110,10 +112,10 @@ def _grid(args: argparse.Namespace) -> list[str]:
             say=_say,
             progress=_bar,
             data_dir=args.data_dir,
-            records=read_records(args.report),
+            records=read_records(report),
             command=_command(),
         )
-    paths = write_report(args.output_dir, args.report, args.data_dir)
+    paths = write_report(args.output_dir, report, args.data_dir)
     _say("\n".join(["wrote", *(f"  {path}" for path in paths)]))
     return problems
 
@@ -165,9 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument(
         "--report",
         type=Path,
-        default=Path("results/fashion_mnist"),
         metavar="DIR",
-        help="default: %(default)s",
+        help="where to; what an earlier report there holds counts as finished; default: "
+        "OUTPUT_DIR/report",
     )
 
     every = parser.add_argument_group("every training")

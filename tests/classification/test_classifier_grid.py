@@ -59,8 +59,31 @@ def test_failing_trainings_are_named_and_finished_ones_skipped(
     ]
     assert "[1/5] bn_batch32_seed0: finished already" in lines
     assert "[4/5] none_batch32_seed0: another process is at it" in lines
-    assert lines[-1] == "[5/5] gn_batch32_seed0: test accuracy 50.00%"
+    assert "[5/5] gn_batch32_seed0: test accuracy 50.00%" in lines
+    assert lines[-1] == "left to other processes: none_batch32_seed0"
     assert trained == ["bn_batch32_seed0", "gn_batch32_seed0"]  # the first only checks its settings
+
+
+def test_what_another_process_left_undone_is_trained_in_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It was at "bn" when this one came by, and was stopped since."""
+    calls: list[str] = []
+
+    def train(settings: TrainingSettings, *_: Any, **__: Any) -> dict[str, float]:
+        calls.append(settings.arm)
+        if calls == ["bn"]:
+            raise RunLocked("another process is training")
+        return {"test_accuracy": 0.5}
+
+    monkeypatch.setattr(grid_module, "train", train)
+    monkeypatch.setattr(grid_module, "find_fashion_mnist", lambda *_, **__: None)
+    lines: list[str] = []
+    run_grid(
+        grid(["bn", "gn"], [32], [0]), tmp_path, say=lines.append, progress=lambda _: Progress()
+    )
+    assert calls == ["bn", "gn", "bn"]
+    assert lines[-1] == "[1/2] bn_batch32_seed0: test accuracy 50.00%"
 
 
 def test_recorded_trainings_are_not_run_again(

@@ -4,14 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finished_runs import write_run
+from finished_runs import ENVIRONMENT, write_run
 
 from ws_detectron.classification.figures import (
     draw_accuracy_over_batch,
     draw_learning_curves,
     draw_misclassified,
 )
-from ws_detectron.classification.report import accuracy_table, difference_text, write_report
+from ws_detectron.classification.report import (
+    accuracy_table,
+    difference_text,
+    report_text,
+    write_report,
+)
 from ws_detectron.classification.results import gather, read_runs
 
 
@@ -37,11 +42,13 @@ def test_table_has_the_reports_row_beside_ours(runs: Path) -> None:
 
 def test_differences_are_taken_seed_by_seed(runs: Path) -> None:
     text = difference_text(gather(read_runs(runs)))
-    assert (
-        "GN+WS against GN, batch 32: +1.00 points (+1.00, -1.00, +3.00 with the same seed)" in text
-    )
-    write_run(runs, 0.5, arm="gn_ws", batch_size=2)  # nothing to compare with
-    assert difference_text(gather(read_runs(runs))) == text
+    # mean 1, deviation 2, and t = 4.303 for two degrees of freedom: 1 -+ 4.303 * 2 / sqrt(3)
+    assert "- GN+WS - GN, batch 32: +1.00 (-3.97 to +5.97; +1.00, -1.00, +3.00)\n" in text
+    assert "- BN" not in text
+    write_run(runs, 0.5, arm="gn_ws", batch_size=2, compile=True)  # beside a BN of one seed
+    more = difference_text(gather(read_runs(runs)))
+    assert more.startswith(text)
+    assert more[len(text) :] == "- GN+WS - BN, batch 2: +40.00 (one seed, so no interval)\n"
 
 
 def test_report_holds_everything(runs: Path, datasets_root: Path, tmp_path: Path) -> None:
@@ -54,6 +61,9 @@ def test_report_holds_everything(runs: Path, datasets_root: Path, tmp_path: Path
     }  # fmt: skip
     text = paths[0].read_text()
     assert text.count("    python tools/train_fashion_mnist.py --all\n") == 1
+    # the best is 93 %: 100 * sqrt(0.93 * 0.07 / 100 images)
+    assert "leaves another\n2.55 points of standard error in an accuracy of 93.0 %" in text
+    assert "Nesterov momentum 0.9, weight decay\n0.0005" in text
     assert "A CPU, 2 threads" in text and "device cpu" in text
     assert "500 / 100 / 100 images" in text and "torch 2.11.0" in text and "2026-01-02" in text
     for name in ("accuracy_over_batch.png", "learning_curves.png", "misclassified.png"):
@@ -62,6 +72,24 @@ def test_report_holds_everything(runs: Path, datasets_root: Path, tmp_path: Path
     assert len(rows) == 7 and {row["seed"] for row in rows} == {"0", "1", "2"}
     data = json.loads((out / "runs.json").read_text())
     assert len(data) == 7 and all(len(run["history"]) == 2 for run in data)
+
+
+def test_every_machine_of_a_resumed_run_is_named(runs: Path) -> None:
+    path = runs / "gn_batch32_seed1" / "result.json"
+    result = json.loads(path.read_text())
+    result["resumed"] = [{**ENVIRONMENT, "cpu": "B CPU", "threads": 7}]
+    result["finished"] = "2026-02-03 04:05 UTC"
+    path.write_text(json.dumps(result))
+    text = report_text(gather(read_runs(runs)))
+    assert "A CPU, 2 threads, torch 2.11.0, Python 3.11.1; B CPU, 7 threads" in text
+    assert "they ended 2026-01-02 03:04 UTC to 2026-02-03 04:05 UTC" in text
+
+
+def test_a_single_seed_has_no_bar(runs: Path) -> None:
+    whole, _ = draw_accuracy_over_batch(gather(read_runs(runs))).axes
+    ends = {bar.get_label(): bar.lines[1][0].get_ydata() for bar in whole.containers}  # type: ignore[attr-defined]
+    assert np.isnan(ends["BN"]).all()
+    np.testing.assert_allclose(ends["GN"], [91])
 
 
 def test_curves_show_means_over_seeds(runs: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from ws_detectron.classification import TrainingSettings, train, training
 from ws_detectron.classification.loop import compile_model
 from ws_detectron.classification.progress import Progress
-from ws_detectron.classification.run_files import CHECKPOINT, HISTORY, RESULT, WEIGHTS
+from ws_detectron.classification.run_files import CHECKPOINT, ENVIRONMENT, HISTORY, RESULT, WEIGHTS
 from ws_detectron.data.fashion_mnist import find_fashion_mnist
 from ws_detectron.errors import UserError
 
@@ -57,7 +57,8 @@ def test_a_run_leaves_its_files_and_learns(finished: Path) -> None:
     assert result["environment"]["torch"] == torch.__version__.split("+")[0]
     assert not (finished / CHECKPOINT).exists()
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "settings.json", "history.json", "result.json", "weights.pth", "test_logits.npy",
+        ".lock", "settings.json", "environment.json", "history.json", "result.json", "weights.pth",
+        "test_logits.npy",
     }  # fmt: skip
 
 
@@ -76,6 +77,33 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     logits = [np.load(folder / "test_logits.npy") for folder in (finished, tmp_path)]
     np.testing.assert_array_equal(*logits)
+
+
+def test_killed_between_checkpoint_and_history_ends_with_the_same_bits(
+    finished: Path, datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_json(path: Path, *_: Any, **__: Any) -> None:
+        if path.name == HISTORY:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "write_json", write_json)
+        train(SMALL, tmp_path, data_dir=datasets_root)
+    train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
+    histories = [json.loads((folder / HISTORY).read_text()) for folder in (finished, tmp_path)]
+    assert without_times(histories[0]) == without_times(histories[1])
+    logits = [np.load(folder / "test_logits.npy") for folder in (finished, tmp_path)]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_every_start_of_a_run_is_recorded(datasets_root: Path, tmp_path: Path) -> None:
+    settings = replace(SMALL, epochs=2, images=100)
+    with pytest.raises(Killed):
+        train(settings, tmp_path, data_dir=datasets_root, progress=KillAfter(1))
+    (first,) = json.loads((tmp_path / ENVIRONMENT).read_text())
+    result = train(settings, tmp_path, data_dir=datasets_root, resume=True)
+    assert result["environment"] == first and len(result["resumed"]) == 1
+    assert first["threads"] == torch.get_num_threads() and first["date"] <= result["finished"]
 
 
 @pytest.mark.parametrize("arm", ["bn", "wn"])

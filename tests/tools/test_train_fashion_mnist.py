@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_fashion_mnist.py"
@@ -22,6 +23,11 @@ def command(datasets_root: Path, tmp_path: Path) -> list[str]:
         "--output-dir",
         str(tmp_path),
     ]
+
+
+def replace_output(job: list[str], folder: Path) -> list[str]:
+    place = job.index("--output-dir") + 1
+    return [*job[:place], str(folder), *job[place + 1 :]]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -57,12 +63,19 @@ def test_a_killed_training_is_resumed(call_tool, command: list[str], tmp_path: P
     assert status == 0, errors
     assert f"epoch {done}/8" not in output and "epoch 8/8" in output
     assert "test accuracy" in output
+    whole = replace_output(job, tmp_path / "whole")
+    status, _, errors = call_tool(TOOL.name, *whole[2:])
+    assert status == 0, errors
+    logits = [
+        np.load(path / "test_logits.npy") for path in (folder, tmp_path / "whole" / folder.name)
+    ]
+    np.testing.assert_array_equal(*logits)
     assert len(json.loads((folder / "history.json").read_text())) == 8
 
 
 def test_grid_is_trained_and_reported(call_tool, command: list[str], tmp_path: Path) -> None:
     job = [*command[2:], "--all", "--arms", "bn", "gn_ws", "--batch-sizes", "50", "--seeds", "0"]
-    job += ["--images", "500", "--epochs", "1", "--report", str(tmp_path / "report")]
+    job += ["--images", "500", "--epochs", "1"]
     status, output, errors = call_tool(TOOL.name, *job)
     assert status == 0, errors
     assert "[2/2] gn_ws_batch50_seed0: test accuracy" in output

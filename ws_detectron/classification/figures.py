@@ -50,7 +50,10 @@ def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
 
 
 def draw_accuracy_over_batch(cells: Sequence[Cell]) -> Figure:
-    """Mean test accuracy over batch size, bars of one deviation; left all of it, right the top."""
+    """Mean test accuracy over batch size; left all of it, right the top.
+
+    Bars are of one deviation over seeds; a single seed has none.
+    """
     batches = sorted({cell.batch_size for cell in cells})
     titles = list(dict.fromkeys(cell.title for cell in cells))
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -62,7 +65,7 @@ def draw_accuracy_over_batch(cells: Sequence[Cell]) -> Figure:
             panel.errorbar(
                 [cell.batch_size * shift for cell in line],
                 [cell.accuracy for cell in line],
-                yerr=[cell.deviation or 0.0 for cell in line],
+                yerr=[_number(cell.deviation) for cell in line],
                 label=title,
                 capsize=3,
                 **line_style(number),

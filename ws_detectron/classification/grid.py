@@ -71,7 +71,8 @@ def run_grid(
 
     Returns:
         What failed, a line each; a failing training does not keep the others from running. One
-        that another process is at is left to it, so that several can share a grid.
+        that another process is at is left to it, so that several can share a grid; in the end it
+        is tried once more, as that process may have been stopped.
 
     Raises:
         UserError: the data are missing, or a run was recorded or begun with other settings.
@@ -89,14 +90,14 @@ def run_grid(
         check_same_settings(folder / settings.name, settings)
     for split in ("train", "test"):  # without them, every training would fail
         find_fashion_mnist(split, root=data_dir)
-    problems = []
-    for number, settings in enumerate(cells, start=1):
-        head = f"[{number}/{len(cells)}] {settings.name}"
-        if settings.name in recorded:
-            say(f"{head}: finished already")
-            continue
-        finished = (folder / settings.name / RESULT).exists()
+    problems: list[str] = []
+
+    def is_left(head: str, settings: TrainingSettings) -> bool:
+        """Trains, if need be; true where another process is at it."""
+        finished = settings.name in recorded or (folder / settings.name / RESULT).exists()
         say(f"{head}: " + ("finished already" if finished else f"LR {settings.lr:g}"))
+        if settings.name in recorded:
+            return False
         try:
             result = train(
                 settings,
@@ -108,6 +109,7 @@ def run_grid(
             )
         except RunLocked:
             say(f"{head}: another process is at it")
+            return True
         except UserError as error:
             problems.append(f"{settings.name}: {error}")
             say(f"{head} FAILED: {error}")
@@ -118,4 +120,11 @@ def run_grid(
         else:
             if not finished:
                 say(f"{head}: test accuracy {result['test_accuracy']:.2%}")
+        return False
+
+    jobs = [(f"[{n}/{len(cells)}] {cell.name}", cell) for n, cell in enumerate(cells, start=1)]
+    for _ in range(2):
+        jobs = [job for job in jobs if is_left(*job)]
+    if jobs:
+        say(f"left to other processes: {', '.join(settings.name for _, settings in jobs)}")
     return problems

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+OPTIMIZER = "SGD with Nesterov momentum"
 SCHEDULES = ("cosine", "constant")
 WARMUP = 0.1
 """Share of all steps in which the LR rises linearly."""
@@ -21,6 +22,15 @@ WEIGHT_DECAY = 5e-4
 
 DEFAULT_LRS = {2: 0.0015, 32: 0.02, 128: 0.05}
 """Batch size -> highest LR. Other sizes scale linearly from the nearest of these (by ratio)."""
+
+
+RECIPE = {
+    "optimizer": OPTIMIZER,
+    "momentum": MOMENTUM,
+    "weight_decay": WEIGHT_DECAY,
+    "warmup": WARMUP,
+}
+"""What no option changes; runs with another one are not to be compared."""
 
 
 def default_lr(batch_size: int) -> float:

@@ -1,5 +1,6 @@
 """The report of the runs: table, figures, and all figures as data."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -9,10 +10,13 @@ from tabulate import tabulate
 
 from ws_detectron.data.fashion_mnist import FASHION_CLASSES, find_fashion_mnist, load_fashion_mnist
 from ws_detectron.evaluation.curves import write_figure
+from ws_detectron.evaluation.statistics import LEVEL, mean_with_interval
 from ws_detectron.io import csv_text, write_json, write_text
 
 from .figures import draw_accuracy_over_batch, draw_learning_curves, draw_misclassified
+from .recipe import RECIPE, WARMUP
 from .results import RECORDS, SHARED, Cell, FinishedRun, gather, read_records, read_runs
+from .settings import TrainingSettings
 
 UNDEFINED = "–"
 SHOWN_ARM = "gn_ws"
@@ -86,10 +90,14 @@ def report_text(cells: Sequence[Cell]) -> str:
     settings = runs[0].settings
     kept = {name: sorted({str(run.settings[name]) for run in runs}) for name in (*SHARED, "device")}
     facts = "; ".join(f"{name} {' or '.join(values)}" for name, values in kept.items())
-    machines = sorted({_machine(run) for run in runs})
-    dates = sorted(run.result["environment"]["date"] for run in runs)
+    machines = sorted({machine for run in runs for machine in _machines(run)})
+    # results that do not name their end have the date of it in place of that of their start
+    dates = sorted(run.result.get("finished", run.result["environment"]["date"]) for run in runs)
     commands = sorted({run.result.get("command") or UNDEFINED for run in runs})
-    split = f"{settings['images']:,} / {settings['images'] // 5:,} / {settings['images'] // 5:,}"
+    held_out = TrainingSettings(**settings).held_out
+    split = f"{settings['images']:,} / {held_out:,} / {held_out:,}"
+    best = max(cells, key=lambda cell: cell.accuracy).accuracy
+    error = 100 * math.sqrt(best / 100 * (1 - best / 100) / held_out)
     return f"""# Fashion-MNIST
 
 Made by
@@ -102,7 +110,9 @@ on with what was interrupted.
 
 Test accuracy after training on {split} images (training, validation, test), of the epoch with the
 best validation accuracy; the test images are looked at once. Mean ± standard deviation (n - 1) over
-seeds. The time is the median of all training epochs, without validation, "compiled" with
+seeds, none of a single one; that {held_out:,} images were drawn for the test leaves another
+{error:.2f} points of standard error in an accuracy of {best:.1f} %, which all rows share in part.
+The time is the median of all training epochs, without validation, "compiled" with
 `--compile`; what runs at the same time on the machine changes it, so times of different rows are to
 be compared by `tools/benchmark.py classifier`, which measures in turns. The report is that of
 Ehling and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
@@ -115,17 +125,21 @@ Ehling and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its 
 [misclassified.png](misclassified.png) shows articles that were taken for something else;
 [table.csv](table.csv) and [runs.json](runs.json) hold all figures.
 
-Settings of all runs: {facts}; SGD with Nesterov momentum 0.9, weight decay 5e-4.
-Measured on {"; ".join(machines)}; {dates[0]} to {dates[-1]}.
+Settings of all runs: {facts}; {RECIPE["optimizer"]} {RECIPE["momentum"]}, weight decay
+{RECIPE["weight_decay"]:g}; the cosine schedule's LR rises in the first {WARMUP:.0%} of all steps.
+Measured on {"; ".join(machines)}; they ended {dates[0]} to {dates[-1]}.
 """
 
 
-def _machine(run: FinishedRun) -> str:
-    about = run.result["environment"]
-    device = about["gpu" if run.settings["device"] == "cuda" else "cpu"]
-    versions = f"torch {about['torch']}, Python {about['python']}"
-    threads = run.result["threads"]
-    return f"{device}, {threads} thread{'' if threads == 1 else 's'}, {versions}"
+def _machines(run: FinishedRun) -> list[str]:
+    """Where a run was begun, and where it was resumed."""
+    texts = []
+    for about in (run.result["environment"], *run.result.get("resumed", ())):
+        device = about["gpu" if run.settings["device"] == "cuda" else "cpu"]
+        versions = f"torch {about['torch']}, Python {about['python']}"
+        threads = about.get("threads", run.result["threads"])
+        texts.append(f"{device}, {threads} thread{'' if threads == 1 else 's'}, {versions}")
+    return texts
 
 
 def accuracy_table(cells: Sequence[Cell]) -> str:
@@ -151,26 +165,40 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
 
 
 def difference_text(cells: Sequence[Cell]) -> str:
-    """What WS adds to GN, as measured; empty where one of them is missing."""
+    """GN+WS less GN and less BN, as measured, seed by seed; empty where there is no such pair."""
     lines = []
     by_key = {(c.arm, c.order, c.groups, c.batch_size): c for c in cells}
-    for (arm, *rest), cell in by_key.items():
-        other = by_key.get(("gn", *rest)) if arm == "gn_ws" else None  # type: ignore[arg-type]
-        if other is None:
-            continue
-        seeds = {run.settings["seed"]: 100 * run.result["test_accuracy"] for run in other.runs}
-        pairs = [
-            100 * run.result["test_accuracy"] - seeds[run.settings["seed"]]
-            for run in cell.runs
-            if run.settings["seed"] in seeds
-        ]
-        each = ", ".join(f"{difference:+.2f}" for difference in pairs)
-        if pairs:
-            lines.append(
-                f"- {cell.title} against {other.title}, batch {cell.batch_size}: "
-                f"{sum(pairs) / len(pairs):+.2f} points ({each} with the same seed)\n"
-            )
-    return "What WS adds to GN, seed by seed:\n\n" + "".join(lines) if lines else ""
+    for baseline in ("gn", "bn"):
+        for (arm, *rest), cell in by_key.items():
+            other = by_key.get((baseline, *rest)) if arm == "gn_ws" else None  # type: ignore[arg-type]
+            if other is not None:
+                lines += _difference_line(cell, other)
+    if not lines:
+        return ""
+    return (
+        "GN+WS less GN, which is what WS adds, and less BN, in points: mean over the seeds (its "
+        f"{LEVEL:.0%} interval,\nStudent's t; each seed).\n\n" + "".join(lines)
+    )
+
+
+def _difference_line(cell: Cell, other: Cell) -> list[str]:
+    """None where the two have no seed in common, which is also that of their split."""
+    accuracies = dict(zip((run.settings["seed"] for run in other.runs), other.accuracies))
+    pairs = [
+        accuracy - accuracies[run.settings["seed"]]
+        for run, accuracy in zip(cell.runs, cell.accuracies)
+        if run.settings["seed"] in accuracies
+    ]
+    found = mean_with_interval(pairs)
+    if found is None:
+        return []
+    about = "one seed, so no interval"
+    if found.low is not None:
+        each = ", ".join(f"{pair:+.2f}" for pair in pairs)
+        about = f"{found.low:+.2f} to {found.high:+.2f}; {each}"
+    return [
+        f"- {cell.title} - {other.title}, batch {cell.batch_size}: {found.mean:+.2f} ({about})\n"
+    ]
 
 
 def _csv(cells: Sequence[Cell]) -> str:

@@ -12,6 +12,7 @@ from ws_detectron.errors import UserError
 
 from .arms import ARMS, REPORT_ORDER
 from .model import REPORT_GROUPS
+from .recipe import RECIPE
 from .run_files import HISTORY, RESULT, TEST_LOGITS, read_json
 from .settings import first_difference
 
@@ -115,7 +116,7 @@ def read_records(folder: Path) -> list[FinishedRun]:
         UserError: the file is damaged.
     """
     path = folder / RECORDS
-    content: Any = read_json(path)
+    content: Any = read_json(path, "take it from where it came from, or choose another --report")
     try:
         return [
             FinishedRun(
@@ -128,7 +129,7 @@ def read_records(folder: Path) -> list[FinishedRun]:
             for record in content or []
         ]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} does not hold the records of trainings; delete it") from error
+        raise UserError(f"{path} does not hold the records of trainings") from error
 
 
 def read_runs(folder: Path, records: Sequence[FinishedRun] = ()) -> list[FinishedRun]:
@@ -162,10 +163,17 @@ def gather(runs: Sequence[FinishedRun]) -> list[Cell]:
     """By batch size, then in the order of `ARMS`, the report's model before its variants.
 
     Raises:
-        UserError: runs of a cell differ in more than the seed, or any in what is `SHARED`.
+        UserError: runs of a cell differ in more than the seed, or any in what is `SHARED`, or one
+            had another recipe than `RECIPE`.
     """
-    for run in runs[1:]:
+    for run in runs:
         _check_alike(runs[0], run, SHARED)
+        recipe = run.result.get("recipe", RECIPE)  # older results do not name it
+        if recipe != RECIPE:
+            raise UserError(
+                f"{run.folder or f'the record of {run.name}'} was made by the recipe {recipe}, not "
+                f"{RECIPE}; choose another --output-dir or --report"
+            )
     groups: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in runs:
         s = run.settings

@@ -1,6 +1,7 @@
 """The files of one training, each written atomically.
 
 settings.json     what was asked for
+environment.json  machine and versions of each start, the first and those that resumed it
 history.json      one entry for each epoch
 checkpoint.pt     all that the next epoch depends on; removed when the training has ended
 weights.pth       of the epoch with the best validation accuracy
@@ -24,7 +25,8 @@ from ws_detectron.io import atomic_write, write_json
 
 from .settings import TrainingSettings, first_difference
 
-SETTINGS, HISTORY, RESULT = "settings.json", "history.json", "result.json"
+SETTINGS, ENVIRONMENT = "settings.json", "environment.json"
+HISTORY, RESULT = "history.json", "result.json"
 CHECKPOINT, WEIGHTS, TEST_LOGITS = "checkpoint.pt", "weights.pth", "test_logits.npy"
 _LOCK = ".lock"
 
@@ -49,8 +51,12 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_json(path: Path) -> Optional[Any]:
+def read_json(path: Path, remedy: str = "delete its folder to train anew") -> Optional[Any]:
     """None where there is no such file.
+
+    Args:
+        path: of the file.
+        remedy: what the user can do about a damaged one.
 
     Raises:
         UserError: it is not JSON.
@@ -60,7 +66,7 @@ def read_json(path: Path) -> Optional[Any]:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete it to train anew") from error
+        raise UserError(f"cannot read {path}: {error}; {remedy}") from error
 
 
 def check_same_settings(folder: Path, settings: TrainingSettings) -> bool:
@@ -111,5 +117,7 @@ def save_outcome(
 
 def clean_up(folder: Path) -> None:
     """Removes what a finished run does not need, and what killed processes left half-written."""
-    for path in folder.glob(f"*{CHECKPOINT}*"):
-        path.unlink(missing_ok=True)
+    for name in (CHECKPOINT, SETTINGS, ENVIRONMENT, HISTORY, RESULT, WEIGHTS, TEST_LOGITS):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from .arms import ARMS, ORDERS, REPORT_ORDER
 from .model import REPORT_GROUPS
 from .recipe import SCHEDULES, default_lr
 
-TRAIN_IMAGES, VALIDATION_IMAGES, TEST_IMAGES = 50_000, 10_000, 10_000
+TRAIN_IMAGES = 50_000
 
 
 @dataclass(frozen=True)

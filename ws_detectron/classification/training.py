@@ -17,9 +17,10 @@ from .data import TrainingData, check_test_data, load_test_data, load_training_d
 from .loop import compile_model, figures, predict, train_epoch
 from .model import build_classifier
 from .progress import Progress
-from .recipe import Schedule, build_optimizer
+from .recipe import RECIPE, Schedule, build_optimizer
 from .run_files import (
     CHECKPOINT,
+    ENVIRONMENT,
     HISTORY,
     RESULT,
     SETTINGS,
@@ -84,6 +85,8 @@ def train(
         )
         check_test_data(data_dir)
         write_json(folder / SETTINGS, settings.as_dict(), allow_nan=False)
+        starts = [*(read_json(folder / ENVIRONMENT) or []), _environment()]
+        write_json(folder / ENVIRONMENT, starts)
         run = _Run(settings, data)
         checkpoint = load_checkpoint(folder)
         if checkpoint is not None:
@@ -94,7 +97,7 @@ def train(
             write_json(folder / HISTORY, run.history, allow_nan=False)
             (progress or Progress()).end_epoch(record)
         write_json(folder / HISTORY, run.history, allow_nan=False)
-        return _finish(run, folder, data_dir, command)
+        return _finish(run, folder, data_dir, command, starts)
 
 
 class _Run:
@@ -196,7 +199,17 @@ class _Run:
             )
 
 
-def _finish(run: _Run, folder: Path, data_dir: Optional[Path], command: str) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
+    return {**environment(PACKAGES), "threads": torch.get_num_threads()}
+
+
+def _finish(
+    run: _Run,
+    folder: Path,
+    data_dir: Optional[Path],
+    command: str,
+    starts: list[dict[str, Any]],
+) -> dict[str, Any]:
     """The only place where the test images are looked at."""
     settings, data = run.settings, run.data
     run.model.load_state_dict(run.best_state)
@@ -205,6 +218,7 @@ def _finish(run: _Run, folder: Path, data_dir: Optional[Path], command: str) -> 
     tested = figures(logits, test.labels)
     result = {
         "settings": settings.as_dict(),
+        "recipe": RECIPE,
         "command": command,
         "best_epoch": run.best_epoch,
         "validation_accuracy": run.history[run.best_epoch - 1]["validation_accuracy"],
@@ -216,7 +230,9 @@ def _finish(run: _Run, folder: Path, data_dir: Optional[Path], command: str) -> 
         "pixel_std": data.std,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "threads": torch.get_num_threads(),
-        "environment": environment(PACKAGES),
+        "environment": starts[0],
+        "resumed": starts[1:],
+        "finished": _environment()["date"],
     }
     save_outcome(folder, run.best_state, logits.cpu().numpy(), result)
     return result

@@ -10,6 +10,7 @@ from ws_detectron.evaluation.comparison import differing_keys, duration, effort
 from ws_detectron.evaluation.curves import write_figure
 from ws_detectron.evaluation.report import TITLES, UNDEFINED, figure
 from ws_detectron.evaluation.runs import Run
+from ws_detectron.evaluation.statistics import LEVEL, Difference, Summary
 from ws_detectron.io import csv_text, write_text
 
 from .blocks import Block, Heading, Picture, Problems, Table, Text, as_html, as_markdown
@@ -26,7 +27,6 @@ from .results import (
     tasks_of,
 )
 from .spec import Study
-from .statistics import LEVEL, Difference, Summary
 
 # Where two cells of one study differ without that being a setting of the arm
 NOT_SETTINGS = {"OUTPUT_DIR", "SEED"}

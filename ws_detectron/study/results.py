@@ -9,11 +9,11 @@ from typing import Any, Optional
 
 from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.evaluation.runs import Run, ap_key, read_run
+from ws_detectron.evaluation.statistics import Difference, Summary, difference, summarize
 
 from .cell_state import FAILED, FINISHED, CellState, read_state
 from .cells import Cell, Values
 from .spec import Study
-from .statistics import Difference, Summary, difference, summarize
 
 RECORD = "run_record.json"
 

@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from ws_detectron.study.statistics import difference, student_t, summarize
+from ws_detectron.evaluation.statistics import (
+    Difference,
+    difference,
+    mean_with_interval,
+    student_t,
+    summarize,
+)
 
 # Two-sided 95 % and 99 % points of Student's t, as printed in any table of it
 TABLE = {
@@ -62,3 +68,13 @@ def test_deviation_divides_by_one_less() -> None:
     alone = summarize([2.0])
     assert alone is not None and alone.deviation is None
     assert summarize([]) is None
+
+
+def test_interval_of_paired_differences() -> None:
+    found = mean_with_interval([1.0, -1.0, 3.0])
+    assert found is not None and found.low is not None and found.high is not None
+    # deviation 2; t = 4.30265 for two degrees of freedom (any table)
+    assert found.mean == pytest.approx(1)
+    assert found.high - 1 == pytest.approx(4.30265 * 2 / math.sqrt(3), rel=1e-5)
+    assert 1 - found.low == pytest.approx(found.high - 1)
+    assert mean_with_interval([2.0]) == Difference(2.0) and mean_with_interval([]) is None

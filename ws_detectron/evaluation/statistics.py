@@ -74,6 +74,23 @@ def difference(
     return Difference(mean, mean - half, mean + half)
 
 
+def mean_with_interval(values: Sequence[float], level: float = LEVEL) -> Optional[Difference]:
+    """Mean of differences that were taken pair by pair, with Student's interval.
+
+        d ± t(level, n - 1) * s/sqrt(n)
+
+    Returns:
+        None of no values; without an interval of one.
+    """
+    summary = summarize(values)
+    if summary is None:
+        return None
+    if summary.deviation is None:
+        return Difference(summary.mean)
+    half = student_t(level, summary.count - 1) * summary.deviation / math.sqrt(summary.count)
+    return Difference(summary.mean, summary.mean - half, summary.mean + half)
+
+
 def student_t(level: float, freedom: float) -> float:
     """The t for which |T| <= t with probability `level`, T of Student's distribution.
 
