@@ -96,14 +96,20 @@ def test_killed_between_checkpoint_and_history_ends_with_the_same_bits(
     np.testing.assert_array_equal(*logits)
 
 
-def test_every_start_of_a_run_is_recorded(datasets_root: Path, tmp_path: Path) -> None:
+def test_every_start_of_a_run_is_recorded(
+    datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dates = iter("abc")
+    monkeypatch.setattr(training, "environment", lambda _: {"date": next(dates)})
     settings = replace(SMALL, epochs=2, images=100)
     with pytest.raises(Killed):
         train(settings, tmp_path, data_dir=datasets_root, progress=KillAfter(1))
-    (first,) = json.loads((tmp_path / ENVIRONMENT).read_text())
+    threads = torch.get_num_threads()
+    first, second = ({"date": date, "threads": threads} for date in "ab")
+    assert json.loads((tmp_path / ENVIRONMENT).read_text()) == [first]
     result = train(settings, tmp_path, data_dir=datasets_root, resume=True)
-    assert result["environment"] == first and len(result["resumed"]) == 1
-    assert first["threads"] == torch.get_num_threads() and first["date"] <= result["finished"]
+    assert (result["environment"], result["resumed"]) == (first, [second])
+    assert result["finished"] == "c"
 
 
 @pytest.mark.parametrize("arm", ["bn", "wn"])
