@@ -103,8 +103,7 @@ def report_text(cells: Sequence[Cell]) -> str:
 Made by
 
 {"".join(f"    {command}{chr(10)}" for command in commands)}
-which skip what is recorded here (run them with another `--report` to make everything anew) and go
-on with what was interrupted.
+which go on with what was interrupted, and with `--report` and this folder skip what is recorded here.
 
 {accuracy_table(cells)}
 
