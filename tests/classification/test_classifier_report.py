@@ -87,7 +87,8 @@ def test_every_machine_of_a_resumed_run_is_named(runs: Path) -> None:
 
 def test_a_single_seed_has_no_bar(runs: Path) -> None:
     whole, _ = draw_accuracy_over_batch(gather(read_runs(runs))).axes
-    ends = {bar.get_label(): bar.lines[1][0].get_ydata() for bar in whole.containers}  # type: ignore[attr-defined]
+    bars = {bar.get_label(): bar.lines[1][0] for bar in whole.containers}  # type: ignore[attr-defined]
+    ends = {name: caps.get_ydata().astype(float) for name, caps in bars.items()}
     assert np.isnan(ends["BN"]).all()
     np.testing.assert_allclose(ends["GN"], [91])
 
