@@ -17,8 +17,8 @@ def test_runs_are_averaged_over_seeds(tmp_path: Path) -> None:
     assert gn_ws.title == "GN+WS" and gn_ws.accuracy == pytest.approx(92.0)
     assert gn_ws.deviation == pytest.approx(2.0)
     assert gn_ws.seconds == pytest.approx(11.5)  # of 1, 2, 11, 12, 21, 22
-    assert gn_ws.report == (20.0, 92.82)
-    assert (bn.title, bn.accuracy, bn.deviation, bn.report) == (
+    assert gn_ws.reported == (20.0, 92.82)
+    assert (bn.title, bn.accuracy, bn.deviation, bn.reported) == (
         "BN", pytest.approx(10.0), None, (10.0, 92.49),
     )  # fmt: skip
 
@@ -29,7 +29,7 @@ def test_variants_stand_apart_and_have_no_row_in_the_report(tmp_path: Path) -> N
     write_run(tmp_path, 0.7, arm="gn_ws", batch_size=2, order="detector")
     cells = gather(read_runs(tmp_path))
     assert [cell.title for cell in cells] == ["GN+WS", "GN+WS, 8 groups", "GN+WS, detector order"]
-    assert [cell.report is None for cell in cells] == [False, True, True]
+    assert [cell.reported is None for cell in cells] == [False, True, True]
 
 
 def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:

@@ -200,17 +200,17 @@ def test_test_images_are_seen_once_by_the_epoch_that_validation_chose(
     datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, accuracies = [], iter([0.5, 0.9, 0.9, 0.7])
-    load, figures = training.load_test_data, training.figures
+    load, metrics = training.load_test_data, training.metrics
 
     def load_test_data(*args: Any) -> Any:
         asked.append(args)
         return load(*args)
 
     def validated(logits: torch.Tensor, labels: torch.Tensor) -> Any:
-        return replace(figures(logits, labels), accuracy=next(accuracies))
+        return replace(metrics(logits, labels), accuracy=next(accuracies))
 
     monkeypatch.setattr(training, "load_test_data", load_test_data)
-    monkeypatch.setattr(training, "figures", validated)
+    monkeypatch.setattr(training, "metrics", validated)
     states = []
 
     class Watch(Progress):

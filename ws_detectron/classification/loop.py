@@ -18,7 +18,7 @@ EVALUATION_BATCH = 200  # of 500, whose features leave the cache, each image tak
 
 
 @dataclass(frozen=True)
-class Figures:
+class Metrics:
     """Mean cross-entropy (None where it is not finite) and share of right answers."""
 
     loss: Optional[float]
@@ -36,7 +36,7 @@ def train_epoch(
     progress: Progress,
     amp: bool = False,
     compiled: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
-) -> Figures:
+) -> Metrics:
     """Trains on every image once, in an order drawn from torch's global generator.
 
     Args:
@@ -44,7 +44,7 @@ def train_epoch(
         compiled: `model` as torch.compile gives it, for all batches of full size.
 
     Returns:
-        The figures of the images as each was met, dropout included.
+        The metrics of the images as each was met, dropout included.
     """
     model.train()
     device = data.labels.device
@@ -74,10 +74,10 @@ def train_epoch(
         logits[seen : seen + size] = output.detach()
         seen += size
         if timer.due():
-            now = figures(logits[shown:seen], labels[shown:seen])
+            now = metrics(logits[shown:seen], labels[shown:seen])
             progress.advance(seen - shown, math.nan if now.loss is None else now.loss, now.accuracy)
             shown = seen
-    return figures(logits, labels)
+    return metrics(logits, labels)
 
 
 def predict(model: nn.Module, data: Images, amp: bool = False) -> torch.Tensor:
@@ -88,11 +88,11 @@ def predict(model: nn.Module, data: Images, amp: bool = False) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def figures(logits: torch.Tensor, labels: torch.Tensor) -> Figures:
+def metrics(logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
     """Of logits (N, 10) and classes (N,)."""
     loss = F.cross_entropy(logits, labels).item()
     right = int((logits.argmax(1) == labels).sum()) / len(labels)
-    return Figures(loss if math.isfinite(loss) else None, right)
+    return Metrics(loss if math.isfinite(loss) else None, right)
 
 
 def autocast(device: torch.device, amp: bool) -> AbstractContextManager:

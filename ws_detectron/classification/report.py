@@ -103,7 +103,8 @@ def report_text(cells: Sequence[Cell]) -> str:
 Made by
 
 {"".join(f"    {command}{chr(10)}" for command in commands)}
-which go on with what was interrupted, and with `--report` and this folder skip what is recorded here.
+which go on with what was interrupted, and with `--report` and this folder skip what is recorded
+here.
 
 {accuracy_table(cells)}
 
@@ -145,7 +146,7 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
     """The report's table, in Markdown, with ours beside it."""
     rows = []
     for cell in cells:
-        report = cell.report
+        report = cell.reported
         deviation = "" if cell.deviation is None else f" ± {cell.deviation:.2f}"
         compiled = ", compiled" if cell.runs[0].settings["compile"] else ""
         rows.append(

@@ -21,7 +21,7 @@ RECORDS = "runs.json"
 SHARED = ("epochs", "schedule", "images", "amp")
 """Settings that all runs of one report have in common."""
 
-REPORT = {
+REPORTED = {
     ("bn", 2): (255.0, 18.76),
     ("gn_ws", 2): (275.0, 91.86),
     ("bn", 32): (10.0, 92.49),
@@ -103,10 +103,10 @@ class Cell:
         return statistics.median(entry["seconds"] for run in self.runs for entry in run.history)
 
     @property
-    def report(self) -> Optional[tuple[float, float]]:
+    def reported(self) -> Optional[tuple[float, float]]:
         """The report's row, where it has one for this model."""
         same = (self.order, self.groups) == (REPORT_ORDER, REPORT_GROUPS)
-        return REPORT.get((self.arm, self.batch_size)) if same else None
+        return REPORTED.get((self.arm, self.batch_size)) if same else None
 
 
 def read_records(folder: Path) -> list[FinishedRun]:

@@ -14,7 +14,7 @@ from ws_detectron.errors import UserError
 from ws_detectron.io import write_json
 
 from .data import TrainingData, check_test_data, load_test_data, load_training_data
-from .loop import compile_model, figures, predict, train_epoch
+from .loop import compile_model, metrics, predict, train_epoch
 from .model import build_classifier
 from .progress import Progress
 from .recipe import RECIPE, Schedule, build_optimizer
@@ -137,7 +137,7 @@ class _Run:
         )
         middle = time.perf_counter()
         held_out = self.data.validation
-        validated = figures(predict(self.model, held_out, settings.amp), held_out.labels)
+        validated = metrics(predict(self.model, held_out, settings.amp), held_out.labels)
         record = {
             "epoch": done + 1,
             "images": settings.images,
@@ -215,7 +215,7 @@ def _finish(
     run.model.load_state_dict(run.best_state)
     test = load_test_data(data_dir, settings.held_out, data.mean, data.std, settings.device)
     logits = predict(run.model, test, settings.amp)
-    tested = figures(logits, test.labels)
+    tested = metrics(logits, test.labels)
     result = {
         "settings": settings.as_dict(),
         "recipe": RECIPE,
