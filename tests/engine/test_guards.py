@@ -33,6 +33,12 @@ def test_trainable_bn_on_one_or_two_images(images: int, found: int) -> None:
             assert part in got[0]
 
 
+def test_sync_bn_of_one_process_is_bn() -> None:
+    options = ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 0.0025]
+    (trap,) = traps(COCO.format("sync_bn_2img"), *options, world_size=1)
+    assert "MODEL.RESNETS.NORM" in trap and "2 image(s)" in trap
+
+
 def test_accumulation_does_not_hide_it() -> None:
     name = COCO.format("bn_8img")
     assert traps(name) == []

@@ -1,13 +1,14 @@
 """Stands for tools/train_net.py: takes its command line, and leaves what a training leaves.
 
 Box AP is 100 * (1 - |LR per image - 0.005| / 0.01) + seed, so that a search has something to find;
-mask AP is half of it. A folder that holds a file `fail` ends it with an error, `hang` keeps it from
-ending, and `nothing` lets it detect nothing.
+mask AP is half of it. A folder that holds a file `fail` ends it with an error, `die` kills it,
+`hang` keeps it from ending, and `nothing` lets it detect nothing.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,8 @@ for iteration in range(iterations):
     write(iteration=iteration, total_loss=3 / (1 + iteration), time=0.25)
 while (folder / "hang").exists():
     time.sleep(0.05)
+if (folder / "die").exists():
+    os.kill(os.getpid(), signal.SIGKILL)
 if (folder / "fail").exists():
     print("error: training diverged at iteration 3: loss_mask is nan", file=sys.stderr)
     sys.exit(2)

@@ -63,6 +63,30 @@ def test_failed_runs_of_a_search_are_recorded_and_failed_cells_are_not(
     assert (study.output / "cells" / "bn_4img_seed1" / "starts.txt").exists()
 
 
+def test_a_run_of_a_search_that_was_killed_has_not_lost(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    """Its arm waits for it: without it, another LR could be chosen."""
+    study, records = make_study(search=SEARCH), tmp_path / "records"
+    killed = study.output / "search" / "gn_4img_BASE_LR_0.02"
+    killed.mkdir(parents=True)
+    (killed / "die").touch()
+    kept = Options(options.train_net, records=records, seeds=[1])
+    ran = run_study(study, kept, print)
+    assert {r.cell.arm for r in ran.cells} == {"bn"}
+    assert f"search_{killed.name}" not in {path.name for path in records.iterdir()}
+    (state,) = [r.state for r in ran.search if r.cell.folder == killed]
+    assert state and state.state == "failed" and "killed by signal 9" in state.reason
+
+    (killed / "die").unlink()
+    again = run_study(study, kept, print)
+    assert len((killed / "starts.txt").read_text().splitlines()) == 2
+    assert [r.word for r in again.search] == ["finished"] * 4
+    assert f"search_{killed.name}" in {path.name for path in records.iterdir()}
+    # 0.02 at 4 images is the stand-in's best LR
+    assert {r.cell.choice["SOLVER.BASE_LR"] for r in again.cells if r.cell.arm == "gn"} == {0.02}
+
+
 def test_a_report_needs_nothing_but_the_records(
     make_study, options: Options, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ws_detectron.errors import UserError
-from ws_detectron.study import Options, study_cells
+from ws_detectron.study import Options, run_study, study_cells
 from ws_detectron.study.cell_state import FINISHED, RUNNING, write_state
 from ws_detectron.study.progress import Progress
 from ws_detectron.study.results import read_results
@@ -89,6 +89,17 @@ def test_a_job_in_the_queue_is_not_submitted_twice(
     assert not (gn.folder / "starts.txt").exists()
 
 
+def test_a_job_that_ended_unwatched_is_forgotten(make_study, options: Options) -> None:
+    study = make_study(**ONE)
+    cells = study_cells(study, {})
+    for cell in cells:
+        write_state(cell, FINISHED, seconds=1.0)
+        (cell.folder / JOB).write_text("12345")
+    run_study(study, options, print)  # not refused: there is nothing to wait for
+    run(study, options)
+    assert not any((cell.folder / JOB).exists() for cell in cells)
+
+
 def test_a_finished_cell_stays_so_when_its_job_fails_afterwards(
     make_study, options: Options
 ) -> None:
@@ -102,7 +113,8 @@ def test_a_finished_cell_stays_so_when_its_job_fails_afterwards(
     write_state(bn, FINISHED, seconds=1.0)
     write_state(gn, RUNNING)
     assert _outcome(bn, Lost()).state == FINISHED
-    assert _outcome(gn, Lost()).reason == "job 12345 has no result"
+    outcome = _outcome(gn, Lost())
+    assert outcome.reason == "job 12345 has no result" and not outcome.lost
 
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="needs a machine without Slurm")

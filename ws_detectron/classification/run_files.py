@@ -46,8 +46,10 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / _LOCK, "a") as file:
         try:
             portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-        except portalocker.LockException as error:
+        except portalocker.AlreadyLocked as error:
             raise RunLocked(f"another process is training in {folder}") from error
+        except portalocker.LockException as error:
+            raise UserError(f"cannot lock {folder / _LOCK}: {error}") from error
         yield
 
 

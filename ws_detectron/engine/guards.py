@@ -13,6 +13,7 @@ REFERENCE_LR, REFERENCE_BATCH = 0.02, 16
 # batch, usually 4 or more.
 FAR_OFF = 3.0
 SMALL_BATCH = 2
+SYNC_BN = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 def find_traps(cfg: CfgNode, world_size: int) -> list[str]:
@@ -27,14 +28,15 @@ def find_traps(cfg: CfgNode, world_size: int) -> list[str]:
 
 
 def _small_batch_norm(cfg: CfgNode, world_size: int) -> list[str]:
-    """Trainable BN over one or two images."""
-    keys = [key for key, norm in norm_keys(cfg).items() if norm == "BN"]
+    """Trainable BN over one or two images; SyncBN is BN where there is nothing to synchronize."""
+    kinds = ("BN", *SYNC_BN) if world_size == 1 else ("BN",)
+    keys = [key for key, norm in norm_keys(cfg).items() if norm in kinds]
     images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATE_STEPS)
     if not keys or images > SMALL_BATCH:
         return []
     parts = cfg.SOLVER.ACCUMULATE_STEPS
     return [
-        f'{", ".join(keys)}: "BN" takes its statistics from {images} image(s) at a time '
+        f"{', '.join(keys)}: BN takes its statistics from {images} image(s) at a time "
         f"(SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {world_size} process(es)"
         + (f" and {parts} parts; accumulation does not make BN's batch larger" if parts > 1 else "")
         + '), too few to train well; use "GN" with WS (configs/arms/gn_ws.yaml), "SyncBN" on '

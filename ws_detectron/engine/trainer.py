@@ -92,7 +92,9 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation."""
         logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
-        return super().train()
+        super().train()
+        # detectron2 returns it only where TEST.EXPECTED_RESULTS are to be checked
+        return getattr(self, "_last_eval_results", None) if comm.is_main_process() else None
 
     def run_step(self) -> None:
         """One optimizer step.

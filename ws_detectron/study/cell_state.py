@@ -28,12 +28,15 @@ class CellState:
         reason: why it failed.
         seconds: wall time of the last process, start-up and evaluations included.
         settings: the config that it runs with.
+        lost: whether a failure is that of the training itself, such as a loss that became
+            infinite, and would come again; not where it was killed or its machine failed.
     """
 
     state: str
     settings: dict[str, Any]
     reason: str = ""
     seconds: Optional[float] = None
+    lost: bool = True
 
 
 def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]:
@@ -74,11 +77,21 @@ def is_finished(cell: Cell) -> bool:
     return state is not None and state.state == FINISHED
 
 
+def has_lost(state: Optional[CellState]) -> bool:
+    """Whether it failed, and by itself."""
+    return state is not None and state.state == FAILED and state.lost
+
+
 def write_state(
-    cell: Cell, state: str, *, reason: str = "", seconds: Optional[float] = None
+    cell: Cell,
+    state: str,
+    *,
+    reason: str = "",
+    seconds: Optional[float] = None,
+    lost: bool = True,
 ) -> CellState:
     """Writes and returns a cell's state."""
-    written = CellState(state, cell.settings, reason, seconds)
+    written = CellState(state, cell.settings, reason, seconds, lost)
     write_json(cell.folder / STATE, asdict(written))
     return written
 

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from ws_detectron.engine import as_flat_dict, load_config
 from ws_detectron.engine.checks import check_batch, check_datasets, check_weights
 from ws_detectron.engine.config import find_config
-from ws_detectron.engine.scaling import before_end, scale_to_batch
+from ws_detectron.engine.scaling import ITERATIONS, PERIODS, before_end, scale_to_batch
 from ws_detectron.errors import ConfigError
 
 from .spec import Arm, Search, Study
@@ -25,12 +25,9 @@ SCALED = (
     "SOLVER.REFERENCE_IMS_PER_BATCH",
     "SOLVER.REFERENCE_WORLD_SIZE",
     "SOLVER.BASE_LR",
-    "SOLVER.MAX_ITER",
     "SOLVER.STEPS",
-    "SOLVER.WARMUP_ITERS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.EVAL_PERIOD",
-    "TEST.PRECISE_BN.NUM_ITER",
+    *ITERATIONS,
+    *PERIODS,
 )
 
 
@@ -74,7 +71,7 @@ def study_cells(study: Study, choices: Mapping[tuple[str, int], Optional[Values]
 
     Args:
         study: of `read_study`.
-        choices: (arm, searched batch) -> what the search found, of `search.choose`; None where it
+        choices: (arm, searched batch) -> what the search found, of `results.choose`; None where it
             found nothing, and those cells are left out. Empty without a search.
 
     Raises:

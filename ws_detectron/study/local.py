@@ -108,11 +108,13 @@ def locked(output: Path) -> Iterator[IO[Any]]:
     with open(output / LOCK, "a") as file:
         try:
             portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-        except portalocker.LockException as error:
+        except portalocker.AlreadyLocked as error:
             raise UserError(
                 f"{output} is being worked on by another run_study.py, or by a cell of one that "
                 f"was killed; wait for it or end it (fuser {output / LOCK} shows it)"
             ) from error
+        except portalocker.LockException as error:
+            raise UserError(f"cannot lock {output / LOCK}: {error}") from error
         yield file
 
 

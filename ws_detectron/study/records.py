@@ -2,8 +2,8 @@
 
 A study may take longer than one sitting, and its folder may lie on a machine that is given back. A
 record is what the report and a search need of a cell, in a folder of its name: its state with all
-settings, its config, its metrics and on what it ran. Finished cells are recorded, and failed ones
-of a search, which has its result from them, too.
+settings, its config, its metrics and on what it ran. Finished cells are recorded, and those of a
+search that have lost, as it has its result from them, too.
 """
 
 import shutil
@@ -15,24 +15,33 @@ from ws_detectron.errors import UserError
 from ws_detectron.evaluation.runs import CONFIG, METRICS
 from ws_detectron.io import write_text
 
-from .cell_state import FINISHED, STATE, CellState, read_state
+from .cell_state import FINISHED, STATE, CellState, has_lost, read_state
 from .cells import Cell
 from .results import RECORD
+
+_NOTHING = 2  # rank of what is not recorded
 
 # The state comes last: a folder that has it is whole.
 FILES = (METRICS, CONFIG, RECORD, STATE)
 
 
-def keep_record(cell: Cell, folder: Path) -> None:
-    """Copies the small files of a finished cell to `folder`/<name of the cell>.
+def keep_record(cell: Cell, state: CellState, folder: Path, what: str) -> None:
+    """Copies the small files of a cell that is to be recorded to `folder`/<name of the cell>.
+
+    Args:
+        cell: of the "study", or of its "search".
+        state: where it stands.
+        folder: of the records.
+        what: which of the two it is.
 
     Raises:
         UserError: a file cannot be read or written.
     """
-    _copy(cell.folder, folder / cell.name)
+    if _rank(state, what) < _NOTHING:
+        _copy(cell.folder, folder / cell.name)
 
 
-def exchange_records(cells: Sequence[Cell], folder: Path, kept: Sequence[str] = (FINISHED,)) -> int:
+def exchange_records(cells: Sequence[Cell], folder: Path, what: str = "study") -> int:
     """Gives cells what was recorded of them, and records those that are further than that.
 
     What an unfinished run left in the folder of a cell with a record is deleted.
@@ -40,7 +49,7 @@ def exchange_records(cells: Sequence[Cell], folder: Path, kept: Sequence[str] = 
     Args:
         cells: all of the study, or of its search.
         folder: of the records.
-        kept: states that are recorded, the best first.
+        what: "study" or "search", as for `keep_record`.
 
     Returns:
         How many cells were taken from their records.
@@ -52,9 +61,9 @@ def exchange_records(cells: Sequence[Cell], folder: Path, kept: Sequence[str] = 
     restored = 0
     for cell in cells:
         source = folder / cell.name
-        ours, recorded = (_rank(read_state(cell, place), kept) for place in (None, source))
+        ours, recorded = (_rank(read_state(cell, place), what) for place in (None, source))
         if ours < recorded:
-            keep_record(cell, folder)
+            _copy(cell.folder, source)
         elif recorded < ours:
             shutil.rmtree(cell.folder, ignore_errors=True)
             _copy(source, cell.folder)
@@ -62,9 +71,11 @@ def exchange_records(cells: Sequence[Cell], folder: Path, kept: Sequence[str] = 
     return restored
 
 
-def _rank(state: Optional[CellState], kept: Sequence[str]) -> int:
-    """The place in `kept`; what is not kept comes last."""
-    return kept.index(state.state) if state and state.state in kept else len(kept)
+def _rank(state: Optional[CellState], what: str) -> int:
+    """0 of a finished cell, 1 of one that has lost in a search, else `_NOTHING`."""
+    if state is not None and state.state == FINISHED:
+        return 0
+    return 1 if what == "search" and has_lost(state) else _NOTHING
 
 
 def _copy(source: Path, target: Path) -> None:

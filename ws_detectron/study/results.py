@@ -11,7 +11,7 @@ from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.evaluation.runs import Run, ap_key, read_run
 from ws_detectron.evaluation.statistics import Difference, Summary, difference, summarize
 
-from .cell_state import FAILED, FINISHED, CellState, read_state
+from .cell_state import FAILED, FINISHED, CellState, has_lost, read_state
 from .cells import Cell, Values
 from .spec import Study
 
@@ -137,8 +137,8 @@ def score(result: CellResult) -> Optional[float]:
 def choose(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int], Optional[Values]]:
     """(arm, searched batch) -> the combination with the highest mean of box and mask AP.
 
-    A run that failed (a high LR may diverge) loses; None where all failed, and as long as not all
-    have ended. The earlier in the grid wins a tie.
+    A run whose training failed (a high LR may diverge) loses; None where all did, and as long as
+    not all have ended. The earlier in the grid wins a tie.
     """
     choices: dict[tuple[str, int], Optional[Values]] = {}
     if study.search is None:
@@ -153,7 +153,8 @@ def choose(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int],
 
 
 def has_ended(result: CellResult) -> bool:
-    return result.word in (FINISHED, FAILED)
+    """Whether it is finished or has lost; another failure is tried again."""
+    return result.word == FINISHED or has_lost(result.state)
 
 
 def _rank(result: CellResult) -> float:

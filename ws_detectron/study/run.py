@@ -9,10 +9,10 @@ from typing import IO, Any, Optional
 
 from ws_detectron.errors import UserError
 
-from .cell_state import FAILED, FINISHED, CellState, read_state
+from .cell_state import has_lost, is_finished, read_state
 from .cells import Cell, check_cells, search_cells, study_cells
 from .local import locked, run_locally, slots
-from .process import command, shown
+from .process import command, drop_checkpoints, shown
 from .progress import Progress
 from .records import exchange_records, keep_record
 from .report import StudyResults, problems_of, write_report
@@ -21,9 +21,6 @@ from .slurm import JOB, run_on_slurm
 from .spec import Study
 
 Say = Callable[[str], None]
-
-# States that are recorded, of the runs of a search and of the study's cells
-_KEPT = {"search": (FINISHED, FAILED), "study": (FINISHED,)}
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,9 @@ class Options:
 def run_study(study: Study, options: Options, say: Say) -> StudyResults:
     """Runs what is not finished: the search first, then the cells with what it chose.
 
-    Cells that failed are tried again. A failed run of a search has lost, and is left at that, as
-    its choice must not change under cells that are finished; only where all runs of an arm have
-    failed, they are tried again.
+    Cells that failed are tried again. A run of a search whose training failed has lost, and is left
+    at that, as its choice must not change under cells that are finished; only where all runs of an
+    arm have lost, they are tried again. One that was ended from outside has not lost.
 
     Raises:
         UserError: a cell cannot run on any machine, or the folder is being worked on.
@@ -76,12 +73,15 @@ def _run(
     keep = None
     if options.records is not None:
         _exchange(what, cells, options.records, say)
-        keep = partial(_keep, what, options.records)
+        keep = partial(keep_record, folder=options.records, what=what)
     wanted = _selected(study, cells, options)
     if what == "search":
         wanted = _not_lost(wanted)
     if not wanted:
         return
+    for cell in wanted:
+        if is_finished(cell):  # its process may have been killed before it came to that
+            drop_checkpoints(cell)
     say(f"{what}: {len(wanted)} cells in {study.output}")
     if options.launcher == "slurm":
         run_on_slurm(
@@ -111,25 +111,17 @@ def take_records(study: Study, records: Path, say: Say) -> None:
 
 
 def _exchange(what: str, cells: Sequence[Cell], records: Path, say: Say) -> None:
-    restored = exchange_records(cells, records, _KEPT[what])
+    restored = exchange_records(cells, records, what)
     say(f"{what}: {restored} finished cells taken from {records}")
 
 
-def _keep(what: str, records: Path, cell: Cell, state: CellState) -> None:
-    if state.state in _KEPT[what]:
-        keep_record(cell, records)
-
-
 def _not_lost(cells: Sequence[Cell]) -> list[Cell]:
-    """Runs of a search without those that failed, where another of the arm and batch did not."""
+    """Runs of a search without those that lost, where another of the arm and batch did not."""
     states = {cell.name: read_state(cell) for cell in cells}
 
-    def failed(cell: Cell) -> bool:
-        state = states[cell.name]
-        return state is not None and state.state == FAILED
-
-    open_ones = {(cell.arm, cell.batch) for cell in cells if not failed(cell)}
-    return [c for c in cells if not (failed(c) and (c.arm, c.batch) in open_ones)]
+    lost = {cell.name for cell in cells if has_lost(states[cell.name])}
+    open_ones = {(cell.arm, cell.batch) for cell in cells if cell.name not in lost}
+    return [c for c in cells if not (c.name in lost and (c.arm, c.batch) in open_ones)]
 
 
 def read_study_results(study: Study) -> StudyResults:
@@ -210,7 +202,7 @@ def _check_not_queued(cells: Sequence[Cell]) -> None:
     """A job of Slurm and a process of ours must not train in one folder."""
     for cell in cells:
         path = cell.folder / JOB
-        if path.is_file():
+        if path.is_file() and not is_finished(cell):
             raise UserError(
                 f"{cell.name} is job {path.read_text('utf-8').strip()} of an earlier --launcher "
                 f"slurm; wait for it with the same option, or cancel it and delete {path}"

@@ -68,6 +68,7 @@ def run_on_slurm(
     jobs = {}
     for cell in cells:
         if is_finished(cell):
+            (cell.folder / JOB).unlink(missing_ok=True)  # it ended while nobody waited for it
             continue
         job = _earlier_job(submitit, cluster, cell, folder)
         if job is None:
@@ -98,7 +99,8 @@ def _outcome(cell: Cell, job: Any) -> CellState:
     if state is not None and state.state == FINISHED:  # what failed came after the training
         return state
     lines = str(error).strip().splitlines()
-    return write_state(cell, FAILED, reason=lines[-1] if lines else type(error).__name__)
+    reason = lines[-1] if lines else type(error).__name__
+    return write_state(cell, FAILED, reason=reason, lost=False)
 
 
 def _earlier_job(submitit: Any, cluster: str, cell: Cell, folder: Path) -> Any:
