@@ -68,7 +68,7 @@ def test_a_run_of_a_search_that_was_killed_has_not_lost(
 ) -> None:
     """Its arm waits for it: without it, another LR could be chosen."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
-    killed = study.output / "search" / "gn_4img_BASE_LR_0.02"
+    killed = study.output / "search" / "gn_4img_BASE_LR_0.04"
     killed.mkdir(parents=True)
     (killed / "die").touch()
     kept = Options(options.train_net, records=records, seeds=[1])
@@ -83,8 +83,7 @@ def test_a_run_of_a_search_that_was_killed_has_not_lost(
     assert len((killed / "starts.txt").read_text().splitlines()) == 2
     assert [r.word for r in again.search] == ["finished"] * 4
     assert f"search_{killed.name}" in {path.name for path in records.iterdir()}
-    # 0.02 at 4 images is the stand-in's best LR
-    assert {r.cell.choice["SOLVER.BASE_LR"] for r in again.cells if r.cell.arm == "gn"} == {0.02}
+    assert {r.cell.choice["SOLVER.BASE_LR"] for r in again.cells if r.cell.arm == "gn"} == {0.04}
 
 
 def test_a_report_needs_nothing_but_the_records(
