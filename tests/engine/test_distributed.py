@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from ws_detectron.engine import launch
 from ws_detectron.engine.accumulation import accumulated_step
+from ws_detectron.engine.hooks import share_statistics
 import exhaustive
 
 def main(path):
@@ -37,6 +38,12 @@ def main(path):
         with EventStorage():
             accumulated_step(loop, parts)
         found[arm, parts] = exhaustive.gradients(model.module), sum(exchanges)
+    torch.manual_seed(comm.get_rank())
+    norm = torch.nn.BatchNorm2d(2, momentum=1.0)  # keeps the statistics of its last batch
+    batch = torch.randn(4, 2, 3, 3) * (1 + comm.get_rank()) + 3 * comm.get_rank()
+    norm(batch)
+    share_statistics(torch.nn.Sequential(norm))
+    found["statistics"] = comm.all_gather((batch, norm.running_mean, norm.running_var))
     if comm.is_main_process():
         torch.save(found, path)
 
@@ -85,3 +92,14 @@ def test_accumulating_processes_are_one_too_and_exchange_once(of_two_processes: 
     found, exchanges = of_two_processes["gn_ws", 2]
     assert exhaustive.distance(found, of_one_process("gn_ws", 4)) < 1e-5
     assert exchanges == of_two_processes["gn_ws", 1][1] == 1
+
+
+def test_processes_share_the_statistics_of_all_their_images(of_two_processes: dict) -> None:
+    batches, means, variances = zip(*of_two_processes["statistics"])
+    pixels = torch.cat(batches)
+    for mean, variance in zip(means, variances):
+        torch.testing.assert_close(mean, pixels.mean((0, 2, 3)))
+        # BN keeps each process' unbiased variance, of 36 values: v_r * 36/35
+        between = torch.stack([batch.mean((0, 2, 3)) for batch in batches]).var(0, unbiased=False)
+        within = torch.stack([batch.var((0, 2, 3)) for batch in batches]).mean(0)
+        torch.testing.assert_close(variance, within + between)

@@ -52,7 +52,11 @@ def test_an_evaluation_uses_the_statistics_of_the_checkpoint(
         return test(cls, cfg, model, *args)
 
     monkeypatch.setattr(Trainer, "test", classmethod(watched))
-    Trainer(tiny_cfg).train()
+    trainer = Trainer(tiny_cfg)
+    kinds = [type(hook).__name__ for hook in trainer._hooks]
+    assert kinds.index("SharedStatistics") == kinds.index("PreciseBN") + 1
+    assert kinds.index("SharedStatistics") < kinds.index("PeriodicCheckpointer")
+    trainer.train()
     saved = torch.load(Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth", weights_only=False)["model"]
     assert len(seen) == 1 and any("mask_head" in name for name in seen[0])
     for name, value in seen[0].items():

@@ -12,8 +12,10 @@ from typing import Any, Optional
 
 import detectron2
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
@@ -70,6 +72,46 @@ class BestCheckpoint(HookBase):
             record = {"metric": self._metric, "value": value, "iteration": iteration}
             json.dump(record, file, indent=2)
         logger.info("Best %s so far: %.3f at iteration %d", self._metric, value, iteration)
+
+
+class SharedStatistics(HookBase):
+    """Gives all processes the BN statistics of all their images, behind detectron2's `PreciseBN`.
+
+    That takes them in each process from its own images, while an evaluation is shared out to all
+    processes and a checkpoint holds the statistics of the first. With mean m_r and variance v_r of
+    process r of R:
+
+        m = (1/R) sum m_r,    v = (1/R) sum (v_r + m_r^2) - m^2
+
+    Args:
+        model: on every process.
+        period: of `PreciseBN`, in iterations.
+    """
+
+    def __init__(self, model: nn.Module, period: int) -> None:
+        self._model, self._period = model, period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
+            share_statistics(self._model)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Averages the statistics of BN layers that train; every process must call it."""
+    layers = get_bn_modules(model)
+    if comm.get_world_size() == 1 or not layers:
+        return
+    means = torch.cat([layer.running_mean for layer in layers]).double()
+    variances = torch.cat([layer.running_var for layer in layers]).double()
+    moments = torch.stack([means, variances + means.square()]) / comm.get_world_size()
+    dist.all_reduce(moments)
+    mean, square = moments
+    sizes = [layer.num_features for layer in layers]
+    variance = square - mean.square()
+    for layer, m, v in zip(layers, mean.split(sizes), variance.split(sizes)):
+        layer.running_mean.copy_(m)
+        layer.running_var.copy_(v)
 
 
 class RunRecord(HookBase):

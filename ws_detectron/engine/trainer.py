@@ -11,7 +11,7 @@ from typing import Any, Optional
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import PeriodicWriter
+from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
@@ -28,7 +28,7 @@ from ws_detectron.modeling import folded_copy
 from .accumulation import accumulated_step
 from .checks import check_batch
 from .guards import find_traps
-from .hooks import BestCheckpoint, RunRecord
+from .hooks import BestCheckpoint, RunRecord, SharedStatistics
 from .loaders import build_test_loader, build_train_loader
 from .scaling import scale_config
 
@@ -112,7 +112,7 @@ class Trainer(DefaultTrainer):
             raise UserError(explain_divergence(str(error), self.iter)) from error
 
     def build_hooks(self) -> list[Optional[HookBase]]:
-        """detectron2's hooks, the best checkpoint kept before metrics are written, and a record."""
+        """detectron2's hooks and ours: statistics of BN shared, the best checkpoint, a record."""
         # Replaced here, as DefaultTrainer's constructor makes its checkpointer just before the
         # hooks, and the hooks keep it.
         self.checkpointer = WSCheckpointer(
@@ -122,11 +122,17 @@ class Trainer(DefaultTrainer):
             **state_beside_the_trainer(self),
         )
         hooks = super().build_hooks()
+        for place, hook in enumerate(hooks):
+            if isinstance(hook, PreciseBN):
+                shared = SharedStatistics(self.model, self.cfg.TEST.EVAL_PERIOD)
+                hooks.insert(place + 1, shared)
+                break
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             metric = "segm/AP" if self.cfg.MODEL.MASK_ON else "bbox/AP"
             if len(self.cfg.DATASETS.TEST) > 1:
                 metric = f"{self.cfg.DATASETS.TEST[0]}/{metric}"
             best = BestCheckpoint(self.model, self.cfg.OUTPUT_DIR, metric)
+            # before metrics are written
             writer = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter))
             hooks.insert(writer, best)
         if comm.is_main_process():
