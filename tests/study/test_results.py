@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from ws_detectron.evaluation.runs import Run
+from ws_detectron.evaluation.statistics import student_t
 from ws_detectron.study import study_cells
 from ws_detectron.study.cell_state import FAILED, FINISHED, RUNNING, write_state
 from ws_detectron.study.results import (
     arm_difference,
     at_the_edge,
+    change_of_difference,
     choose,
     final_ap,
     overall_difference,
@@ -52,6 +54,19 @@ def test_differences_at_a_batch_and_over_all(results: list) -> None:
     # over batches: gn (40.5, 43.5), bn (25, 28)
     overall = overall_difference(results, ("gn", "bn"), (1, 4), "bbox")
     assert overall is not None and overall.mean == pytest.approx(42 - 26.5)
+
+
+def test_how_a_difference_changes_with_the_batch(results: list) -> None:
+    """gn less bn: 41 - 11 = 30 at 1 image, 43 - 42 = 1 at 4; s²/n = 1, 1, 4, 4 of 2 values each."""
+    changed = change_of_difference(results, ("gn", "bn"), (1, 4), "bbox")
+    assert changed is not None and changed.mean == pytest.approx(29)
+    # v = 10² / (1 + 1 + 16 + 16) = 2.94, the t of which is that of Welch's example by hand
+    assert changed.high is not None
+    assert changed.high - 29 == pytest.approx(student_t(0.95, 100 / 34) * 10**0.5)
+    back = change_of_difference(results, ("gn", "bn"), (4, 1), "bbox")
+    assert back is not None and back.mean == pytest.approx(-29)
+    one = [r for r in results if r.cell.name not in ("bn_1img_seed1", "bn_1img_seed2")]
+    assert change_of_difference(one, ("gn", "bn"), (1, 4), "bbox") is None
 
 
 def test_a_seed_that_lacks_a_cell_is_not_in_the_overall_difference(results: list) -> None:

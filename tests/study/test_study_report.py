@@ -76,7 +76,8 @@ def test_markdown_has_figures_intervals_and_what_is_missing(report: Path) -> Non
     assert re.search(r"\| bn +\| 101\.50 ± 0\.71 \(2\) +\| 101\.50 ± 0\.71 \(2\) +\|", text)
     assert re.search(r"\| gn +\| 101\.00 \(1\) ", text)
     assert re.search(r"\| gn - bn +\| box AP +\| mask AP", text)
-    assert "The last row is of each seed's mean over all batches." in text
+    assert "of each seed's mean over all batches, and how the difference changes" in text
+    assert re.search(r"\| more at 1 image than at 4 images +\| -0\.50 +\|", text)
     assert re.search(r"\| 4 images +\| \+0\.00 \(-3\.04 to \+3\.04\)", text)
     assert "- **gn_1img_seed2 is failed: training diverged at iteration 3" in text
     assert "| `MODEL.RESNETS.NORM` " in text and "`SOLVER.MAX_ITER`" in text
@@ -132,7 +133,7 @@ def test_csv_files_are_for_programs(report: Path) -> None:
     assert len(means) == 8 and means["gn", "1", "bbox"]["cells"] == "1"
     assert means["gn", "1", "bbox"]["deviation"] == ""
     differences = rows(report / "differences.csv")
-    assert {row["images_per_gpu"] for row in differences} == {"1", "4", "all"}
+    assert {row["images_per_gpu"] for row in differences} == {"1", "4", "all", "1 less 4"}
 
 
 def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:

@@ -47,29 +47,36 @@ def summarize(values: Sequence[float]) -> Optional[Summary]:
 def difference(
     values: Sequence[float], baseline: Sequence[float], level: float = LEVEL
 ) -> Optional[Difference]:
-    """Mean of `values` less mean of `baseline`, with Welch's interval.
+    """Mean of `values` less mean of `baseline`, as `contrast` gives it."""
+    return contrast([values], [baseline], level)
 
-        d ± t(level, v) * sqrt(s1²/n1 + s2²/n2)
-        v = (s1²/n1 + s2²/n2)² / ((s1²/n1)²/(n1 - 1) + (s2²/n2)²/(n2 - 1))
 
-    It takes the values for independent and normally distributed, and the two variances for
-    different. Runs of one seed share the order of the images, which it does not make use of.
+def contrast(
+    plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]], level: float = LEVEL
+) -> Optional[Difference]:
+    """Sum of the means of `plus` less that of the means of `minus`, with Welch's interval.
+
+        d ± t(level, v) * sqrt(sum of s²/n)
+        v = (sum of s²/n)² / sum of (s²/n)²/(n - 1)
+
+    over all samples. It takes the values for independent and normally distributed, and the
+    variances for different. Runs of one seed share the order of the images, which it does not make
+    use of.
 
     Returns:
-        None where either side has no value; without an interval where one has a single value.
+        None where a sample has no value; without an interval where one has a single value.
     """
-    if not values or not baseline:
+    samples = [*plus, *minus]
+    if not all(samples):
         return None
-    mean = float(np.mean(values) - np.mean(baseline))
-    if min(len(values), len(baseline)) < 2:
+    mean = float(sum(map(np.mean, plus)) - sum(map(np.mean, minus)))
+    if min(map(len, samples)) < 2:
         return Difference(mean)
-    shares = [float(np.var(side, ddof=1)) / len(side) for side in (values, baseline)]
+    shares = [float(np.var(sample, ddof=1)) / len(sample) for sample in samples]
     total = sum(shares)
     if total == 0:
         return Difference(mean, mean, mean)
-    freedom = total**2 / sum(
-        share**2 / (len(side) - 1) for share, side in zip(shares, (values, baseline))
-    )
+    freedom = total**2 / sum(share**2 / (len(sample) - 1) for share, sample in zip(shares, samples))
     half = student_t(level, freedom) * math.sqrt(total)
     return Difference(mean, mean - half, mean + half)
 

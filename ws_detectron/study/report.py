@@ -19,6 +19,7 @@ from .results import (
     CellResult,
     arm_difference,
     at_the_edge,
+    change_of_difference,
     choose,
     has_ended,
     overall_difference,
@@ -100,7 +101,12 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
                 f"In points of AP, in brackets the {LEVEL:.0%} confidence interval of Welch's "
                 "t-test over seeds, **bold** where it excludes 0. Each interval stands for itself: "
                 "of twenty, one is expected to miss."
-                + (" The last row is of each seed's mean over all batches." if several else "")
+                + (
+                    " Then what is of each seed's mean over all batches, and how the difference "
+                    "changes with the batch."
+                    if several
+                    else ""
+                )
             ),
         ]
         blocks += [_difference_table(results, pair) for pair in results.study.comparisons]
@@ -227,8 +233,18 @@ def _difference_table(results: StudyResults, pair: tuple[str, str]) -> Table:
     ]
     if len(rows) > 1:
         rows.append(("all batches", *everything))
+    for batches in _changes(results):
+        changed = [change_of_difference(results.cells, pair, batches, task) for task in tasks]
+        here, there = map(_images, batches)
+        rows.append((f"more at {here} than at {there}", *map(_difference, changed)))
     headers = (f"{pair[0]} - {pair[1]}", *(f"{TITLES[task]} AP" for task in tasks))
     return Table(headers, tuple(rows))
+
+
+def _changes(results: StudyResults) -> list[tuple[int, int]]:
+    """The smallest batch and each other one."""
+    smallest, *others = sorted(results.study.batches)
+    return [(smallest, other) for other in others]
 
 
 def _difference(value: Optional[Difference]) -> str:
@@ -393,7 +409,7 @@ def summary_rows(results: StudyResults) -> list[list[Any]]:
 
 
 def difference_rows(results: StudyResults) -> list[list[Any]]:
-    """For differences.csv: each comparison at each batch and over all of them."""
+    """For differences.csv: each comparison at each batch, over all of them, and its change."""
     rows: list[list[Any]] = [["arm", "baseline", "images_per_gpu", "task", "mean", "low", "high"]]
     for pair in results.study.comparisons:
         for task in tasks_of(results.cells):
@@ -402,7 +418,14 @@ def difference_rows(results: StudyResults) -> list[list[Any]]:
                 for batch in sorted(results.study.batches)
             ]
             overall = overall_difference(results.cells, pair, results.study.batches, task)
-            for batch, value in [*found, ("all", overall)]:
+            changes = [
+                (
+                    f"{batches[0]} less {batches[1]}",
+                    change_of_difference(results.cells, pair, batches, task),
+                )
+                for batches in _changes(results)
+            ]
+            for batch, value in [*found, ("all", overall), *changes]:
                 ends = (value.mean, value.low, value.high) if value else (None, None, None)
                 rows.append([*pair, batch, task, *ends])
     return rows

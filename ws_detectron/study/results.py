@@ -9,7 +9,13 @@ from typing import Any, Optional
 
 from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.evaluation.runs import Run, ap_key, read_run
-from ws_detectron.evaluation.statistics import Difference, Summary, difference, summarize
+from ws_detectron.evaluation.statistics import (
+    Difference,
+    Summary,
+    contrast,
+    difference,
+    summarize,
+)
 
 from .cell_state import FAILED, FINISHED, CellState, has_lost, read_state
 from .cells import Cell, Values
@@ -105,6 +111,22 @@ def arm_difference(
     """First arm less second, at one batch."""
     first, second = (values_of(results, arm, batch, task) for arm in pair)
     return difference([*first.values()], [*second.values()])
+
+
+def change_of_difference(
+    results: Sequence[CellResult], pair: tuple[str, str], batches: tuple[int, int], task: str
+) -> Optional[Difference]:
+    """By how much first arm less second is more at the first batch than at the second."""
+    samples = {
+        (arm, batch): [*values_of(results, arm, batch, task).values()]
+        for arm in pair
+        for batch in batches
+    }
+    (first, second), (here, there) = pair, batches
+    return contrast(
+        [samples[first, here], samples[second, there]],
+        [samples[second, here], samples[first, there]],
+    )
 
 
 def overall_difference(
