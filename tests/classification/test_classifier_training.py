@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ws_detectron.classification import TrainingSettings, train, training
+from ws_detectron.classification import TrainingSettings, loop, train, training
 from ws_detectron.classification.loop import compile_model
 from ws_detectron.classification.progress import Progress
 from ws_detectron.classification.run_files import CHECKPOINT, ENVIRONMENT, HISTORY, RESULT, WEIGHTS
@@ -169,6 +169,17 @@ def test_compiled_code_is_for_the_threads_of_this_run(monkeypatch: pytest.Monkey
     finally:
         torch.set_num_threads(before)
     assert [options["cpp.threads"] for options in seen] == [1, 2]
+
+
+@pytest.mark.parametrize(("version", "called_from_cpp"), [((3, 11), False), ((3, 12), True)])
+def test_a_python_whose_none_can_be_freed_does_not_call_from_cpp(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], called_from_cpp: bool
+) -> None:
+    seen: list[dict] = []
+    monkeypatch.setattr(torch, "compile", lambda _, **how: seen.append(how["options"]))
+    monkeypatch.setattr(loop.sys, "version_info", version)
+    compile_model(torch.nn.ReLU(), "cpu")
+    assert seen[0]["cpp_wrapper"] is called_from_cpp
 
 
 def test_nothing_is_begun_without_data(
