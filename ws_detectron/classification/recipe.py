@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-OPTIMIZER = "SGD with Nesterov momentum"
 SCHEDULES = ("cosine", "constant")
 WARMUP = 0.1
 """Share of all steps in which the LR rises linearly."""
@@ -25,7 +24,7 @@ DEFAULT_LRS = {2: 0.0015, 32: 0.02, 128: 0.05}
 
 
 RECIPE = {
-    "optimizer": OPTIMIZER,
+    "optimizer": "SGD with Nesterov momentum",
     "momentum": MOMENTUM,
     "weight_decay": WEIGHT_DECAY,
     "warmup": WARMUP,
