@@ -9,8 +9,8 @@ from ws_detectron.classification import grid as grid_module
 from ws_detectron.classification.grid import grid, run_grid
 from ws_detectron.classification.progress import Progress
 from ws_detectron.classification.results import FinishedRun
-from ws_detectron.classification.run_files import RunLocked
 from ws_detectron.errors import UserError
+from ws_detectron.locking import AlreadyLocked
 
 
 def test_grid_has_every_arm_batch_and_seed_once() -> None:
@@ -42,7 +42,7 @@ def test_failing_trainings_are_named_and_finished_ones_skipped(
         if settings.arm == "wn":
             raise UserError("its data are damaged")
         if settings.arm == "none":
-            raise RunLocked("another process is training")
+            raise AlreadyLocked("another process is training")
         trained.append(folder.name)
         return {"test_accuracy": 0.5}
 
@@ -73,7 +73,7 @@ def test_what_another_process_left_undone_is_trained_in_the_end(
     def train(settings: TrainingSettings, *_: Any, **__: Any) -> dict[str, float]:
         calls.append(settings.arm)
         if calls == ["bn"]:
-            raise RunLocked("another process is training")
+            raise AlreadyLocked("another process is training")
         return {"test_accuracy": 0.5}
 
     monkeypatch.setattr(grid_module, "train", train)

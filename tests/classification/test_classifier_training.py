@@ -254,7 +254,7 @@ def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -
 
 
 def test_two_processes_do_not_share_a_folder(datasets_root: Path, tmp_path: Path) -> None:
-    with training.locked(tmp_path), pytest.raises(UserError, match="another process is training"):
+    with training.run_lock(tmp_path), pytest.raises(UserError, match="another process is training"):
         train(SMALL, tmp_path, data_dir=datasets_root)
 
 

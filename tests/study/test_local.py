@@ -23,7 +23,7 @@ from ws_detectron.study import (
     study_cells,
 )
 from ws_detectron.study.cell_state import RUNNING, last_words, read_state, write_state
-from ws_detectron.study.local import locked, slots
+from ws_detectron.study.local import slots, study_lock
 from ws_detectron.study.process import command, run_cell
 from ws_detectron.study.report import problems_of
 from ws_detectron.study.run import _gpus, commands
@@ -292,10 +292,10 @@ def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -
 
 
 def test_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path / "study"):
-        with pytest.raises(UserError, match="is being worked on"), locked(tmp_path / "study"):
+    with study_lock(tmp_path / "study"):
+        with pytest.raises(UserError, match="is being worked on"), study_lock(tmp_path / "study"):
             pass
-    with locked(tmp_path / "study"):
+    with study_lock(tmp_path / "study"):
         pass
 
 

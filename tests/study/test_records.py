@@ -9,6 +9,7 @@ import pytest
 from ws_detectron.errors import ConfigError
 from ws_detectron.study import Options, read_study_results, run_study, take_records
 from ws_detectron.study.records import FILES
+from ws_detectron.study.slurm import JOB
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4], "seed": 9}
 
@@ -123,6 +124,25 @@ def test_a_record_takes_the_place_of_what_is_unfinished(
     (folder / "metrics.json").write_text("")
     results = run_study(study, kept, print)
     assert len(results.cells[0].run.rows) == 21 and not (folder / "starts.txt").exists()
+
+
+def test_a_record_does_not_take_the_folder_of_a_queued_job(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
+    kept = Options(options.train_net, records=records)
+    run_study(study, kept, print)
+    folder = study.output / "cells" / "bn_4img_seed1"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / JOB).write_text("17")
+    take_records(study, records, print)
+    assert [path.name for path in folder.iterdir()] == [JOB]
+    (folder / JOB).unlink()
+    take_records(study, records, print)
+    assert {path.name for path in folder.iterdir()} == {
+        path.name for path in (records / folder.name).iterdir()
+    }
 
 
 def test_a_record_of_other_settings_is_refused(

@@ -7,10 +7,11 @@ from typing import Any, Optional
 
 from ws_detectron.data.fashion_mnist import find_fashion_mnist
 from ws_detectron.errors import UserError
+from ws_detectron.locking import AlreadyLocked
 
 from .progress import Progress
 from .results import FinishedRun
-from .run_files import RESULT, RunLocked, check_same_settings
+from .run_files import RESULT, check_same_settings
 from .settings import TrainingSettings, first_difference
 from .training import train
 
@@ -107,7 +108,7 @@ def run_grid(
                 progress=progress(settings.name),
                 command=command,
             )
-        except RunLocked:
+        except AlreadyLocked:
             say(f"{head}: another process is at it")
             return True
         except UserError as error:

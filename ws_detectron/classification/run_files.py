@@ -10,18 +10,17 @@ result.json       written last: where it is, the training has ended
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Optional
+from typing import IO, Any, Optional
 
 import numpy as np
-import portalocker
 import torch
 
 from ws_detectron.checkpoint.reading import read_weight_file
 from ws_detectron.errors import UserError
 from ws_detectron.io import atomic_write, write_json
+from ws_detectron.locking import locked
 
 from .settings import TrainingSettings, first_difference
 
@@ -31,26 +30,13 @@ CHECKPOINT, WEIGHTS, TEST_LOGITS = "checkpoint.pt", "weights.pth", "test_logits.
 _LOCK = ".lock"
 
 
-class RunLocked(UserError):
-    """Another process trains in the same folder."""
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps two processes from training in one folder; a killed process holds nothing.
+def run_lock(folder: Path) -> AbstractContextManager[IO[Any]]:
+    """Keeps two processes from training in one folder, for as long as it is entered.
 
     Raises:
-        RunLocked: another process does.
+        AlreadyLocked: another process does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "a") as file:
-        try:
-            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-        except portalocker.AlreadyLocked as error:
-            raise RunLocked(f"another process is training in {folder}") from error
-        except portalocker.LockException as error:
-            raise UserError(f"cannot lock {folder / _LOCK}: {error}") from error
-        yield
+    return locked(folder / _LOCK, f"another process is training in {folder}")
 
 
 def read_json(path: Path, remedy: str = "delete its folder to train anew") -> Optional[Any]:

@@ -27,8 +27,8 @@ from .run_files import (
     check_same_settings,
     clean_up,
     load_checkpoint,
-    locked,
     read_json,
+    run_lock,
     save_checkpoint,
     save_outcome,
 )
@@ -70,7 +70,7 @@ def train(
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no GPU; allowed here: cpu")
-    with locked(folder):
+    with run_lock(folder):
         if not resume and (folder / SETTINGS).exists():
             raise UserError(
                 f"{folder} holds a training; go on with it by --resume, choose another "

@@ -4,14 +4,13 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Optional
 
-import portalocker
-
 from ws_detectron.errors import UserError
+from ws_detectron.locking import locked
 
 from .cell_state import is_finished
 from .cells import Cell
@@ -67,8 +66,8 @@ def run_locally(
         train_net: path of tools/train_net.py.
         places: an environment for each cell that runs at a time, of `slots`.
         progress: is told of every start and end.
-        lock: of `locked`; the cells keep it, so that the study stays locked as long as one of them
-            lives, even if this process is killed.
+        lock: of `study_lock`; the cells keep it, so that the study stays locked as long as one of
+            them lives, even if this process is killed.
     """
     waiting = [cell for cell in cells if not is_finished(cell)]
     waiting.reverse()
@@ -97,25 +96,18 @@ def run_locally(
                 process.stop()
 
 
-@contextmanager
-def locked(output: Path) -> Iterator[IO[Any]]:
-    """Keeps a study's folder from being worked on twice.
+def study_lock(output: Path) -> AbstractContextManager[IO[Any]]:
+    """Keeps a study's folder from being worked on twice, for as long as it is entered.
 
     Raises:
-        UserError: somebody else works on it, be it only a cell whose `run_study` was killed.
+        AlreadyLocked: somebody else works on it, be it only a cell whose `run_study` was killed.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / LOCK, "a") as file:
-        try:
-            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-        except portalocker.AlreadyLocked as error:
-            raise UserError(
-                f"{output} is being worked on by another run_study.py, or by a cell of one that "
-                f"was killed; wait for it or end it (fuser {output / LOCK} shows it)"
-            ) from error
-        except portalocker.LockException as error:
-            raise UserError(f"cannot lock {output / LOCK}: {error}") from error
-        yield file
+    path = output / LOCK
+    return locked(
+        path,
+        f"{output} is being worked on by another run_study.py, or by a cell of one that was "
+        f"killed; wait for it or end it (fuser {path} shows it)",
+    )
 
 
 def _cores() -> int:

@@ -18,6 +18,7 @@ from ws_detectron.io import write_text
 from .cell_state import FINISHED, STATE, CellState, has_lost, read_state
 from .cells import Cell
 from .results import RECORD
+from .slurm import JOB
 
 _NOTHING = 2  # rank of what is not recorded
 
@@ -44,7 +45,8 @@ def keep_record(cell: Cell, state: CellState, folder: Path, what: str) -> None:
 def exchange_records(cells: Sequence[Cell], folder: Path, what: str = "study") -> int:
     """Gives cells what was recorded of them, and records those that are further than that.
 
-    What an unfinished run left in the folder of a cell with a record is deleted.
+    What an unfinished run left in the folder of a cell with a record is deleted, but where a job of
+    Slurm is queued for the folder or trains in it.
 
     Args:
         cells: all of the study, or of its search.
@@ -64,7 +66,7 @@ def exchange_records(cells: Sequence[Cell], folder: Path, what: str = "study") -
         ours, recorded = (_rank(read_state(cell, place), what) for place in (None, source))
         if ours < recorded:
             _copy(cell.folder, source)
-        elif recorded < ours:
+        elif recorded < ours and not (cell.folder / JOB).exists():
             shutil.rmtree(cell.folder, ignore_errors=True)
             _copy(source, cell.folder)
             restored += 1

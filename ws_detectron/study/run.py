@@ -11,7 +11,7 @@ from ws_detectron.errors import UserError
 
 from .cell_state import has_lost, is_finished, read_state
 from .cells import Cell, check_cells, search_cells, study_cells
-from .local import locked, run_locally, slots
+from .local import run_locally, slots, study_lock
 from .process import command, drop_checkpoints, shown
 from .progress import Progress
 from .records import exchange_records, keep_record
@@ -60,7 +60,7 @@ def run_study(study: Study, options: Options, say: Say) -> StudyResults:
         UserError: a cell cannot run on any machine, or the folder is being worked on.
     """
     check_cells([*search_cells(study), *study_cells(study, {})])
-    with locked(study.output) as lock:
+    with study_lock(study.output) as lock:
         _run(study, "search", search_cells(study), options, say, lock)
         _run(study, "study", study_cells(study, _choices(study)), options, say, lock)
     return read_study_results(study)
@@ -105,7 +105,7 @@ def take_records(study: Study, records: Path, say: Say) -> None:
     Raises:
         UserError: the folder is being worked on, or a record is of other settings.
     """
-    with locked(study.output):
+    with study_lock(study.output):
         _exchange("search", search_cells(study), records, say)
         _exchange("study", study_cells(study, _choices(study)), records, say)
 

@@ -1,0 +1,47 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import portalocker
+import pytest
+
+from ws_detectron.errors import UserError
+from ws_detectron.locking import AlreadyLocked, locked
+
+
+def test_a_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "lock"
+    with locked(path, "busy"):
+        with pytest.raises(AlreadyLocked, match="^busy$"), locked(path, "busy"):
+            pass
+    with locked(path, "busy"):
+        pass
+
+
+def test_a_process_that_inherits_the_file_keeps_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path, "busy") as file:
+        heir = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[file.fileno()]
+        )
+    try:
+        with pytest.raises(AlreadyLocked), locked(path, "busy"):
+            pass
+    finally:
+        heir.communicate(b"\n")
+    with locked(path, "busy"):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise portalocker.LockException("no locks available")
+
+    monkeypatch.setattr(portalocker, "lock", refuse)
+    with pytest.raises(UserError, match="no locks available") as caught:
+        with locked(tmp_path / "lock", "busy"):
+            pass
+    assert str(tmp_path / "lock") in str(caught.value)
+    assert not isinstance(caught.value, AlreadyLocked)
