@@ -1,5 +1,6 @@
 """A small study file, and the stand-in for tools/train_net.py that runs its cells."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,9 @@ def write_study(folder: Path, **changes: Any) -> Study:
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(kept, sort_keys=False))
     return read_study(path)
+
+
+def reach(folder: Path, box: float) -> None:
+    """Gives a cell's folder the metrics of a run that ended with this box AP; masks have half."""
+    row = {"iteration": 20, "bbox/AP": box, "segm/AP": box / 2}
+    (folder / "metrics.json").write_text(json.dumps(row) + "\n")

@@ -129,11 +129,11 @@ def test_csv_files_are_for_programs(report: Path) -> None:
     sound = next(row for row in cells if row["cell"] == "bn_4img_seed2")
     assert float(sound["segm/AP"]) == 51 and float(sound["SOLVER.BASE_LR"]) == 0.02
     assert float(sound["training_seconds"]) == 20 * 0.25
-    means = {(r["arm"], r["images_per_gpu"], r["task"]): r for r in rows(report / "summary.csv")}
+    means = {(r["arm"], r["batch"], r["task"]): r for r in rows(report / "summary.csv")}
     assert len(means) == 8 and means["gn", "1", "bbox"]["cells"] == "1"
     assert means["gn", "1", "bbox"]["deviation"] == ""
     differences = rows(report / "differences.csv")
-    assert {row["images_per_gpu"] for row in differences} == {"1", "4", "all", "1 less 4"}
+    assert {row["batch"] for row in differences} == {"1", "4", "all", "1 less 4"}
 
 
 def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:

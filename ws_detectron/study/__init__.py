@@ -1,7 +1,8 @@
 """Studies: arms compared over batch sizes and seeds, run cell by cell and reported."""
 
 from .cells import Cell, search_cells, study_cells
-from .report import StudyResults, write_report
+from .report import write_report
+from .results import StudyResults
 from .run import Options, commands, read_study_results, report_study, run_study, take_records
 from .spec import Arm, Search, Study, read_study
 

@@ -13,7 +13,8 @@ from ws_detectron.evaluation.report import TITLES
 from ws_detectron.evaluation.runs import ap_key, series
 
 from .cell_state import FINISHED
-from .results import CellResult, summary, tasks_of
+from .differences import summary
+from .results import CellResult, tasks_of
 from .spec import Study
 
 LEGEND_WIDTH = 1.7

@@ -1,4 +1,4 @@
-"""What the cells of a study reached, and what a search found."""
+"""What the cells of a study reached."""
 
 import json
 import math
@@ -9,16 +9,9 @@ from typing import Any, Optional
 
 from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.evaluation.runs import Run, ap_key, read_run
-from ws_detectron.evaluation.statistics import (
-    Difference,
-    Summary,
-    contrast,
-    difference,
-    summarize,
-)
 
-from .cell_state import FAILED, FINISHED, CellState, has_lost, read_state
-from .cells import Cell, Values
+from .cell_state import FAILED, FINISHED, CellState, read_state
+from .cells import Cell
 from .spec import Study
 
 RECORD = "run_record.json"
@@ -48,6 +41,21 @@ class CellResult:
     def word(self) -> str:
         """The state in a word; "running" includes cells that were interrupted."""
         return self.state.state if self.state else "not started"
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study with all that was run of it.
+
+    Args:
+        study: the study.
+        cells: of the study proper, all that were asked for, in order.
+        search: of its search; empty without one.
+    """
+
+    study: Study
+    cells: Sequence[CellResult]
+    search: Sequence[CellResult]
 
 
 def read_results(cells: Sequence[Cell]) -> list[CellResult]:
@@ -92,114 +100,6 @@ def final_ap(run: Run, tasks: Sequence[str]) -> tuple[dict[str, float], list[str
     return {task: value if task not in missing else 0.0 for task, value in values.items()}, notes
 
 
-def values_of(results: Sequence[CellResult], arm: str, batch: int, task: str) -> dict[int, float]:
-    """Seed -> AP of the finished cells of an arm at a batch."""
-    return {
-        result.cell.seed: result.ap[task]
-        for result in results
-        if (result.cell.arm, result.cell.batch) == (arm, batch) and task in result.ap
-    }
-
-
-def summary(results: Sequence[CellResult], arm: str, batch: int, task: str) -> Optional[Summary]:
-    return summarize([*values_of(results, arm, batch, task).values()])
-
-
-def arm_difference(
-    results: Sequence[CellResult], pair: tuple[str, str], batch: int, task: str
-) -> Optional[Difference]:
-    """First arm less second, at one batch."""
-    first, second = (values_of(results, arm, batch, task) for arm in pair)
-    return difference([*first.values()], [*second.values()])
-
-
-def change_of_difference(
-    results: Sequence[CellResult], pair: tuple[str, str], batches: tuple[int, int], task: str
-) -> Optional[Difference]:
-    """By how much first arm less second is more at the first batch than at the second."""
-    samples = {
-        (arm, batch): [*values_of(results, arm, batch, task).values()]
-        for arm in pair
-        for batch in batches
-    }
-    (first, second), (here, there) = pair, batches
-    return contrast(
-        [samples[first, here], samples[second, there]],
-        [samples[second, here], samples[first, there]],
-    )
-
-
-def overall_difference(
-    results: Sequence[CellResult], pair: tuple[str, str], batches: Sequence[int], task: str
-) -> Optional[Difference]:
-    """First arm less second, over all batches: of each seed's mean over the batches.
-
-    Seeds for which a cell is missing are left out.
-    """
-    sides: list[list[float]] = []
-    for arm in pair:
-        by_batch = [values_of(results, arm, batch, task) for batch in batches]
-        complete = set.intersection(*(set(values) for values in by_batch))
-        sides.append(
-            [sum(values[seed] for values in by_batch) / len(by_batch) for seed in sorted(complete)]
-        )
-    return difference(sides[0], sides[1])
-
-
-def tasks_of(results: Sequence[CellResult]) -> list[str]:
-    """Tasks of which there is any AP; box AP where there is none yet."""
-    return [task for task in TASKS if any(task in result.ap for result in results)] or [TASKS[0]]
-
-
-def score(result: CellResult) -> Optional[float]:
-    """By what a search chooses: the mean of box and mask AP."""
-    return sum(result.ap.values()) / len(result.ap) if result.ap else None
-
-
-def choose(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int], Optional[Values]]:
-    """(arm, searched batch) -> the combination with the highest mean of box and mask AP.
-
-    A run whose training failed (a high LR may diverge) loses; None where all did, and as long as
-    not all have ended. The earlier in the grid wins a tie.
-    """
-    choices: dict[tuple[str, int], Optional[Values]] = {}
-    if study.search is None:
-        return choices
-    for arm in study.arms:
-        for batch in study.search.batches:
-            tried = [r for r in results if (r.cell.arm, r.cell.batch) == (arm.name, batch)]
-            best = max(tried, key=_rank)
-            found = score(best) is not None and all(has_ended(result) for result in tried)
-            choices[arm.name, batch] = best.cell.choice if found else None
-    return choices
-
-
-def has_ended(result: CellResult) -> bool:
-    """Whether it is finished or has lost; another failure is tried again."""
-    return result.word == FINISHED or has_lost(result.state)
-
-
-def _rank(result: CellResult) -> float:
-    reached = score(result)
-    return -math.inf if reached is None else reached
-
-
-def at_the_edge(study: Study, choice: Values) -> list[str]:
-    """Keys whose chosen value is the least or greatest of three or more numbers, in any order.
-
-    The best may lie beyond.
-    """
-    if study.search is None:
-        return []
-    return [
-        key
-        for key, values in study.search.grid.items()
-        if len(values) > 2
-        and all(isinstance(value, (int, float)) for value in values)
-        and choice[key] in (min(values), max(values))
-    ]
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """A run's `RunRecord`; empty where there is none."""
     try:
@@ -207,3 +107,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def tasks_of(results: Sequence[CellResult]) -> list[str]:
+    """Tasks of which there is any AP; box AP where there is none yet."""
+    return [task for task in TASKS if any(task in result.ap for result in results)] or [TASKS[0]]

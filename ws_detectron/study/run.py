@@ -11,12 +11,13 @@ from ws_detectron.errors import UserError
 
 from .cell_state import has_lost, is_finished, read_state
 from .cells import Cell, check_cells, search_cells, study_cells
+from .choice import choose
 from .local import run_locally, slots, study_lock
 from .process import command, drop_checkpoints, shown
 from .progress import Progress
 from .records import exchange_records, keep_record
-from .report import StudyResults, problems_of, write_report
-from .results import choose, read_results
+from .report import problems_of, write_report
+from .results import StudyResults, read_results
 from .slurm import JOB, run_on_slurm
 from .spec import Study
 

@@ -1,0 +1,59 @@
+"""What a search found: the values with which an arm's cells run."""
+
+import math
+from collections.abc import Sequence
+from typing import Optional
+
+from .cell_state import FINISHED, has_lost
+from .cells import Values
+from .results import CellResult
+from .spec import Study
+
+
+def score(result: CellResult) -> Optional[float]:
+    """By what a search chooses: the mean of box and mask AP."""
+    return sum(result.ap.values()) / len(result.ap) if result.ap else None
+
+
+def choose(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int], Optional[Values]]:
+    """(arm, searched batch) -> the combination with the highest mean of box and mask AP.
+
+    A run whose training failed (a high LR may diverge) loses; None where all did, and as long as
+    not all have ended. The earlier in the grid wins a tie.
+    """
+    choices: dict[tuple[str, int], Optional[Values]] = {}
+    if study.search is None:
+        return choices
+    for arm in study.arms:
+        for batch in study.search.batches:
+            tried = [r for r in results if (r.cell.arm, r.cell.batch) == (arm.name, batch)]
+            best = max(tried, key=_rank)
+            found = score(best) is not None and all(has_ended(result) for result in tried)
+            choices[arm.name, batch] = best.cell.choice if found else None
+    return choices
+
+
+def has_ended(result: CellResult) -> bool:
+    """Whether it is finished or has lost; another failure is tried again."""
+    return result.word == FINISHED or has_lost(result.state)
+
+
+def _rank(result: CellResult) -> float:
+    reached = score(result)
+    return -math.inf if reached is None else reached
+
+
+def at_the_edge(study: Study, choice: Values) -> list[str]:
+    """Keys whose chosen value is the least or greatest of three or more numbers, in any order.
+
+    The best may lie beyond.
+    """
+    if study.search is None:
+        return []
+    return [
+        key
+        for key, values in study.search.grid.items()
+        if len(values) > 2
+        and all(isinstance(value, (int, float)) for value in values)
+        and choice[key] in (min(values), max(values))
+    ]
