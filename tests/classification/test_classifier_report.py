@@ -99,7 +99,7 @@ def test_curves_show_means_over_seeds(runs: Path) -> None:
     top = figure.axes[:2]
     assert [panel.get_title() for panel in top] == ["batch 2", "batch 32"]
     assert [line.get_label() for line in top[1].lines] == ["GN", "GN+WS"]
-    np.testing.assert_allclose(top[1].lines[0].get_ydata(), [50, 60])
+    np.testing.assert_allclose(top[1].lines[0].get_ydata(), [50, 40])
     whole, _ = draw_accuracy_over_batch(cells).axes
     points = {bar.get_label(): bar.lines[0].get_ydata() for bar in whole.containers}  # type: ignore[attr-defined]
     assert {name: [round(v, 6) for v in y] for name, y in points.items()} == {

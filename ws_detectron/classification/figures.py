@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from ws_detectron.evaluation.curves import line_style
 
@@ -16,9 +16,10 @@ SHEET = (5, 8)  # rows and columns of misclassified articles
 
 
 def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
-    """Validation accuracy (above) and training loss over epochs, a column for each batch size.
+    """Validation error (above) and training loss over epochs, a column for each batch size.
 
-    Lines are means over seeds.
+    Lines are means over seeds. The axes are logarithmic, as all arms but a collapsed one end within
+    a point of accuracy.
     """
     batches = sorted({cell.batch_size for cell in cells})
     figure = Figure(figsize=(0.8 + 3.4 * len(batches), 6.4), layout="constrained")
@@ -40,11 +41,15 @@ def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
                 values = np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
                 epochs = np.arange(1, len(values) + 1)
                 panels[row][column].plot(
-                    epochs, 100 * values if row == 0 else values, label=cell.title, **style
+                    epochs, 100 * (1 - values) if row == 0 else values, label=cell.title, **style
                 )
-    panels[0][0].set_ylabel("validation accuracy (per cent)")
+    panels[0][0].set_ylabel("validation error (per cent)")
     panels[1][0].set_ylabel("training loss")
-    panels[1][0].set_ylim(bottom=0)
+    for panel in panels.flat:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_locator(NullLocator())
     _finish(figure, list(panels.flat))
     return figure
 
