@@ -107,6 +107,15 @@ def test_curves_show_means_over_seeds(runs: Path) -> None:
     }  # fmt: skip
 
 
+def test_lines_have_the_order_of_the_arms(runs: Path) -> None:
+    """Whatever batch they were finished at first; other models than the report's come last."""
+    write_run(runs, 0.9, arm="none", batch_size=32)
+    write_run(runs, 0.9, arm="bn", batch_size=2, groups=8, compile=True)
+    whole, _ = draw_accuracy_over_batch(gather(read_runs(runs))).axes
+    names = [bar.get_label() for bar in whole.containers]  # type: ignore[attr-defined]
+    assert names == ["none", "BN", "GN", "GN+WS", "BN, 8 groups"]
+
+
 def test_a_run_that_diverged_does_not_hide_the_others(runs: Path) -> None:
     path = runs / "gn_batch32_seed1" / "history.json"
     history = json.loads(path.read_text())

@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 
 from ws_detectron.evaluation.curves import line_style
 
+from .arms import ARMS
 from .results import Cell
 
 SHEET = (5, 8)  # rows and columns of misclassified articles
@@ -24,7 +25,7 @@ def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
     batches = sorted({cell.batch_size for cell in cells})
     figure = Figure(figsize=(0.8 + 3.4 * len(batches), 6.4), layout="constrained")
     panels = figure.subplots(2, len(batches), squeeze=False, sharex=True, sharey="row")
-    titles = list(dict.fromkeys(cell.title for cell in cells))
+    titles = _titles(cells)
     for column, batch in enumerate(batches):
         panels[0][column].set_title(f"batch {batch}", fontsize=10)
         panels[1][column].set_xlabel("epoch")
@@ -60,7 +61,7 @@ def draw_accuracy_over_batch(cells: Sequence[Cell]) -> Figure:
     Bars are of one deviation over seeds; a single seed has none.
     """
     batches = sorted({cell.batch_size for cell in cells})
-    titles = list(dict.fromkeys(cell.title for cell in cells))
+    titles = _titles(cells)
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel in panels:
@@ -127,6 +128,15 @@ def draw_misclassified(
         fontsize=10,
     )
     return figure
+
+
+def _titles(cells: Sequence[Cell]) -> list[str]:
+    """Arms in their usual order, whatever is finished first, then the variants of the model."""
+    plain = [arm.title for arm in ARMS.values()]
+    return sorted(
+        dict.fromkeys(cell.title for cell in cells),
+        key=lambda title: plain.index(title) if title in plain else len(plain),
+    )
 
 
 def _number(value: object) -> float:
