@@ -7,11 +7,23 @@ from pathlib import Path
 import pytest
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.study import Options, read_study_results, run_study, take_records
+from ws_detectron.study import Options, Study, read_study_results, run_study, take_records
 from ws_detectron.study.records import FILES
 from ws_detectron.study.slurm import JOB
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4], "seed": 9}
+
+
+Recorded = tuple[Study, Options, Path]
+
+
+@pytest.fixture
+def recorded(make_study, options: Options, tmp_path: Path) -> Recorded:
+    """A study of one cell for each arm that has run, the options that it ran with, its records."""
+    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
+    kept = Options(options.train_net, records=records)
+    run_study(study, kept, print)
+    return study, kept, records
 
 
 def report_of(results) -> list:
@@ -112,12 +124,8 @@ def test_cells_that_finished_before_are_recorded(
     assert {path.name for path in records.iterdir()} == {"bn_4img_seed1", "gn_4img_seed1"}
 
 
-def test_a_record_takes_the_place_of_what_is_unfinished(
-    make_study, options: Options, tmp_path: Path
-) -> None:
-    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
-    kept = Options(options.train_net, records=records)
-    run_study(study, kept, print)
+def test_a_record_takes_the_place_of_what_is_unfinished(recorded: Recorded) -> None:
+    study, kept, _ = recorded
     folder = study.output / "cells" / "bn_4img_seed1"
     state = json.loads((folder / "cell.json").read_text())
     (folder / "cell.json").write_text(json.dumps({**state, "state": "running"}))
@@ -126,12 +134,8 @@ def test_a_record_takes_the_place_of_what_is_unfinished(
     assert len(results.cells[0].run.rows) == 21 and not (folder / "starts.txt").exists()
 
 
-def test_a_record_does_not_take_the_folder_of_a_queued_job(
-    make_study, options: Options, tmp_path: Path
-) -> None:
-    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
-    kept = Options(options.train_net, records=records)
-    run_study(study, kept, print)
+def test_a_record_does_not_take_the_folder_of_a_queued_job(recorded: Recorded) -> None:
+    study, _, records = recorded
     folder = study.output / "cells" / "bn_4img_seed1"
     shutil.rmtree(folder)
     folder.mkdir()
@@ -145,12 +149,8 @@ def test_a_record_does_not_take_the_folder_of_a_queued_job(
     }
 
 
-def test_a_record_of_other_settings_is_refused(
-    make_study, options: Options, tmp_path: Path
-) -> None:
-    study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
-    kept = Options(options.train_net, records=records)
-    run_study(study, kept, print)
+def test_a_record_of_other_settings_is_refused(recorded: Recorded) -> None:
+    study, kept, records = recorded
     shutil.rmtree(study.output)
     path = records / "bn_4img_seed1" / "cell.json"
     state = json.loads(path.read_text())

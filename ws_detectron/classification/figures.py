@@ -132,11 +132,11 @@ def draw_misclassified(
 
 def _titles(cells: Sequence[Cell]) -> list[str]:
     """Arms in their usual order, whatever is finished first, then the variants of the model."""
-    plain = [arm.title for arm in ARMS.values()]
-    return sorted(
-        dict.fromkeys(cell.title for cell in cells),
-        key=lambda title: plain.index(title) if title in plain else len(plain),
+    arms = list(ARMS)
+    ordered = sorted(
+        cells, key=lambda cell: (cell.title != ARMS[cell.arm].title, arms.index(cell.arm))
     )
+    return list(dict.fromkeys(cell.title for cell in ordered))
 
 
 def _number(value: object) -> float:

@@ -71,7 +71,7 @@ def study_cells(study: Study, choices: Mapping[tuple[str, int], Optional[Values]
 
     Args:
         study: of `read_study`.
-        choices: (arm, searched batch) -> what the search found, of `results.choose`; None where it
+        choices: (arm, searched batch) -> what the search found, of `choice.choose`; None where it
             found nothing, and those cells are left out. Empty without a search.
 
     Raises:
