@@ -114,6 +114,8 @@ def test_lines_have_the_order_of_the_arms(runs: Path) -> None:
     whole, _ = draw_accuracy_over_batch(gather(read_runs(runs))).axes
     names = [bar.get_label() for bar in whole.containers]  # type: ignore[attr-defined]
     assert names == ["none", "BN", "GN", "GN+WS", "BN, 8 groups"]
+    (legend,) = draw_learning_curves(gather(read_runs(runs))).legends
+    assert [text.get_text() for text in legend.get_texts()] == names
 
 
 def test_a_run_that_diverged_does_not_hide_the_others(runs: Path) -> None:

@@ -51,7 +51,7 @@ def draw_learning_curves(cells: Sequence[Cell]) -> Figure:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.yaxis.set_minor_locator(NullLocator())
-    _finish(figure, list(panels.flat))
+    _finish(figure, list(panels.flat), titles)
     return figure
 
 
@@ -85,7 +85,7 @@ def draw_accuracy_over_batch(cells: Sequence[Cell]) -> Figure:
     best = max(cell.accuracy for cell in cells)
     panels[1].set_ylim(best - 2.5, best + 0.5)
     panels[1].set_title("the top of it", fontsize=10)
-    _finish(figure, list(panels))
+    _finish(figure, list(panels), titles)
     return figure
 
 
@@ -143,13 +143,16 @@ def _number(value: object) -> float:
     return np.nan if value is None else float(value)  # type: ignore[arg-type]
 
 
-def _finish(figure: Figure, panels: Sequence[Axes]) -> None:
-    """A grid, and one legend for all panels."""
+def _finish(figure: Figure, panels: Sequence[Axes], titles: Sequence[str]) -> None:
+    """A grid, and one legend for all panels, in the order of `titles`."""
     entries: dict[str, Any] = {}
     for panel in panels:
         panel.grid(True, linewidth=0.4, color="0.8")
         lines, names = panel.get_legend_handles_labels()
         entries.update(zip(names, lines))
     figure.legend(
-        [*entries.values()], [*entries], loc="outside lower center", ncols=min(7, len(entries))
+        [entries[title] for title in titles],
+        titles,
+        loc="outside lower center",
+        ncols=min(7, len(titles)),
     )
