@@ -30,7 +30,7 @@ OUTPUT_DIR: "{output}"
 def test_use_in_an_own_project(tmp_path: Path) -> None:
     """Both blocks in one script of a project that is not this one, started from its own folder."""
     base = model_zoo.get_config_file("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
-    (tmp_path / "my_config.yaml").write_text(MY_CONFIG.format(base=base, output=tmp_path))
+    (tmp_path / "my_config.yaml").write_text(MY_CONFIG.format(base=base, output=tmp_path / "new"))
     training, conversion = PYTHON_BLOCKS
     script = tmp_path / "train.py"
     script.write_text(

@@ -13,8 +13,8 @@ def add_ws_config(cfg: CfgNode) -> None:
     ==================  ==========  ============================================================
     key                 default     why one would change it
     ==================  ==========  ============================================================
-    MODEL.WS.BACKBONE   True        to see what WS does in one part alone; has an effect only in
-    MODEL.WS.FPN        True        the `build_ws_*` backbones and `WS*` heads
+    MODEL.WS.BACKBONE   True        to see what WS does in one part alone
+    MODEL.WS.FPN        True
     MODEL.WS.BOX_HEAD   True
     MODEL.WS.MASK_HEAD  True
     MODEL.WS.MODE       "official"  weights from BiT or timm need "bit"; "paper" is the text of
@@ -23,6 +23,7 @@ def add_ws_config(cfg: CfgNode) -> None:
     MODEL.WS.GN_GROUPS  32          channel counts that 32 does not divide
     ==================  ==========  ============================================================
 
+    which act in the `build_ws_*` backbones and the `WS*` heads, and nowhere else;
     and two keys of training, which `ws_detectron.engine` reads:
 
     ==============================  =======  ==================================================

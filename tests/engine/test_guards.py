@@ -89,6 +89,18 @@ def test_lr_far_off_the_linear_rule(lr: float, batch: int, part: str) -> None:
         assert traps(SCRATCH.format("gn_ws_2img"), *stated, world_size=1) == []
 
 
+def test_ws_settings_that_nothing_reads() -> None:
+    changed = ["MODEL.WS.GN_GROUPS", 16, "MODEL.WS.MODE", "bit"]
+    (trap,) = traps(COCO.format("gn_1img"), *changed)
+    assert "MODEL.WS.MODE bit, MODEL.WS.GN_GROUPS 16: without effect" in trap
+    assert "MODEL.BACKBONE.NAME build_resnet_fpn_backbone, MODEL.ROI_BOX_HEAD.NAME" in trap
+    assert traps(COCO.format("gn_ws_1img"), *changed) == []
+    head = ["MODEL.ROI_MASK_HEAD.NAME", "WSMaskRCNNConvUpsampleHead"]
+    assert traps(COCO.format("gn_1img"), *changed, *head) == []
+    of_somebody = ["MODEL.BACKBONE.NAME", "build_my_backbone"]
+    assert traps(COCO.format("gn_1img"), *changed, *of_somebody) == []
+
+
 def test_every_coco_config_but_small_bn_is_quiet() -> None:
     for name in config_names():
         if name.startswith("COCO-"):

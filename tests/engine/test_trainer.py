@@ -152,6 +152,16 @@ def test_weights_that_cannot_be_read(tiny_cfg: CfgNode, tmp_path: Path) -> None:
         trainer.resume_or_load(resume=False)
 
 
+def test_output_dir_is_made(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    tiny_cfg.OUTPUT_DIR = str(tmp_path / "new" / "run")
+    Trainer(tiny_cfg)
+    assert (tmp_path / "new" / "run").is_dir()
+    (tmp_path / "file").touch()
+    tiny_cfg.OUTPUT_DIR = str(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="OUTPUT_DIR .*file/run' cannot be made"):
+        Trainer(tiny_cfg)
+
+
 def test_divergence_names_iteration_and_loss(
     tiny_cfg: CfgNode, caplog: pytest.LogCaptureFixture
 ) -> None:

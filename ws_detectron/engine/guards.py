@@ -4,6 +4,9 @@ What cannot run at all is refused by `checks`; these are warnings, because each 
 """
 
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
+
+from ws_detectron.modeling import WSSettings
 
 from .checks import norm_keys
 
@@ -23,8 +26,12 @@ def find_traps(cfg: CfgNode, world_size: int) -> list[str]:
         cfg: scaled to the batch and to `world_size`, see `scaling`.
         world_size: processes in the job.
     """
-    traps = [*_small_batch_norm(cfg, world_size), *_frozen_random_layers(cfg), *_far_off_lr(cfg)]
-    return [trap for trap in traps if trap]
+    return [
+        *_small_batch_norm(cfg, world_size),
+        *_frozen_random_layers(cfg),
+        *_far_off_lr(cfg),
+        *_settings_without_effect(cfg),
+    ]
 
 
 def _small_batch_norm(cfg: CfgNode, world_size: int) -> list[str]:
@@ -79,6 +86,31 @@ def _far_off_lr(cfg: CfgNode) -> list[str]:
         f"{REFERENCE_BATCH} images). If the config is for another batch, say so in "
         "SOLVER.REFERENCE_IMS_PER_BATCH, and LR and schedule are scaled; if this LR is meant, set "
         f"SOLVER.REFERENCE_IMS_PER_BATCH {solver.IMS_PER_BATCH}"
+    ]
+
+
+def _settings_without_effect(cfg: CfgNode) -> list[str]:
+    """MODEL.WS of a model in which nothing reads it."""
+    settings = WSSettings.from_config(cfg).as_config()
+    changed = [key for key, value in WSSettings().as_config().items() if settings[key] != value]
+    parts = {
+        "MODEL.BACKBONE.NAME": (cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+        "MODEL.ROI_BOX_HEAD.NAME": (cfg.MODEL.ROI_BOX_HEAD.NAME, ROI_BOX_HEAD_REGISTRY),
+        "MODEL.ROI_MASK_HEAD.NAME": (cfg.MODEL.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY),
+    }
+    # somebody's own builder may read it
+    stock = [
+        name in registry and registry.get(name).__module__.startswith("detectron2.")
+        for name, registry in parts.values()
+        if name
+    ]
+    if not changed or not all(stock):
+        return []
+    names = ", ".join(f"{key} {name}" for key, (name, _) in parts.items() if name)
+    return [
+        f"{', '.join(f'MODEL.WS.{key} {settings[key]}' for key in changed)}: without effect, as "
+        f"detectron2's own parts do not read it ({names}); "
+        "MODEL.BACKBONE.NAME build_ws_resnet_fpn_backbone does, for one"
     ]
 
 

@@ -14,6 +14,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
@@ -47,6 +48,14 @@ _LOADING_ERRORS = (
 )
 
 
+def _make_output_dir(cfg: CfgNode) -> None:
+    """For those who do not call `default_setup`: detectron2 0.5 opens files there at once."""
+    try:
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error}") from error
+
+
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detectron2 model on COCO-format data.
 
@@ -60,13 +69,15 @@ class Trainer(DefaultTrainer):
             SOLVER.REFERENCE_WORLD_SIZE to the number of processes; see `scale_config`.
 
     Raises:
-        ConfigError: the batch cannot be shared out to processes and parts.
+        ConfigError: the batch cannot be shared out to processes and parts, or OUTPUT_DIR cannot
+            be made.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         check_batch(cfg, comm.get_world_size())
         cfg = scale_config(cfg, comm.get_world_size())
         if comm.is_main_process():
+            _make_output_dir(cfg)
             for trap in find_traps(cfg, comm.get_world_size()):
                 logger.warning(trap)
         on_cpu = cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1
