@@ -286,6 +286,17 @@ def test_visible_gpus_are_the_default(
     assert _gpus(make_study(device="cuda"), Options(FAKE, gpus=asked)) == expected
 
 
+@pytest.mark.parametrize("jobs, told", [(1, True), (2, False)])
+def test_gpus_without_work_are_named(
+    make_study, options: Options, monkeypatch: pytest.MonkeyPatch, jobs: int, told: bool
+) -> None:
+    monkeypatch.setattr("ws_detectron.study.run.check_cells", lambda cells: None)
+    lines: list[str] = []
+    study = make_study(**ONE, device="cuda", processes=2)
+    run_study(study, replace(options, gpus=[0, 1, 2, 3, 4], jobs=jobs), lines.append)
+    assert any("2 of 5 GPUs are used; --jobs 2 uses more" in line for line in lines) == told
+
+
 def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:
     with pytest.raises(UserError, match="--gpus"):
         run_study(make_study(), replace(options, gpus=[0]), print)

@@ -95,7 +95,13 @@ def _run(
         )
         return
     _check_not_queued(wanted)
-    places = slots(options.jobs, _gpus(study, options), study.processes)
+    gpus = _gpus(study, options)
+    places = slots(options.jobs, gpus, study.processes)
+    if gpus is not None and options.jobs < len(gpus) // study.processes:
+        say(
+            f"{options.jobs * study.processes} of {len(gpus)} GPUs are used; "
+            f"--jobs {len(gpus) // study.processes} uses more of them, for cells side by side"
+        )
     progress = Progress(wanted, options.jobs, say, keep=keep)
     run_locally(wanted, options.train_net, places, progress, lock)
 
