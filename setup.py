@@ -57,9 +57,9 @@ setup(
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.9",
     # All of detectron2's own, without versions: an environment in which detectron2 works stays
-    # as it is.
+    # as it is. The configs need an fvcore that takes a list of `_BASE_` files.
     install_requires=[
-        "fvcore",
+        "fvcore>=0.1.5.post20211023",
         "iopath",
         "numpy",
         "Pillow",

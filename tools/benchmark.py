@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument(
         "what", metavar="WHAT",
         choices=OPTIONS,
-        help="operation, step (BN, GN, GN+WS), inference (GN, GN+WS folded and not), arms (all, by "
-        "batch), classifier (of Fashion-MNIST), or readme (write the tables into README.md)",
+        help="operation, step (BN, GN, GN+WS), inference (GN, GN+WS folded and not), arms (five, "
+        "by batch), classifier (of Fashion-MNIST), or readme (write the tables into README.md)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if any"

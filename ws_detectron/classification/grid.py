@@ -86,7 +86,8 @@ def run_grid(
             key, wanted, found = difference
             raise UserError(
                 f"{settings.name} is recorded with {key} {found!r}, asked for is {wanted!r}; "
-                "choose another --report, or delete its runs.json"
+                "ask for the same (--arms, --batch-sizes and --seeds choose a part of the grid), "
+                "or choose another --report"
             )
         check_same_settings(folder / settings.name, settings)
     for split in ("train", "test"):  # without them, every training would fail

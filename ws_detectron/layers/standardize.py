@@ -62,7 +62,8 @@ def standardize_weight(
     Args:
         weight: (O, I/g, kh, kw), or (O, ...) with any number of further dimensions.
         eps: what keeps the denominator away from 0.
-        mode: one of `WS_MODES`.
+        mode: one of `WS_MODES`. The default is the paper's text; that of `WSConv2d` and of the
+            config key MODEL.WS.MODE is "official".
 
     Returns:
         W_hat, of the shape, type and device of `weight`.

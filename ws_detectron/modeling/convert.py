@@ -60,7 +60,8 @@ def convert_to_ws(
 
     The module objects stay the same ones: only their class changes. So parameters,
     `requires_grad`, hooks, and references to a conv from elsewhere (detectron2's FPN keeps its
-    convs in plain lists as well) all hold. A `WSConv2d` met on the way takes `eps` and `mode`.
+    convs in plain lists as well) all hold. A `WSConv2d` that a norm layer follows
+    takes `eps` and `mode`; another one stays as it is, and is reported as left.
 
     Args:
         module: any module tree; may be a single conv.
