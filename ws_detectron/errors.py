@@ -9,8 +9,10 @@ class UserError(Exception):
     """A mistake that the user can mend.
 
     Its message stands alone: it names the config key or file, what was found there and what is
-    allowed. The command-line tools print it without a traceback.
+    allowed. The command-line tools print it without a traceback and end with `exit_status`.
     """
+
+    exit_status = 2  # argparse's own for a wrong command line
 
 
 class ConfigError(UserError, ValueError):
@@ -18,6 +20,12 @@ class ConfigError(UserError, ValueError):
 
     Also a `ValueError`, which is what callers that know nothing of this package expect.
     """
+
+
+class DivergedError(UserError):
+    """A training whose loss became infinite or NaN, as it would again on any machine."""
+
+    exit_status = 3
 
 
 class DataError(UserError):
@@ -30,12 +38,9 @@ class DataError(UserError):
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the process with status 2 and one message when the body raises a `UserError`.
-
-    Status 2 is argparse's own status for a wrong command line.
-    """
+    """Ends the process with one message and a status when the body raises a `UserError`."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_status)

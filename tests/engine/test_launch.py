@@ -16,7 +16,9 @@ import sys
 import torch
 from detectron2.utils import comm
 from ws_detectron.engine import launch
-from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.errors import DivergedError, UserError, exit_on_user_error
+
+ERRORS = {"fail": UserError, "diverge": DivergedError}
 
 def threads():  # 0 on systems without /proc
     return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
@@ -26,8 +28,8 @@ def say(line):  # in one write, as processes share the pipe; an unbuffered print
 
 def main(word):
     ranks = comm.all_gather((comm.get_rank(), comm.get_local_rank(), comm.get_world_size(), word))
-    if word == "fail" and comm.get_rank() == 1:
-        raise UserError("rank 1 says no")
+    if word in ERRORS and comm.get_rank() == 1:
+        raise ERRORS[word]("rank 1 says no")
     comm.synchronize()
     if comm.is_main_process():
         say(f"RANKS {ranks}")
@@ -73,9 +75,12 @@ def test_torchrun(script: str) -> None:
     assert result.stdout.count("THREADS LEFT 0") == 2, result.stdout
 
 
-def test_user_error_of_one_process_ends_all_with_its_message(script: str) -> None:
-    result = run(sys.executable, script, "fail")
-    assert result.returncode == 2
+@pytest.mark.parametrize("word, status", [("fail", 2), ("diverge", 3)])
+def test_user_error_of_one_process_ends_all_with_its_message(
+    script: str, word: str, status: int
+) -> None:
+    result = run(sys.executable, script, word)
+    assert result.returncode == status
     assert "error: rank 1 says no" in result.stderr
     assert "Traceback" not in result.stderr
 

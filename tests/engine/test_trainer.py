@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -9,12 +11,13 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ws_detectron import WSConv2d
 from ws_detectron.engine import Trainer, run
 from ws_detectron.engine.trainer import explain_divergence
-from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.errors import ConfigError, DataError, DivergedError, UserError
 
 
 def arguments(**kwargs: bool) -> argparse.Namespace:
@@ -176,10 +179,36 @@ def test_divergence_names_iteration_and_loss(
         return losses
 
     trainer.model.forward = diverging
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(DivergedError) as caught:
         trainer.train()
     assert "iteration 1: loss_mask is nan; lower SOLVER.BASE_LR" in str(caught.value)
     assert "Traceback" not in caplog.text
+
+
+def test_divergence_that_a_hook_meets(tiny_cfg: CfgNode) -> None:
+    trainer = Trainer(tiny_cfg)
+    trainer.iter = 5
+    hook = mock.Mock()
+    hook.after_step.side_effect = FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+    trainer._hooks = [hook]
+    with EventStorage(5) as trainer.storage, pytest.raises(DivergedError, match="iteration 5: Pre"):
+        trainer.after_step()
+
+
+def test_scaling_is_said_where_nobody_set_loggers_up(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    """In a process of its own, as loggers stay set up."""
+    tiny_cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 2 * tiny_cfg.SOLVER.IMS_PER_BATCH
+    (tmp_path / "scaled.yaml").write_text(tiny_cfg.dump())
+    script = (
+        "from ws_detectron.engine import Trainer, load_config; import ws_detectron.engine.scaling\n"
+        "from unittest import mock\n"
+        "with mock.patch('detectron2.engine.DefaultTrainer.__init__'):\n"
+        "    Trainer(load_config('scaled.yaml'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "scaled: SOLVER.BASE_LR" in done.stdout
 
 
 def test_divergence_inside_the_rpn_keeps_its_reason() -> None:

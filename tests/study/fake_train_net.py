@@ -42,6 +42,9 @@ if (folder / "die").exists():
     os.kill(os.getpid(), signal.SIGKILL)
 if (folder / "fail").exists():
     print("error: training diverged at iteration 3: loss_mask is nan", file=sys.stderr)
+    sys.exit(3)
+if (folder / "refuse").exists():
+    print("error: MODEL.DEVICE is 'cuda', but no CUDA device was found", file=sys.stderr)
     sys.exit(2)
 ap = 100 * (1 - abs(float(options["SOLVER.BASE_LR"]) / batch - 0.005) / 0.01) + int(options["SEED"])
 if (folder / "nothing").exists():

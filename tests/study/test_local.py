@@ -61,7 +61,7 @@ def test_a_failing_cell_is_named_and_the_others_run(make_study, options: Options
     assert [result.word for result in results.cells] == ["failed", "finished"]
     state = results.cells[0].state
     assert state and state.reason == (
-        "training diverged at iteration 3: loss_mask is nan (exit status 2)"
+        "training diverged at iteration 3: loss_mask is nan (exit status 3)"
     )
     assert any("bn_4img_seed1 FAILED: training diverged" in line for line in lines)
 

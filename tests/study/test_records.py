@@ -76,22 +76,25 @@ def test_failed_runs_of_a_search_are_recorded_and_failed_cells_are_not(
     assert (study.output / "cells" / "bn_4img_seed1" / "starts.txt").exists()
 
 
-def test_a_run_of_a_search_that_was_killed_has_not_lost(
-    make_study, options: Options, tmp_path: Path
+@pytest.mark.parametrize(
+    "cause, reason", [("die", "killed by signal 9"), ("refuse", "no CUDA device was found")]
+)
+def test_a_run_of_a_search_that_did_not_diverge_has_not_lost(
+    make_study, options: Options, tmp_path: Path, cause: str, reason: str
 ) -> None:
     """Its arm waits for it: without it, another LR could be chosen."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
     killed = study.output / "search" / "gn_4img_BASE_LR_0.04"
     killed.mkdir(parents=True)
-    (killed / "die").touch()
+    (killed / cause).touch()
     kept = Options(options.train_net, records=records, seeds=[1])
     ran = run_study(study, kept, print)
     assert {r.cell.arm for r in ran.cells} == {"bn"}
     assert f"search_{killed.name}" not in {path.name for path in records.iterdir()}
     (state,) = [r.state for r in ran.search if r.cell.folder == killed]
-    assert state and state.state == "failed" and "killed by signal 9" in state.reason
+    assert state and state.state == "failed" and reason in state.reason
 
-    (killed / "die").unlink()
+    (killed / cause).unlink()
     again = run_study(study, kept, print)
     assert len((killed / "starts.txt").read_text().splitlines()) == 2
     assert [r.word for r in again.search] == ["finished"] * 4

@@ -139,7 +139,7 @@ def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
-        os._exit(2)  # the other processes may wait for this one; `spawn` ends them
+        os._exit(error.exit_status)  # the other processes may wait for this one; `spawn` ends them
 
 
 def _free_port() -> int:

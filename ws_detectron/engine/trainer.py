@@ -4,8 +4,8 @@ import logging
 import pickle
 import re
 import weakref
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
 from detectron2.config import CfgNode
@@ -15,6 +15,7 @@ from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
@@ -23,7 +24,7 @@ from ws_detectron.compat import (
     has_compiled_ops,
     state_beside_the_trainer,
 )
-from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.errors import ConfigError, DivergedError, UserError
 from ws_detectron.modeling import folded_copy
 
 from .accumulation import accumulated_step
@@ -74,6 +75,9 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        # as DefaultTrainer does it for "detectron2": for those who did not set loggers up
+        if not logging.getLogger("ws_detectron").isEnabledFor(logging.INFO):
+            setup_logger(distributed_rank=comm.get_rank(), name="ws_detectron")
         check_batch(cfg, comm.get_world_size())
         cfg = scale_config(cfg, comm.get_world_size())
         if comm.is_main_process():
@@ -111,16 +115,30 @@ class Trainer(DefaultTrainer):
         """One optimizer step.
 
         Raises:
-            UserError: the loss became infinite or NaN; says at which iteration and which loss.
+            DivergedError: the loss became infinite or NaN; says at which iteration and which loss.
         """
-        try:
+        with self._explained_divergence():
             if self.cfg.SOLVER.ACCUMULATE_STEPS > 1:
                 self._trainer.iter = self.iter
                 accumulated_step(self._trainer, self.cfg.SOLVER.ACCUMULATE_STEPS)
             else:
                 super().run_step()
+
+    def after_step(self) -> None:
+        """The hooks; PreciseBN runs the model in training mode, where it may find the divergence.
+
+        Raises:
+            DivergedError: as `run_step`.
+        """
+        with self._explained_divergence():
+            super().after_step()
+
+    @contextmanager
+    def _explained_divergence(self) -> Iterator[None]:
+        try:
+            yield
         except FloatingPointError as error:
-            raise UserError(explain_divergence(str(error), self.iter)) from error
+            raise DivergedError(explain_divergence(str(error), self.iter)) from error
 
     def build_hooks(self) -> list[Optional[HookBase]]:
         """detectron2's hooks and ours: statistics of BN shared, the best checkpoint, a record."""

@@ -28,8 +28,8 @@ class CellState:
         reason: why it failed.
         seconds: wall time of the last process, start-up and evaluations included.
         settings: the config that it runs with.
-        lost: whether a failure is that of the training itself, such as a loss that became
-            infinite, and would come again; not where it was killed or its machine failed.
+        lost: whether a failure is that of the training itself, a loss that became infinite, and
+            would come again; not where it was killed, or its machine or a file failed.
     """
 
     state: str

@@ -9,11 +9,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ws_detectron.errors import DivergedError
+
 from .cell_state import FAILED, FINISHED, OUTPUT, RUNNING, CellState, last_words, write_state
 from .cells import Cell, words
-
-# Exit status of train_net.py for what it explains, a training that diverged above all
-USER_ERROR = 2
 
 # How long a cell may take to end when it is asked to
 PATIENCE = 20.0
@@ -88,7 +87,7 @@ class CellProcess:
             return state
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         reason = f"{last_words(self._log)} ({how})"
-        lost = status == USER_ERROR
+        lost = status == DivergedError.exit_status
         return write_state(self.cell, FAILED, reason=reason, seconds=seconds, lost=lost)
 
     def stop(self) -> None:
