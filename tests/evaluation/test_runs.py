@@ -9,6 +9,7 @@ from written_runs import write_run
 from ws_detectron.evaluation.coco_eval import evaluate
 from ws_detectron.evaluation.report import write_reports
 from ws_detectron.evaluation.runs import (
+    Run,
     ap_key,
     merge_rows,
     read_run,
@@ -90,8 +91,13 @@ def test_values_that_are_no_numbers_are_left_out_of_series() -> None:
 
 def test_ap_of_the_first_of_several_test_sets_is_found() -> None:
     rows = [{"iteration": 1, "b_val/bbox/AP": 1.0, "a_val/bbox/AP": 2.0, "a_val/segm/AP": 3.0}]
-    assert ap_key(rows, "bbox") == "a_val/bbox/AP"
-    assert ap_key([{"iteration": 1, "z/bbox/AP": 1, "bbox/AP": 1}], "bbox") == "bbox/AP"
+    run = Run("run", Path(), rows=rows)
+    assert ap_key(run, "bbox") == "a_val/bbox/AP"  # without a config, by name
+    run.config["DATASETS.TEST"] = ["b_val", "a_val"]
+    assert ap_key(run, "bbox") == "b_val/bbox/AP"
+    rows.append({"iteration": 2, "z/bbox/AP": 1, "bbox/AP": 1})
+    assert ap_key(run, "bbox") == "bbox/AP"
+    assert ap_key(run, "keypoints") == "keypoints/AP"
 
 
 def test_an_evaluation_file_goes_before_the_metrics(tmp_path: Path) -> None:

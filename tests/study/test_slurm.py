@@ -123,6 +123,17 @@ def test_without_slurm_it_says_so(make_study, options: Options) -> None:
         run(make_study(**ONE), options, cluster="slurm")
 
 
+def test_a_refused_job_is_named(
+    make_study, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object, *args: object) -> None:
+        raise submitit.core.utils.FailedJobError("sbatch: error: invalid partition specified: gpus")
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", refuse)
+    with pytest.raises(UserError, match="bn_4img_seed1 could not be .* partition specified: gpus"):
+        run(make_study(**ONE), options)
+
+
 def test_unknown_parameters_are_named(make_study, options: Options) -> None:
     with pytest.raises(UserError, match="slurm.*timeout_minutes"):
         run(make_study(**ONE, slurm={"timeout_minutes": 5}), options)

@@ -46,12 +46,12 @@ def draw_learning_curves(runs: Sequence[Run]) -> Figure:
 
 def draw_ap_curves(runs: Sequence[Run]) -> Figure:
     """Box AP (above) and mask AP over iterations (left) and over training time (right)."""
-    tasks = [t for t in TASKS if any(series(run.rows, ap_key(run.rows, t))[0] for run in runs)]
+    tasks = [t for t in TASKS if any(series(run.rows, ap_key(run, t))[0] for run in runs)]
     tasks = tasks or list(TASKS[:1])
     figure = Figure(figsize=(10, 0.7 + 3.5 * len(tasks)), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
     for row, task in zip(panels, tasks):
-        _draw_row(row, runs, [ap_key(run.rows, task) for run in runs], markers=0)
+        _draw_row(row, runs, [ap_key(run, task) for run in runs], markers=0)
         row[0].set_ylabel(f"{TITLES[task]} AP (per cent)")
     _finish(figure, panels)
     return figure

@@ -160,10 +160,15 @@ def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[fl
     return [iteration for iteration, _ in found], [value for _, value in found]
 
 
-def ap_key(rows: Sequence[dict[str, Any]], task: str) -> str:
-    """The name of a task's AP in metrics: with several test sets, that of the first."""
-    names = {name for row in rows for name in row if name.endswith(f"{task}/AP")}
-    return min(names, key=lambda name: (name != f"{task}/AP", name), default=f"{task}/AP")
+def ap_key(run: Run, task: str) -> str:
+    """The name of a task's AP in metrics: with several test sets, that of the first.
+
+    The first in DATASETS.TEST, and without a config the first by name.
+    """
+    plain = f"{task}/AP"
+    tested = [f"{name}/{plain}" for name in run.config.get("DATASETS.TEST", ())]
+    found = {name for row in run.rows for name in row if name.endswith(plain)}
+    return next((name for name in (plain, *tested, *sorted(found)) if name in found), plain)
 
 
 def _read_figures(run: Run, folder: Path) -> None:
@@ -203,7 +208,7 @@ def _read_evaluation(run: Run, path: Path) -> None:
 
 def _figures_of_last_evaluation(run: Run) -> None:
     for task in TASKS:
-        key = ap_key(run.rows, task)
+        key = ap_key(run, task)
         for row in reversed(run.rows):
             if key in row:
                 prefix = key[: -len("AP")]

@@ -98,7 +98,7 @@ def _curves(runs: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.ndarra
     """
     curves = []
     for result in runs:
-        name = key if key == "total_loss" else ap_key(result.run.rows, key)
+        name = key if key == "total_loss" else ap_key(result.run, key)
         iterations, values = series(result.run.rows, name)
         per_step = result.cell.batch * result.cell.processes
         # a last evaluation is written one iteration after the last step

@@ -90,11 +90,11 @@ def final_ap(run: Run, tasks: Sequence[str]) -> tuple[dict[str, float], list[str
     A detector that finds nothing at all has no AP in detectron2's metrics. By COCO's rules it is 0,
     and left out it would make the mean of its arm look better than it is, so it counts as 0.
     """
-    box = ap_key(run.rows, TASKS[0])
+    box = ap_key(run, TASKS[0])
     evaluations = [row for row in run.rows if box in row]
     if not evaluations:
         return {}, ["it was never evaluated: DATASETS.TEST is empty"]
-    values = {task: evaluations[-1].get(ap_key(run.rows, task), math.nan) for task in tasks}
+    values = {task: evaluations[-1].get(ap_key(run, task), math.nan) for task in tasks}
     missing = [task for task, value in values.items() if not math.isfinite(value)]
     notes = ["it detects nothing: AP counts as 0"] if missing else []
     return {task: value if task not in missing else 0.0 for task, value in values.items()}, notes

@@ -58,7 +58,8 @@ def run_on_slurm(
         poll_seconds: between looks at the queue.
 
     Raises:
-        UserError: submitit is not installed, there is no Slurm, or a parameter is unknown.
+        UserError: submitit is not installed, there is no Slurm, a parameter is unknown, or Slurm
+            refuses a job.
     """
     submitit = _import_submitit()
     try:
@@ -78,7 +79,13 @@ def run_on_slurm(
                 executor.update_parameters(**{**DEFAULTS, **needs, **parameters, "name": cell.name})
             except (NameError, TypeError, ValueError) as error:
                 raise UserError(f"submitit refuses the study's `slurm`: {error}") from error
-            job = executor.submit(CellJob(), cell, train_net)
+            try:
+                job = executor.submit(CellJob(), cell, train_net)
+            except submitit.core.utils.FailedJobError as error:
+                raise UserError(
+                    f"{cell.name} could not be submitted: {error}. The same command goes on with "
+                    "what is submitted already"
+                ) from error
             write_text(cell.folder / JOB, job.job_id)
         progress.began(cell)
         jobs[cell.name] = cell, job
