@@ -8,7 +8,7 @@ TRAINING_KEYS = {"ACCUMULATE_STEPS": 1, "REFERENCE_IMS_PER_BATCH": 0}
 
 
 def add_ws_config(cfg: CfgNode) -> None:
-    """Adds the node `MODEL.WS` and two keys of `SOLVER` to a detectron2 config, in place.
+    """Adds the node `MODEL.WS` and three keys of training to a detectron2 config, in place.
 
     ==================  ==========  ============================================================
     key                 default     why one would change it
@@ -24,7 +24,7 @@ def add_ws_config(cfg: CfgNode) -> None:
     ==================  ==========  ============================================================
 
     which act in the `build_ws_*` backbones and the `WS*` heads, and nowhere else;
-    and two keys of training, which `ws_detectron.engine` reads:
+    and three keys of training, which `ws_detectron.engine` reads:
 
     ==============================  =======  ==================================================
     SOLVER.ACCUMULATE_STEPS         1        a batch does not fit into memory: it is computed in
@@ -33,6 +33,8 @@ def add_ws_config(cfg: CfgNode) -> None:
     SOLVER.REFERENCE_IMS_PER_BATCH  0 (off)  the batch that LR and schedule are meant for: with
                                              another IMS_PER_BATCH they are scaled
                                              (`ws_detectron.engine.scaling`)
+    DATASETS.REGISTER               []       data sets of one's own, in COCO format
+                                             (`ws_detectron.data.register_coco_sets`)
     ==============================  =======  ==================================================
 
     A config that has a key keeps it as it is, so calling this twice does no harm.
@@ -45,3 +47,5 @@ def add_ws_config(cfg: CfgNode) -> None:
     for key, default in TRAINING_KEYS.items():
         if key not in cfg.SOLVER:
             cfg.SOLVER[key] = default
+    if "REGISTER" not in cfg.DATASETS:
+        cfg.DATASETS.REGISTER = []

@@ -11,7 +11,16 @@ from ws_detectron.model_zoo import config_names, get_config
 LEAVES = [name for name in config_names() if name.startswith("quickstart/mask_rcnn")]
 NORMS = {f"MODEL.{node}.NORM" for node in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
 WS_NAMES = {f"MODEL.{node}.NAME" for node in ("BACKBONE", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
-BATCH = {f"SOLVER.{key}" for key in ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "WARMUP_ITERS")}
+BATCH = {
+    f"SOLVER.{key}"
+    for key in (
+        "IMS_PER_BATCH",
+        "REFERENCE_IMS_PER_BATCH",
+        "BASE_LR",
+        "MAX_ITER",
+        "WARMUP_ITERS",
+    )
+}
 WS_FLAGS = {f"MODEL.WS.{part}" for part in ("BACKBONE", "FPN", "BOX_HEAD", "MASK_HEAD")}
 ARMS = {
     ("bn", "gn_ws"): NORMS | WS_NAMES,

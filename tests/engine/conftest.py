@@ -81,6 +81,7 @@ def tiny_cfg(coco_set: str, tmp_path: Path) -> CfgNode:
     cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
     cfg.SOLVER.MAX_ITER = 2
     cfg.SOLVER.STEPS = ()
     cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"

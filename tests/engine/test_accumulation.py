@@ -125,7 +125,7 @@ def file_names(accumulate: int, batches: int) -> list[str]:
     cfg.DATASETS.TRAIN = ("scenes_shapes_128_val",)
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
-    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 4
     cfg.SOLVER.ACCUMULATE_STEPS = accumulate
     cfg.freeze()
     np.random.seed(0)  # detectron2 draws the seed of the sampler from it

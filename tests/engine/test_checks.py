@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ws_detectron.engine import checks, load_config
+from ws_detectron.engine.loaders import build_train_loader
 from ws_detectron.errors import ConfigError, DataError, UserError
 
 
@@ -113,6 +114,24 @@ def test_missing_folder_says_path_and_variable(coco_set: str, tmp_path: Path) ->
         checks.check_datasets("DATASETS.TRAIN", [coco_set])
     for part in (str(tmp_path / "annotations.json"), "DETECTRON2_DATASETS", "coco/annotations"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["ROI_HEADS", "RETINANET"])
+def test_the_model_has_a_class_for_each_of_the_data(coco_set: str, part: str) -> None:
+    MetadataCatalog.get(coco_set).thing_classes = ["square", "circle"]
+    cfg = config("DATASETS.TRAIN", f"('{coco_set}',)", f"MODEL.{part}.NUM_CLASSES", 2)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet" if part == "RETINANET" else "GeneralizedRCNN"
+    checks.check_classes(cfg)
+    cfg.MODEL[part].NUM_CLASSES = 1
+    expected = f"{part}.NUM_CLASSES is 1, but {coco_set} has 2 classes: square, circle"
+    with pytest.raises(ConfigError, match=expected):
+        checks.check_classes(cfg)
+
+
+def test_more_classes_than_the_model_has_are_found_before_training(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
+    with pytest.raises(ConfigError, match="NUM_CLASSES is 0, but .* has 1 classes: square"):
+        build_train_loader(tiny_cfg)
 
 
 def test_scenes_need_no_file_before_they_are_made() -> None:

@@ -1,5 +1,7 @@
 """load_config: files, names and overrides, and errors that name the key."""
 
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,27 @@ def test_merges_file_then_overrides(tmp_path: Path) -> None:
         "SOLVER.BASE_LR": 0.5,
         "SOLVER.MAX_ITER": 9,
     }
+
+
+@pytest.mark.parametrize(
+    "opts, warned",
+    [
+        ("SOLVER.IMS_PER_BATCH 8", True),
+        ("SOLVER.IMS_PER_BATCH 8 SOLVER.BASE_LR 0.01", False),
+        ("SOLVER.IMS_PER_BATCH 8 SOLVER.REFERENCE_IMS_PER_BATCH 16", False),
+        ("SOLVER.IMS_PER_BATCH 16", False),
+        ("SOLVER.MAX_ITER 8", False),
+    ],
+)
+def test_a_batch_that_changes_alone_is_warned_of(
+    opts: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_2img.yaml"
+    with caplog.at_level(logging.WARNING, logger="ws_detectron"):
+        load_config(name, opts.split())
+    expected = "8 in place of the config's 16, .*add SOLVER.REFERENCE_IMS_PER_BATCH 16"
+    assert bool(re.search(expected, caplog.text)) == warned
+    assert len(caplog.records) == warned
 
 
 def test_finds_the_configs_of_the_package_by_name() -> None:

@@ -109,6 +109,13 @@ def test_every_coco_config_but_small_bn_is_quiet() -> None:
             assert bool(traps(name)) == loud, name
 
 
+def test_quickstart_configs_are_quiet_or_about_bn() -> None:
+    for name in config_names():
+        if name.startswith("quickstart/mask_rcnn"):
+            loud = "_bn_1img" in name or "_bn_ws_1img" in name
+            assert len(traps(name, world_size=1)) == loud, name
+
+
 def test_trainer_warns(tiny_cfg: CfgNode, caplog: pytest.LogCaptureFixture) -> None:
     tiny_cfg.MODEL.BACKBONE.FREEZE_AT = 2
     with caplog.at_level(logging.WARNING, logger="ws_detectron"):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ws_detectron.data import builtin_scenes, ensure_scenes
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "COCO-InstanceSegmentation"
 QUICKSTART = ROOT / "configs" / "quickstart" / "mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
@@ -74,7 +76,11 @@ def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
 
 
 def test_two_cpu_processes_train_and_evaluate_as_one_job(tmp_path: Path) -> None:
-    options = ["DATASETS.TRAIN", "('scenes_shapes_128_val',)", "SOLVER.MAX_ITER", 2]
+    """On a data set that the config brings with it, which each process has to register."""
+    folder = ensure_scenes(builtin_scenes()["scenes_shapes_128_val"])
+    mine = ["mine", str(folder / "annotations.json"), str(folder / "images")]
+    options = ["DATASETS.REGISTER", [mine], "SOLVER.MAX_ITER", 2]
+    options += ["DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)"]
     options += ["OUTPUT_DIR", tmp_path / "out", "DATALOADER.NUM_WORKERS", 0]
     options += ["SOLVER.REFERENCE_WORLD_SIZE", 4, "MODEL.RPN.POST_NMS_TOPK_TEST", 5]
     options += ["TEST.EXPECTED_RESULTS", "[]"]

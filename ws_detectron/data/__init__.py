@@ -2,6 +2,7 @@
 
 from .cache import cache_root
 from .catalog import builtin_scenes, register_builtin_scenes, register_scenes
+from .coco_sets import register_coco_sets
 from .fashion_mnist import FASHION_CLASSES, find_fashion_mnist, load_fashion_mnist
 from .scene_dataset import ensure_scenes, scene_folder
 from .scenes import Scene, SceneObject, SceneSpec, make_scene, sprite_source
@@ -18,6 +19,7 @@ __all__ = [
     "load_fashion_mnist",
     "make_scene",
     "register_builtin_scenes",
+    "register_coco_sets",
     "register_scenes",
     "scene_folder",
     "sprite_source",

@@ -131,18 +131,38 @@ def check_datasets(key: str, names: Sequence[str]) -> None:
         if name not in DatasetCatalog.list():
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ConfigError(f"{key} names {name!r}, which is not a registered data set{hint}")
+            raise ConfigError(
+                f"{key} names {name!r}, which is not a registered data set{hint}"
+                "; DATASETS.REGISTER registers those of one's own"
+            )
         metadata = MetadataCatalog.get(name)
         if metadata.get("scene_spec") is not None:  # made when it is first loaded
             continue
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path and not PathManager.exists(path):
                 root = os.environ.get("DETECTRON2_DATASETS", "not set, which means ./datasets")
-                raise UserError(
-                    f"data set {name} ({key}) needs {os.path.abspath(path)}, which does not exist; "
+                remedy = (
                     "set DETECTRON2_DATASETS to the folder that holds coco/annotations and "
                     f"coco/train2017, coco/val2017 (now: {root})"
                 )
+                if metadata.get("named_by"):
+                    remedy = f"{metadata.named_by} names it"
+                raise UserError(
+                    f"data set {name} ({key}) needs {os.path.abspath(path)}, which does not exist; "
+                    f"{remedy}"
+                )
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """The model has a class for each of the training data, once these are loaded."""
+    part = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    for name in cfg.DATASETS.TRAIN:
+        classes = MetadataCatalog.get(name).get("thing_classes", [])
+        if len(classes) > cfg.MODEL[part].NUM_CLASSES:
+            raise ConfigError(
+                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
+                f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
+            )
 
 
 def explain_annotations(names: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """From a config file and overrides to a checked detectron2 config."""
 
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ from detectron2.config import CfgNode, get_cfg
 
 from ws_detectron import model_zoo
 from ws_detectron.config import add_ws_config
+from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """detectron2's config with MODEL.WS, a config file and overrides merged in, not frozen.
+
+    Registers the data sets of DATASETS.REGISTER and makes their paths absolute. Warns where an
+    override changes the batch alone.
 
     Args:
         config_file: a path, or the name of a config that comes with this package
@@ -23,7 +30,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         UserError: the file is missing or not YAML.
-        ConfigError: a key is unknown or its value of the wrong type.
+        ConfigError: a key is unknown or its value of the wrong type, or DATASETS.REGISTER cannot
+            be.
     """
     cfg = get_cfg()
     add_ws_config(cfg)
@@ -35,6 +43,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             raise ConfigError(_explain(cfg, error, f"config file {config_file}")) from error
         except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"config file {config_file} is not a YAML config: {error}") from error
+    batch = cfg.SOLVER.IMS_PER_BATCH
     if len(opts) % 2:
         raise ConfigError(
             f"overrides are pairs of KEY VALUE; got an odd number of words: {' '.join(opts)}"
@@ -44,6 +53,17 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_list([key, value])
         except (KeyError, ValueError, AssertionError) as error:
             raise ConfigError(_explain(cfg, error, f"override {key} {value}")) from error
+    if (
+        cfg.SOLVER.IMS_PER_BATCH != batch
+        and cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 0
+        and "SOLVER.BASE_LR" not in opts[::2]
+    ):
+        logger.warning(
+            "SOLVER.IMS_PER_BATCH is %d in place of the config's %d, for which its LR and schedule "
+            "are; to scale them, add SOLVER.REFERENCE_IMS_PER_BATCH %d",
+            *(cfg.SOLVER.IMS_PER_BATCH, batch, batch),
+        )
+    cfg.DATASETS.REGISTER = register_coco_sets(cfg.DATASETS.REGISTER)
     return cfg
 
 

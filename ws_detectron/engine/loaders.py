@@ -13,7 +13,7 @@ from detectron2.data import (
 from ws_detectron.errors import DataError
 
 from .accumulation import part_of_batch
-from .checks import explain_annotations
+from .checks import check_classes, explain_annotations
 
 
 class NamingMapper:
@@ -50,10 +50,15 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
     Raises:
         DataError: annotations are not COCO JSON; images that cannot be read raise it later, when
             their turn comes.
+        ConfigError: the data have more classes than the model.
     """
     cfg = part_of_batch(cfg)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=True))
-    return _explained(cfg.DATASETS.TRAIN, lambda: build_detection_train_loader(cfg, mapper=mapper))
+    loader = _explained(
+        cfg.DATASETS.TRAIN, lambda: build_detection_train_loader(cfg, mapper=mapper)
+    )
+    check_classes(cfg)
+    return loader
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:

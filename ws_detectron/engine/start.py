@@ -7,6 +7,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from ws_detectron.data import register_coco_sets
+
 from .checks import check_run
 from .launch import launch, started_by_torchrun
 
@@ -42,11 +44,17 @@ def start(
         num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     check_run(cfg, num_gpus=num_gpus, world_size=world_size, eval_only=eval_only)
     return launch(
-        main,
+        _with_data_sets,
         options.num_gpus,
         device=cfg.MODEL.DEVICE,
         num_machines=options.num_machines,
         machine_rank=options.machine_rank,
         dist_url=options.dist_url,
-        args=(cfg, *args),
+        args=(main, cfg, *args),
     )
+
+
+def _with_data_sets(main: Callable[..., Any], cfg: CfgNode, *args: Any) -> Any:
+    """A process that `launch` starts knows no data set that this one has registered."""
+    register_coco_sets(cfg.DATASETS.REGISTER)
+    return main(cfg, *args)
