@@ -130,18 +130,6 @@ def test_missing_data_say_where_they_were_sought_and_what_to_set(nowhere: Path) 
     assert not [p for p in nowhere.rglob("*") if p.is_file()]
 
 
-@pytest.mark.parametrize("place", [".", "FashionMNIST/raw"])
-def test_files_where_the_variable_says_are_found(
-    nowhere: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    folder = nowhere / "data" / place
-    folder.mkdir(parents=True)
-    for name in TRAIN_FILES:
-        (folder / name).touch()
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(nowhere / "data"))
-    assert find_fashion_mnist("train", download=False) == folder
-
-
 def test_files_in_the_cache_are_found(nowhere: Path) -> None:
     folder = nowhere / "cache" / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)

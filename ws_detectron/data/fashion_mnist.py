@@ -37,7 +37,6 @@ FASHION_CLASSES = (
     "Ankle boot",
 )
 DATASETS_VARIABLE = "DETECTRON2_DATASETS"
-LAYOUT = Path("FashionMNIST", "raw")  # torchvision's, below its root folder
 
 # split -> (images, labels), each with its published MD5 sum
 _FILES = {
@@ -127,10 +126,10 @@ def find_fashion_mnist(
 ) -> Path:
     """The folder that holds the gz files of a split.
 
-    Looked for in `$DETECTRON2_DATASETS` itself, in its `FashionMNIST/raw` (torchvision's layout;
-    detectron2 takes `./datasets` where the variable is not set), then in the package's cache. If
-    none has them, they are downloaded from torchvision's mirrors: into torchvision's layout where
-    the variable is set, into the cache otherwise.
+    Looked for in `$DETECTRON2_DATASETS/FashionMNIST/raw` (torchvision's layout; detectron2 takes
+    `./datasets` where the variable is not set), then in the package's cache. If neither has them,
+    they are downloaded from torchvision's mirrors: into the first folder where the variable is set,
+    into the cache otherwise.
 
     Args:
         split: `"train"` or `"test"`.
@@ -144,16 +143,18 @@ def find_fashion_mnist(
     """
     files = _files(split)
     stated = os.environ.get(DATASETS_VARIABLE)
-    given = Path(os.path.expanduser(root or stated or "datasets")).absolute()
-    candidates = [given, given / LAYOUT]
-    if root is None:
-        candidates.append(Path(os.path.expanduser(cache_root())).absolute() / LAYOUT)
+    # torchvision's layout below a root folder
+    candidates = [
+        Path(os.path.expanduser(parent)).absolute() / "FashionMNIST" / "raw"
+        for parent in (stated or "datasets", cache_root())
+    ]
+    if root is not None:
+        given = Path(os.path.expanduser(root)).absolute()
+        candidates = [given, given / "FashionMNIST" / "raw"]
     for folder in candidates:
         if all((folder / name).is_file() for name, _ in files):
             return folder
-    target = candidates[-1]
-    if stated and root is None:
-        target = given / LAYOUT
+    target = candidates[0] if stated and root is None else candidates[1]
     problem = "downloading is off"
     if download:
         try:
