@@ -17,7 +17,7 @@ examples:
 
   # the CPU, in two processes; values of the config can be overridden at the end of the line
   python tools/train_net.py --num-gpus 2 --config-file <config> MODEL.DEVICE cpu \\
-      SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 100
+      SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.0025
 
   # two machines of 8 GPUs, started by torchrun on each
   torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint <host>:29500 \\

@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from detectron2.data import MetadataCatalog
-
+from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets
 from ws_detectron.errors import exit_on_user_error
@@ -57,6 +56,7 @@ def main() -> None:
 
 def draw_dataset(args: argparse.Namespace) -> str:
     if args.predictions:
+        load_config("", args.opts)  # for DATASETS.REGISTER
         check_datasets("--dataset", [args.dataset])
         predictions = load_predictions(args.predictions)
     else:
@@ -76,7 +76,7 @@ def draw_dataset(args: argparse.Namespace) -> str:
 
 def draw_inputs(args: argparse.Namespace) -> str:
     cfg = load_config(args.config_file, args.opts)
-    metadata = MetadataCatalog.get(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
+    metadata = classes_of(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
     predict = ImagePredictor(cfg, metadata)
     return visualize_inputs(
         args.input, args.output, predict, metadata, score_threshold=args.score_threshold

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ws_detectron.data import register_coco_sets
+from ws_detectron.data import classes_of, register_coco_sets
 from ws_detectron.engine import load_config
-from ws_detectron.engine.checks import check_datasets
+from ws_detectron.engine.checks import check_datasets, check_registered
 from ws_detectron.errors import ConfigError, UserError
 
 
@@ -51,6 +51,35 @@ def test_missing_files_are_named(name: str, tmp_path: Path) -> None:
     register_coco_sets([(name, str(tmp_path / "none.json"), str(tmp_path))])
     with pytest.raises(UserError, match="none.json, which does not exist; DATASETS.REGISTER names"):
         check_datasets("DATASETS.TRAIN", [name])
+
+
+def test_none_and_home_folders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert register_coco_sets(None) == []
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (entry,) = register_coco_sets([[name, "~/a.json", "~/images"]])
+    assert entry == [name, "/home/somebody/a.json", "/home/somebody/images"]
+
+
+def test_a_set_that_only_another_config_registers_is_refused(name: str) -> None:
+    register_coco_sets([[name, "a.json", "images"]])
+    cfg = load_config("", ["DATASETS.TEST", f"('{name}',)"])
+    with pytest.raises(ConfigError, match=f"DATASETS.TEST names '{name}'.* there: nothing"):
+        check_registered(cfg)
+    cfg.DATASETS.REGISTER = [[name, "a.json", "images"]]
+    check_registered(cfg)
+
+
+def test_classes_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    content = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "button"}]}
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    register_coco_sets([[name, str(tmp_path / "mine.json"), str(tmp_path)]])
+    assert classes_of(name).thing_classes == ["button"]
+    (tmp_path / "mine.json").write_text("no JSON")
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    register_coco_sets([[name, str(tmp_path / "mine.json"), str(tmp_path)]])
+    with pytest.raises(UserError, match="cannot load .*mine.json"):
+        classes_of(name)
 
 
 def test_addresses_stay_as_they_are(name: str) -> None:

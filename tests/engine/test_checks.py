@@ -1,6 +1,7 @@
 """What a user can get wrong is found before a process starts, with path or key in the message."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ws_detectron.engine import checks, load_config
-from ws_detectron.engine.loaders import build_train_loader
+from ws_detectron.engine.loaders import build_test_loader, build_train_loader
 from ws_detectron.errors import ConfigError, DataError, UserError
 
 
@@ -126,6 +127,28 @@ def test_the_model_has_a_class_for_each_of_the_data(coco_set: str, part: str) ->
     expected = f"{part}.NUM_CLASSES is 1, but {coco_set} has 2 classes: square, circle"
     with pytest.raises(ConfigError, match=expected):
         checks.check_classes(cfg)
+
+
+def test_keys_of_other_architectures_are_not_known(coco_set: str) -> None:
+    cfg = config("DATASETS.TRAIN", f"('{coco_set}',)", "MODEL.ROI_HEADS.NUM_CLASSES", 0)
+    MetadataCatalog.get(coco_set).thing_classes = ["square"]
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    checks.check_classes(cfg)
+
+
+def test_other_classes_in_the_test_set_are_warned_of(
+    tiny_cfg: CfgNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = "of_other_classes"
+    MetadataCatalog.get(train).thing_classes = ["circle", "square"]
+    try:
+        tiny_cfg.DATASETS.TRAIN = (*tiny_cfg.DATASETS.TEST, train)
+        with caplog.at_level(logging.WARNING, logger="ws_detectron"):
+            build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0])
+    finally:
+        MetadataCatalog.remove(train)
+    (record,) = [r for r in caplog.records if r.name.startswith("ws_detectron")]
+    assert "classes square (1) and of_other_classes circle, square (2)" in record.getMessage()
 
 
 def test_more_classes_than_the_model_has_are_found_before_training(tiny_cfg: CfgNode) -> None:

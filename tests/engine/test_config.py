@@ -54,6 +54,26 @@ def test_a_batch_that_changes_alone_is_warned_of(
     assert len(caplog.records) == warned
 
 
+@pytest.mark.parametrize(
+    "opts, warned",
+    [
+        ("SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.MAX_ITER 9", "BASE_LR and SOLVER.MAX_"),
+        (
+            "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 9",
+            "SOLVER.MAX_ITER: taken as meant for 4",
+        ),
+        ("SOLVER.IMS_PER_BATCH 2", ""),
+        ("SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 9 SOLVER.REFERENCE_IMS_PER_BATCH 2", ""),
+    ],
+)
+def test_values_that_are_scaled_with_a_stated_batch_are_warned_of(
+    opts: str, warned: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="ws_detectron"):
+        load_config("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml", opts.split())
+    assert warned in caplog.text and len(caplog.records) == bool(warned)
+
+
 def test_finds_the_configs_of_the_package_by_name() -> None:
     cfg = load_config("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
     assert cfg.MODEL.BACKBONE.NAME == "build_ws_resnet_fpn_backbone"

@@ -97,8 +97,9 @@ def test_ws_settings_that_nothing_reads() -> None:
     assert traps(COCO.format("gn_ws_1img"), *changed) == []
     head = ["MODEL.ROI_MASK_HEAD.NAME", "WSMaskRCNNConvUpsampleHead"]
     assert traps(COCO.format("gn_1img"), *changed, *head) == []
-    of_somebody = ["MODEL.BACKBONE.NAME", "build_my_backbone"]
-    assert traps(COCO.format("gn_1img"), *changed, *of_somebody) == []
+    for key in ("BACKBONE.NAME", "META_ARCHITECTURE", "ROI_HEADS.NAME"):
+        of_somebody = [f"MODEL.{key}", "Mine"]
+        assert traps(COCO.format("gn_1img"), *changed, *of_somebody) == []
 
 
 def test_every_coco_config_but_small_bn_is_quiet() -> None:

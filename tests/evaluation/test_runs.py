@@ -146,13 +146,16 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     assert "is not JSON" in read_run(other, "other").problems[0]
 
 
-def test_several_evaluations_of_a_run_are_named(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run")
+@pytest.mark.parametrize(
+    "tested, order", [("('x',)", "a_val, b_val"), ("('b_val',)", "b_val, a_val")]
+)
+def test_several_evaluations_of_a_run_are_named(tmp_path: Path, tested: str, order: str) -> None:
+    folder = write_run(tmp_path / "run", options=["DATASETS.TEST", tested])
     for name, score in (("b_val", 0.9), ("a_val", 0.9)):
         result = evaluate(annotations([(1, 1, BOX)]), [prediction(1, 1, BOX, score)])
         write_reports(result, folder / "inference" / name)
     run = read_run(folder, "run")
-    assert "several data sets (a_val, b_val)" in run.problems[0]
+    assert f"several data sets ({order})" in run.problems[0]
     assert run.figures["bbox/AP"] == pytest.approx(100)
 
 

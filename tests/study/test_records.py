@@ -1,13 +1,17 @@
 """Records: a study goes on where nothing but they are left."""
 
 import json
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from ws_detectron.errors import ConfigError
 from ws_detectron.study import Options, Study, read_study_results, run_study, take_records
+from ws_detectron.study.cell_state import FINISHED, is_finished, write_state
+from ws_detectron.study.cells import study_cells
 from ws_detectron.study.records import FILES
 from ws_detectron.study.slurm import JOB
 
@@ -74,6 +78,26 @@ def test_failed_runs_of_a_search_are_recorded_and_failed_cells_are_not(
     assert not (lost / "starts.txt").exists()
     assert [r.cell.choice for r in again.cells] == [r.cell.choice for r in ran.cells]
     assert (study.output / "cells" / "bn_4img_seed1" / "starts.txt").exists()
+
+
+def test_data_may_lie_elsewhere_on_another_machine(
+    make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ws_detectron.engine.config.register_coco_sets", absolute)
+    study = make_study(overrides={"DATASETS.REGISTER": [["mine", "mine.json", "images"]]})
+    for place in ("one", "other"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        cell = study_cells(study, {})[0]
+        assert cell.settings["DATASETS.REGISTER"][0][1] == str(tmp_path / place / "mine.json")
+        if place == "one":
+            write_state(cell, FINISHED)
+    assert is_finished(cell)
+
+
+def absolute(entries: Sequence[list[str]]) -> list[list[str]]:
+    """`register_coco_sets` on a machine that has not registered them yet."""
+    return [[name, *map(os.path.abspath, paths)] for name, *paths in entries]
 
 
 @pytest.mark.parametrize(

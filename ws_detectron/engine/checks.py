@@ -30,6 +30,7 @@ def check_run(cfg: CfgNode, *, num_gpus: int, world_size: int, eval_only: bool) 
     """
     check_device(cfg, num_gpus)
     check_weights(cfg)
+    check_registered(cfg)
     check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if not eval_only:
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
@@ -153,9 +154,40 @@ def check_datasets(key: str, names: Sequence[str]) -> None:
                 )
 
 
+def check_registered(cfg: CfgNode) -> None:
+    """Data sets of one's own are those of this config, not of another one in the same process.
+
+    Raises:
+        ConfigError: a set that only another config's DATASETS.REGISTER has registered.
+    """
+    registered = [name for name, *_ in cfg.DATASETS.REGISTER]
+    for key in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            if MetadataCatalog.get(name).get("named_by") and name not in registered:
+                raise ConfigError(
+                    f"DATASETS.{key} names {name!r}, which DATASETS.REGISTER does not; there: "
+                    f"{', '.join(registered) or 'nothing'}"
+                )
+
+
+def make_output_dir(cfg: CfgNode) -> None:
+    """Makes OUTPUT_DIR, in which detectron2 opens files at once.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error}") from error
+
+
 def check_classes(cfg: CfgNode) -> None:
     """The model has a class for each of the training data, once these are loaded."""
-    part = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    parts = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+    part = parts.get(cfg.MODEL.META_ARCHITECTURE)
+    if part is None:  # the keys of somebody's own model are not known
+        return
     for name in cfg.DATASETS.TRAIN:
         classes = MetadataCatalog.get(name).get("thing_classes", [])
         if len(classes) > cfg.MODEL[part].NUM_CLASSES:
@@ -163,6 +195,24 @@ def check_classes(cfg: CfgNode) -> None:
                 f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
                 f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
             )
+
+
+def differing_classes(train: Sequence[str], test: str) -> list[str]:
+    """Sentences on training sets, once loaded, whose classes are not those of a test set.
+
+    A model knows classes by their number, so its predictions would be of other classes there.
+    """
+    tested = MetadataCatalog.get(test).get("thing_classes")
+    found = []
+    for name in train:
+        trained = MetadataCatalog.get(name).get("thing_classes")
+        if tested and trained and list(tested) != list(trained):
+            found.append(
+                f"{test} has the classes {', '.join(tested[:10])} ({len(tested)}) and {name} "
+                f"{', '.join(trained[:10])} ({len(trained)}): AP is wrong, unless these are other "
+                "names of the same in the same order; give both files the same `categories`"
+            )
+    return found
 
 
 def explain_annotations(names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,29 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_list([key, value])
         except (KeyError, ValueError, AssertionError) as error:
             raise ConfigError(_explain(cfg, error, f"override {key} {value}")) from error
-    if (
-        cfg.SOLVER.IMS_PER_BATCH != batch
-        and cfg.SOLVER.REFERENCE_IMS_PER_BATCH == 0
-        and "SOLVER.BASE_LR" not in opts[::2]
-    ):
-        logger.warning(
-            "SOLVER.IMS_PER_BATCH is %d in place of the config's %d, for which its LR and schedule "
-            "are; to scale them, add SOLVER.REFERENCE_IMS_PER_BATCH %d",
-            *(cfg.SOLVER.IMS_PER_BATCH, batch, batch),
-        )
+    if cfg.SOLVER.IMS_PER_BATCH != batch and os.environ.get("RANK", "0") == "0":
+        _warn_of_other_batch(cfg, batch, opts[::2])
     cfg.DATASETS.REGISTER = register_coco_sets(cfg.DATASETS.REGISTER)
     return cfg
+
+
+def _warn_of_other_batch(cfg: CfgNode, batch: int, overridden: Sequence[str]) -> None:
+    """Where LR and schedule are not scaled, or those of the command line are scaled as well."""
+    asked, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_IMS_PER_BATCH
+    given = [key for key in overridden if key in ("SOLVER.BASE_LR", "SOLVER.MAX_ITER")]
+    if "SOLVER.REFERENCE_IMS_PER_BATCH" in overridden:
+        return
+    if reference == 0 and "SOLVER.BASE_LR" not in given:
+        logger.warning(
+            f"SOLVER.IMS_PER_BATCH is {asked} in place of the config's {batch}, for which its LR "
+            f"and schedule are; to scale them, add SOLVER.REFERENCE_IMS_PER_BATCH {batch}"
+        )
+    elif reference not in (0, asked) and given:
+        logger.warning(
+            f"{' and '.join(given)}: taken as meant for {reference} images, the config's "
+            f"SOLVER.REFERENCE_IMS_PER_BATCH, and scaled to {asked}; to take them as they are, add "
+            f"SOLVER.REFERENCE_IMS_PER_BATCH {asked}"
+        )
 
 
 def find_config(config_file: str) -> str:

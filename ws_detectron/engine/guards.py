@@ -4,7 +4,13 @@ What cannot run at all is refused by `checks`; these are warnings, because each 
 """
 
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY, ROI_BOX_HEAD_REGISTRY, ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+)
 
 from ws_detectron.modeling import WSSettings
 
@@ -99,6 +105,8 @@ def _settings_without_effect(cfg: CfgNode) -> list[str]:
         "MODEL.ROI_MASK_HEAD.NAME": (cfg.MODEL.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY),
     }
     # somebody's own builder may read it
+    parts["MODEL.META_ARCHITECTURE"] = (cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
+    parts["MODEL.ROI_HEADS.NAME"] = (cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY)
     stock = [
         name in registry and registry.get(name).__module__.startswith("detectron2.")
         for name, registry in parts.values()

@@ -1,5 +1,6 @@
 """detectron2's data loaders, with errors that name the file."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from detectron2.data import (
 from ws_detectron.errors import DataError
 
 from .accumulation import part_of_batch
-from .checks import check_classes, explain_annotations
+from .checks import check_classes, differing_classes, explain_annotations
+
+logger = logging.getLogger(__name__)
 
 
 class NamingMapper:
@@ -64,9 +67,12 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     """detectron2's test loader for one data set; see `build_train_loader`."""
     mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
-    return _explained(
+    loader = _explained(
         [dataset_name], lambda: build_detection_test_loader(cfg, dataset_name, mapper=mapper)
     )
+    for difference in differing_classes(cfg.DATASETS.TRAIN, dataset_name):
+        logger.warning(difference)
+    return loader
 
 
 def _explained(names: Sequence[str], build: Callable[[], Iterable]) -> Iterable:

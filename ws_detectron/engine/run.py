@@ -10,6 +10,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from .checks import make_output_dir
 from .config import find_config
 from .inference import load_model_for_inference
 from .scaling import scale_config
@@ -35,6 +36,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
         UserError: weights, data or config cannot work, or training diverged.
         SystemExit: status 1, where a result is not the expected one.
     """
+    make_output_dir(cfg)
     folder = os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
     # beside the loggers of detectron2, which default_setup sets up
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ws_detectron")

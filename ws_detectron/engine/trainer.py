@@ -14,7 +14,6 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -24,11 +23,12 @@ from ws_detectron.compat import (
     has_compiled_ops,
     state_beside_the_trainer,
 )
+from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, DivergedError, UserError
 from ws_detectron.modeling import folded_copy
 
 from .accumulation import accumulated_step
-from .checks import check_batch
+from .checks import check_batch, make_output_dir
 from .guards import find_traps
 from .hooks import BestCheckpoint, RunRecord, SharedStatistics
 from .loaders import build_test_loader, build_train_loader
@@ -49,14 +49,6 @@ _LOADING_ERRORS = (
 )
 
 
-def _make_output_dir(cfg: CfgNode) -> None:
-    """For those who do not call `default_setup`: detectron2 0.5 opens files there at once."""
-    try:
-        PathManager.mkdirs(cfg.OUTPUT_DIR)
-    except OSError as error:
-        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error}") from error
-
-
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detectron2 model on COCO-format data.
 
@@ -70,18 +62,19 @@ class Trainer(DefaultTrainer):
             SOLVER.REFERENCE_WORLD_SIZE to the number of processes; see `scale_config`.
 
     Raises:
-        ConfigError: the batch cannot be shared out to processes and parts, or OUTPUT_DIR cannot
-            be made.
+        ConfigError: the batch cannot be shared out to processes and parts, OUTPUT_DIR cannot be
+            made, or DATASETS.REGISTER cannot be.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # as DefaultTrainer does it for "detectron2": for those who did not set loggers up
-        if not logging.getLogger("ws_detectron").isEnabledFor(logging.INFO):
+        ours = logging.getLogger("ws_detectron")
+        if ours.level == logging.NOTSET and not ours.hasHandlers():  # nobody set loggers up
             setup_logger(distributed_rank=comm.get_rank(), name="ws_detectron")
+        register_coco_sets(cfg.DATASETS.get("REGISTER"))
         check_batch(cfg, comm.get_world_size())
         cfg = scale_config(cfg, comm.get_world_size())
         if comm.is_main_process():
-            _make_output_dir(cfg)
+            make_output_dir(cfg)
             for trap in find_traps(cfg, comm.get_world_size()):
                 logger.warning(trap)
         on_cpu = cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1

@@ -175,7 +175,10 @@ def _read_figures(run: Run, folder: Path) -> None:
     found = [
         path for path in (folder / "inference" / EVALUATION, folder / EVALUATION) if path.is_file()
     ]
-    found = found or sorted(folder.glob(f"inference/*/{EVALUATION}"))
+    found = found or sorted(
+        folder.glob(f"inference/*/{EVALUATION}"),
+        key=lambda path: (_place(run, path.parent.name), path),
+    )
     if len(found) > 1 and found[0].parent.parent.name == "inference":
         names = ", ".join(path.parent.name for path in found)
         run.problems.append(
@@ -186,6 +189,12 @@ def _read_figures(run: Run, folder: Path) -> None:
         _read_evaluation(run, found[0])
     else:
         _figures_of_last_evaluation(run)
+
+
+def _place(run: Run, name: str) -> int:
+    """Of a data set in DATASETS.TEST; behind it, where it is not there."""
+    tested = list(run.config.get("DATASETS.TEST", ()))
+    return tested.index(name) if name in tested else len(tested)
 
 
 def _read_evaluation(run: Run, path: Path) -> None:

@@ -10,8 +10,9 @@ from ws_detectron.io import write_json
 
 from .cells import Cell
 
-# What another start of the same run may change without another result
-FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD")
+# What another start of the same run may change without another result: on another machine, data
+# lie elsewhere
+FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
 
 STATE = "cell.json"
 OUTPUT = "cell.log"

@@ -10,7 +10,12 @@ from typing import Any, Optional
 from detectron2.config import CfgNode
 
 from ws_detectron.engine import as_flat_dict, load_config
-from ws_detectron.engine.checks import check_batch, check_datasets, check_weights
+from ws_detectron.engine.checks import (
+    check_batch,
+    check_datasets,
+    check_registered,
+    check_weights,
+)
 from ws_detectron.engine.config import find_config
 from ws_detectron.engine.scaling import ITERATIONS, PERIODS, before_end, scale_to_batch
 from ws_detectron.errors import ConfigError
@@ -183,6 +188,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
         cfg = load_config(cell.config, words(cell.options))
         try:
             check_weights(cfg)
+            check_registered(cfg)
             check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
             check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
             check_batch(cfg, cell.processes)

@@ -81,7 +81,7 @@ def run_on_slurm(
                 raise UserError(f"submitit refuses the study's `slurm`: {error}") from error
             try:
                 job = executor.submit(CellJob(), cell, train_net)
-            except submitit.core.utils.FailedJobError as error:
+            except RuntimeError as error:  # of sbatch: submitit's own errors are of this kind
                 raise UserError(
                     f"{cell.name} could not be submitted: {error}. The same command goes on with "
                     "what is submitted already"
