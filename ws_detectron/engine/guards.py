@@ -99,14 +99,14 @@ def _settings_without_effect(cfg: CfgNode) -> list[str]:
     """MODEL.WS of a model in which nothing reads it."""
     settings = WSSettings.from_config(cfg).as_config()
     changed = [key for key, value in WSSettings().as_config().items() if settings[key] != value]
+    # any of these that is somebody's own may read it
     parts = {
         "MODEL.BACKBONE.NAME": (cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
         "MODEL.ROI_BOX_HEAD.NAME": (cfg.MODEL.ROI_BOX_HEAD.NAME, ROI_BOX_HEAD_REGISTRY),
         "MODEL.ROI_MASK_HEAD.NAME": (cfg.MODEL.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY),
+        "MODEL.META_ARCHITECTURE": (cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        "MODEL.ROI_HEADS.NAME": (cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
     }
-    # somebody's own builder may read it
-    parts["MODEL.META_ARCHITECTURE"] = (cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
-    parts["MODEL.ROI_HEADS.NAME"] = (cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY)
     stock = [
         name in registry and registry.get(name).__module__.startswith("detectron2.")
         for name, registry in parts.values()
