@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ws_detectron.errors import exit_on_user_error
@@ -28,6 +29,10 @@ examples:
   # in several sittings: finished cells are recorded, recorded ones are not run again
   python tools/run_study.py configs/studies/fashion_scenes.yaml --records records --seeds 1
 
+  # small cells on one GPU, four at a time
+  python tools/run_study.py configs/studies/fashion_scenes.yaml --device cuda \\
+      --jobs 4 --gpus 0 0 0 0
+
   # on 8 GPUs of this machine; one Slurm job per cell (pip install -e .[slurm])
   python tools/run_study.py configs/studies/coco_8gpu.yaml --gpus 0 1 2 3 4 5 6 7
   python tools/run_study.py configs/studies/coco_8gpu.yaml --launcher slurm --seeds 1
@@ -42,7 +47,11 @@ def main() -> None:
     )
     parser.add_argument("study", help="a study file")
     parser.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default: 1)")
-    parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the study file's")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", metavar="N",
+        help="default: all, once each; one named several times is shared by as many cells",
+    )  # fmt: skip
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
     parser.add_argument("--arms", nargs="+", help="run only these")
     parser.add_argument("--batches", type=int, nargs="+", help="run only these")
@@ -58,6 +67,8 @@ def main() -> None:
     args = parser.parse_args()
     with exit_on_user_error():
         study = read_study(args.study)
+        if args.device:
+            study = replace(study, device=args.device)
         options = Options(
             train_net=Path(__file__).resolve().with_name("train_net.py"),
             jobs=args.jobs,

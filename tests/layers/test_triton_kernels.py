@@ -1,7 +1,4 @@
-"""The Triton kernels against the formula in float64, in Triton's interpreter, so without a GPU.
-
-On a GPU, tests/layers/test_standardize.py and test_ws_conv.py run the compiled kernels.
-"""
+"""The Triton kernels against the formula in float64, in Triton's interpreter and on a GPU."""
 
 import json
 import os
@@ -9,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from ws_detectron.layers import WS_MODES, standardize_weight
+from ws_detectron.layers.standardize import _load_triton_kernels, _standardize_by_formula
 
 pytest.importorskip("triton", reason="Triton is installed with torch on Linux only")
 
@@ -59,3 +60,63 @@ def test_kernels_equal_the_formula_in_the_interpreter() -> None:
     for case, (value, gradient) in report.items():
         # the mean 0.5 of float32 is rounded by up to 3e-8, which is 3e-6 of the deviation 0.01
         assert value < 1e-5 and gradient < 1e-5, (case, value, gradient)
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+FILTERS = {
+    "stem of R-50": (64, 3, 7, 7),
+    "1x1": (64, 64, 1, 1),
+    "3x3 of res5": (512, 512, 3, 3),
+    "grouped": (256, 4, 3, 3),
+    "one value": (8, 1, 1, 1),
+    "too long for a program": (2, 2048, 3, 3),
+}
+
+
+@on_gpu
+def test_kernels_can_be_built_here() -> None:
+    """Else everything below would test what they are replaced by."""
+    assert _load_triton_kernels() is not None
+
+
+@on_gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mode", WS_MODES)
+@pytest.mark.parametrize("shape", FILTERS.values(), ids=FILTERS)
+def test_value_and_gradient_on_a_gpu(shape: tuple, mode: str, memory_format) -> None:
+    weight = (0.01 * torch.randn(shape) + 0.003).to("cuda", memory_format=memory_format)
+    weight[0] = 0.3  # a constant filter
+    weight.requires_grad_()
+    upstream = torch.randn_like(weight)
+    result = standardize_weight(weight, 1e-5, mode)
+    assert result.stride() == weight.stride()
+    result.backward(upstream)
+    exact = weight.detach().double().requires_grad_()
+    expected = _standardize_by_formula(exact, 1e-5, mode)
+    expected.backward(upstream.double())
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=2e-5)
+    scale = exact.grad.abs().max().item() or 1.0
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+@on_gpu
+def test_same_bits_every_time_and_differentiable_twice_on_a_gpu() -> None:
+    weight = torch.randn(64, 32, 3, 3, device="cuda", requires_grad=True)
+    upstream = torch.randn_like(weight)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        result = standardize_weight(weight)
+        return result, *torch.autograd.grad(result, weight, upstream)
+
+    assert all(torch.equal(first, second) for first, second in zip(both(), both()))
+
+    def second(function) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(
+            (function(weight, 1e-5, "paper") ** 3).sum(), weight, create_graph=True
+        )
+        (result,) = torch.autograd.grad((gradient * upstream).sum(), weight)
+        return result
+
+    torch.testing.assert_close(
+        second(standardize_weight), second(_standardize_by_formula), rtol=1e-3, atol=1e-4
+    )

@@ -267,6 +267,13 @@ def test_gpu_cells_get_their_own() -> None:
         slots(1, [], 1)
 
 
+def test_small_cells_may_share_a_gpu_but_the_processes_of_one_may_not() -> None:
+    assert slots(3, ["0", "0", "1"], 1) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "001"]
+    assert len(slots(2, ["0", "1", "0", "1"], 2)) == 2
+    with pytest.raises(UserError, match="--gpus gives a cell 0, 0; its 2 processes need a GPU"):
+        slots(2, ["0", "1", "0", "0"], 2)
+
+
 @pytest.mark.parametrize(
     "visible, asked, expected",
     [

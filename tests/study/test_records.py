@@ -95,6 +95,13 @@ def test_data_may_lie_elsewhere_on_another_machine(
     assert is_finished(cell)
 
 
+def test_another_device_is_no_other_setting(make_study) -> None:
+    on_cpu, on_gpu = (study_cells(make_study(device=d), {})[0] for d in ("cpu", "cuda"))
+    assert on_cpu.settings["MODEL.DEVICE"] == "cpu" != on_gpu.settings["MODEL.DEVICE"]
+    write_state(on_cpu, FINISHED)
+    assert is_finished(on_gpu)
+
+
 def absolute(entries: Sequence[list[str]]) -> list[list[str]]:
     """`register_coco_sets` on a machine that has not registered them yet."""
     return [[name, *map(os.path.abspath, paths)] for name, *paths in entries]

@@ -81,7 +81,8 @@ def test_markdown_has_figures_intervals_and_what_is_missing(report: Path) -> Non
     assert re.search(r"\| 4 images +\| \+0\.00 \(-3\.04 to \+3\.04\)", text)
     assert "- **gn_1img_seed2 is failed: training diverged at iteration 3" in text
     assert "| `MODEL.RESNETS.NORM` " in text and "`SOLVER.MAX_ITER`" in text
-    assert "a processor, 1 thread(s) per process, torch 2.11, 2026-01-02" in text
+    assert "Measured on a processor, 1 thread(s) per process, torch 2.11, 2026-01-02" in text
+    assert "Searched on a processor, 1 thread(s) per process, torch 2.11, 2026-01-02" in text
     assert "1,024 MiB" in text
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert cv2.imread(str(report / name)).std() > 5

@@ -105,6 +105,9 @@ def test_dry_run_prints_commands_and_runs_nothing(call_tool, study: Path, tmp_pa
     words = shlex.split(line)
     assert status == 0 and words[1].endswith("tools/train_net.py") and "--resume" in words
     assert words[words.index("SOLVER.MAX_ITER") + 1] == "4"
+    assert words[words.index("MODEL.DEVICE") + 1] == "cpu"
+    status, output, _ = call_tool(TOOL, study, "--dry-run", "--arms", "gn_ws", "--device", "cuda")
+    assert status == 0 and output == line.replace("MODEL.DEVICE cpu", "MODEL.DEVICE cuda") + "\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -1,12 +1,14 @@
 """tools/train_net.py as a user runs it: on real COCO images, in one process and in two."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ws_detectron.data import builtin_scenes, ensure_scenes
 
@@ -73,6 +75,22 @@ def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
         line.split("copypaste: ")[1] for line in again.stdout.splitlines() if "copypaste: " in line
     ]
     assert evaluated and evaluated == trained
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arm", ["gn_ws", "bn", "sync_bn"])
+def test_coco_config_trains_with_amp_on_a_gpu(arm: str, coco_root: Path, tmp_path: Path) -> None:
+    config = CONFIGS / f"mask_rcnn_R_50_FPN_1x_{arm}_2img.yaml"
+    options = [*SMALL, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True]
+    options += ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2]
+    options += ["SOLVER.CLIP_GRADIENTS.ENABLED", True]
+    result = train_net("--num-gpus", 1, "--config-file", config, *options)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert "copypaste: " in result.stdout
+    last = metrics(tmp_path)[-1]
+    assert last["iteration"] >= 2 and math.isfinite(last["total_loss"])
+    record = json.loads((tmp_path / "run_record.json").read_text())
+    assert record["device"] == torch.cuda.get_device_name() and record["peak_memory_bytes"] > 2**26
 
 
 def test_two_cpu_processes_train_and_evaluate_as_one_job(tmp_path: Path) -> None:

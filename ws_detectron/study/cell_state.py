@@ -11,8 +11,8 @@ from ws_detectron.io import write_json
 from .cells import Cell
 
 # What another start of the same run may change without another result: on another machine, data
-# lie elsewhere
-FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
+# lie elsewhere, and there may be a GPU
+FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER", "MODEL.DEVICE")
 
 STATE = "cell.json"
 OUTPUT = "cell.log"

@@ -30,11 +30,12 @@ def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict
 
     Args:
         jobs: how many cells run side by side.
-        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES names them; None for the CPU.
+        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES names them, one as often as cells may share
+            it; None for the CPU.
         processes: of each cell.
 
     Raises:
-        UserError: there are not enough GPUs.
+        UserError: there are not enough GPUs, or a cell would get the same one twice.
     """
     if gpus is None:
         if "OMP_NUM_THREADS" in os.environ:
@@ -44,9 +45,15 @@ def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict
     if len(gpus) < jobs * processes:
         raise UserError(
             f"--jobs {jobs} with {processes} process(es) each need {jobs * processes} GPUs; "
-            f"there are {len(gpus)} (--gpus, else the visible ones): {', '.join(gpus) or 'none'}"
+            f"there are {len(gpus)} (--gpus, else the visible ones): {', '.join(gpus) or 'none'}. "
+            "A GPU that several small cells may share is named once for each: --gpus 0 0 0 0"
         )
     shares = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
+    for share in shares:
+        if len(set(share)) < len(share):
+            raise UserError(
+                f"--gpus gives a cell {', '.join(share)}; its {processes} processes need a GPU each"
+            )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 

@@ -47,9 +47,12 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
 def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Block]:
     """All that the report says, in order."""
     blocks: list[Block] = [Text(_what_was_run(results))]
-    environments = _environments(results)
+    environments = _environments(results.cells)
     if environments:
         blocks.append(Text("Measured on " + "; ".join(environments) + "."))
+    searched = _environments(results.search)
+    if searched:
+        blocks.append(Text("Searched on " + "; ".join(searched) + "."))
     problems = problems_of(results)
     if problems:
         blocks += [Heading("Missing or failed"), Problems(tuple(problems))]
@@ -147,10 +150,10 @@ def _setting(result: CellResult, key: str) -> str:
     return "+".join(value) if isinstance(value, list) else str(value)
 
 
-def _environments(results: StudyResults) -> list[str]:
+def _environments(cells: Sequence[CellResult]) -> list[str]:
     """Machines, versions and dates, each as often as they differ."""
     found: dict[str, set[str]] = {}
-    for result in results.cells:
+    for result in cells:
         record = result.record
         if "device" in record:
             versions = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())

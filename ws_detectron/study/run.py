@@ -31,7 +31,8 @@ class Options:
     Args:
         train_net: path of tools/train_net.py.
         jobs: how many cells run side by side.
-        gpus: numbers of the GPUs to use; None for all visible ones on "cuda", for none on "cpu".
+        gpus: numbers of the GPUs to use, one as often as cells may share it; None for all visible
+            ones on "cuda", for none on "cpu".
         launcher: "local" or "slurm".
         cluster: submitit's name for the cluster of "slurm".
         arms, batches, seeds: run only these; None for all. The report is of all.
@@ -220,7 +221,7 @@ def _gpus(study: Study, options: Options) -> Optional[list[str]]:
     """The GPUs that cells may use, as CUDA_VISIBLE_DEVICES names them."""
     if study.device == "cpu":
         if options.gpus is not None:
-            raise UserError('--gpus was given, but the study file says `device: "cpu"`')
+            raise UserError("--gpus was given, but the study is for the CPU; add --device cuda")
         return None
     if options.gpus is not None:
         return [str(number) for number in options.gpus]
