@@ -17,7 +17,9 @@ pytest.importorskip("triton", reason="Triton is installed with torch on Linux on
 SCRIPT = """
 import json, torch
 from ws_detectron.layers import WS_MODES, standardize
-from ws_detectron.layers.triton_kernels import standardize_rows, standardize_rows_backward
+from ws_detectron.layers.triton_kernels import (
+    FilterTable, standardize_rows, standardize_rows_backward
+)
 
 torch.manual_seed(0)
 weights = {
@@ -30,18 +32,34 @@ weights = {
     "empty": torch.randn(0, 9),
 }
 report = {}
-for name, weight in weights.items():
-    for mode in WS_MODES:
+
+def in_a_table(weights, upstreams, mode):
+    table = FilterTable(weights)
+    flat, statistics = table.forward(1e-5, mode)
+    gradients = table.backward(torch.cat([u.flatten() for u in upstreams]), statistics)
+    parts = zip(flat.split(table.sizes), gradients.split(table.sizes), weights)
+    return [(value.view_as(w), gradient.view_as(w)) for value, gradient, w in parts]
+
+together = {k: w for k, w in weights.items() if len(w)}
+upstreams = {k: torch.randn_like(w) for k, w in weights.items()}
+results = []
+for mode in WS_MODES:
+    for name, weight in weights.items():
         result, *statistics = standardize_rows(weight, 1e-5, mode)
-        upstream = torch.randn_like(weight)
-        gradient = standardize_rows_backward(upstream, weight, *statistics)
+        gradient = standardize_rows_backward(upstreams[name], weight, *statistics)
+        results.append((f"{name}, {mode}", name, mode, result, gradient))
+    asked = [upstreams[name] for name in together]
+    for name, (result, gradient) in zip(together, in_a_table([*together.values()], asked, mode)):
+        results.append((f"{name}, {mode}, in a table", name, mode, result, gradient))
+for case, name, mode, result, gradient in results:
+    weight, upstream = weights[name], upstreams[name]
+    if len(weight):
         exact = weight.double().requires_grad_()
         expected = standardize._standardize_by_formula(exact, 1e-5, mode)
         (expected * upstream).sum().backward()
-        if len(weight):
-            scale = max(1.0, exact.grad.abs().max().item())
-            errors = (result - expected.detach()).abs(), (gradient - exact.grad).abs() / scale
-            report[f"{name}, {mode}"] = [float(e.nan_to_num(1e9).max()) for e in errors]
+        scale = max(1.0, exact.grad.abs().max().item())
+        errors = (result - expected.detach()).abs(), (gradient - exact.grad).abs() / scale
+        report[case] = [float(e.nan_to_num(1e9).max()) for e in errors]
 print(json.dumps(report))
 """
 
@@ -56,7 +74,7 @@ def test_kernels_equal_the_formula_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert len(report) == 6 * 3
+    assert len(report) == 6 * 3 * 2
     for case, (value, gradient) in report.items():
         # the mean 0.5 of float32 is rounded by up to 3e-8, which is 3e-6 of the deviation 0.01
         assert value < 1e-5 and gradient < 1e-5, (case, value, gradient)

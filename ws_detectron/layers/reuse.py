@@ -118,13 +118,17 @@ def standardize_once_per_forward(model: nn.Module) -> list[RemovableHandle]:
 
 
 def shared_filters() -> Optional[dict[Any, torch.Tensor]]:
-    """Filters standardized so far in the forward under way; None where they must not be shared."""
+    """Filters standardized so far in the forward under way; None outside one."""
     under_way = getattr(_forwards, "stack", None)
-    if not under_way:
-        return None
-    if _saved_tensors_hooks is not None and _saved_tensors_hooks(True) is not None:
-        return None  # activation checkpointing counts what each part saves
-    return under_way[-1]
+    return under_way[-1] if under_way else None
+
+
+def records_saved_tensors() -> bool:
+    """Whether, as in activation checkpointing, somebody counts what each part saves.
+
+    Then no conv may save what another has standardized.
+    """
+    return _saved_tensors_hooks is not None and _saved_tensors_hooks(True) is not None
 
 
 def _begin_forward(module: nn.Module, inputs: Any) -> None:

@@ -84,9 +84,9 @@ def standardize_weight(
     half = weight.dtype == torch.float16 or weight.dtype == torch.bfloat16
     w = weight.float() if half else weight
     # A tracer or compiler should see the formula: it can fuse that, and save or export it.
-    if in_graph_capture() or not _in_one_piece(w):
+    if in_graph_capture() or not in_one_piece(w):
         return _standardize_by_formula(w, eps, mode).to(weight.dtype)
-    kernels = _triton_kernels(w)
+    kernels = triton_kernels_for(w)
     if kernels is not None:
         return _StandardizeOnCuda.apply(w, eps, mode, kernels).to(weight.dtype)
     return _Standardize.apply(w, eps, mode).to(weight.dtype)
@@ -130,7 +130,7 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
-        rows = _rows(weight, weight)
+        rows = to_rows(weight, weight)
         fan_in = rows.size(1)
         if mode == "bit":
             result, mean, inverse = torch.native_layer_norm(rows, [fan_in], None, None, eps)
@@ -148,16 +148,16 @@ class _Standardize(torch.autograd.Function):
             scale = (inverse * denominator).reciprocal_()
         ctx.save_for_backward(weight, mean, inverse, scale)
         ctx.eps, ctx.mode = eps, mode
-        return _from_rows(result, weight)
+        return from_rows(result, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight, mean, inverse, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # asked to be differentiated again
-            return _differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None
-        rows = _rows(weight, weight)
+            return differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None
+        rows = to_rows(weight, weight)
         result, _, _ = torch.ops.aten.native_layer_norm_backward(
-            _rows(gradient, weight),
+            to_rows(gradient, weight),
             rows,
             [rows.size(1)],
             mean,
@@ -168,7 +168,7 @@ class _Standardize(torch.autograd.Function):
         )
         if scale is not None:
             result.mul_(scale)
-        return _from_rows(result, weight), None, None
+        return from_rows(result, weight), None, None
 
 
 class _StandardizeOnCuda(torch.autograd.Function):
@@ -178,23 +178,23 @@ class _StandardizeOnCuda(torch.autograd.Function):
     def forward(
         ctx: Any, weight: torch.Tensor, eps: float, mode: str, kernels: ModuleType
     ) -> torch.Tensor:
-        result, *statistics = kernels.standardize_rows(_rows(weight, weight), eps, mode)
+        result, *statistics = kernels.standardize_rows(to_rows(weight, weight), eps, mode)
         ctx.save_for_backward(weight, *statistics)
         ctx.eps, ctx.mode, ctx.kernels = eps, mode, kernels
-        return _from_rows(result, weight)
+        return from_rows(result, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         weight, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None, None
-        rows = _rows(weight, weight)
-        gradient_rows = _rows(gradient, weight).contiguous()
+            return differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None, None
+        rows = to_rows(weight, weight)
+        gradient_rows = to_rows(gradient, weight).contiguous()
         result = ctx.kernels.standardize_rows_backward(gradient_rows, rows, *statistics)
-        return _from_rows(result, weight), None, None, None
+        return from_rows(result, weight), None, None, None
 
 
-def _triton_kernels(weight: torch.Tensor) -> Optional[ModuleType]:
+def triton_kernels_for(weight: torch.Tensor) -> Optional[ModuleType]:
     """The module `triton_kernels`, where it can run and its kernels serve this weight."""
     if not weight.is_cuda or weight.dtype != torch.float32:
         return None
@@ -213,6 +213,8 @@ def _load_triton_kernels() -> Optional[ModuleType]:
         sample = torch.arange(8.0, device="cuda").view(2, 4)
         result, *statistics = triton_kernels.standardize_rows(sample, 1e-5, "paper")
         triton_kernels.standardize_rows_backward(result, sample, *statistics)
+        table = triton_kernels.FilterTable([sample])
+        table.backward(*table.forward(1e-5, "paper"))
     except Exception as error:  # Triton calls a C compiler, and fails in as many ways as that can
         logging.getLogger(__name__).warning(
             "WS uses torch's layer norm kernels on CUDA, which need more launches: "
@@ -224,7 +226,7 @@ def _load_triton_kernels() -> Optional[ModuleType]:
     return triton_kernels
 
 
-def _differentiable_gradient(
+def differentiable_gradient(
     weight: torch.Tensor, gradient: torch.Tensor, eps: float, mode: str
 ) -> torch.Tensor:
     """The gradient with a graph of its own, for a second derivative."""
@@ -233,7 +235,7 @@ def _differentiable_gradient(
     return second
 
 
-def _in_one_piece(weight: torch.Tensor) -> bool:
+def in_one_piece(weight: torch.Tensor) -> bool:
     """Whether the values of each filter follow one another in memory, without gaps."""
     return weight.numel() > 0 and (
         weight.is_contiguous()
@@ -241,14 +243,14 @@ def _in_one_piece(weight: torch.Tensor) -> bool:
     )
 
 
-def _rows(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def to_rows(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`tensor` as one row for each filter, in the order in which `like` lies in memory."""
     if not like.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(tensor.size(0), -1)
 
 
-def _from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if like.is_contiguous():
         return rows.view_as(like)
     filters, channels, height, width = like.shape

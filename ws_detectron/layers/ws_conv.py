@@ -6,7 +6,7 @@ import torch
 from detectron2.layers import Conv2d
 from torch.nn import functional as F
 
-from .reuse import FilterCache, shared_filters
+from .reuse import FilterCache, records_saved_tensors, shared_filters
 from .standardize import check_ws_arguments, in_graph_capture, standardize_weight
 
 DEFAULT_WS_EPS = 1e-5
@@ -85,13 +85,15 @@ class WSConv2d(Conv2d):
             return standardize_weight(weight, *settings)
         if torch.is_grad_enabled() and weight.requires_grad:
             self.__dict__.pop("_filters", None)  # frees what an evaluation kept
+            if records_saved_tensors():
+                return standardize_weight(weight, *settings)
             shared = shared_filters()
             if shared is None:
-                return standardize_weight(weight, *settings)
+                return self._standardize()
             # the weight itself may be edited between two calls by nothing but the forward
             key = (id(self), weight._version)
             if key not in shared:
-                shared[key] = standardize_weight(weight, *settings)
+                shared[key] = self._standardize()
             return shared[key]
         if weight.requires_grad and self.training:  # about to change again
             return standardize_weight(weight, *settings)
@@ -101,6 +103,14 @@ class WSConv2d(Conv2d):
             with torch.inference_mode(False), torch.no_grad():
                 standardized = standardize_weight(weight, *settings)
             cache.keep(weight, settings, standardized)
+        return standardized
+
+    def _standardize(self) -> torch.Tensor:
+        """For training: in one launch with others, if there is a group of them and a GPU."""
+        group = self.__dict__.get("_launch_group")
+        standardized = None if group is None else group.take(self)
+        if standardized is None:
+            standardized = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
         return standardized
 
     def extra_repr(self) -> str:

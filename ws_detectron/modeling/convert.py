@@ -15,6 +15,7 @@ from torch import nn
 from ws_detectron.layers import (
     DEFAULT_WS_EPS,
     DEFAULT_WS_MODE,
+    LaunchGroup,
     WSConv2d,
     check_ws_arguments,
     standardize_weight,
@@ -61,7 +62,8 @@ def convert_to_ws(
     The module objects stay the same ones: only their class changes. So parameters,
     `requires_grad`, hooks, and references to a conv from elsewhere (detectron2's FPN keeps its
     convs in plain lists as well) all hold. A `WSConv2d` that a norm layer follows
-    takes `eps` and `mode`; another one stays as it is, and is reported as left.
+    takes `eps` and `mode`; another one stays as it is, and is reported as left. On a GPU, what one
+    call of this converts is standardized in few launches (`layers.launch_group`).
 
     Args:
         module: any module tree; may be a single conv.
@@ -77,11 +79,13 @@ def convert_to_ws(
     check_ws_arguments(eps, mode)
     report = ConversionReport()
     norm_follows = _convs_before_a_norm(module)
+    group = LaunchGroup()
     for name, conv in module.named_modules():
         reason = _reason_to_skip(conv, id(conv) in norm_follows)
         if reason is None:
             conv.__class__ = WSConv2d
             conv.ws_eps, conv.ws_mode = eps, mode
+            conv._launch_group = group
             report.converted.append(name)
         elif reason:
             report.skipped[name] = reason
@@ -108,6 +112,7 @@ def fold_ws(module: nn.Module) -> nn.Module:
             folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode)
         conv.weight = nn.Parameter(folded, requires_grad=conv.weight.requires_grad)
         del conv.ws_eps, conv.ws_mode
+        conv.__dict__.pop("_launch_group", None)
         conv.__class__ = Conv2d
     return module
 

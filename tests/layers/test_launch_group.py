@@ -1,0 +1,329 @@
+"""Filters standardized together: as each conv alone would, whatever a training does in between.
+
+On the CPU with a stand-in for the Triton kernels, on a GPU with them.
+"""
+
+import copy
+import pickle
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Optional
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ws_detectron.layers import LaunchGroup, WSConv2d, launch_group, standardize_once_per_forward
+from ws_detectron.layers.standardize import _standardize_by_formula
+from ws_detectron.layers.triton_kernels import FilterTable
+from ws_detectron.modeling import convert_to_ws
+
+
+class Table:
+    """A `FilterTable` of torch operations."""
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self.weights, self.sizes = weights, [weight.numel() for weight in weights]
+
+    def forward(self, eps: float, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+        self.settings = eps, mode
+        results = [_standardize_by_formula(weight, eps, mode) for weight in self.weights]
+        return torch.cat([flat(result) for result in results]), torch.zeros(3, 1)
+
+    def backward(self, gradient: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for weight, part in zip(self.weights, gradient.split(self.sizes)):
+            with torch.enable_grad():
+                leaf = weight.detach().requires_grad_()
+                result = flat(_standardize_by_formula(leaf, *self.settings))
+            parts.append(flat(torch.autograd.grad(result, leaf, part)[0]))
+        return torch.cat(parts)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """In the order in which it lies in memory."""
+    return (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).flatten()
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if request.param == "cpu":
+        kernels = SimpleNamespace(FilterTable=Table)
+        monkeypatch.setattr(launch_group, "triton_kernels_for", lambda weight: kernels)
+    return request.param
+
+
+@pytest.fixture
+def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many weights each launch of a forward is of."""
+    found: list[int] = []
+    kind = Table if device == "cpu" else FilterTable
+    forward = kind.forward
+
+    def counting(self, eps: float, mode: str):
+        found.append(len(self.sizes))
+        return forward(self, eps, mode)
+
+    monkeypatch.setattr(kind, "forward", counting)
+    yield found
+
+
+class Net(nn.Module):
+    """Three convs, of which calls may be left out or repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            WSConv2d(4, 4, 3, padding=1, norm=nn.GroupNorm(2, 4)) for _ in "abc"
+        )
+        self.calls = "abc"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.calls:
+            x = x + getattr(self, name)(x)
+        return x.square().mean()
+
+
+@pytest.fixture
+def net(device: str) -> Net:
+    net = Net().to(device)
+    convert_to_ws(net)
+    return net
+
+
+def alone(net: nn.Module) -> nn.Module:
+    """A copy without a group."""
+    other = copy.deepcopy(net)
+    for module in other.modules():
+        module.__dict__.pop("_launch_group", None)
+    return other
+
+
+def inputs(device: str, number: int) -> list[torch.Tensor]:
+    return [torch.randn(1, 4, 5, 5, device=device) for _ in range(number)]
+
+
+def same(net: nn.Module, other: nn.Module) -> None:
+    for (name, one), two in zip(net.named_parameters(), other.parameters()):
+        assert (one.grad is None) == (two.grad is None), name
+        torch.testing.assert_close(one, two, msg=name)
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def train(net: nn.Module, images: Sequence[torch.Tensor], calls: Sequence[str] = ()) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for number, x in enumerate(images):
+        net.calls = calls[number] if calls else net.calls
+        optimizer.zero_grad()
+        net(x).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        ["abc"] * 4,
+        ["abc", "abbc", "abcabc", "abcbca"],  # called several times
+        ["abc", "abc", "ac", "abc", "bc", "abc", "cba", "abc"],  # left out, in another order
+        ["a", "ab", "abc", "b", "c", "cb"],
+    ],
+    ids=",".join,
+)
+def test_trains_as_each_conv_alone(net: Net, device: str, calls: list[str], launches: list) -> None:
+    other = alone(net)
+    images = inputs(device, len(calls))
+    train(net, images, calls)
+    done = list(launches)
+    train(other, images, calls)
+    same(net, other)
+    assert done and launches == done  # no launch for convs without a group
+
+
+def test_one_launch_for_each_forward_after_the_first(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 4))
+    assert launches == [3, 3, 3]
+
+
+def test_what_nobody_takes_is_left_out_until_it_is_called_again(
+    net: Net, device: str, launches: list
+) -> None:
+    train(net, inputs(device, 7), ["abc", "abc", "ab", "ab", "abc", "abc", "abc"])
+    # the launch before a conv is missed is still of it; so is the first after it has come back
+    assert launches == [3, 3, 2, 2, 3, 3]
+
+
+def test_accumulating_and_two_forwards_before_the_backwards(net: Net, device: str) -> None:
+    other = alone(net)
+    first, *images = inputs(device, 3)
+    for model in (net, other):
+        model(first).backward()
+        for x in images:  # the same weights, another graph
+            model(x).backward()
+        losses = [model(x) for x in images]
+        losses[1].backward()
+        losses[0].backward()
+    same(net, other)
+
+
+def test_backwards_of_graphs_that_share_nothing_else(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 1))
+    other = alone(net)
+    x, y = inputs(device, 2)
+    for model in (net, other):
+        model.zero_grad()
+        model.calls = "a"
+        model(x).backward()
+        losses = []
+        for model.calls in "bc":  # of the launch that `a` began
+            losses.append(model(y))
+        for loss in losses:
+            loss.backward()
+    assert launches == [3]
+    same(net, other)
+
+
+def test_a_weight_written_to_before_the_backward_is_refused(net: Net, device: str) -> None:
+    train(net, inputs(device, 1))
+    loss = net(inputs(device, 1)[0])
+    with torch.no_grad():
+        net.b.weight += 1.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "replaced", "eps", "mode"])
+def test_never_stale(net: Net, device: str, how: str) -> None:
+    """What changes a conv after the launch that was to serve it."""
+    train(net, inputs(device, 2))
+
+    def change(module: nn.Module, args: tuple) -> None:
+        with torch.no_grad():
+            if how == "in place":
+                module.weight[0, 0] += 1.0
+            if how == "data":
+                module.weight.data = module.weight.data[:, [1, 0, 2, 3]] ** 3
+            if how == "replaced":
+                module.weight = nn.Parameter(module.weight**3)
+        module.ws_eps = 0.5 if how == "eps" else module.ws_eps
+        module.ws_mode = "bit" if how == "mode" else module.ws_mode
+
+    other = alone(net)
+    (x,) = inputs(device, 1)
+    losses = []
+    for model in (net, other):
+        model.b.register_forward_pre_hook(change)
+        losses.append(model(x))
+    torch.testing.assert_close(*losses)
+
+
+def test_frozen_first_conv_hands_over(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 2))
+    net.a.weight.requires_grad = False
+    train(net, inputs(device, 2))
+    assert launches == [3, 2, 2]
+
+
+def test_no_gradient_for_what_was_not_used(net: Net, device: str, launches: list) -> None:
+    """None, not zeros: decay and momentum of an optimizer would move the weight by those."""
+    train(net, inputs(device, 2))
+    net.zero_grad(set_to_none=True)
+    net.calls = "ac"
+    net(inputs(device, 1)[0]).backward()
+    assert launches[-1] == 3
+    assert net.a.weight.grad is not None and net.b.weight.grad is None
+
+
+def test_large_groups_take_several_launches(
+    net: Net, device: str, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_group, "LAUNCH_BYTES", 2 * 4 * 4 * 9 * 4)
+    other = alone(net)
+    images = inputs(device, 3)
+    train(net, images)
+    assert launches == [2, 1, 2, 1]
+    train(other, images)
+    same(net, other)
+
+
+def test_channels_last(net: Net, device: str, launches: list) -> None:
+    net.to(memory_format=torch.channels_last)
+    assert not net.a.weight.is_contiguous()
+    other = alone(net)
+    images = inputs(device, 3)
+    train(net, images)
+    assert launches == [3, 3]
+    train(other, images)
+    same(net, other)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(net: Net, device: str, reentrant: bool) -> None:
+    other = alone(net)
+    images = [x.requires_grad_() for x in inputs(device, 3)]
+    for model in (net, other):
+        for x in images:
+            y = model.a(x)
+            y = checkpoint(model.b, y, use_reentrant=reentrant)
+            checkpoint(model.c, y, use_reentrant=reentrant).square().mean().backward()
+    same(net, other)
+
+
+def test_twice_differentiable(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 1))
+    other = alone(net)
+    (x,) = inputs(device, 1)
+    for model in (net, other):
+        model.zero_grad()
+        weights = [model.a.weight, model.b.weight, model.c.weight]
+        gradients = torch.autograd.grad(model(x), weights, create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+    assert launches == [3]
+    same(net, other)
+
+
+def test_with_convs_that_are_shared_within_a_forward(net: Net, device: str, launches: list) -> None:
+    other = alone(net)
+    standardize_once_per_forward(net)
+    images = inputs(device, 3)
+    train(net, images, ["abcbcb"] * 3)
+    assert launches == [3, 3]
+    train(other, images, ["abcbcb"] * 3)
+    same(net, other)
+
+
+def test_a_copy_has_a_group_of_its_own(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 2))
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        groups = {id(conv._launch_group) for conv in (other.a, other.b, other.c)}
+        assert len(groups) == 1 and id(net.a._launch_group) not in groups
+        launches.clear()
+        train(other, inputs(device, 2))
+        assert launches == [3]
+    # a copy of one conv does not drag the others along
+    assert len(pickle.dumps(net.a)) < 0.5 * len(pickle.dumps(net))
+
+
+def test_deleted_convs_are_forgotten(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 2))
+    del net.b
+    net.calls = "ac"
+    train(net, inputs(device, 1))
+    assert launches == [3, 2]
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(2, 3), nn.Parameter(torch.zeros(0, 3, 1, 1)), None])
+def test_other_than_ordinary_weights_stay_out(device: str, weight: Optional[torch.Tensor]) -> None:
+    conv = SimpleNamespace(weight=weight, ws_eps=1e-5, ws_mode="paper")
+    assert LaunchGroup().take(conv) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nothing_joins_on_the_cpu() -> None:
+    net = Net()
+    convert_to_ws(net)
+    train(net, inputs("cpu", 2))
+    assert not net.a._launch_group._members
