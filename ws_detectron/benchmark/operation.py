@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from ws_detectron.engine import load_config
 from ws_detectron.errors import UserError
 from ws_detectron.layers import WS_MODES, WSConv2d, standardize_weight
+from ws_detectron.layers.launch_group import Tables, standardize_together
+from ws_detectron.layers.standardize import triton_kernels_for
 from ws_detectron.modeling import build_ws_resnet_backbone
 
 from .timing import Action, interleave, peak_bytes, ratio, spread
@@ -25,6 +27,7 @@ from .timing import Action, interleave, peak_bytes, ratio, spread
 FLOOR_IN_COPIES = 2.5
 COPY, LAYER_NORM = "copy", "layer norm, without affine"
 OURS = {mode: f"ws_detectron, {mode}" for mode in WS_MODES}
+TOGETHER = "ws_detectron, official, in few launches"
 
 Standardize = Callable[[torch.Tensor], torch.Tensor]
 
@@ -75,9 +78,8 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
     upstream = [torch.randn_like(weight) for weight in weights]
     target = [torch.empty_like(weight) for weight in weights]
 
-    def copy() -> None:
-        for to, weight in zip(target, weights):
-            to.copy_(weight.detach())
+    def copy() -> None:  # in few launches on a GPU, as a launch takes longer than the bytes
+        torch._foreach_copy_(target, [weight.detach() for weight in weights])
 
     def both_directions(standardize: Standardize) -> Action:
         def action() -> None:
@@ -87,12 +89,23 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
 
         return action
 
+    tables: Tables = {}
+
+    def together() -> None:
+        nonlocal tables
+        results, tables = standardize_together(weights, 1e-5, "official", tables)
+        torch.autograd.backward(results, upstream)
+        for weight in weights:
+            weight.grad = None
+
     operations: dict[str, Standardize] = {
         **{name: partial(standardize_weight, mode=mode) for mode, name in OURS.items()},
         LAYER_NORM: _layer_norm,
         **formulas(),
     }
     actions = {name: both_directions(operation) for name, operation in operations.items()}
+    if triton_kernels_for(weights[0]) is not None:  # what a model does with its convs there
+        actions = {TOGETHER: together, **actions}
     seconds = interleave({COPY: copy, **actions}, rounds, warmup, device)
     # of the same round, so that a slow moment of the machine meets both
     floor = {"floor": [FLOOR_IN_COPIES * value for value in seconds[COPY]]}

@@ -7,7 +7,7 @@ is called in a forward standardizes the filters of all.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -16,14 +16,17 @@ from torch import nn
 from .standardize import (
     differentiable_gradient,
     from_rows,
+    in_memory_order,
     in_one_piece,
-    to_rows,
     triton_kernels_for,
 )
 
 # As DistributedDataParallel's own buckets, so that gradients leave while the backward goes on:
 # those of one launch are there all at once.
 LAUNCH_BYTES = 25 * 2**20
+
+Tables = dict[tuple[int, ...], Any]
+"""Addresses of the weights of a launch -> their `FilterTable`."""
 
 
 class _Ready(NamedTuple):
@@ -51,7 +54,7 @@ class LaunchGroup:
     def __init__(self) -> None:
         self._members: list[weakref.ref] = []
         self._ready: dict[int, _Ready] = {}
-        self._tables: dict[tuple[int, ...], Any] = {}
+        self._tables: Tables = {}
 
     def __reduce__(self) -> tuple[type, tuple]:
         return LaunchGroup, ()
@@ -93,19 +96,37 @@ class LaunchGroup:
             and conv.weight.device == first.weight.device
             and _can_join(conv.weight)
         }
-        kernels = triton_kernels_for(first.weight)
-        self._ready = {}
-        before, self._tables = self._tables, {}
-        for part in _launches(weights.items()):
-            names, tensors = zip(*part)
-            addresses = tuple(tensor.data_ptr() for tensor in tensors)
-            table = before.get(addresses) or kernels.FilterTable(tensors)  # type: ignore[union-attr]
-            self._tables[addresses] = table
-            results = _StandardizeTogether.apply(table, *settings, *tensors)
-            for name, tensor, result in zip(names, tensors, results):
-                self._ready[name] = _Ready(
-                    tensor, tensor._version, tensor.data_ptr(), settings, result
-                )
+        results, self._tables = standardize_together(
+            list(weights.values()), *settings, self._tables
+        )
+        self._ready = {
+            name: _Ready(weight, weight._version, weight.data_ptr(), settings, result)
+            for (name, weight), result in zip(weights.items(), results)
+        }
+
+
+def standardize_together(
+    weights: Sequence[torch.Tensor], eps: float, mode: str, tables: Tables
+) -> tuple[list[torch.Tensor], Tables]:
+    """`standardize_weight` of several weights in few launches.
+
+    Args:
+        weights: float32, on one GPU, each in one piece.
+        eps, mode: of `standardize_weight`.
+        tables: of the last call; what it says of weights that lie where they lay is used again.
+
+    Returns:
+        W_hat of every weight, and the tables.
+    """
+    kernels = triton_kernels_for(weights[0])
+    assert kernels is not None
+    results: list[torch.Tensor] = []
+    used: Tables = {}
+    for part in _launches(weights):
+        addresses = tuple(weight.data_ptr() for weight in part)
+        used[addresses] = tables.get(addresses) or kernels.FilterTable(part)
+        results += _StandardizeTogether.apply(used[addresses], eps, mode, *part)
+    return results, used
 
 
 class _StandardizeTogether(torch.autograd.Function):
@@ -124,8 +145,7 @@ class _StandardizeTogether(torch.autograd.Function):
         ctx.table, ctx.statistics, ctx.eps, ctx.mode = table, statistics, eps, mode
         ctx.set_materialize_grads(False)
         return tuple(
-            from_rows(part.view(len(weight), -1), weight)
-            for part, weight in zip(result.split(table.sizes), weights)
+            from_rows(part, weight) for part, weight in zip(result.split(table.sizes), weights)
         )
 
     @staticmethod
@@ -145,12 +165,12 @@ class _StandardizeTogether(torch.autograd.Function):
             ]
             return None, None, None, *results
         rows = [
-            weight.new_zeros(weight.numel()) if g is None else to_rows(g, weight).flatten()
+            weight.new_zeros(weight.numel()) if g is None else in_memory_order(g, weight)
             for g, weight in zip(gradients, weights)
         ]
         parts = ctx.table.backward(torch.cat(rows), ctx.statistics).split(ctx.table.sizes)
         results = [
-            None if g is None else from_rows(part.view(len(weight), -1), weight)
+            None if g is None else from_rows(part, weight)
             for g, part, weight in zip(gradients, parts, weights)
         ]
         return None, None, None, *results
@@ -174,18 +194,16 @@ def _fits(ready: _Ready, weight: torch.Tensor, settings: tuple[float, str]) -> b
     )
 
 
-def _launches(
-    weights: Iterable[tuple[int, torch.Tensor]],
-) -> Iterable[list[tuple[int, torch.Tensor]]]:
+def _launches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """In order, as many together as `LAUNCH_BYTES` hold, and at least one."""
-    part: list[tuple[int, torch.Tensor]] = []
+    part: list[torch.Tensor] = []
     held = 0
-    for name, weight in weights:
+    for weight in weights:
         size = weight.numel() * weight.element_size()
         if part and held + size > LAUNCH_BYTES:
             yield part
             part, held = [], 0
-        part.append((name, weight))
+        part.append(weight)
         held += size
     if part:
         yield part

@@ -130,7 +130,7 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
-        rows = to_rows(weight, weight)
+        rows = _to_rows(weight, weight)
         fan_in = rows.size(1)
         if mode == "bit":
             result, mean, inverse = torch.native_layer_norm(rows, [fan_in], None, None, eps)
@@ -155,9 +155,9 @@ class _Standardize(torch.autograd.Function):
         weight, mean, inverse, scale = ctx.saved_tensors
         if torch.is_grad_enabled():  # asked to be differentiated again
             return differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None
-        rows = to_rows(weight, weight)
+        rows = _to_rows(weight, weight)
         result, _, _ = torch.ops.aten.native_layer_norm_backward(
-            to_rows(gradient, weight),
+            _to_rows(gradient, weight),
             rows,
             [rows.size(1)],
             mean,
@@ -178,7 +178,7 @@ class _StandardizeOnCuda(torch.autograd.Function):
     def forward(
         ctx: Any, weight: torch.Tensor, eps: float, mode: str, kernels: ModuleType
     ) -> torch.Tensor:
-        result, *statistics = kernels.standardize_rows(to_rows(weight, weight), eps, mode)
+        result, *statistics = kernels.standardize_rows(_to_rows(weight, weight), eps, mode)
         ctx.save_for_backward(weight, *statistics)
         ctx.eps, ctx.mode, ctx.kernels = eps, mode, kernels
         return from_rows(result, weight)
@@ -188,8 +188,8 @@ class _StandardizeOnCuda(torch.autograd.Function):
         weight, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
             return differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None, None
-        rows = to_rows(weight, weight)
-        gradient_rows = to_rows(gradient, weight).contiguous()
+        rows = _to_rows(weight, weight)
+        gradient_rows = _to_rows(gradient, weight)
         result = ctx.kernels.standardize_rows_backward(gradient_rows, rows, *statistics)
         return from_rows(result, weight), None, None, None
 
@@ -243,18 +243,24 @@ def in_one_piece(weight: torch.Tensor) -> bool:
     )
 
 
-def to_rows(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _to_rows(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`tensor` as one row for each filter, in the order in which `like` lies in memory."""
+    return in_memory_order(tensor, like).view(tensor.size(0), -1)
+
+
+def in_memory_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The values of `tensor`, one after the other, as those of `like` lie in memory."""
     if not like.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.reshape(tensor.size(0), -1)
+    return tensor.reshape(-1)
 
 
-def from_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def from_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What `in_memory_order` or `_to_rows` gave, in the shape and memory format of `like`."""
     if like.is_contiguous():
-        return rows.view_as(like)
+        return values.view_as(like)
     filters, channels, height, width = like.shape
-    return rows.view(filters, height, width, channels).permute(0, 3, 1, 2)
+    return values.view(filters, height, width, channels).permute(0, 3, 1, 2)
 
 
 def in_graph_capture() -> bool:
