@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ws_detectron.layers import LaunchGroup, WSConv2d, launch_group, standardize_once_per_forward
-from ws_detectron.layers.standardize import _standardize_by_formula
+from ws_detectron.layers.standardize import _load_triton_kernels, _standardize_by_formula
 from ws_detectron.layers.triton_kernels import FilterTable
 from ws_detectron.modeling import convert_to_ws
 
@@ -50,7 +50,10 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if request.param == "cpu":
+    if request.param == "cuda":
+        assert _load_triton_kernels() is not None  # it tries them once, which is a launch
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    else:
         kernels = SimpleNamespace(FilterTable=Table)
         monkeypatch.setattr(launch_group, "triton_kernels_for", lambda weight: kernels)
     return request.param

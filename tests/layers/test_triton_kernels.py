@@ -28,6 +28,7 @@ weights = {
     "1x1": torch.randn(5, 64),
     "tiny deviation": 1e-4 * torch.randn(4, 32),
     "constant": torch.full((2, 9), 0.3),
+    "constant and long": torch.full((2, 4608), 0.3),
     "one value": torch.randn(3, 1),
     "empty": torch.randn(0, 9),
 }
@@ -74,9 +75,11 @@ def test_kernels_equal_the_formula_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert len(report) == 6 * 3 * 2
+    assert len(report) == 7 * 3 * 2
     for case, (value, gradient) in report.items():
         # the mean 0.5 of float32 is rounded by up to 3e-8, which is 3e-6 of the deviation 0.01
+        if case.startswith("constant"):
+            assert value == 0, case
         assert value < 1e-5 and gradient < 1e-5, (case, value, gradient)
 
 
@@ -107,11 +110,12 @@ def test_value_and_gradient_on_a_gpu(shape: tuple, mode: str, memory_format) -> 
     weight.requires_grad_()
     upstream = torch.randn_like(weight)
     result = standardize_weight(weight, 1e-5, mode)
-    assert result.stride() == weight.stride()
+    assert result.is_contiguous(memory_format=memory_format)
     result.backward(upstream)
     exact = weight.detach().double().requires_grad_()
     expected = _standardize_by_formula(exact, 1e-5, mode)
     expected.backward(upstream.double())
+    assert not result[0].any()
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=2e-5)
     scale = exact.grad.abs().max().item() or 1.0
     torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * scale)

@@ -43,6 +43,7 @@ def _forward_kernel(
     offsets = row.to(tl.int64) * n + columns
     w = tl.load(weight + offsets, mask=inside, other=0.0)
     mean = tl.sum(w, axis=0) / n
+    mean += tl.sum(tl.where(inside, w - mean, 0.0), axis=0) / n  # what the first sum rounded off
     centred = tl.where(inside, w - mean, 0.0)
     variance = tl.sum(centred * centred, axis=0) / n
     if MODE == 2:
@@ -93,6 +94,12 @@ def _table_forward_kernel(
     for start in range(0, STEPS * BLOCK, BLOCK):
         sums += tl.load(weight + start + columns, mask=start + columns < n, other=0.0)
     mean = tl.sum(sums, axis=0) / n
+    rests = tl.zeros([BLOCK], dtype=tl.float32)  # what the first sum rounded off
+    for start in range(0, STEPS * BLOCK, BLOCK):
+        inside = start + columns < n
+        w = tl.load(weight + start + columns, mask=inside, other=0.0)
+        rests += tl.where(inside, w - mean, 0.0)
+    mean += tl.sum(rests, axis=0) / n
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, STEPS * BLOCK, BLOCK):
         inside = start + columns < n
