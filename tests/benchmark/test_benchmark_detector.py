@@ -40,6 +40,14 @@ def test_all_arms_get_the_same_proposals(coco_root) -> None:
     torch.testing.assert_close(boxes[0], boxes[1], rtol=0, atol=0)
 
 
+def test_every_measurement_has_the_same_images(coco_root) -> None:
+    cfg = detector.arm_config("gn", "cpu", 64, SMALL)
+    once, again = (detector.real_batches(cfg, 2, 3) for _ in range(2))
+    assert [[image["file_name"] for image in batch] for batch in once] == [
+        [image["file_name"] for image in batch] for batch in again
+    ]
+
+
 def test_what_does_not_run_is_named(coco_root) -> None:
     steps = detector.measure_steps(["sync_bn"], "cpu", 1, 64, rounds=1, warmup=0, opts=SMALL)
     assert steps["seconds"] == {} and "SyncB" in steps["refused"]["sync_bn"]

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -46,7 +47,7 @@ def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
     """
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = images, 0
-    torch.manual_seed(cfg.SEED)
+    seed_all_rng(cfg.SEED)  # the order of the images is drawn by numpy
     loader = iter(Trainer.build_train_loader(cfg))
     return [next(loader) for _ in range(number)]
 
