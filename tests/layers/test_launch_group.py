@@ -6,12 +6,15 @@ On the CPU with a stand-in for the Triton kernels, on a GPU with them.
 import copy
 import pickle
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Optional
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ws_detectron.layers import LaunchGroup, WSConv2d, launch_group, standardize_once_per_forward
@@ -260,6 +263,30 @@ def test_channels_last(net: Net, device: str, launches: list) -> None:
     train(net, images)
     assert launches == [3, 3]
     train(other, images)
+    same(net, other)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_distributed(net: Net, device: str, launches: list, unused: bool, tmp_path: Path) -> None:
+    """Gradients leave by hooks on each weight, those of a launch one after the other."""
+    other = alone(net)
+    images = inputs(device, 4)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for model in (net, other):
+            wrapped = DistributedDataParallel(model, find_unused_parameters=unused)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for number, x in enumerate(images):
+                model.calls = "ac" if unused and number == 2 else "abc"
+                optimizer.zero_grad()
+                with wrapped.no_sync():
+                    wrapped(x).backward()
+                wrapped(x).backward()
+                optimizer.step()
+    finally:
+        dist.destroy_process_group()
+    assert launches.count(3) >= 5
     same(net, other)
 
 
