@@ -1,10 +1,14 @@
 """Filters standardized together: as each conv alone would, whatever a training does in between.
 
-On the CPU with a stand-in for the Triton kernels, on a GPU with them.
+On the CPU with a stand-in for the Triton kernels, on a GPU with them; with the variable
+TRITON_INTERPRET=1 set, on the CPU with them, too, interpreted.
 """
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,29 +21,40 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from ws_detectron.layers import LaunchGroup, WSConv2d, launch_group, standardize_once_per_forward
+from ws_detectron.layers import (
+    WS_MODES,
+    LaunchGroup,
+    WSConv2d,
+    launch_group,
+    standardize_once_per_forward,
+    standardize_weight,
+)
 from ws_detectron.layers.standardize import _load_triton_kernels, _standardize_by_formula
 from ws_detectron.layers.triton_kernels import FilterTable
-from ws_detectron.modeling import convert_to_ws
+from ws_detectron.modeling import convert_to_ws, fold_ws
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Table:
     """A `FilterTable` of torch operations."""
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], addresses: Sequence[int]) -> None:
         self.weights, self.sizes = weights, [weight.numel() for weight in weights]
 
     def forward(self, eps: float, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
-        self.settings = eps, mode
         results = [_standardize_by_formula(weight, eps, mode) for weight in self.weights]
-        return torch.cat([flat(result) for result in results]), torch.zeros(3, 1)
+        return torch.cat([flat(result) for result in results]), torch.tensor(
+            [eps, WS_MODES.index(mode)]
+        )
 
     def backward(self, gradient: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+        eps, mode = statistics.tolist()
         parts = []
         for weight, part in zip(self.weights, gradient.split(self.sizes)):
             with torch.enable_grad():
                 leaf = weight.detach().requires_grad_()
-                result = flat(_standardize_by_formula(leaf, *self.settings))
+                result = flat(_standardize_by_formula(leaf, eps, WS_MODES[int(mode)]))
             parts.append(flat(torch.autograd.grad(result, leaf, part)[0]))
         return torch.cat(parts)
 
@@ -57,7 +72,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         assert _load_triton_kernels() is not None  # it tries them once, which is a launch
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     else:
-        kernels = SimpleNamespace(FilterTable=Table)
+        kernels = SimpleNamespace(FilterTable=FilterTable if INTERPRETED else Table)
         monkeypatch.setattr(launch_group, "triton_kernels_for", lambda weight: kernels)
     return request.param
 
@@ -66,7 +81,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def launches(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many weights each launch of a forward is of."""
     found: list[int] = []
-    kind = Table if device == "cpu" else FilterTable
+    kind = Table if device == "cpu" and not INTERPRETED else FilterTable
     forward = kind.forward
 
     def counting(self, eps: float, mode: str):
@@ -178,14 +193,12 @@ def test_accumulating_and_two_forwards_before_the_backwards(net: Net, device: st
 def test_backwards_of_graphs_that_share_nothing_else(net: Net, device: str, launches: list) -> None:
     train(net, inputs(device, 1))
     other = alone(net)
-    x, y = inputs(device, 2)
+    (x,) = inputs(device, 1)
     for model in (net, other):
         model.zero_grad()
-        model.calls = "a"
-        model(x).backward()
         losses = []
-        for model.calls in "bc":  # of the launch that `a` began
-            losses.append(model(y))
+        for model.calls in "abc":
+            losses.append(model(x))
         for loss in losses:
             loss.backward()
     assert launches == [3]
@@ -231,6 +244,126 @@ def test_frozen_first_conv_hands_over(net: Net, device: str, launches: list) -> 
     net.a.weight.requires_grad = False
     train(net, inputs(device, 2))
     assert launches == [3, 2, 2]
+
+
+def test_a_conv_that_is_trained_again_begins_the_forward(
+    net: Net, device: str, launches: list
+) -> None:
+    """Also for an optimizer that leaves no trace in the weights' versions."""
+    other = alone(net)
+    images = inputs(device, 7)
+    for model in (net, other):
+        for number, x in enumerate(images):
+            model.a.weight.requires_grad = number > 2
+            model.zero_grad()
+            model(x).backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=0.1)
+    assert launches[-2:] == [3, 3]
+    same(net, other)
+
+
+def test_order_is_learned_anew(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 8), ["c", "abc", "abc", "abc", "abc", "bc", "bc", "bc"])
+    assert launches[-5:] == [2, 3, 3, 2, 2] or launches[-4:] == [3, 3, 2, 2]
+
+
+def test_evaluation_between_forward_and_backward(net: Net, device: str) -> None:
+    """It keeps filters of its own, for which the weights may get other memory."""
+    train(net, inputs(device, 2))
+    other = alone(net)
+    x, y, z = inputs(device, 3)
+    for model in (net, other):
+        model.zero_grad()
+        loss = model(x)
+        with torch.no_grad():
+            model.eval()
+            model(y)
+            model.train()
+        (loss + model(z)).backward()
+    same(net, other)
+
+
+def test_memory_that_moves_between_forward_and_backward(net: Net, device: str) -> None:
+    """As the weights of sharded training do; what they held before is overwritten."""
+    train(net, inputs(device, 2))
+    other = alone(net)
+    (x,) = inputs(device, 1)
+    for model in (net, other):
+        model.zero_grad()
+        loss = model(x)
+        for conv in (model.a, model.b, model.c):
+            before, conv.weight.data = conv.weight.data, conv.weight.data.clone()
+            before.fill_(1e9)
+        loss.backward()
+    same(net, other)
+
+
+def test_another_shape_in_the_same_memory(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 2))
+    net.b = WSConv2d(9, 4, 2, bias=False, norm=nn.GroupNorm(2, 4)).to(device)
+    net.b._launch_group = net.a._launch_group
+    x, y = torch.randn(1, 4, 5, 5, device=device), torch.randn(1, 9, 5, 5, device=device)
+    for shape in ((4, 9, 2, 2), (8, 9, 2, 1), (8, 9, 2, 1)):
+        net.b.norm = nn.GroupNorm(2, shape[0]).to(device)
+        net.b.weight.data, net.b.weight.grad = net.b.weight.data.view(shape), None
+        (net.a(x).mean() + net.b(y).square().mean()).backward()
+        expected = standardize_weight(net.b.weight.detach().clone(), mode="official")
+        net.a(x)
+        torch.testing.assert_close(net.b.standardized_weight().detach(), expected)
+    assert launches[-1] >= 2
+
+
+def test_hooks_on_a_weight_are_not_called_without_a_gradient(net: Net, device: str) -> None:
+    seen = []
+    net.b.weight.register_hook(lambda gradient: seen.append(gradient.shape))
+    train(net, inputs(device, 4), ["abc", "abc", "ac", "abc"])
+    assert seen == [net.b.weight.shape] * 3
+
+
+def test_steps_between_backwards_of_one_launch(net: Net, device: str) -> None:
+    """A weight may be written to once its own gradient has been computed."""
+    train(net, inputs(device, 1))
+    other = alone(net)
+    x, y = inputs(device, 2)
+    for model in (net, other):
+        model.zero_grad()
+        losses = []
+        for model.calls in ("a", "b"):
+            losses.append(model(x))
+        for loss, conv in zip(losses, (model.a, model.b)):
+            loss.backward()
+            torch.optim.SGD(conv.parameters(), lr=0.1).step()
+    same(net, other)
+
+
+def test_folded_convs_have_left(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 2))
+    fold_ws(net.b)
+    train(net, inputs(device, 2))
+    assert launches == [3, 2, 2]
+
+
+def test_nothing_is_held_after_a_backward(net: Net, device: str) -> None:
+    train(net, inputs(device, 2))
+    net.calls = "ab"
+    loss = net(inputs(device, 1)[0])
+    assert net.a._launch_group._ready
+    loss.backward()
+    assert not net.a._launch_group._ready
+
+
+def test_any_default_dtype(net: Net, device: str, launches: list) -> None:
+    train(net, inputs(device, 1))
+    images = inputs(device, 2)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(net, images)
+    finally:
+        torch.set_default_dtype(default)
+    assert launches == [3, 3]
 
 
 def test_no_gradient_for_what_was_not_used(net: Net, device: str, launches: list) -> None:
@@ -349,6 +482,19 @@ def test_deleted_convs_are_forgotten(net: Net, device: str, launches: list) -> N
 def test_other_than_ordinary_weights_stay_out(device: str, weight: Optional[torch.Tensor]) -> None:
     conv = SimpleNamespace(weight=weight, ws_eps=1e-5, ws_mode="paper")
     assert LaunchGroup().take(conv) is None
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the kernels are those of this run")
+def test_the_same_with_the_real_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton is installed with torch on Linux only")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -35,7 +35,7 @@ weights = {
 report = {}
 
 def in_a_table(weights, upstreams, mode):
-    table = FilterTable(weights)
+    table = FilterTable(weights, [weight.data_ptr() for weight in weights])
     flat, statistics = table.forward(1e-5, mode)
     gradients = table.backward(torch.cat([u.flatten() for u in upstreams]), statistics)
     parts = zip(flat.split(table.sizes), gradients.split(table.sizes), weights)

@@ -10,7 +10,7 @@ import pytest
 
 from ws_detectron.errors import ConfigError
 from ws_detectron.study import Options, Study, read_study_results, run_study, take_records
-from ws_detectron.study.cell_state import FINISHED, is_finished, write_state
+from ws_detectron.study.cell_state import FINISHED, RUNNING, is_finished, write_state
 from ws_detectron.study.cells import study_cells
 from ws_detectron.study.records import FILES
 from ws_detectron.study.slurm import JOB
@@ -100,6 +100,9 @@ def test_another_device_is_no_other_setting(make_study) -> None:
     assert on_cpu.settings["MODEL.DEVICE"] == "cpu" != on_gpu.settings["MODEL.DEVICE"]
     write_state(on_cpu, FINISHED)
     assert is_finished(on_gpu)
+    write_state(on_cpu, RUNNING)  # its record would name the GPU alone
+    with pytest.raises(ConfigError, match="MODEL.DEVICE was 'cpu' and is 'cuda'"):
+        is_finished(on_gpu)
 
 
 def absolute(entries: Sequence[list[str]]) -> list[list[str]]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import nn
 
+from .reuse import address
 from .standardize import (
     differentiable_gradient,
     from_rows,
@@ -25,28 +26,34 @@ from .standardize import (
 # those of one launch are there all at once.
 LAUNCH_BYTES = 25 * 2**20
 
-Tables = dict[tuple[int, ...], Any]
-"""Addresses of the weights of a launch -> their `FilterTable`."""
+_MOST_TABLES = 64
+_graph_task: Any = getattr(torch._C, "_current_graph_task_id", None)
+
+Tables = dict[tuple, Any]
+"""Where the weights of a launch lie, and their shapes -> their `FilterTable`."""
 
 
 class _Ready(NamedTuple):
     weight: torch.Tensor
-    version: int
-    address: int
-    settings: tuple[float, str]
+    state: tuple
     standardized: torch.Tensor
 
 
 class LaunchGroup:
-    """Convs that are usually called one after the other, each once, in every forward.
+    """Convs that are usually called in one forward, each once.
 
-    They join by being called, so the group knows their order, and its first one begins a forward:
-    it standardizes the filters of all, which the others then take. What is wrong for a conv is
-    never taken: it then standardizes its own filters, as it does outside a group. That is so where
-    its weight was written to in between, and where it is called again. A conv whose filters nobody
-    took leaves the group until it is called again.
+    They join by being called. The first one that is called in a forward standardizes the filters of
+    all, and the others take theirs. A forward ends with a backward through it, or where the conv
+    that began it is called again. A conv standardizes its own filters, as it does outside a group,
+    where it is called again in the same forward, or where its weight or the settings have changed
+    since the launch (a write by `.data`, in place and between two forwards without a backward, is
+    the one that is not seen). One whose filters nobody took leaves the group until it is called
+    again.
 
-    The gradients of one launch, of `LAUNCH_BYTES` or less, reach the weights together.
+    Gradients come as those of single convs do, but for this: those of one launch, of `LAUNCH_BYTES`
+    or less, reach their weights together, and lie in one piece of memory, which is freed when none
+    of them is kept. Under DistributedDataParallel, the graphs of one launch have to be gone through
+    by one backward.
 
     Never copied and never saved: a copied model starts with an empty group.
     """
@@ -54,6 +61,8 @@ class LaunchGroup:
     def __init__(self) -> None:
         self._members: list[weakref.ref] = []
         self._ready: dict[int, _Ready] = {}
+        self._first: Optional[weakref.ref] = None
+        self._missed: frozenset[int] = frozenset()
         self._tables: Tables = {}
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -68,45 +77,57 @@ class LaunchGroup:
         Returns:
             (O, I/g, kh, kw), or None: the conv has to standardize by itself.
         """
-        weight, settings = conv.weight, (conv.ws_eps, conv.ws_mode)
-        if not _can_join(weight):
-            return None
         ready = self._ready.pop(id(conv), None)
-        if ready is not None and _fits(ready, weight, settings):
-            return ready.standardized
-        members = [member for member in (ref() for ref in self._members) if member is not None]
-        trained = [member for member in members if member.weight.requires_grad]
-        if not trained or trained[0] is not conv:
-            if all(member is not conv for member in members):
-                self._members.append(weakref.ref(conv))
+        if not _can_join(conv.weight) or _should_wait(conv.weight):
             return None
-        # what is still ready was not called in the last forward
-        called = [member for member in members if id(member) not in self._ready]
-        self._members = [weakref.ref(member) for member in called]
-        self._launch(conv, called, settings)
-        return self._ready.pop(id(conv)).standardized
+        if ready is not None and ready.weight is conv.weight and ready.state == _state(conv):
+            return ready.standardized
+        members = self._living_members()
+        if all(member is not conv for member in members):
+            self._members.append(weakref.ref(conv))
+            return None
+        if self._first is not None and self._first() is not conv:
+            return None
+        self.end_forward()
+        members = [m for m in members if m is conv or id(m) not in self._missed]
+        self._members = [weakref.ref(member) for member in members]
+        return self._launch(conv, members)
 
-    def _launch(self, first: Any, convs: list, settings: tuple[float, str]) -> None:
-        """Makes ready what can share a launch with the first conv, itself included."""
-        weights = {
-            id(conv): conv.weight
+    def end_forward(self) -> None:
+        """What has not been taken is stale now, and the next conv begins another forward."""
+        self._missed |= self._ready.keys()
+        self._ready, self._first = {}, None
+
+    def _living_members(self) -> list:
+        members = (ref() for ref in self._members)
+        return [m for m in members if m is not None and m.__dict__.get("_launch_group") is self]
+
+    def _launch(self, first: Any, convs: list) -> torch.Tensor:
+        """Standardizes what can share a launch with the first conv, and returns what is its own."""
+        convs = [
+            conv
             for conv in convs
-            if (conv.ws_eps, conv.ws_mode) == settings
+            if _can_join(conv.weight)
             and conv.weight.requires_grad
-            and conv.weight.device == first.weight.device
-            and _can_join(conv.weight)
-        }
+            and _surroundings(conv) == _surroundings(first)
+        ]
         results, self._tables = standardize_together(
-            list(weights.values()), *settings, self._tables
+            [conv.weight for conv in convs], first.ws_eps, first.ws_mode, self._tables, self
         )
+        self._first, self._missed = weakref.ref(first), frozenset()
         self._ready = {
-            name: _Ready(weight, weight._version, weight.data_ptr(), settings, result)
-            for (name, weight), result in zip(weights.items(), results)
+            id(conv): _Ready(conv.weight, _state(conv), result)
+            for conv, result in zip(convs, results)
         }
+        return self._ready.pop(id(first)).standardized
 
 
 def standardize_together(
-    weights: Sequence[torch.Tensor], eps: float, mode: str, tables: Tables
+    weights: Sequence[torch.Tensor],
+    eps: float,
+    mode: str,
+    tables: Tables,
+    group: Optional[LaunchGroup] = None,
 ) -> tuple[list[torch.Tensor], Tables]:
     """`standardize_weight` of several weights in few launches.
 
@@ -114,19 +135,22 @@ def standardize_together(
         weights: float32, on one GPU, each in one piece.
         eps, mode: of `standardize_weight`.
         tables: of the last call; what it says of weights that lie where they lay is used again.
+        group: is told when a backward goes through it.
 
     Returns:
         W_hat of every weight, and the tables.
     """
-    kernels = triton_kernels_for(weights[0])
-    assert kernels is not None
     results: list[torch.Tensor] = []
-    used: Tables = {}
+    if len(tables) > _MOST_TABLES:  # weights that get other memory all the time
+        tables = {}
     for part in _launches(weights):
-        addresses = tuple(weight.data_ptr() for weight in part)
-        used[addresses] = tables.get(addresses) or kernels.FilterTable(part)
-        results += _StandardizeTogether.apply(used[addresses], eps, mode, *part)
-    return results, used
+        places = _places(part)
+        if places not in tables:
+            tables[places] = _table(part)
+        results += _StandardizeTogether.apply(
+            None if group is None else weakref.ref(group), tables[places], places, eps, mode, *part
+        )
+    return results, tables
 
 
 class _StandardizeTogether(torch.autograd.Function):
@@ -138,11 +162,18 @@ class _StandardizeTogether(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, table: Any, eps: float, mode: str, *weights: torch.Tensor
+        ctx: Any,
+        group: Optional[weakref.ref],
+        table: Any,
+        places: tuple,
+        eps: float,
+        mode: str,
+        *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         result, statistics = table.forward(eps, mode)
         ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
-        ctx.table, ctx.statistics, ctx.eps, ctx.mode = table, statistics, eps, mode
+        ctx.table, ctx.places, ctx.statistics = table, places, statistics
+        ctx.group, ctx.eps, ctx.mode = group, eps, mode
         ctx.set_materialize_grads(False)
         return tuple(
             from_rows(part, weight) for part, weight in zip(result.split(table.sizes), weights)
@@ -151,47 +182,84 @@ class _StandardizeTogether(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Optional[torch.Tensor]) -> tuple[Any, ...]:
         weights = ctx.weights
-        for weight, version in zip(weights, ctx.versions):
-            if weight._version != version:
+        for g, weight, version in zip(gradients, weights, ctx.versions):
+            if g is not None and weight._version != version:
                 raise RuntimeError(
                     f"a WS weight of shape {list(weight.shape)} was modified by an inplace "
                     f"operation after the forward: it is at version {weight._version}, the "
                     f"backward needs version {version}"
                 )
+        group = None if ctx.group is None else ctx.group()
+        if group is not None:
+            group.end_forward()
         if torch.is_grad_enabled():  # asked to be differentiated again
             results = [
                 None if g is None else differentiable_gradient(weight, g, ctx.eps, ctx.mode)
                 for g, weight in zip(gradients, weights)
             ]
-            return None, None, None, *results
+            return None, None, None, None, None, *results
+        # The same values may have got other memory, as in sharded training between the two passes.
+        table = ctx.table if _places(weights) == ctx.places else _table(weights)
         rows = [
             weight.new_zeros(weight.numel()) if g is None else in_memory_order(g, weight)
             for g, weight in zip(gradients, weights)
         ]
-        parts = ctx.table.backward(torch.cat(rows), ctx.statistics).split(ctx.table.sizes)
+        parts = table.backward(torch.cat(rows), ctx.statistics).split(table.sizes)
         results = [
             None if g is None else from_rows(part, weight)
             for g, part, weight in zip(gradients, parts, weights)
         ]
-        return None, None, None, *results
+        return None, None, None, None, None, *results
 
 
 def _can_join(weight: Any) -> bool:
-    """An ordinary parameter that the kernels take; not what sharding or `torch.func` put there."""
+    """An ordinary parameter that the kernels take; not what a parametrization or sharding made.
+
+    A hook on a weight would be called without a gradient where its filters were not used.
+    """
     return (
         type(weight) is nn.Parameter
         and in_one_piece(weight)
+        and not weight._backward_hooks
         and triton_kernels_for(weight) is not None
     )
 
 
-def _fits(ready: _Ready, weight: torch.Tensor, settings: tuple[float, str]) -> bool:
-    return (
-        ready.weight is weight
-        and ready.version == weight._version
-        and ready.address == weight.data_ptr()
-        and ready.settings == settings
-    )
+def _should_wait(weight: torch.Tensor) -> bool:
+    """Whether this is no plain forward: part of a backward, or recorded as a CUDA graph.
+
+    A part that is computed again in a backward has a graph of its own, and a recorded launch would
+    outlive its table.
+    """
+    if _graph_task is None or _graph_task() != -1:
+        return True
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _surroundings(conv: Any) -> tuple:
+    """What convs of a launch have in common."""
+    device = conv.weight.device
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    return conv.ws_eps, conv.ws_mode, device, stream
+
+
+def _state(conv: Any) -> tuple:
+    """What differs where a launch of earlier does not fit any more."""
+    return conv.weight._version, _place(conv.weight), _surroundings(conv)
+
+
+def _place(weight: torch.Tensor) -> tuple:
+    return address(weight), weight.shape, weight.stride()
+
+
+def _places(weights: Sequence[torch.Tensor]) -> tuple:
+    return weights[0].device, *map(_place, weights)
+
+
+def _table(weights: Sequence[torch.Tensor]) -> Any:
+    kernels = triton_kernels_for(weights[0])
+    assert kernels is not None
+    return kernels.FilterTable(weights, [address(weight) for weight in weights])
 
 
 def _launches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

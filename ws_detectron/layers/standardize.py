@@ -213,7 +213,7 @@ def _load_triton_kernels() -> Optional[ModuleType]:
         sample = torch.arange(8.0, device="cuda").view(2, 4)
         result, *statistics = triton_kernels.standardize_rows(sample, 1e-5, "paper")
         triton_kernels.standardize_rows_backward(result, sample, *statistics)
-        table = triton_kernels.FilterTable([sample])
+        table = triton_kernels.FilterTable([sample], [sample.data_ptr()])
         table.backward(*table.forward(1e-5, "paper"))
     except Exception as error:  # Triton calls a C compiler, and fails in as many ways as that can
         logging.getLogger(__name__).warning(

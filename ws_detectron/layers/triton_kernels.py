@@ -216,13 +216,14 @@ def _block(fan_in: int) -> dict[str, int]:
 class FilterTable:
     """Where the filters of several weights lie, on their device.
 
-    It holds addresses, so it is of no use once a weight has got other memory.
+    It is of no use once a weight has got other memory.
 
     Args:
         weights: float32, each in one piece, (O, ...), all on one device.
+        addresses: of their memory.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], addresses: Sequence[int]) -> None:
         device = weights[0].device
         filters = [weight.size(0) for weight in weights]
         self.sizes = [weight.numel() for weight in weights]
@@ -234,7 +235,7 @@ class FilterTable:
         # the same for every filter, as a loop of the kernel: the masks of the short ones are empty
         self._steps = {"STEPS": triton.cdiv(max(fan_ins), _TABLE_BLOCK), "BLOCK": _TABLE_BLOCK}
         self._columns = (
-            torch.tensor([weight.data_ptr() for weight in weights], device=device),
+            torch.tensor(addresses, device=device),
             torch.tensor(fan_ins, dtype=torch.int32, device=device),
             torch.tensor(firsts, dtype=torch.int32, device=device),
             torch.tensor(starts, device=device),
@@ -249,8 +250,8 @@ class FilterTable:
             and the statistics of `standardize_rows` as (3, R).
         """
         device = self._columns[0].device
-        result = torch.empty(sum(self.sizes), device=device)
-        statistics = torch.empty(3, self.rows, device=device)
+        result = torch.empty(sum(self.sizes), device=device, dtype=torch.float32)
+        statistics = torch.empty(3, self.rows, device=device, dtype=torch.float32)
         with torch.cuda.device_of(result):
             _table_forward_kernel[(self.rows,)](
                 *self._columns, result, statistics, self.rows, eps, _MODES[mode], **self._steps

@@ -11,8 +11,10 @@ from ws_detectron.io import write_json
 from .cells import Cell
 
 # What another start of the same run may change without another result: on another machine, data
-# lie elsewhere, and there may be a GPU
-FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER", "MODEL.DEVICE")
+# lie elsewhere
+FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
+# What another machine may have for the runs that have not ended: half a run is of one of them
+FREE_AT_THE_END = ("MODEL.DEVICE",)
 
 STATE = "cell.json"
 OUTPUT = "cell.log"
@@ -59,10 +61,11 @@ def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is broken: {error}; delete the folder to run it anew") from error
     # Keys that only one of them has are new or gone with a version of detectron2.
+    free = (*FREE, *FREE_AT_THE_END) if state.state == FINISHED or has_lost(state) else FREE
     differing = [
         f"{key} was {state.settings[key]!r} and is {value!r}"
         for key, value in cell.settings.items()
-        if key in state.settings and state.settings[key] != value and key not in FREE
+        if key in state.settings and state.settings[key] != value and key not in free
     ]
     if differing:
         raise ConfigError(
