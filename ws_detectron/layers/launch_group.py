@@ -78,10 +78,12 @@ class LaunchGroup:
             (O, I/g, kh, kw), or None: the conv has to standardize by itself.
         """
         ready = self._ready.pop(id(conv), None)
-        if not _can_join(conv.weight) or _should_wait(conv.weight):
+        if _should_wait(conv.weight):
             return None
         if ready is not None and ready.weight is conv.weight and ready.state == _state(conv):
             return ready.standardized
+        if not _can_join(conv.weight):
+            return None
         members = self._living_members()
         if all(member is not conv for member in members):
             self._members.append(weakref.ref(conv))
@@ -109,7 +111,8 @@ class LaunchGroup:
             for conv in convs
             if _can_join(conv.weight)
             and conv.weight.requires_grad
-            and _surroundings(conv) == _surroundings(first)
+            and conv.weight.device == first.weight.device
+            and (conv.ws_eps, conv.ws_mode) == (first.ws_eps, first.ws_mode)
         ]
         results, self._tables = standardize_together(
             [conv.weight for conv in convs], first.ws_eps, first.ws_mode, self._tables, self
@@ -236,16 +239,11 @@ def _should_wait(weight: torch.Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _surroundings(conv: Any) -> tuple:
-    """What convs of a launch have in common."""
-    device = conv.weight.device
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    return conv.ws_eps, conv.ws_mode, device, stream
-
-
 def _state(conv: Any) -> tuple:
     """What differs where a launch of earlier does not fit any more."""
-    return conv.weight._version, _place(conv.weight), _surroundings(conv)
+    weight = conv.weight
+    stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None
+    return weight._version, *_place(weight), conv.ws_eps, conv.ws_mode, stream
 
 
 def _place(weight: torch.Tensor) -> tuple:
