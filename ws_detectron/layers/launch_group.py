@@ -1,9 +1,9 @@
 """The filters of several convs in one launch, on a GPU.
 
-A detector at one image per GPU waits for its host, which starts thousands of small kernels: on an
-H200, R-50 Mask R-CNN computes for 28 of 75 ms. There a launch for every conv and direction, small
-as it is, makes a step of GN+WS a quarter longer than one of GN. So the first conv of a group that
-is called in a forward standardizes the filters of all.
+A detector at one image per GPU waits for its host, which starts thousands of small kernels. There a
+launch for every conv and direction, small as it is, makes a step of GN+WS a quarter longer than one
+of GN (R-50 on an H200, results/benchmark). So the first conv of a group that is called in a forward
+standardizes the filters of all.
 """
 
 import weakref
