@@ -57,13 +57,14 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """(arm, images per process) -> gradients, exchanges of the whole model."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "job.py").write_text(SCRIPT)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     result = subprocess.run(
         [sys.executable, "job.py", str(folder / "gradients.pth")],
         capture_output=True,
         text=True,
         timeout=600,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
     assert result.returncode == 0, result.stderr
     return torch.load(folder / "gradients.pth", weights_only=True)

@@ -1,5 +1,6 @@
 """Loader errors name the file, from worker processes too."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,19 @@ def test_annotations_that_are_no_coco_json(tiny_cfg: CfgNode, tmp_path: Path) ->
     (tmp_path / "annotations.json").write_text('{"images": []}')
     with pytest.raises(DataError, match="annotations.json, are not COCO JSON"):
         build_train_loader(tiny_cfg)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_boxes_without_masks_are_no_data_for_a_mask_head(
+    tiny_cfg: CfgNode, tmp_path: Path, workers: int
+) -> None:
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    path.write_text(json.dumps(content))
+    tiny_cfg.DATALOADER.NUM_WORKERS = workers
+    with pytest.raises(DataError, match=r"\d.png have boxes and no masks .* MODEL.MASK_ON is True"):
+        next(iter(build_train_loader(tiny_cfg)))
+    tiny_cfg.MODEL.MASK_ON = False
+    assert len(next(iter(build_train_loader(tiny_cfg)))) == 2

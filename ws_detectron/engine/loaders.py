@@ -24,25 +24,35 @@ class NamingMapper:
 
     Args:
         mapper: from a detectron2 dataset dict to a model input.
+        masks: whether the model is trained on masks.
     """
 
-    def __init__(self, mapper: Callable[[dict], Any]) -> None:
+    def __init__(self, mapper: Callable[[dict], Any], masks: bool = False) -> None:
         self._mapper = mapper
+        self._masks = masks
 
     def __call__(self, dataset_dict: dict) -> Any:
         """Maps one example.
 
         Raises:
-            DataError: the mapper failed; names the file and the reason.
+            DataError: the mapper failed, or there are boxes without masks for a model that is
+                trained on masks; names the file and the reason.
         """
         try:
-            return self._mapper(dataset_dict)
+            mapped = self._mapper(dataset_dict)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else "no further message"
             raise DataError(
                 f"cannot read {dataset_dict.get('file_name', 'an example without file_name')}: "
                 f"{type(error).__name__}: {reason}"
             ) from error
+        instances: Any = mapped.get("instances", ()) if self._masks else ()
+        if len(instances) and not instances.has("gt_masks"):
+            raise DataError(
+                f"the objects of {dataset_dict.get('file_name')} have boxes and no masks "
+                "(`segmentation`), and MODEL.MASK_ON is True; set it to False to train on boxes"
+            )
+        return mapped
 
 
 def build_train_loader(cfg: CfgNode) -> Iterable:
@@ -56,7 +66,7 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
         ConfigError: the data have more classes than the model.
     """
     cfg = part_of_batch(cfg)
-    mapper = NamingMapper(DatasetMapper(cfg, is_train=True))
+    mapper = NamingMapper(DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
     loader = _explained(
         cfg.DATASETS.TRAIN, lambda: build_detection_train_loader(cfg, mapper=mapper)
     )
