@@ -95,7 +95,7 @@ FILTERS = {
 
 
 @on_gpu
-def test_kernels_can_be_built_here() -> None:
+def test_kernels_can_be_built_on_this_gpu() -> None:
     """Else everything below would test what they are replaced by."""
     assert _load_triton_kernels() is not None
 

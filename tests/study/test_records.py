@@ -10,8 +10,8 @@ import pytest
 
 from ws_detectron.errors import ConfigError
 from ws_detectron.study import Options, Study, read_study_results, run_study, take_records
-from ws_detectron.study.cell_state import FINISHED, RUNNING, is_finished, write_state
-from ws_detectron.study.cells import study_cells
+from ws_detectron.study.cell_state import FAILED, FINISHED, RUNNING, is_finished, write_state
+from ws_detectron.study.cells import search_cells, study_cells
 from ws_detectron.study.records import FILES
 from ws_detectron.study.slurm import JOB
 
@@ -101,8 +101,14 @@ def test_another_device_is_no_other_setting(make_study) -> None:
     write_state(on_cpu, FINISHED)
     assert is_finished(on_gpu)
     write_state(on_cpu, RUNNING)  # its record would name the GPU alone
-    with pytest.raises(ConfigError, match="MODEL.DEVICE was 'cpu' and is 'cuda'"):
+    with pytest.raises(ConfigError, match="DEVICE was 'cpu' and is 'cuda'.* --device it was begun"):
         is_finished(on_gpu)
+    write_state(on_cpu, FAILED, lost=True)  # is tried again, from its checkpoint
+    with pytest.raises(ConfigError, match="MODEL.DEVICE"):
+        is_finished(on_gpu)
+    on_cpu, on_gpu = (search_cells(make_study(search=SEARCH, device=d))[0] for d in ("cpu", "cuda"))
+    write_state(on_cpu, FAILED, lost=True)  # is not
+    assert not is_finished(on_gpu)
 
 
 def absolute(entries: Sequence[list[str]]) -> list[list[str]]:

@@ -78,8 +78,10 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
     upstream = [torch.randn_like(weight) for weight in weights]
     target = [torch.empty_like(weight) for weight in weights]
 
+    source = [weight.detach() for weight in weights]
+
     def copy() -> None:  # in few launches on a GPU, as a launch takes longer than the bytes
-        torch._foreach_copy_(target, [weight.detach() for weight in weights])
+        torch._foreach_copy_(target, source)
 
     def both_directions(standardize: Standardize) -> Action:
         def action() -> None:

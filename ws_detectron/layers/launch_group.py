@@ -46,14 +46,15 @@ class LaunchGroup:
     all, and the others take theirs. A forward ends with a backward through it, or where the conv
     that began it is called again. A conv standardizes its own filters, as it does outside a group,
     where it is called again in the same forward, or where its weight or the settings have changed
-    since the launch (a write by `.data`, in place and between two forwards without a backward, is
-    the one that is not seen). One whose filters nobody took leaves the group until it is called
-    again.
+    since the launch. One change is not seen: a write in place by `.data`, which leaves no trace, by
+    a hook within the forward, or between two forwards without a backward. A conv whose filters
+    nobody took leaves the group until it is called again.
 
     Gradients come as those of single convs do, but for this: those of one launch, of `LAUNCH_BYTES`
     or less, reach their weights together, and lie in one piece of memory, which is freed when none
-    of them is kept. Under DistributedDataParallel, the graphs of one launch have to be gone through
-    by one backward.
+    of them is kept. What waits for them at autograd's accumulators is called for all weights of a
+    launch, also for those without a gradient. So under DistributedDataParallel, the graphs of one
+    launch have to be gone through by one backward.
 
     Never copied and never saved: a copied model starts with an empty group.
     """
@@ -88,7 +89,9 @@ class LaunchGroup:
         if all(member is not conv for member in members):
             self._members.append(weakref.ref(conv))
             return None
-        if self._first is not None and self._first() is not conv:
+        first: Any = None if self._first is None else self._first()
+        begun = any(member is first for member in members) and first.weight.requires_grad
+        if begun and first is not conv:
             return None
         self.end_forward()
         members = [m for m in members if m is conv or id(m) not in self._missed]
@@ -117,12 +120,13 @@ class LaunchGroup:
         results, self._tables = standardize_together(
             [conv.weight for conv in convs], first.ws_eps, first.ws_mode, self._tables, self
         )
-        self._first, self._missed = weakref.ref(first), frozenset()
-        self._ready = {
+        ready = {
             id(conv): _Ready(conv.weight, _state(conv), result)
             for conv, result in zip(convs, results)
         }
-        return self._ready.pop(id(first)).standardized
+        own = ready.pop(id(first))
+        self._first, self._missed, self._ready = weakref.ref(first), frozenset(), ready
+        return own.standardized
 
 
 def standardize_together(
@@ -201,8 +205,11 @@ class _StandardizeTogether(torch.autograd.Function):
                 for g, weight in zip(gradients, weights)
             ]
             return None, None, None, None, None, *results
-        # The same values may have got other memory, as in sharded training between the two passes.
-        table = ctx.table if _places(weights) == ctx.places else _table(weights)
+        table, places = ctx.table, _places(weights)
+        if places != ctx.places:
+            # the same values may have got other memory, as in sharded training between the passes
+            _check_shapes(places, ctx.places)
+            table = _table(weights)
         rows = [
             weight.new_zeros(weight.numel()) if g is None else in_memory_order(g, weight)
             for g, weight in zip(gradients, weights)
@@ -215,6 +222,15 @@ class _StandardizeTogether(torch.autograd.Function):
         return None, None, None, None, None, *results
 
 
+def _check_shapes(places: tuple, before: tuple) -> None:
+    for (_, *found), (_, *expected) in zip(places[1:], before[1:]):
+        if found != expected:
+            raise RuntimeError(
+                f"a WS weight got another shape or memory format after the forward: {[*found[0]]} "
+                f"with strides {[*found[1]]}; it was {[*expected[0]]} with {[*expected[1]]}"
+            )
+
+
 def _can_join(weight: Any) -> bool:
     """An ordinary parameter that the kernels take; not what a parametrization or sharding made.
 
@@ -224,6 +240,7 @@ def _can_join(weight: Any) -> bool:
         type(weight) is nn.Parameter
         and in_one_piece(weight)
         and not weight._backward_hooks
+        and not weight._post_accumulate_grad_hooks
         and triton_kernels_for(weight) is not None
     )
 

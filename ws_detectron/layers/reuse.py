@@ -143,8 +143,10 @@ def _end_forward(module: nn.Module, inputs: Any, output: Any) -> None:
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Of its first value; unlike `data_ptr`, to look at it does not count as a write."""
-    return tensor.data_ptr() if _data_address is None else _data_address(tensor)
+    """`tensor.data_ptr()`, but to look at it does not count as a write."""
+    if _data_address is None:
+        return tensor.data_ptr()
+    return _data_address(tensor) + tensor.storage_offset() * tensor.element_size()
 
 
 def _can_be_watched(weight: torch.Tensor) -> bool:

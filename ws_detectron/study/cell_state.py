@@ -61,16 +61,19 @@ def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is broken: {error}; delete the folder to run it anew") from error
     # Keys that only one of them has are new or gone with a version of detectron2.
-    free = (*FREE, *FREE_AT_THE_END) if state.state == FINISHED or has_lost(state) else FREE
+    ended = state.state == FINISHED or (cell.searching and has_lost(state))
+    free = (*FREE, *FREE_AT_THE_END) if ended else FREE
     differing = [
         f"{key} was {state.settings[key]!r} and is {value!r}"
         for key, value in cell.settings.items()
         if key in state.settings and state.settings[key] != value and key not in free
     ]
+    device = any(line.startswith("MODEL.DEVICE ") for line in differing)
     if differing:
         raise ConfigError(
             f"{folder} holds a run with other settings: {'; '.join(differing)}. Give the "
             "study another `output`, or delete the folder"
+            + (", or end it with the --device it was begun on" if device else "")
         )
     return state
 

@@ -51,6 +51,7 @@ class Cell:
         checkpoints: what it keeps, see `Study`.
         settings: the whole merged config, by full key; lists for tuples.
         choice: what a search is trying or has found, at the reference batch.
+        searching: whether it is a run of a search.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Cell:
     checkpoints: str
     settings: Values = field(repr=False)
     choice: Values = field(default_factory=dict)
+    searching: bool = False
 
     @property
     def iterations(self) -> int:
@@ -173,6 +175,7 @@ def _cell(study: Study, arm: Arm, batch: int, seed: int, place: str, choice: Val
         checkpoints=study.checkpoints,
         settings={key: _plain(value) for key, value in as_flat_dict(cfg).items()},
         choice=choice,
+        searching=place.startswith("search/"),
     )
 
 

@@ -99,8 +99,9 @@ def _run(
     gpus = _gpus(study, options)
     places = slots(options.jobs, gpus, study.processes)
     if gpus is not None and options.jobs < len(gpus) // study.processes:
+        what = "GPUs" if len(set(gpus)) == len(gpus) else "places on GPUs"
         say(
-            f"{options.jobs * study.processes} of {len(gpus)} GPUs are used; "
+            f"{options.jobs * study.processes} of {len(gpus)} {what} are used; "
             f"--jobs {len(gpus) // study.processes} uses more of them, for cells side by side"
         )
     progress = Progress(wanted, options.jobs, say, keep=keep)
