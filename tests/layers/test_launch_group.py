@@ -30,8 +30,12 @@ from ws_detectron.layers import (
     standardize_weight,
 )
 from ws_detectron.layers.standardize import _load_triton_kernels, _standardize_by_formula
-from ws_detectron.layers.triton_kernels import FilterTable
 from ws_detectron.modeling import convert_to_ws, fold_ws
+
+try:  # Triton is installed with torch on Linux only; the stand-in needs none
+    from ws_detectron.layers.triton_kernels import FilterTable
+except ImportError:
+    FilterTable = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -44,9 +48,8 @@ class Table:
 
     def forward(self, eps: float, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         results = [_standardize_by_formula(weight, eps, mode) for weight in self.weights]
-        return torch.cat([flat(result) for result in results]), torch.tensor(
-            [eps, WS_MODES.index(mode)]
-        )
+        statistics = torch.tensor([eps, WS_MODES.index(mode)])
+        return torch.cat([flat(result) for result in results]), statistics
 
     def backward(self, gradient: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
         eps, mode = statistics.tolist()

@@ -94,8 +94,7 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
     tables: Tables = {}
 
     def together() -> None:
-        nonlocal tables
-        results, tables = standardize_together(weights, 1e-5, "official", tables)
+        results = standardize_together(weights, 1e-5, "official", tables)
         torch.autograd.backward(results, upstream)
         for weight in weights:
             weight.grad = None

@@ -117,7 +117,7 @@ class LaunchGroup:
             and conv.weight.device == first.weight.device
             and (conv.ws_eps, conv.ws_mode) == (first.ws_eps, first.ws_mode)
         ]
-        results, self._tables = standardize_together(
+        results = standardize_together(
             [conv.weight for conv in convs], first.ws_eps, first.ws_mode, self._tables, self
         )
         ready = {
@@ -135,21 +135,22 @@ def standardize_together(
     mode: str,
     tables: Tables,
     group: Optional[LaunchGroup] = None,
-) -> tuple[list[torch.Tensor], Tables]:
+) -> list[torch.Tensor]:
     """`standardize_weight` of several weights in few launches.
 
     Args:
         weights: float32, on one GPU, each in one piece.
         eps, mode: of `standardize_weight`.
-        tables: of the last call; what it says of weights that lie where they lay is used again.
+        tables: of earlier calls, to be used again for weights that lie where they lay; new ones are
+            added.
         group: is told when a backward goes through it.
 
     Returns:
-        W_hat of every weight, and the tables.
+        W_hat of every weight.
     """
     results: list[torch.Tensor] = []
     if len(tables) > _MOST_TABLES:  # weights that get other memory all the time
-        tables = {}
+        tables.clear()
     for part in _launches(weights):
         places = _places(part)
         if places not in tables:
@@ -157,7 +158,7 @@ def standardize_together(
         results += _StandardizeTogether.apply(
             None if group is None else weakref.ref(group), tables[places], places, eps, mode, *part
         )
-    return results, tables
+    return results
 
 
 class _StandardizeTogether(torch.autograd.Function):

@@ -63,17 +63,20 @@ def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]
     # Keys that only one of them has are new or gone with a version of detectron2.
     ended = state.state == FINISHED or (cell.searching and has_lost(state))
     free = (*FREE, *FREE_AT_THE_END) if ended else FREE
-    differing = [
-        f"{key} was {state.settings[key]!r} and is {value!r}"
+    differing = {
+        key: f"{key} was {state.settings[key]!r} and is {value!r}"
         for key, value in cell.settings.items()
         if key in state.settings and state.settings[key] != value and key not in free
-    ]
-    device = any(line.startswith("MODEL.DEVICE ") for line in differing)
+    }
     if differing:
         raise ConfigError(
-            f"{folder} holds a run with other settings: {'; '.join(differing)}. Give the "
+            f"{folder} holds a run with other settings: {'; '.join(differing.values())}. Give the "
             "study another `output`, or delete the folder"
-            + (", or end it with the --device it was begun on" if device else "")
+            + (
+                ", or end it with the --device it was begun on"
+                if "MODEL.DEVICE" in differing
+                else ""
+            )
         )
     return state
 
