@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+
+import ws_detectron
 
 
 def environment(packages: Iterable[str]) -> dict[str, Any]:
@@ -19,13 +22,14 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "load_average_at_start": _load_average(),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "ws_detectron": package_version(),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -37,11 +41,42 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def package_version() -> str:
+    """Version of this package; in a clone with the commit, and whether files differ from it."""
+    root = Path(ws_detectron.__file__).resolve().parent.parent
+    # A package installed inside somebody else's repository must not get that one's commit.
+    top = _git(root, "rev-parse", "--show-toplevel")
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    if not commit or not top or Path(top).resolve() != root:
+        return ws_detectron.__version__
+    code = ("ws_detectron", "configs", "tools")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *code)
+    return f"{ws_detectron.__version__}, commit {commit}{' with changes' if changed else ''}"
+
+
+def _git(folder: Path, *arguments: str) -> Optional[str]:
+    """What git prints; None without git, or where `folder` is in no repository that it trusts."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            capture_output=True,
+            check=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
 def _load_average() -> Optional[float]:
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's model, where Linux tells it, else what `platform` says."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(

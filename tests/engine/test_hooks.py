@@ -10,6 +10,7 @@ from detectron2.engine import HookBase, TrainerBase
 from torch import nn
 
 from ws_detectron.engine.hooks import BestCheckpoint, RunRecord
+from ws_detectron.environment import package_version
 
 
 class Scores(HookBase):
@@ -84,6 +85,7 @@ def test_record_tells_of_all_starts(tmp_path: Path) -> None:
     first = record(0, 3)
     assert (first["starts"], first["iterations"], first["processes"]) == (1, 3, 1)
     assert first["versions"]["torch"] == torch.__version__ and first["device"]
+    assert first["ws_detectron"] == package_version()
     ballast = bytearray(b"x") * (64 << 20)  # written to, so resident
     resumed = record(3, 5)
     assert (resumed["starts"], resumed["iterations"]) == (2, 5)

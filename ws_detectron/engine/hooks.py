@@ -19,6 +19,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
+from ws_detectron.environment import cpu_model, package_version
 from ws_detectron.io import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class RunRecord(HookBase):
                           resident memory with that of the libraries; the largest of all starts
     processes, threads    processes of the job; threads of torch in each
     device, versions      of what ran last, with the UTC date of its end
+    ws_detectron          version of this package that ran last, in a clone with its commit
     ====================  =====================================================================
 
     Args:
@@ -142,6 +144,7 @@ class RunRecord(HookBase):
         self._start = time.perf_counter()
         self._earlier = self._read() if self.trainer.start_iter > 0 else {}
         self._earlier["starts"] = self._earlier.get("starts", 0) + 1
+        self._package = package_version()  # now, as the files may change while this runs
         self._write(self._earlier)
 
     def after_train(self) -> None:
@@ -153,12 +156,13 @@ class RunRecord(HookBase):
             "peak_memory_bytes": max(earlier.get("peak_memory_bytes", 0), self._peak_memory()),
             "processes": comm.get_world_size(),
             "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if self._on_gpu else _cpu_name(),
+            "device": torch.cuda.get_device_name() if self._on_gpu else cpu_model(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
                 "detectron2": detectron2.__version__,
             },
+            "ws_detectron": self._package,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         }
         self._write(record)
@@ -176,16 +180,6 @@ class RunRecord(HookBase):
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
-
-
-def _cpu_name() -> str:
-    """The processor's model, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 class _UntaggedCheckpointer(WSCheckpointer):
