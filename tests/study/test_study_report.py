@@ -231,3 +231,12 @@ def test_what_is_not_for_html_is_escaped() -> None:
     assert '<g id="p-a"/><use xlink:href="#p-a"/>' in page and "&quot;hi&quot;" in page
     assert "<strong>1 &lt; 2</strong>" in page
     assert "h|1" not in as_markdown("t", [Table(("a",), (("h|1",),))])
+
+
+def test_only_sentences_of_a_table_wrap() -> None:
+    figure = "**+18.51 (+15.85 to +21.17)**"
+    note = "FAILED: the loss became infinite or NaN at iteration 12"
+    page = as_html("t", [Table(("box AP", "notes"), ((figure, note),))])
+    assert "<td><strong>+18.51" in page and f'<td class="sentence">{note}</td>' in page
+    assert "td { white-space: nowrap; }" in page
+    assert "td.sentence { white-space: normal;" in page

@@ -16,10 +16,14 @@ div.table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #8886; padding: 0.3rem 0.7rem; text-align: left; }
 th { border-bottom-width: 2px; }
+td { white-space: nowrap; } td.sentence { white-space: normal; min-width: 16rem; }
 code { font-size: 0.9em; }
-figure { margin: 1rem 0; background: white; } figure svg { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; background: white; width: fit-content; } figure svg { max-width: 100%; height: auto; }
 li.problem { color: #c0392b; }
 """
+
+SENTENCE = 40
+"""Characters beyond which a cell of a table is a text: more than any figure with its interval."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +106,19 @@ def _html(block: Block) -> str:
         return f"<ul>{items}</ul>"
     if isinstance(block, Table):
         head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.headers)
-        rows = "".join(
-            f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>\n"
-            for row in block.rows
-        )
+        rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in block.rows)
         return f'<div class="table"><table><tr>{head}</tr>\n{rows}</table></div>'
     # the ids of one drawing must not meet those of another
     svg = block.svg[block.svg.index("<svg") :]
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{block.name}-", svg)
     caption = html.escape(block.caption)
     return f'<figure role="img" aria-label="{caption}">{svg}</figure>'
+
+
+def _cell(text: str) -> str:
+    """A figure or name, kept on one line, or a text that may wrap."""
+    kind = ' class="sentence"' if len(text) > SENTENCE else ""
+    return f"<td{kind}>{_inline(text)}</td>"
 
 
 def _inline(text: str) -> str:
