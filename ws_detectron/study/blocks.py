@@ -18,7 +18,8 @@ th, td { border-bottom: 1px solid #8886; padding: 0.3rem 0.7rem; text-align: lef
 th { border-bottom-width: 2px; }
 td { white-space: nowrap; } td.sentence { white-space: normal; min-width: 16rem; }
 code { font-size: 0.9em; }
-figure { margin: 1rem 0; background: white; width: fit-content; } figure svg { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; background: white; width: fit-content; }
+figure svg { max-width: 100%; height: auto; }
 li.problem { color: #c0392b; }
 """
 
