@@ -21,7 +21,7 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
         packages: distributions whose versions matter; those not installed are left out.
     """
     found: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": utc_now(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -41,21 +41,26 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def utc_now() -> str:
+    """Date and time to the minute, such as "2026-01-02 03:04 UTC"."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
 def package_version() -> str:
     """Version of this package; in a clone with the commit, and whether files differ from it."""
     root = Path(ws_detectron.__file__).resolve().parent.parent
+    where = _git(root, "rev-parse", "--show-toplevel", "--short=12", "HEAD")
+    top, _, commit = where.rpartition("\n")
     # A package installed inside somebody else's repository must not get that one's commit.
-    top = _git(root, "rev-parse", "--show-toplevel")
-    commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    if not commit or not top or Path(top).resolve() != root:
+    if not top or Path(top).resolve() != root:
         return ws_detectron.__version__
     code = ("ws_detectron", "configs", "tools")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *code)
     return f"{ws_detectron.__version__}, commit {commit}{' with changes' if changed else ''}"
 
 
-def _git(folder: Path, *arguments: str) -> Optional[str]:
-    """What git prints; None without git, or where `folder` is in no repository that it trusts."""
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints; nothing without git, or outside the repositories that it trusts."""
     try:
         done = subprocess.run(
             ["git", *arguments],
@@ -67,7 +72,7 @@ def _git(folder: Path, *arguments: str) -> Optional[str]:
             timeout=30,
         )
     except (OSError, subprocess.SubprocessError):
-        return None
+        return ""
     return done.stdout.strip()
 
 

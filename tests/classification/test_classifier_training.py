@@ -101,6 +101,7 @@ def test_every_start_of_a_run_is_recorded(
 ) -> None:
     dates = iter("abc")
     monkeypatch.setattr(training, "environment", lambda _: {"date": next(dates)})
+    monkeypatch.setattr(training, "utc_now", lambda: next(dates))
     settings = replace(SMALL, epochs=2, images=100)
     with pytest.raises(Killed):
         train(settings, tmp_path, data_dir=datasets_root, progress=KillAfter(1))

@@ -9,7 +9,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
-from ws_detectron.environment import environment
+from ws_detectron.environment import environment, utc_now
 from ws_detectron.errors import UserError
 from ws_detectron.io import write_json
 
@@ -232,7 +232,7 @@ def _finish(
         "threads": torch.get_num_threads(),
         "environment": starts[0],
         "resumed": starts[1:],
-        "finished": _environment()["date"],
+        "finished": utc_now(),
     }
     save_outcome(folder, run.best_state, logits.cpu().numpy(), result)
     return result
