@@ -2,12 +2,14 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from ws_detectron.environment import environment
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.benchmark import BACKENDS, enlarged, measure, write_measurement
 from ws_detectron.evaluation.coco_files import load_annotations
 from ws_detectron.evaluation.perturb import Perturbation, perturbed_predictions
+from ws_detectron.io import check_folder, check_outputs
 
 EXAMPLES = """
 example:
@@ -36,6 +38,9 @@ def main() -> None:
     parser.add_argument("--output", default="results/coco_eval_benchmark", metavar="DIR")
     args = parser.parse_args()
     with exit_on_user_error():
+        check_folder(args.output)
+        outputs = [Path(args.output, f"benchmark.{ending}") for ending in ("json", "md")]
+        check_outputs(outputs, [args.annotations])
         about = environment((*BACKENDS, "numpy"))
         source = load_annotations(args.annotations)
         annotations = enlarged(source, args.num_images)

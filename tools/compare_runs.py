@@ -8,7 +8,10 @@ from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.evaluation.comparison import as_csv, as_markdown
 from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
 from ws_detectron.evaluation.runs import read_runs
-from ws_detectron.io import write_text
+from ws_detectron.io import check_folder, check_outputs, write_text, writing
+
+TABLES = ("comparison.md", "comparison.csv")
+CURVES = {"learning_curves": draw_learning_curves, "ap_curves": draw_ap_curves}
 
 EXAMPLES = """
 examples:
@@ -47,18 +50,20 @@ def main() -> None:
 def compare(arguments: list[str], output: Path) -> list[str]:
     """Writes everything; returns what was missing or broken."""
     runs = read_runs(arguments)
+    check_folder(output)
+    curves = [f"{name}{ending}" for name in CURVES for ending in (".png", ".svg")]
+    outputs = [output / name for name in (*TABLES, *curves)]
+    check_outputs(outputs, [run.path for run in runs if run.path.is_file()])
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     if not any(run.rows or run.figures for run in runs):
         raise UserError("nothing to compare:\n" + "\n".join(problems))
     text = as_markdown(runs)
-    try:
-        for name, content in (("comparison.md", text), ("comparison.csv", as_csv(runs))):
+    with writing(output):
+        for name, content in zip(TABLES, (text, as_csv(runs))):
             write_text(output / name, content)
         if any(run.rows for run in runs):
-            write_figure(draw_learning_curves(runs), output / "learning_curves")
-            write_figure(draw_ap_curves(runs), output / "ap_curves")
-    except OSError as error:
-        raise UserError(f"cannot write into {output}: {error.strerror}") from error
+            for name, draw in CURVES.items():
+                write_figure(draw(runs), output / name)
     print(text)
     return problems
 

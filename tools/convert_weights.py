@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 from ws_detectron.checkpoint import convert_file, source_names, write_detectron2, write_mmdet
-from ws_detectron.errors import exit_on_user_error
-from ws_detectron.io import atomic_write
+from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.io import atomic_write, check_folder, check_outputs
 
 EXAMPLES = """examples:
   # a mmdetection detector, then its AP (the published files have names: docs/weights.md)
@@ -52,6 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
+    outputs = [Path(path) for path in (args.output, args.report) if path]
+    check_outputs(outputs, [args.input])
+    for path in outputs:
+        check_folder(path.parent)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise UserError(f"--report {args.report} is the output itself; choose another file")
     if args.to == "mmdet":
         record = write_mmdet(args.input, args.output, args.allow)
     else:

@@ -8,7 +8,7 @@ from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.checkpoint import evaluate_in_process
 from ws_detectron.evaluation.coco_eval import TASKS, evaluate
 from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
-from ws_detectron.evaluation.report import as_text, write_reports
+from ws_detectron.evaluation.report import as_text, check_reports, write_reports
 
 EXAMPLES = """
 examples:
@@ -51,6 +51,8 @@ def main() -> None:
 
 
 def evaluate_files(args: argparse.Namespace) -> None:
+    folder = args.output or Path(args.predictions).parent
+    check_reports(folder, args.predictions, args.annotations)
     result = evaluate(
         load_annotations(args.annotations),
         load_predictions(args.predictions),
@@ -60,7 +62,7 @@ def evaluate_files(args: argparse.Namespace) -> None:
         predictions_name=args.predictions,
     )
     files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
-    written = write_reports(result, args.output or Path(args.predictions).parent, **files)
+    written = write_reports(result, folder, **files)
     print(as_text(result), *written, sep="\n")
 
 

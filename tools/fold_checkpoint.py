@@ -4,10 +4,12 @@ Where they are used, ws_detectron need not be installed.
 """
 
 import argparse
+from pathlib import Path
 
 from ws_detectron.engine import load_config
 from ws_detectron.engine.folding import write_folded
 from ws_detectron.errors import exit_on_user_error
+from ws_detectron.io import check_outputs
 
 EXAMPLES = """
 examples:
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
     with exit_on_user_error():
+        check_outputs([args.output, Path(args.output).with_suffix(".yaml")], [args.config_file])
         weights, config = write_folded(load_config(args.config_file, args.opts), args.output)
     print(f"folded weights  {weights}\nstock config    {config}")
 

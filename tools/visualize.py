@@ -6,7 +6,7 @@ from pathlib import Path
 from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets
-from ws_detectron.errors import exit_on_user_error
+from ws_detectron.errors import ConfigError, exit_on_user_error
 from ws_detectron.evaluation.checkpoint import (
     RESULTS,
     ImagePredictor,
@@ -14,7 +14,9 @@ from ws_detectron.evaluation.checkpoint import (
     set_up_logging,
 )
 from ws_detectron.evaluation.coco_files import load_predictions
+from ws_detectron.evaluation.drawing import check_options
 from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
+from ws_detectron.io import check_folder
 
 EXAMPLES = """
 examples:
@@ -51,10 +53,12 @@ def main() -> None:
         parser.error("--predictions needs --dataset; --input needs --config-file")
     set_up_logging()
     with exit_on_user_error():
+        check_options(args.score_threshold, args.num_images)  # before a model takes its time
         print(draw_inputs(args) if args.input else draw_dataset(args))
 
 
 def draw_dataset(args: argparse.Namespace) -> str:
+    check_folder(args.output)
     if args.predictions:
         load_config("", args.opts)  # for DATASETS.REGISTER
         check_datasets("--dataset", [args.dataset])
@@ -62,6 +66,8 @@ def draw_dataset(args: argparse.Namespace) -> str:
     else:
         cfg = load_config(args.config_file, args.opts)
         args.dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
+        if not args.dataset:
+            raise ConfigError("DATASETS.TEST is empty; name the data set to draw: --dataset NAME")
         predictions = predict_with_checkpoint(cfg, args.dataset, args.output)
     return visualize_dataset(
         args.dataset,
@@ -76,6 +82,8 @@ def draw_dataset(args: argparse.Namespace) -> str:
 
 def draw_inputs(args: argparse.Namespace) -> str:
     cfg = load_config(args.config_file, args.opts)
+    if args.dataset:
+        check_datasets("--dataset", [args.dataset], files=False)
     metadata = classes_of(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
     predict = ImagePredictor(cfg, metadata)
     return visualize_inputs(

@@ -36,11 +36,25 @@ class DataError(UserError):
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
+def printable(text: object, keep: str = "") -> str:
+    """The text with control characters as escapes, such as `\\x1b`, so that a terminal is safe.
+
+    Args:
+        text: such as a file name; what is not a string is converted to one.
+        keep: control characters that stay.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the process with one message and a status when the body raises a `UserError`."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = printable(error, keep="\n")
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_status)

@@ -1,4 +1,4 @@
-"""Atomic file output: a reader sees the old file or the new one, never a half-written one."""
+"""File output: atomic (a reader sees the old file or the new one), and never over an input."""
 
 import csv
 import io
@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Union
+from typing import IO, Any, Optional, Union
+
+from .errors import UserError, printable
 
 
 @contextmanager
@@ -31,7 +33,12 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if mode == "wb" else "utf-8"
     handle = tempfile.NamedTemporaryFile(
-        mode, encoding=encoding, dir=path.parent, prefix=f".{path.name}.", delete=False
+        # long names would exceed what file systems allow
+        mode,
+        encoding=encoding,
+        dir=path.parent,
+        prefix=f".{path.name[:40]}.",
+        delete=False,
     )
     try:
         with handle:
@@ -44,6 +51,72 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         Path(handle.name).unlink(missing_ok=True)
         raise
+
+
+def check_outputs(
+    outputs: Iterable[Union[str, Path]], inputs: Iterable[Union[str, Path, None]]
+) -> None:
+    """Nothing is written over what is read, under whatever name or link it goes.
+
+    Args:
+        outputs: files that will be written.
+        inputs: files that are read; what is no file of this machine is ignored.
+
+    Raises:
+        UserError: an output is an input; names both.
+    """
+    read = {_identity(path): path for path in inputs if path}
+    read.pop(None, None)
+    for output in outputs:
+        if _identity(output) in read:
+            source = read[_identity(output)]
+            name = "" if str(source) == str(output) else f" ({printable(source)})"
+            raise UserError(
+                f"{printable(output)} is an input{name}, which the output would overwrite; choose "
+                "another output"
+            )
+
+
+def _identity(path: Union[str, Path]) -> Optional[tuple[int, int]]:
+    """What all names of an existing file have in common; links are followed."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: no file has a NUL in its name
+        return None
+    return status.st_dev, status.st_ino
+
+
+def check_folder(path: Union[str, Path]) -> None:
+    """Files can be written into a folder, which need not be there; nothing is made.
+
+    Raises:
+        UserError: it cannot be made or written into; names it and the reason.
+    """
+    folder = Path(path).absolute()
+    existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise UserError(
+            f"cannot write into {printable(path)}: {printable(existing)} is not a folder; choose "
+            "another output"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write into {printable(path)}: no permission to write to "
+            f"{printable(existing)}; choose another output"
+        )
+
+
+@contextmanager
+def writing(path: Union[str, Path]) -> Iterator[None]:
+    """A body whose only use of the file system is to write to `path`, or into it.
+
+    Raises:
+        UserError: the system refused; names `path` and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
 
 
 def write_text(path: Union[str, Path], text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Union
 
 import torch
 
-from ws_detectron.io import atomic_write
+from ws_detectron.io import atomic_write, check_outputs
 
 from .convert import OFFICIAL_WS, ConvertedWeights
 from .errors import WeightsError, list_some
@@ -67,7 +67,9 @@ def write_mmdet(
     Raises:
         WeightsError: the file cannot be read, a key has no place in mmdetection, or its WS is of
             another form than mmcv's.
+        UserError: `path` is `source`.
     """
+    check_outputs([path], [source])
     raw = unwrap_state(read_weight_file(source), str(source))
     check_finite(raw.tensors, str(source))
     record = ConversionRecord()

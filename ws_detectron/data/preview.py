@@ -7,14 +7,15 @@ from typing import Any, Optional, Union
 import cv2
 import numpy as np
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_util
 
-from ws_detectron.errors import UserError
-from ws_detectron.io import atomic_write
+from ws_detectron.errors import UserError, printable
+from ws_detectron.io import atomic_write, writing
+
+from .images import read_rgb
 
 
 def contact_sheet(
@@ -61,7 +62,7 @@ def draw_annotations(name: str, record: dict[str, Any], longer_side: int) -> np.
         for annotation in annotations
     ]
     return draw_objects(
-        read_image(record["file_name"], format="RGB"),
+        read_rgb(record["file_name"]),
         longer_side,
         boxes=np.array(boxes, dtype=np.float64).reshape(-1, 4),
         masks=[mask_util.decode(annotation["segmentation"]) for annotation in annotations],
@@ -100,8 +101,14 @@ def draw_objects(
         if mask is not None:
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
             artist.draw_binary_mask(mask, colour, alpha=0.35, area_threshold=0)
-    artist.overlay_instances(boxes=boxes * scale, labels=labels, assigned_colors=colours, alpha=1.0)
+    texts = [as_label(label) for label in labels]
+    artist.overlay_instances(boxes=boxes * scale, labels=texts, assigned_colors=colours, alpha=1.0)
     return artist.output.get_image()[:height, :width]
+
+
+def as_label(text: str) -> str:
+    """The text for matplotlib, which would take what is between dollar signs for a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
@@ -118,8 +125,5 @@ def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"pictures are written as PNG files, so {path} must end in .png")
     packed = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
-    try:
-        with atomic_write(path, "wb") as file:
-            file.write(packed)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path), atomic_write(path, "wb") as file:
+        file.write(packed)

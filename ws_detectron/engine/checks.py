@@ -121,8 +121,13 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
         )
 
 
-def check_datasets(key: str, names: Sequence[str]) -> None:
+def check_datasets(key: str, names: Sequence[str], files: bool = True) -> None:
     """Every data set is registered, and its annotation file and image folder are there.
+
+    Args:
+        key: config key or option that names them.
+        names: of data sets.
+        files: whether they are read; otherwise only their classes are used.
 
     Raises:
         ConfigError: an unregistered name; says which registered names look like it.
@@ -137,7 +142,7 @@ def check_datasets(key: str, names: Sequence[str]) -> None:
                 "; DATASETS.REGISTER registers those of one's own"
             )
         metadata = MetadataCatalog.get(name)
-        if metadata.get("scene_spec") is not None:  # made when it is first loaded
+        if not files or metadata.get("scene_spec") is not None:  # made when it is first loaded
             continue
         for path in (metadata.get("json_file"), metadata.get("image_root")):
             if path and not PathManager.exists(path):

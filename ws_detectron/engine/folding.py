@@ -9,7 +9,7 @@ from torch import nn
 
 from ws_detectron.checkpoint import METADATA_KEY, describe_model
 from ws_detectron.errors import ConfigError
-from ws_detectron.io import atomic_write
+from ws_detectron.io import atomic_write, check_folder, check_outputs
 
 from .inference import load_model_for_inference
 
@@ -64,12 +64,15 @@ def write_folded(cfg: CfgNode, output: Union[str, Path]) -> tuple[Path, Path]:
 
     Raises:
         ConfigError: of `stock_config`, or `output` has another ending.
+        UserError: a file cannot be written, or would overwrite the weights.
         WeightsError: the weights cannot be read or do not fit the model.
     """
     output = Path(output)
     if output.suffix != ".pth":
         raise ConfigError(f"the output {output} must end in .pth; detectron2 goes by it")
     config = output.with_suffix(".yaml")
+    check_folder(output.parent)
+    check_outputs([output, config], [cfg.MODEL.WEIGHTS])
     stock = stock_config(cfg, str(output))
     model: nn.Module = load_model_for_inference(cfg)
     content = {

@@ -10,8 +10,10 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
+from detectron2.data.detection_utils import SizeMismatchError
 
-from ws_detectron.errors import DataError
+from ws_detectron.data.images import check_image_file, read_annotated
+from ws_detectron.errors import DataError, printable
 
 from .accumulation import part_of_batch
 from .checks import check_classes, differing_classes, explain_annotations
@@ -35,21 +37,26 @@ class NamingMapper:
         """Maps one example.
 
         Raises:
-            DataError: the mapper failed, or there are boxes without masks for a model that is
-                trained on masks; names the file and the reason.
+            DataError: the image is one that `check_image_file` refuses, the mapper failed, or
+                there are boxes without masks for a model that is trained on masks; names the file
+                and the reason.
         """
+        for key in ("file_name", "sem_seg_file_name"):
+            if key in dataset_dict:
+                check_image_file(dataset_dict[key])
+        name = printable(dataset_dict.get("file_name", "an example without file_name"))
         try:
             mapped = self._mapper(dataset_dict)
+        except SizeMismatchError:
+            read_annotated(dataset_dict)  # says more
+            raise
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else "no further message"
-            raise DataError(
-                f"cannot read {dataset_dict.get('file_name', 'an example without file_name')}: "
-                f"{type(error).__name__}: {reason}"
-            ) from error
+            raise DataError(f"cannot read {name}: {type(error).__name__}: {reason}") from error
         instances: Any = mapped.get("instances", ()) if self._masks else ()
         if len(instances) and not instances.has("gt_masks"):
             raise DataError(
-                f"the objects of {dataset_dict.get('file_name')} have boxes and no masks "
+                f"the objects of {name} have boxes and no masks "
                 "(`segmentation`), and MODEL.MASK_ON is True; set it to False to train on boxes"
             )
         return mapped

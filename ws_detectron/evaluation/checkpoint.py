@@ -22,12 +22,12 @@ from torch import nn
 from ws_detectron.engine import Trainer
 from ws_detectron.engine.checks import check_datasets, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
-from ws_detectron.errors import ConfigError, UserError
-from ws_detectron.io import atomic_write
+from ws_detectron.errors import ConfigError, DataError
+from ws_detectron.io import atomic_write, check_outputs, writing
 
 from .coco_eval import CocoResult, evaluate
 from .coco_files import load_annotations
-from .report import as_text, write_reports
+from .report import as_text, check_reports, write_reports
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,13 @@ class ImagePredictor:
         height, width = image.shape[:2]
         if self._bgr:
             image = image[:, :, ::-1]
-        resized = self._resize.get_transform(image).apply_image(image)
+        try:
+            resized = self._resize.get_transform(image).apply_image(image)
+        except ValueError as error:  # its shorter side would have no pixel
+            raise DataError(
+                f"an image of {width} x {height} pixels cannot be resized as INPUT.MIN_SIZE_TEST "
+                f"and INPUT.MAX_SIZE_TEST say: {error}"
+            ) from error
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         output = self._model([{"image": tensor, "height": height, "width": width}])[0]
         return coco_entries(output, 0, self._ids)
@@ -157,6 +163,8 @@ def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> li
     check_device(cfg, num_gpus=1)
     check_weights(cfg)
     check_datasets("the data set to predict on", [dataset_name])
+    annotations = MetadataCatalog.get(dataset_name).get("json_file")
+    check_outputs([folder / RESULTS], [annotations, cfg.MODEL.WEIGHTS])
     entries = predict_dataset(cfg, load_model_for_inference(cfg), dataset_name)
     _write_results(folder, entries)
     return entries
@@ -164,11 +172,8 @@ def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> li
 
 def _write_results(folder: Path, entries: list[dict[str, Any]]) -> Path:
     path = folder / RESULTS
-    try:
-        with atomic_write(path) as file:
-            json.dump(entries, file)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path), atomic_write(path) as file:
+        json.dump(entries, file)
     return path
 
 
@@ -219,14 +224,19 @@ def evaluate_checkpoint(
     for name in names:
         if not MetadataCatalog.get(name).get("json_file"):
             raise ConfigError(f"DATASETS.TEST names {name}, which has no COCO annotation file")
+    folders = {name: _results_folder(cfg, name, output) for name in names}
+    if comm.is_main_process():
+        for name, folder in folders.items():
+            inputs = MetadataCatalog.get(name).json_file, cfg.MODEL.WEIGHTS
+            check_reports(folder, *inputs)
+            check_outputs([folder / RESULTS], inputs)
     model = load_model_for_inference(cfg)
     results: dict[str, CocoResult] = {}
     for name in names:
         entries = predict_dataset(cfg, model, name)
         if not comm.is_main_process():
             continue
-        folder = Path(output or Path(cfg.OUTPUT_DIR, "inference"))
-        folder = folder / name if len(names) > 1 else folder
+        folder = folders[name]
         written = _write_results(folder, entries)
         path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
         results[name] = evaluate(
@@ -246,3 +256,8 @@ def evaluate_checkpoint(
             predictions_file=str(written),
         )
     return results
+
+
+def _results_folder(cfg: CfgNode, dataset_name: str, output: Optional[str]) -> Path:
+    folder = Path(output or Path(cfg.OUTPUT_DIR, "inference"))
+    return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder

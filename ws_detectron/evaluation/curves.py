@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ws_detectron.data.preview import as_label
 from ws_detectron.io import atomic_write
 
 from .coco_eval import TASKS
@@ -95,7 +96,7 @@ def _draw_row(
             # markers of different runs stand apart, though their curves may lie on each other
             step = max(1, len(values) // markers)
             style["markevery"] = (number * step // max(1, len(runs)), step)
-        panels[0].plot([i + 1 for i in iterations], values, label=run.name, **style)
+        panels[0].plot([i + 1 for i in iterations], values, label=as_label(run.name), **style)
         seconds = training_seconds(run.rows, iterations)
         if len(seconds):
             panels[1].plot(seconds / divisor, values, **style)

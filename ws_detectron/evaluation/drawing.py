@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import matplotlib.font_manager
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
+from ws_detectron.data.images import read_annotated
 from ws_detectron.data.preview import draw_objects, write_png
-from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.errors import ConfigError, DataError, UserError, printable
+from ws_detectron.io import check_outputs
 
 from .coco_files import load_predictions
 from .rle import check_masks
@@ -179,12 +180,13 @@ def pair(
         longer_side: of each picture, pixels.
 
     Raises:
-        DataError: the image cannot be read, or a prediction is of an unknown category.
+        DataError: the image cannot be read or has another size than the record says, or a
+            prediction is of an unknown category.
     """
-    image = read_rgb(record["file_name"])
+    image = read_annotated(record)
     truth, found = annotated_objects(record, metadata), predicted_objects(predictions, metadata)
     left, right = truth.draw(image, longer_side), found.draw(image, longer_side)
-    name = Path(record["file_name"]).name
+    name = printable(Path(record["file_name"]).name)
     size = longer_side, left.shape[0]
     return np.concatenate(
         [
@@ -220,11 +222,13 @@ def draw_sheet(
 
     Raises:
         ConfigError: the data set is not registered.
-        UserError: the predictions or images cannot be read or do not belong to the data set, or
-            the picture cannot be written.
+        UserError: the predictions or images cannot be read or do not belong to the data set, an
+            option is not allowed, or the picture cannot be written or would overwrite an input.
     """
+    check_options(score_threshold, num_images)
     predictions = load_predictions(predictions_json)
     records = records_by_id(dataset_name)
+    check_outputs([output_png], inputs_of(dataset_name, records, predictions_json))
     chosen = list(records)[:num_images] if image_ids is None else list(image_ids)
     unknown = [image_id for image_id in chosen if image_id not in records]
     if unknown or not chosen:
@@ -241,6 +245,26 @@ def draw_sheet(
         for i in chosen
     ]
     write_png(output_png, tile(pairs, columns=2))
+
+
+def check_options(score_threshold: float, num_images: int = 1) -> None:
+    """What is to be drawn can be.
+
+    Raises:
+        UserError: the threshold is no score, or no image is asked for.
+    """
+    if not 0 <= score_threshold <= 1:  # false for NaN, too
+        raise UserError(f"the score threshold is {score_threshold}; allowed: 0 to 1")
+    if num_images < 1:
+        raise UserError(f"the number of images is {num_images}; allowed: 1 or more")
+
+
+def inputs_of(
+    dataset_name: str, records: dict[int, dict[str, Any]], predictions_json: str
+) -> list[str]:
+    """The files that drawing a data set reads."""
+    images = [record["file_name"] for record in records.values()]
+    return [*images, MetadataCatalog.get(dataset_name).get("json_file", ""), predictions_json]
 
 
 def records_by_id(dataset_name: str) -> dict[int, dict[str, Any]]:
@@ -263,19 +287,6 @@ def by_image_id(
         if entry["score"] >= score_threshold:
             grouped[entry["image_id"]].append(entry)
     return grouped
-
-
-def read_rgb(path: Union[str, Path]) -> np.ndarray:
-    """An image file as (H, W, 3) uint8, RGB, turned upright as its EXIF tag says.
-
-    Raises:
-        DataError: it is missing or cannot be decoded.
-    """
-    try:
-        return read_image(str(path), format="RGB")
-    except Exception as error:  # Pillow has no common base for what broken files make it raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot read image {path}: {reason}") from error
 
 
 def _mask(segmentation: Any, height: int, width: int) -> Optional[np.ndarray]:

@@ -1,16 +1,22 @@
 """Images and videos that a user names: files, folders, patterns."""
 
 import glob
+import logging
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Union
+from typing import Callable, Optional, Union
 
 import cv2
 import numpy as np
 
-from ws_detectron.errors import DataError, UserError
+from ws_detectron.errors import DataError, UserError, printable
+from ws_detectron.io import writing
+
+logger = logging.getLogger(__name__)
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_CODES = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
@@ -18,18 +24,22 @@ VIDEO_ENDINGS = (*VIDEO_CODES, ".webm", ".mpg", ".mpeg")
 DEFAULT_RATE = 25.0  # frames per second, where a video does not say
 
 
-def find_inputs(arguments: Sequence[str]) -> list[Path]:
+def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list[Path]:
     """The files that arguments name, each once, in their order.
+
+    Files in `output` are skipped, as they may be earlier drawings, unless an argument names the
+    file itself, or a folder or pattern inside `output`.
 
     Args:
         arguments: files, taken whatever their ending; folders, of which the images and videos are
             taken, those of folders in them included; and patterns with `*`, `?` or `[...]`
             (`**` for folders at any depth).
+        output: the folder (or video) that will be written.
 
     Raises:
-        UserError: an argument names nothing.
+        UserError: an argument names nothing, or only files in `output`.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
@@ -44,8 +54,30 @@ def find_inputs(arguments: Sequence[str]) -> list[Path]:
                 f"--input {argument} names no file, or a folder without images and videos "
                 f"({' '.join((*IMAGE_ENDINGS, *VIDEO_ENDINGS))})"
             )
-        found.update(dict.fromkeys(files))
-    return list(found)
+        if output is not None and not path.is_file():
+            files = _outside(output, files, argument)
+        for file in files:
+            found.setdefault(Path(os.path.abspath(file)), file)
+    return list(found.values())
+
+
+def _outside(output: Path, files: Sequence[Path], argument: str) -> list[Path]:
+    """The files that a folder or pattern names, without those in `output`."""
+    named = Path(os.path.expanduser(argument))
+    # of a pattern, the last folder before its first wildcard
+    start = next(p for p in (named, *named.parents) if p.is_dir() or not set("*?[") & set(str(p)))
+    folder = output.resolve()
+    if folder in start.resolve().parents:
+        return list(files)
+    kept = [f for f in files if not (f.parent.resolve() / f.name).is_relative_to(folder)]
+    if not kept:
+        raise UserError(
+            f"--input {argument} names only files in --output {output}, which may be earlier "
+            "drawings; choose another output"
+        )
+    if len(kept) < len(files):
+        logger.info("skipped %d files in the output %s", len(files) - len(kept), printable(output))
+    return kept
 
 
 def _is_media(path: Path) -> bool:
@@ -60,17 +92,32 @@ def is_video(path: Union[str, Path]) -> bool:
 def output_names(inputs: Sequence[Path], ending: Callable[[Path], str]) -> list[str]:
     """A file name for each input, no two the same: `a.png`, and `a_2.png` for another folder's.
 
+    They differ on file systems that ignore case, too. The first input of a name keeps it, whatever
+    else is drawn.
+
     Args:
         inputs: paths.
         ending: of the output for an input.
     """
-    used: dict[str, int] = {}
-    names = []
-    for path in inputs:
-        name = f"{path.stem}{ending(path)}"
-        used[name] = count = used.get(name, 0) + 1
-        names.append(name if count == 1 else f"{path.stem}_{count}{ending(path)}")
+    names = [f"{path.stem}{ending(path)}" for path in inputs]
+    taken: set[str] = set()
+    again = []
+    for number, name in enumerate(names):
+        again += [number] if _folded(name) in taken else []
+        taken.add(_folded(name))
+    counts: Counter[str] = Counter()
+    for number in again:
+        path, first = inputs[number], _folded(names[number])
+        while _folded(names[number]) in taken:
+            counts[first] += 1
+            names[number] = f"{path.stem}_{counts[first] + 1}{ending(path)}"
+        taken.add(_folded(names[number]))
     return names
+
+
+def _folded(name: str) -> str:
+    """The same for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
@@ -83,7 +130,7 @@ def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
     opened, frame = video.read() if video.isOpened() else (False, None)
     if not opened or frame is None:
         video.release()
-        raise DataError(f"cannot read video {path}: OpenCV finds no frame in it")
+        raise DataError(f"cannot read video {printable(path)}: OpenCV finds no frame in it")
     rate = video.get(cv2.CAP_PROP_FPS)
 
     def frames(frame: np.ndarray) -> Iterator[np.ndarray]:
@@ -106,17 +153,26 @@ def open_video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]
     want it. The file appears under its name when the body ends well.
 
     Raises:
-        UserError: the ending is not one of `VIDEO_CODES`, or OpenCV cannot write the video.
+        UserError: the ending is not one of `VIDEO_CODES`, or the video cannot be written.
+        DataError: a frame has another size than the first, which OpenCV would drop.
     """
     if path.suffix.lower() not in VIDEO_CODES:
         raise UserError(f"cannot write {path}: allowed endings are {' '.join(VIDEO_CODES)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # OpenCV writes to a path only, and takes the format from its ending
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
     code = cv2.VideoWriter.fourcc(*VIDEO_CODES[path.suffix.lower()])
     writers: list[cv2.VideoWriter] = []
+    shapes: list[tuple[int, ...]] = []
 
     def append(frame: np.ndarray) -> None:
+        shapes.append(frame.shape)
+        if frame.shape != shapes[0]:
+            raise DataError(
+                f"cannot write {printable(path)}: frame {len(shapes)} has {frame.shape[1]} x "
+                f"{frame.shape[0]} pixels, the first {shapes[0][1]} x {shapes[0][0]}"
+            )
         height, width = (side - side % 2 for side in frame.shape[:2])
         if not writers:
             writers.append(cv2.VideoWriter(str(partial), code, rate, (width, height)))
@@ -130,7 +186,8 @@ def open_video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]
             writer.release()
         if not partial.is_file():
             raise UserError(f"cannot write {path}: no frame reached the file")
-        os.replace(partial, path)
+        with writing(path):
+            os.replace(partial, path)
     finally:
         for writer in writers:
             writer.release()

@@ -8,8 +8,7 @@ from typing import Any, Optional, Union
 
 from tabulate import tabulate
 
-from ws_detectron.errors import UserError
-from ws_detectron.io import atomic_write
+from ws_detectron.io import atomic_write, check_folder, check_outputs, writing
 
 from .coco_eval import CATEGORY_FIGURES, FIGURES, CocoResult
 
@@ -70,6 +69,20 @@ def as_dict(result: CocoResult, **about: Any) -> dict[str, Any]:
     }
 
 
+def check_reports(folder: Union[str, Path], *inputs: str) -> None:
+    """`write_reports` can write into a folder, and overwrites none of the inputs.
+
+    Raises:
+        UserError: it cannot.
+    """
+    check_folder(folder)
+    check_outputs(_report_paths(folder), inputs)
+
+
+def _report_paths(folder: Union[str, Path]) -> tuple[Path, Path]:
+    return Path(folder, "coco_evaluation.json"), Path(folder, "coco_evaluation.csv")
+
+
 def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) -> tuple[Path, Path]:
     """Writes `coco_evaluation.json` and `.csv`, atomically.
 
@@ -87,15 +100,13 @@ def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) ->
     Raises:
         UserError: a file cannot be written.
     """
-    paths = Path(folder, "coco_evaluation.json"), Path(folder, "coco_evaluation.csv")
-    try:
+    paths = _report_paths(folder)
+    with writing(folder):
         with atomic_write(paths[0]) as file:
             json.dump(as_dict(result, **about), file, indent=2)
             file.write("\n")
         with atomic_write(paths[1]) as file:
             csv.writer(file, lineterminator="\n").writerows(_csv_rows(result))
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
     return paths
 
 

@@ -11,14 +11,23 @@ import numpy as np
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ws_detectron.data.images import read_rgb
 from ws_detectron.data.preview import write_png
-from ws_detectron.errors import ConfigError, DataError, UserError
-from ws_detectron.io import atomic_write
+from ws_detectron.errors import ConfigError, DataError, UserError, printable
+from ws_detectron.io import atomic_write, check_folder, check_outputs, writing
 
 from .coco_eval import choose_tasks
 from .coco_files import check_annotation_masks, check_ids, load_annotations
 from .curves import write_figure
-from .drawing import by_image_id, pair, predicted_objects, read_rgb, records_by_id, tile
+from .drawing import (
+    by_image_id,
+    check_options,
+    inputs_of,
+    pair,
+    predicted_objects,
+    records_by_id,
+    tile,
+)
 from .error_kinds import ERRORS, count_errors, draw_errors
 from .image_ap import image_ap
 from .inputs import find_inputs, is_video, open_video, output_names, read_frames
@@ -27,6 +36,11 @@ from .rle import check_masks
 
 logger = logging.getLogger(__name__)
 
+NAMED_AT_MOST = 10
+SHEETS_AND_COUNTS = [
+    *("first.png", "best.png", "worst.png", "image_ap.csv"),
+    *("errors.png", "errors.svg", "errors.json"),
+]
 # Pictures are at least this long, so that labels can be read on the smallest images.
 LEAST_SIDE = 448
 
@@ -65,12 +79,19 @@ def visualize_dataset(
 
     Raises:
         UserError: predictions and data do not belong together, or something cannot be read or
-            written. Images that cannot be read are reported and passed over.
+            written, or an output would overwrite an input. Images that cannot be read, or have
+            another size than their annotations say, are skipped, and the summary names them.
     """
+    check_options(score_threshold, num_images)
+    check_folder(output)
     records = records_by_id(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
         raise ConfigError(f"data set {dataset_name} has no COCO annotation file")
+    names = output_names([Path(r["file_name"]) for r in records.values()], lambda path: ".png")
+    targets = [output / name for name in SHEETS_AND_COUNTS]
+    targets += [output / "images" / name for name in names if each]
+    check_outputs(targets, inputs_of(dataset_name, records, predictions_name))
     path = PathManager.get_local_path(metadata.json_file)
     annotations = load_annotations(path)
     check_ids(predictions, annotations, predictions_name, path)
@@ -85,12 +106,17 @@ def visualize_dataset(
     note = f"score ≥ {100 * score_threshold:g} %"
     scores = image_ap(annotations, predictions, task)
 
+    skipped: dict[Any, str] = {}
+
     def draw(image_id: Any) -> Optional[np.ndarray]:
+        if image_id in skipped:
+            return None
         value = f", AP {scores[image_id]:.0f}" if image_id in scores else ""
         try:
             return pair(records[image_id], shown[image_id], metadata, note=note + value)
         except DataError as error:
-            logger.warning("passed over: %s", error)
+            skipped[image_id] = records[image_id]["file_name"]
+            logger.warning("skipped: %s", printable(error))
             return None
 
     # among equals, what has more objects tells more
@@ -105,18 +131,29 @@ def visualize_dataset(
 
     counts = count_errors(annotations, predictions, task, score_threshold)
     title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
-    write_figure(draw_errors(counts, title), output / "errors")
-    with atomic_write(output / "errors.json") as file:
+    with writing(output):
+        write_figure(draw_errors(counts, title), output / "errors")
+    errors = output / "errors.json"
+    with writing(errors), atomic_write(errors) as file:
         about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
         json.dump({**about, "counts": counts}, file, indent=2)
     if each:
-        names = output_names([Path(r["file_name"]) for r in records.values()], lambda path: ".png")
         for image_id, name in zip(records, names):
             picture = draw(image_id)
             if picture is not None:
                 write_png(output / "images" / name, picture)
     kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
-    return f"{title}: {kinds}\nsheets, errors.png and image_ap.csv: {output}"
+    drawn = f"sheets, errors.png and image_ap.csv: {printable(output)}"
+    return f"{title}: {kinds}\n{drawn}{_skipped(list(skipped.values()))}"
+
+
+def _skipped(files: Sequence[Any]) -> str:
+    """What a summary says of files that could not be drawn; nothing where there are none."""
+    if not files:
+        return ""
+    names = ", ".join(printable(file) for file in files[:NAMED_AT_MOST])
+    more = f" and {len(files) - NAMED_AT_MOST} more" if len(files) > NAMED_AT_MOST else ""
+    return f"\n{len(files)} could not be read and were skipped: {names}{more}"
 
 
 def _write_sheet(
@@ -141,10 +178,11 @@ def _write_sheet(
 def _write_image_ap(
     path: Path, ranked: Sequence[Any], scores: dict[Any, float], records: dict[Any, dict[str, Any]]
 ) -> None:
-    with atomic_write(path) as file:
+    with writing(path), atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image_id", "file_name", "AP"])
-        writer.writerows([i, records[i]["file_name"], f"{scores[i]:.4f}"] for i in ranked)
+        rows = ([i, printable(records[i]["file_name"]), f"{scores[i]:.4f}"] for i in ranked)
+        writer.writerows(rows)
 
 
 def visualize_inputs(
@@ -168,22 +206,27 @@ def visualize_inputs(
         A summary for the screen.
 
     Raises:
-        UserError: nothing could be read, or something cannot be written. Single files that cannot
-            be read are reported and passed over.
+        UserError: nothing could be read, or something cannot be written or would overwrite an
+            input. Single files that cannot be read are skipped, and the summary names them.
     """
-    paths = find_inputs(arguments)
-    if is_video(output) and (len(paths) > 1 or not is_video(paths[0])):
+    check_options(score_threshold)
+    paths = find_inputs(arguments, output)
+    to_video = is_video(output) and not output.is_dir()
+    if to_video and (len(paths) > 1 or not is_video(paths[0])):
         raise UserError(f"--output {output} is a video, so --input must be a single video")
+
+    names = output_names(paths, lambda path: ".mp4" if is_video(path) else ".png")
+    targets = [output] if to_video else [output / name for name in names]
+    check_folder(output.parent if to_video else output)
+    check_outputs(targets, paths)
 
     def draw(image: np.ndarray) -> np.ndarray:
         entries = [entry for entry in predict(image) if entry["score"] >= score_threshold]
         side = max(LEAST_SIDE, *image.shape[:2])
         return predicted_objects(entries, metadata).draw(image, side)
 
-    names = output_names(paths, lambda path: ".mp4" if is_video(path) else ".png")
-    failed = 0
-    for path, name in zip(paths, names):
-        target = output if is_video(output) else output / name
+    skipped = []
+    for path, target in zip(paths, targets):
         try:
             if is_video(path):
                 rate, frames = read_frames(path)
@@ -193,9 +236,9 @@ def visualize_inputs(
             else:
                 write_png(target, draw(read_rgb(path)))
         except DataError as error:
-            failed += 1
-            logger.warning("passed over: %s", error)
-    if failed == len(paths):
-        raise UserError(f"none of the {failed} files could be read")
-    passed = f"; {failed} could not be read and were passed over" if failed else ""
-    return f"drawn {len(paths) - failed} of {len(paths)} files{passed}: {output}"
+            skipped.append(path)
+            logger.warning("skipped %s: %s", printable(path), printable(error))
+    if len(skipped) == len(paths):
+        raise UserError(f"none of the {len(paths)} files could be read{_skipped(skipped)}")
+    drawn = len(paths) - len(skipped)
+    return f"drawn {drawn} of {len(paths)} files: {printable(output)}{_skipped(skipped)}"

@@ -1,0 +1,89 @@
+"""Image files, read by the same rules for training, evaluation and pictures."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
+from PIL import Image, ImageMode, UnidentifiedImageError
+
+from ws_detectron.errors import DataError, printable
+
+_EIGHT_BITS = ("|u1", "|b1")  # numpy's names of bytes and of single bits
+
+
+def read_rgb(path: Union[str, Path]) -> np.ndarray:
+    """An image file as (H, W, 3) uint8, RGB, turned upright as its EXIF tag says.
+
+    Raises:
+        DataError: it is missing, cannot be decoded, or is one that `check_image_file` refuses.
+    """
+    check_image_file(path)
+    with _named(path):
+        return read_image(str(path), format="RGB")
+
+
+def read_annotated(record: dict[str, Any]) -> np.ndarray:
+    """The image of a record in detectron2's standard format, as `read_rgb` reads it.
+
+    Raises:
+        DataError: of `read_rgb`, or its size is not that of the record.
+    """
+    image = read_rgb(record["file_name"])
+    try:
+        check_image_size(dict(record), image)
+    except SizeMismatchError as error:
+        found = image.shape[1], image.shape[0]
+        expected = record["width"], record["height"]
+        turned = " (is it turned by its EXIF tag, and the annotations are not?)"
+        raise DataError(
+            f"image {printable(record['file_name'])} is {found[0]} x {found[1]} pixels when "
+            f"upright, but its annotations say width {expected[0]} and height {expected[1]}"
+            f"{turned if found == expected[::-1] else ''}; correct the annotations or the image"
+        ) from error
+    return image
+
+
+def check_image_file(path: Union[str, Path]) -> None:
+    """The file is an image of at most 8 bits per channel; reads its header alone.
+
+    detectron2's `read_image` clips the values of others, so a 16-bit image would be white. Colour
+    images of 16 bits are allowed, as Pillow opens them scaled to 8 (the high byte). Of several
+    frames or pages the first is read.
+
+    Raises:
+        DataError: it has more bits, or is no image.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would never be opened
+        raise DataError(f"cannot read image {printable(path)}: it is not a regular file")
+    with _named(path), PathManager.open(str(path), "rb") as file, Image.open(file) as image:
+        mode, name = image.mode, image.format
+        # phones store depth maps and the like as further frames of MPO
+        frames = 1 if name == "MPO" else getattr(image, "n_frames", 1)
+    if ImageMode.getmode(mode).typestr not in _EIGHT_BITS:
+        raise DataError(
+            f"cannot read image {printable(path)}: it is a {name} of mode {mode}, with more than 8 "
+            "bits per channel; how to scale them is for you to decide: convert it to 8 bits"
+        )
+    if frames > 1:
+        message = f"{printable(path)} has {frames} frames or pages; of each file the first is used"
+        log_first_n(logging.WARNING, message, name=__name__)
+
+
+@contextmanager
+def _named(path: Union[str, Path]) -> Iterator[None]:
+    try:
+        yield
+    except UnidentifiedImageError as error:  # its text names an object in memory
+        raise DataError(
+            f"cannot read image {printable(path)}: it is empty or no image that Pillow knows"
+        ) from error
+    except Exception as error:  # Pillow has no common base for what broken files make it raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"cannot read image {printable(path)}: {printable(reason)}") from error
