@@ -1,10 +1,20 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from ws_detectron.io import atomic_write, csv_text, write_json, write_text
+from ws_detectron.errors import UserError
+from ws_detectron.io import (
+    atomic_write,
+    check_folder,
+    check_outputs,
+    csv_text,
+    write_json,
+    write_text,
+    writing,
+)
 
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
@@ -43,3 +53,56 @@ def test_csv_is_read_back() -> None:
     rows = [["a", "b"], ["x, y", 'say "1"'], ["", "two\nlines"]]
     text = csv_text(rows)
     assert "\r" not in text and list(csv.reader(text.splitlines(keepends=True))) == rows
+
+
+def test_names_as_long_as_they_can_be_are_written(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 127)  # 254 bytes; file systems allow 255
+    write_text(path, "a")
+    assert path.read_text() == "a"
+
+
+def test_no_input_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "in" / "a.png"
+    write_text(source, "photo")
+    (tmp_path / "link.png").symlink_to(source)
+    (tmp_path / "folder").symlink_to(tmp_path / "in")
+    os.link(source, tmp_path / "A.PNG")
+    monkeypatch.chdir(tmp_path)
+    inputs = [None, "", "detectron2://a.pkl", "a\0b", "none.png", source]
+    for output in (
+        source,
+        "in/a.png",
+        "./in/../in//a.png",
+        "new/../in/a.png",
+        "link.png",
+        "folder/a.png",
+        "A.PNG",
+    ):
+        with pytest.raises(UserError, match="is an input.* would overwrite; choose another"):
+            check_outputs(["new.png", output], inputs)
+    check_outputs(["new.png", "in/b.png", "none.png", tmp_path / "in"], inputs)
+    with pytest.raises(UserError, match=r"^link.png is an input \(.*in/a.png\)"):
+        check_outputs(["link.png"], inputs)
+
+
+def test_folders_that_cannot_be_written_into_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to(tmp_path / "none")
+    for name in ("file", "file/new", "broken/new"):
+        with pytest.raises(UserError, match=rf"{name}: .* is not a folder; choose another"):
+            check_folder(tmp_path / name)
+    check_folder(tmp_path / "new" / "newer")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"new: no permission to write to {tmp_path}"):
+        check_folder(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/a: No space left"):
+        with writing(tmp_path / "a"):
+            raise OSError(28, "No space left on device", "somewhere")
+    with pytest.raises(UserError, match="^known$"), writing("a"):
+        raise UserError("known")

@@ -8,7 +8,7 @@ from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.checkpoint import evaluate_in_process
 from ws_detectron.evaluation.coco_eval import TASKS, evaluate
 from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
-from ws_detectron.evaluation.report import as_text, check_reports, write_reports
+from ws_detectron.evaluation.report import KEYPOINTS, as_text, check_reports, write_reports
 
 EXAMPLES = """
 examples:
@@ -21,7 +21,7 @@ examples:
       MODEL.WEIGHTS output/model_final.pth
 
 coco_evaluation.json and coco_evaluation.csv are written beside the predictions, those of a
-checkpoint to OUTPUT_DIR/inference.
+checkpoint to OUTPUT_DIR/inference. Keypoints are evaluated by tools/train_net.py --eval-only.
 """
 
 
@@ -53,9 +53,10 @@ def main() -> None:
 def evaluate_files(args: argparse.Namespace) -> None:
     folder = args.output or Path(args.predictions).parent
     check_reports(folder, args.predictions, args.annotations)
+    predictions = load_predictions(args.predictions)
     result = evaluate(
         load_annotations(args.annotations),
-        load_predictions(args.predictions),
+        predictions,
         args.task,
         reference=args.reference,
         annotations_name=args.annotations,
@@ -64,6 +65,8 @@ def evaluate_files(args: argparse.Namespace) -> None:
     files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
     written = write_reports(result, folder, **files)
     print(as_text(result), *written, sep="\n")
+    if any("keypoints" in entry for entry in predictions):
+        print(f"note: {KEYPOINTS}")
 
 
 def evaluate_config(args: argparse.Namespace) -> None:

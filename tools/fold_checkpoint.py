@@ -4,7 +4,7 @@ Where they are used, ws_detectron need not be installed.
 """
 
 import argparse
-from pathlib import Path
+import os
 
 from ws_detectron.engine import load_config
 from ws_detectron.engine.folding import write_folded
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
     with exit_on_user_error():
-        check_outputs([args.output, Path(args.output).with_suffix(".yaml")], [args.config_file])
+        check_outputs([args.output, os.path.splitext(args.output)[0] + ".yaml"], [args.config_file])
         weights, config = write_folded(load_config(args.config_file, args.opts), args.output)
     print(f"folded weights  {weights}\nstock config    {config}")
 

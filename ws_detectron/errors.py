@@ -3,16 +3,36 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Optional
+
+
+def shown(text: object, limit: Optional[int] = None) -> str:
+    """Text of a file as it can be shown: on a terminal, control characters could do anything.
+
+    Args:
+        text: is turned into a string; all but printable characters and line feeds are escaped.
+        limit: of characters; None for none.
+    """
+    text = str(text)
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}… ({len(text)} characters)"
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class UserError(Exception):
     """A mistake that the user can mend.
 
     Its message stands alone: it names the config key or file, what was found there and what is
-    allowed. The command-line tools print it without a traceback and end with `exit_status`.
+    allowed. The command-line tools print it without a traceback and end with `exit_status`. Text
+    from files in it is escaped, see `shown`.
     """
 
     exit_status = 2  # argparse's own for a wrong command line
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class ConfigError(UserError, ValueError):
@@ -36,25 +56,11 @@ class DataError(UserError):
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
-def printable(text: object, keep: str = "") -> str:
-    """The text with control characters as escapes, such as `\\x1b`, so that a terminal is safe.
-
-    Args:
-        text: such as a file name; what is not a string is converted to one.
-        keep: control characters that stay.
-    """
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
-
-
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the process with one message and a status when the body raises a `UserError`."""
     try:
         yield
     except UserError as error:
-        message = printable(error, keep="\n")
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

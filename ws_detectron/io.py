@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
-from .errors import UserError, printable
+from .errors import UserError
 
 
 @contextmanager
@@ -70,9 +70,9 @@ def check_outputs(
     for output in outputs:
         if _identity(output) in read:
             source = read[_identity(output)]
-            name = "" if str(source) == str(output) else f" ({printable(source)})"
+            name = "" if str(source) == str(output) else f" ({source})"
             raise UserError(
-                f"{printable(output)} is an input{name}, which the output would overwrite; choose "
+                f"{output} is an input{name}, which the output would overwrite; choose "
                 "another output"
             )
 
@@ -80,7 +80,8 @@ def check_outputs(
 def _identity(path: Union[str, Path]) -> Optional[tuple[int, int]]:
     """What all names of an existing file have in common; links are followed."""
     try:
-        status = os.stat(path)
+        # realpath: `new/../a` is `a`, which it will be once the folder `new` is made
+        status = os.stat(os.path.realpath(path))
     except (OSError, ValueError):  # ValueError: no file has a NUL in its name
         return None
     return status.st_dev, status.st_ino
@@ -96,13 +97,11 @@ def check_folder(path: Union[str, Path]) -> None:
     existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     if not existing.is_dir():
         raise UserError(
-            f"cannot write into {printable(path)}: {printable(existing)} is not a folder; choose "
-            "another output"
+            f"cannot write into {path}: {existing} is not a folder; choose another output"
         )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(
-            f"cannot write into {printable(path)}: no permission to write to "
-            f"{printable(existing)}; choose another output"
+            f"cannot write into {path}: no permission to write to {existing}; choose another output"
         )
 
 
@@ -115,8 +114,10 @@ def writing(path: Union[str, Path]) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"cannot write {printable(path)}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_text(path: Union[str, Path], text: str) -> None:

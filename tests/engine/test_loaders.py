@@ -1,12 +1,17 @@
 """Loader errors name the file, from worker processes too."""
 
+import itertools
 import json
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from detectron2.config import CfgNode
+from PIL import Image
 
-from ws_detectron.engine.loaders import build_test_loader, build_train_loader
+from ws_detectron.data.images import read_annotated
+from ws_detectron.engine.loaders import NamingMapper, build_test_loader, build_train_loader
 from ws_detectron.errors import DataError
 
 
@@ -36,17 +41,53 @@ def test_unreadable_image_is_named(
     with pytest.raises(DataError) as caught:
         list(build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]))
     message = str(caught.value)
-    assert message.startswith(f"cannot read {image}: ")
+    assert message.startswith((f"cannot read {image}: ", f"cannot read image {image}: "))
     assert "Traceback" not in message
 
 
 def test_image_of_another_size_than_annotated_is_named(tiny_cfg: CfgNode, tmp_path: Path) -> None:
-    import cv2
-    import numpy as np
-
     cv2.imwrite(str(tmp_path / "images" / "2.png"), np.zeros((10, 10, 3), np.uint8))
     with pytest.raises(DataError, match="2.png"):
         list(build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_16_bits_and_turned_ones_are_refused_as_in_drawing(
+    tiny_cfg: CfgNode, tmp_path: Path, workers: int
+) -> None:
+    tiny_cfg.DATALOADER.NUM_WORKERS = workers
+    image = tmp_path / "images" / "3.png"
+    deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["images"][2]["height"] = 48
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    for write in (
+        lambda: cv2.imwrite(str(image), deep),
+        lambda: turned.save(image, format="JPEG", exif=exif),
+    ):
+        write()
+        with pytest.raises(DataError) as drawn:
+            read_annotated({"file_name": str(image), "height": 48, "width": 64})
+        loaders = (
+            build_train_loader(tiny_cfg),
+            build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]),
+        )
+        for loader in loaders:
+            with pytest.raises(DataError) as caught:
+                list(itertools.islice(loader, 10))
+            assert str(caught.value) == str(drawn.value)
+
+
+def test_label_maps_of_16_bits_are_refused(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((8, 8, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "labels.png"), np.full((8, 8), 1000, np.uint16))
+    record = {"file_name": "image.png", "sem_seg_file_name": "labels.png"}
+    record = {key: str(tmp_path / name) for key, name in record.items()}
+    with pytest.raises(DataError, match=r"labels.png: .*more than 8 bits"):
+        NamingMapper(lambda record: record)(record)
 
 
 def test_annotations_that_are_no_coco_json(tiny_cfg: CfgNode, tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import random
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -52,6 +54,77 @@ def test_outputs_do_not_overwrite_each_other() -> None:
     assert found == ["a.png", "a_2.png", "a.mp4", "b.png"]
 
 
+STEMS = ["x", "X", "x_2", "x_3", "x_2_2", "X_2", "ß", "ss", "é", "e\u0301", "ı", ".", "a"]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_names_are_distinct_on_every_file_system_and_stable(seed: int) -> None:
+    source = random.Random(seed)
+    stems, more = (source.choices(STEMS, k=source.randrange(12)) for _ in range(2))
+    paths = [Path(f"{n}/{stem}.jpg") for n, stem in enumerate(stems)]
+    found = output_names(paths, lambda path: ".png")
+    folded = {unicodedata.normalize("NFC", name.casefold()) for name in found}
+    assert len(folded) == len(found) == len(paths)
+    assert found == output_names(paths, lambda path: ".png")
+    # the first of a name has it, and keeps it when further files are drawn
+    firsts: dict[str, int] = {}
+    for number, path in enumerate(paths):
+        firsts.setdefault(unicodedata.normalize("NFC", path.stem.casefold()), number)
+    later = [Path(f"more/{n}/{stem}.jpg") for n, stem in enumerate(more)]
+    longer = output_names(paths + later, lambda path: ".png")
+    for number in firsts.values():
+        assert found[number] == longer[number] == f"{paths[number].stem}.png"
+
+
+def test_the_names_of_the_list_of_faults() -> None:
+    paths = [Path("a/x.png"), Path("b/x.png"), Path("b/x_2.png"), Path("c/X.jpg")]
+    assert output_names(paths, lambda path: ".png") == ["x.png", "x_3.png", "x_2.png", "X_4.png"]
+
+
+def test_many_files_of_one_name_take_no_time() -> None:
+    found = output_names([Path(f"{n}/x.png") for n in range(20000)], lambda path: ".png")
+    assert len(set(found)) == 20000
+
+
+def test_what_lies_in_the_output_is_no_input(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = folder / "out"
+    for name in ("b.png", "images/1.png", "clip.mp4"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    (tmp_path / "link").symlink_to(out)
+    mine = ["a.JPG", "b.png", "clip.mp4", "c.jpeg"]
+    for output in (out, tmp_path / "link", folder / "deep" / ".." / "out"):
+        assert names(find_inputs([str(folder)], output)) == mine
+        found = find_inputs([str(folder / "**" / "*.*g")], output)
+        assert names(found) == ["b.png", "c.jpeg"]
+    monkeypatch.chdir(folder)
+    assert names(find_inputs(["."], Path("out"))) == mine
+    # what is asked for by name, and folders within the output
+    assert find_inputs([str(out / "b.png")], out) == [out / "b.png"]
+    assert names(find_inputs(["deep", "deep/*"], Path("."))) == ["c.jpeg"]
+    for argument, output in (
+        (folder, folder),
+        (folder / "*.png", folder),
+        (out, out),
+        (out, tmp_path / "link"),
+    ):
+        with pytest.raises(UserError, match="only files in --output .*choose another output"):
+            find_inputs([str(argument)], output)
+    # a video that is written into the folder of its input
+    assert folder / "clip.mp4" not in find_inputs([str(folder)], folder / "clip.mp4")
+    assert "clip.mp4" not in [str(path) for path in find_inputs(["."], Path("clip.mp4"))]
+
+
+def test_a_file_under_two_names_is_taken_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    arguments = ["b.png", str(folder / "b.png"), "deep/../b.png", "./*.png"]
+    assert find_inputs(arguments) == [Path("b.png")]
+
+
 def frames() -> list[np.ndarray]:
     """Four frames of 65 x 49 pixels, red growing brighter."""
     pictures = [np.zeros((49, 65, 3), np.uint8) for _ in range(4)]
@@ -84,6 +157,25 @@ def test_a_video_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no frame"), open_video(path, 8.0):
         pass
     assert path.read_text() == "old" and names([*tmp_path.iterdir()]) == ["clip.mp4"]
+
+
+def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="frame 2 has 65 x 40 pixels, the first 65 x 49"):
+        with open_video(tmp_path / "clip.mp4", 8.0) as append:
+            append(frames()[0])
+            append(frames()[0][:40])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4" / "a").mkdir(parents=True)
+    for name in ("file/clip.mp4", "folder.mp4"):
+        with pytest.raises(UserError, match=f"cannot write {tmp_path / name}: "):
+            with open_video(tmp_path / name, 8.0) as append:
+                append(frames()[0])
+    with open_video(tmp_path / f"{'a' * 250}.mp4", 8.0) as append:
+        append(frames()[0])
 
 
 def test_unknown_endings_are_refused(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
-from small_coco import prediction, rle
+from detectron2.data import Metadata, MetadataCatalog
+from PIL import Image
+from small_coco import HEIGHT, WIDTH, prediction, rle
 
 from ws_detectron.data.preview import write_png
 from ws_detectron.errors import UserError
-from ws_detectron.evaluation.drawing import records_by_id
+from ws_detectron.evaluation.drawing import captioned, draw_sheet, records_by_id
 from ws_detectron.evaluation.error_kinds import CORRECT, MISSED
 from ws_detectron.evaluation.inputs import open_video, read_frames
 from ws_detectron.evaluation.visualize import LEAST_SIDE, visualize_dataset, visualize_inputs
@@ -46,17 +47,88 @@ def test_boxes_alone_can_be_drawn(dataset: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "errors.json").read_text())["task"] == "bbox"
 
 
-def test_images_that_cannot_be_read_are_passed_over(
+def test_images_that_cannot_be_read_are_skipped_and_named(
     dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(records_by_id(dataset)[1]["file_name"])
     path.write_bytes(path.read_bytes()[:50])
     with caplog.at_level(logging.WARNING):
-        visualize_dataset(dataset, FOUND, tmp_path / "out", num_images=2, each=True)
-    assert f"passed over: cannot read image {path}" in caplog.text
+        summary = visualize_dataset(dataset, FOUND, tmp_path / "out", num_images=2, each=True)
+    # once, though it is on two sheets
+    assert caplog.text.count(f"skipped: cannot read image {path}") == 1
+    assert summary.endswith(f"\n1 could not be read and were skipped: {path}")
     # the sheets are filled with others
     assert cv2.imread(str(tmp_path / "out" / "best.png")) is not None
     assert {p.name for p in (tmp_path / "out" / "images").iterdir()} == {"2.png", "3.png"}
+
+
+@pytest.mark.parametrize("kind", ["turned", "resized", "deep"])
+def test_images_that_are_not_what_the_annotations_say_are_skipped_and_named(
+    kind: str, dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(records_by_id(dataset)[1]["file_name"])
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    if kind == "turned":  # AP would be 100, with masks stretched over the upright image
+        exif = Image.Exif()
+        exif[274] = 6
+        Image.fromarray(pixels).save(path, format="JPEG", exif=exif)
+    elif kind == "resized":
+        cv2.imwrite(str(path), pixels[:50])
+    else:
+        cv2.imwrite(str(path), np.full((HEIGHT, WIDTH), 1000, np.uint16))
+    with caplog.at_level(logging.WARNING):
+        summary = visualize_dataset(dataset, FOUND, tmp_path / "out", num_images=1, each=True)
+    assert summary.endswith(f"\n1 could not be read and were skipped: {path}")
+    reason = {"turned": "EXIF", "resized": "correct the annotations", "deep": "more than 8 bits"}
+    assert caplog.text.count(str(path)) == 1 and reason[kind] in caplog.text
+    assert {p.name for p in (tmp_path / "out" / "images").iterdir()} == {"2.png", "3.png"}
+    second = (tmp_path / "out" / "images" / "2.png").read_bytes()
+    assert (tmp_path / "out" / "best.png").read_bytes() == second
+
+
+def test_a_data_set_is_not_written_over(dataset: str, tmp_path: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    before = content()
+    with pytest.raises(UserError, match=r"images/1.png is an input"):
+        visualize_dataset(dataset, FOUND, tmp_path, each=True)
+    (tmp_path / "errors.json").symlink_to(tmp_path / "annotations.json")
+    with pytest.raises(UserError, match=r"errors.json is an input \(.*annotations.json\)"):
+        visualize_dataset(dataset, FOUND, tmp_path)
+    (tmp_path / "errors.json").unlink()
+    (tmp_path / "image_ap.csv").write_text(json.dumps(FOUND))
+    mine = str(tmp_path / "image_ap.csv")
+    with pytest.raises(UserError, match=r"image_ap.csv is an input"):
+        visualize_dataset(dataset, FOUND, tmp_path, predictions_name=mine)
+    image = str(tmp_path / "images" / "1.png")
+    with pytest.raises(UserError, match=r"images/1.png is an input"):
+        draw_sheet(dataset, mine, image)
+    (tmp_path / "image_ap.csv").unlink()
+    assert content() == before
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), float("inf")])
+def test_thresholds_are_scores(threshold: float, dataset: str, tmp_path: Path) -> None:
+    metadata = MetadataCatalog.get(dataset)
+    for draw in (
+        lambda: visualize_dataset(dataset, FOUND, tmp_path / "out", score_threshold=threshold),
+        lambda: visualize_inputs(
+            [str(tmp_path / "images")],
+            tmp_path / "out",
+            find_bright,
+            metadata,
+            score_threshold=threshold,
+        ),
+        lambda: draw_sheet(dataset, "none.json", "out.png", score_threshold=threshold),
+    ):
+        with pytest.raises(UserError, match="score threshold is .*; allowed: 0 to 1"):
+            draw()
+    for number in (0, -1):
+        with pytest.raises(UserError, match=f"number of images is {number}; allowed: 1 or more"):
+            visualize_dataset(dataset, FOUND, tmp_path / "out", num_images=number)
+        with pytest.raises(UserError, match=f"number of images is {number}; allowed: 1 or more"):
+            draw_sheet(dataset, "none.json", "out.png", num_images=number)
 
 
 def find_bright(image: np.ndarray) -> list[dict]:
@@ -89,7 +161,9 @@ def test_images_and_videos_are_drawn_and_broken_ones_reported(
     metadata = MetadataCatalog.get(dataset)
     with caplog.at_level(logging.WARNING):
         summary = visualize_inputs([str(inputs)], tmp_path / "out", find_bright, metadata)
-    assert "drawn 2 of 4 files; 2 could not be read" in summary
+    assert summary.startswith("drawn 2 of 4 files: ")
+    skipped = ", ".join(str(inputs / name) for name in ("broken.mp4", "broken.png"))
+    assert summary.endswith(f"\n2 could not be read and were skipped: {skipped}")
     for name in ("broken.png", "broken.mp4"):
         assert f"{inputs / name}" in caplog.text
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "clip.mp4"}
@@ -122,6 +196,90 @@ def test_a_video_goes_into_a_video(dataset: str, tmp_path: Path) -> None:
         paths = [str(tmp_path / name) for name in arguments]
         with pytest.raises(UserError, match="must be a single video"):
             visualize_inputs(paths, tmp_path / "new.mp4", find_bright, metadata)
+
+
+def test_photos_are_not_written_over(dataset: str, tmp_path: Path) -> None:
+    metadata = MetadataCatalog.get(dataset)
+    photos = tmp_path / "photos"
+    write_png(photos / "a.png", with_square(10))
+    with open_video(photos / "clip.mp4", 4.0) as append:
+        append(with_square(10))
+    (tmp_path / "link").symlink_to(photos)
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+
+    def draw(arguments: list[Path], output: Path) -> None:
+        visualize_inputs([str(path) for path in arguments], output, find_bright, metadata)
+
+    files = [photos / "a.png", photos / "clip.mp4"]
+    for arguments, output in (
+        ([photos], photos),
+        ([photos], tmp_path / "link"),
+        (files, photos),
+        (files, tmp_path / "link"),
+        (files[:1], tmp_path / "other" / ".." / "photos"),
+        (files[1:], files[1]),
+        (files[1:], tmp_path / "link" / "clip.mp4"),
+    ):
+        with pytest.raises(UserError, match="choose another output"):
+            draw(arguments, output)
+    assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_drawings_are_not_drawn_again(dataset: str, tmp_path: Path) -> None:
+    records_by_id(dataset)
+    folder = tmp_path / "photos"
+    photos = [folder / name for name in ("a/x.png", "b/x.png", "b/x_2.png")]
+    for left, photo in zip((10, 30, 50), photos):
+        write_png(photo, with_square(left))
+    for _ in range(2):
+        summary = visualize_inputs(
+            [str(folder)], folder / "out", find_bright, MetadataCatalog.get(dataset)
+        )
+        assert summary.startswith("drawn 3 of 3 files")
+        assert {p.name for p in (folder / "out").iterdir()} == {"x.png", "x_2.png", "x_3.png"}
+    places = {}
+    for path in (folder / "out").iterdir():
+        green = cv2.imread(str(path))[:, :, 1].astype(int)
+        places[path.name] = np.nonzero((green > 110).sum(axis=0) > 60)[0].mean() / 5.6
+    assert places == pytest.approx({"x.png": 20, "x_3.png": 40, "x_2.png": 60}, abs=4)
+
+
+def test_names_are_shown_escaped_and_labels_are_no_formulas(
+    dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records_by_id(dataset)
+    bad, good = "\x1b[31mred\n\udcff.png", r"$\foo$.png"
+    write_png(tmp_path / "in" / good, with_square(10))
+    (tmp_path / "in" / bad).write_text("no image")
+    metadata = Metadata(name="of a test", thing_classes=[r"$\foo$", "a\n\udcffb"])
+    with caplog.at_level(logging.WARNING):
+        summary = visualize_inputs(
+            [str(tmp_path / "in")],
+            tmp_path / "out",
+            lambda image: [{**e, "category_id": n} for n, e in enumerate(find_bright(image))],
+            metadata,
+            score_threshold=0,
+        )
+    assert r"\x1b[31mred" in summary and "\x1b" not in summary + caplog.text
+    assert "\udcff" not in summary + caplog.text
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [good]
+    for name in (bad, good):
+        assert captioned(with_square(10), f"{name}: 1", 80, 60).shape[2] == 3
+
+
+def test_an_output_that_is_a_file_is_refused(dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="out is not a folder; choose another output"):
+        visualize_dataset(dataset, FOUND, tmp_path / "out")
+    for output in ("out", "out/clip.mp4"):
+        (tmp_path / "in.mp4").touch()
+        with pytest.raises(UserError, match="out is not a folder; choose another output"):
+            visualize_inputs(
+                [str(tmp_path / "in.mp4")],
+                tmp_path / output,
+                find_bright,
+                MetadataCatalog.get(dataset),
+            )
 
 
 def test_nothing_readable_is_an_error(dataset: str, tmp_path: Path) -> None:

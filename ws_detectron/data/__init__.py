@@ -2,7 +2,7 @@
 
 from .cache import cache_root
 from .catalog import builtin_scenes, register_builtin_scenes, register_scenes
-from .coco_sets import classes_of, register_coco_sets
+from .coco_sets import classes_of, keypoint_names, mirrored, register_coco_sets
 from .fashion_mnist import FASHION_CLASSES, find_fashion_mnist, load_fashion_mnist
 from .scene_dataset import ensure_scenes, scene_folder
 from .scenes import Scene, SceneObject, SceneSpec, make_scene, sprite_source
@@ -17,8 +17,10 @@ __all__ = [
     "classes_of",
     "ensure_scenes",
     "find_fashion_mnist",
+    "keypoint_names",
     "load_fashion_mnist",
     "make_scene",
+    "mirrored",
     "register_builtin_scenes",
     "register_coco_sets",
     "register_scenes",

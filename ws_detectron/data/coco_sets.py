@@ -1,13 +1,16 @@
 """Data sets of one's own, in COCO format, that a config names: DATASETS.REGISTER."""
 
+import json
+import re
 from collections.abc import Sequence
 from os.path import abspath, expanduser
 from typing import Any, Optional
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
 
-from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.errors import ConfigError, DataError, UserError
 
 FORM = "[name, path of the annotations (COCO JSON), folder of the images]"
 
@@ -62,6 +65,92 @@ def classes_of(name: str) -> Metadata:
         except Exception as error:
             raise UserError(f"cannot load {name}, {metadata.json_file}: {error}") from error
     return metadata
+
+
+def keypoint_names(name: str) -> Optional[list[str]]:
+    """The keypoints of a registered data set; to be called before detectron2 needs its metadata.
+
+    Sets `keypoint_names` from `categories[].keypoints` of the annotation file and
+    `keypoint_flip_map` from names with "left" and "right", or a separate "l" and "r", unless the
+    metadata have them, as those of COCO have.
+
+    Args:
+        name: of a data set.
+
+    Returns:
+        The names; None where neither metadata nor an annotation file has them.
+
+    Raises:
+        DataError: the file cannot be read, its categories name no or different keypoints, or an
+            annotation has another number of them.
+    """
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file")
+    if metadata.get("keypoint_names") is None:
+        if not path:
+            return None
+        metadata.keypoint_names = _keypoints_in(path)
+    names = list(metadata.keypoint_names)
+    if metadata.get("keypoint_flip_map") is None:
+        metadata.keypoint_flip_map = [
+            (one, mirrored(one)) for one in names if one < mirrored(one) and mirrored(one) in names
+        ]
+    return names
+
+
+def mirrored(keypoint: str) -> str:
+    """The name with left and right exchanged; the same where it has neither."""
+    opposite = {"left": "right", "right": "left", "l": "r", "r": "l"}
+
+    def exchange(match: re.Match) -> str:
+        found = match.group()
+        other = opposite[found.lower()]
+        if found.isupper():
+            return other.upper()
+        return other.capitalize() if found[0].isupper() else other
+
+    return re.sub(r"left|right|(?<![a-z])[lr](?![a-z])", exchange, keypoint, flags=re.IGNORECASE)
+
+
+def _keypoints_in(path: str) -> list[str]:
+    try:
+        with PathManager.open(path) as file:
+            content = json.load(file)
+        found = [c["keypoints"] for c in content["categories"] if c.get("keypoints")]
+        annotations = content.get("annotations")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"cannot read the keypoints of {path}: {type(error).__name__}: {error}"
+        ) from error
+    if not found or any(names != found[0] for names in found):
+        raise DataError(
+            f"{path}: {'no' if not found else 'not every'} category has "
+            f"{'`keypoints`' if not found else 'the same `keypoints`'}, a list of names such as "
+            '["left_eye", "right_eye"], which a model with MODEL.KEYPOINT_ON needs'
+        )
+    names = found[0]
+    if not isinstance(names, list) or len(set(map(str, names))) < len(names):
+        raise DataError(f"{path}: `keypoints` is {names!r}; allowed: a list of different names")
+    for annotation in annotations or ():
+        points = annotation.get("keypoints")
+        if not isinstance(points, list) or len(points) != 3 * len(names):
+            raise DataError(
+                f"{path}: `keypoints` of annotation {annotation.get('id')} is {points!r}; allowed: "
+                f"{3 * len(names)} numbers x, y, v for the {len(names)} keypoints {names} "
+                "(zeros for an object without)"
+            )
+        if "num_keypoints" not in annotation:
+            raise DataError(
+                f"{path}: annotation {annotation.get('id')} has no `num_keypoints`, the number of "
+                "its keypoints with v > 0, which COCO's evaluation needs"
+            )
+    if annotations is not None and not any(
+        v > 0 for a in annotations for v in a["keypoints"][2::3]
+    ):
+        raise DataError(
+            f"{path}: no annotation has a keypoint with v > 0, so there is none to find"
+        )
+    return [str(name) for name in names]
 
 
 def _absolute(path: str) -> str:

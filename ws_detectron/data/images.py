@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image, ImageMode, UnidentifiedImageError
 
-from ws_detectron.errors import DataError, printable
+from ws_detectron.errors import DataError, shown
 
 _EIGHT_BITS = ("|u1", "|b1")  # numpy's names of bytes and of single bits
 
@@ -43,7 +43,7 @@ def read_annotated(record: dict[str, Any]) -> np.ndarray:
         expected = record["width"], record["height"]
         turned = " (is it turned by its EXIF tag, and the annotations are not?)"
         raise DataError(
-            f"image {printable(record['file_name'])} is {found[0]} x {found[1]} pixels when "
+            f"image {record['file_name']} is {found[0]} x {found[1]} pixels when "
             f"upright, but its annotations say width {expected[0]} and height {expected[1]}"
             f"{turned if found == expected[::-1] else ''}; correct the annotations or the image"
         ) from error
@@ -61,18 +61,18 @@ def check_image_file(path: Union[str, Path]) -> None:
         DataError: it has more bits, or is no image.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would never be opened
-        raise DataError(f"cannot read image {printable(path)}: it is not a regular file")
+        raise DataError(f"cannot read image {path}: it is not a regular file")
     with _named(path), PathManager.open(str(path), "rb") as file, Image.open(file) as image:
         mode, name = image.mode, image.format
         # phones store depth maps and the like as further frames of MPO
         frames = 1 if name == "MPO" else getattr(image, "n_frames", 1)
     if ImageMode.getmode(mode).typestr not in _EIGHT_BITS:
         raise DataError(
-            f"cannot read image {printable(path)}: it is a {name} of mode {mode}, with more than 8 "
+            f"cannot read image {path}: it is a {name} of mode {mode}, with more than 8 "
             "bits per channel; how to scale them is for you to decide: convert it to 8 bits"
         )
     if frames > 1:
-        message = f"{printable(path)} has {frames} frames or pages; of each file the first is used"
+        message = f"{shown(path)} has {frames} frames or pages; of each file the first is used"
         log_first_n(logging.WARNING, message, name=__name__)
 
 
@@ -82,8 +82,8 @@ def _named(path: Union[str, Path]) -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:  # its text names an object in memory
         raise DataError(
-            f"cannot read image {printable(path)}: it is empty or no image that Pillow knows"
+            f"cannot read image {path}: it is empty or no image that Pillow knows"
         ) from error
     except Exception as error:  # Pillow has no common base for what broken files make it raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"cannot read image {printable(path)}: {printable(reason)}") from error
+        raise DataError(f"cannot read image {path}: {reason}") from error

@@ -12,7 +12,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_util
 
-from ws_detectron.errors import UserError, printable
+from ws_detectron.errors import UserError, shown
 from ws_detectron.io import atomic_write, writing
 
 from .images import read_rgb
@@ -108,7 +108,7 @@ def draw_objects(
 
 def as_label(text: str) -> str:
     """The text for matplotlib, which would take what is between dollar signs for a formula."""
-    return printable(text).replace("$", r"\$")
+    return shown(text).replace("$", r"\$")
 
 
 def write_png(path: Union[str, Path], picture: np.ndarray) -> None:

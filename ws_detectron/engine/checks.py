@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +13,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.data import keypoint_names, mirrored
+from ws_detectron.errors import ConfigError, DataError, UserError, shown
+
+logger = logging.getLogger(__name__)
 
 COCO_KEYS = ("images", "annotations", "categories")
+COCO_KEYPOINTS = 17
 
 
 def check_run(cfg: CfgNode, *, num_gpus: int, world_size: int, eval_only: bool) -> None:
@@ -218,6 +224,71 @@ def differing_classes(train: Sequence[str], test: str) -> list[str]:
                 "names of the same in the same order; give both files the same `categories`"
             )
     return found
+
+
+def check_keypoints(cfg: CfgNode, *, train: bool) -> None:
+    """A model with MODEL.KEYPOINT_ON has the keypoints of its data sets, and a sigma for each.
+
+    Warns of keypoints that a horizontal flip would leave on the wrong side.
+
+    Args:
+        cfg: a merged config.
+        train: whether DATASETS.TRAIN is used, beside DATASETS.TEST.
+
+    Raises:
+        ConfigError: numbers of keypoints differ; names the keys.
+        DataError: of `keypoint_names`.
+    """
+    if not cfg.MODEL.KEYPOINT_ON:
+        return
+    number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    found, listed = {}, {}
+    for key in ("TRAIN", "TEST") if train else ("TEST",):
+        for name in cfg.DATASETS[key]:
+            names = keypoint_names(name)
+            if names is not None:
+                listed[name] = names
+                found[f"{name} (DATASETS.{key})"] = len(names)
+            elif key == "TRAIN":
+                raise ConfigError(
+                    f"DATASETS.TRAIN names {name}, which has no annotation file; its metadata "
+                    "need keypoint_names and keypoint_flip_map, as MODEL.KEYPOINT_ON is True"
+                )
+    if cfg.DATASETS.TEST:
+        empty = "" if sigmas else " (empty: those of COCO)"
+        found[f"TEST.KEYPOINT_OKS_SIGMAS{empty}"] = len(sigmas) or COCO_KEYPOINTS
+    differing = [f"{what} has {count}" for what, count in found.items() if count != number]
+    if differing:
+        raise ConfigError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {'; '.join(differing)}; all "
+            "must be the same"
+        )
+    first = next(iter(listed), None)
+    for name, names in listed.items():
+        if names != listed[first]:
+            raise ConfigError(
+                f"keypoints of {first} are {listed[first]}, those of {name} {names}; give both "
+                "files the same `keypoints` in the same order"
+            )
+    if not all(isinstance(s, (int, float)) and 0 < s < math.inf for s in sigmas):
+        raise ConfigError(f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}; allowed: numbers above 0")
+    if train and cfg.INPUT.RANDOM_FLIP == "horizontal":
+        for name in cfg.DATASETS.TRAIN:
+            _warn_of_flips(name)
+
+
+def _warn_of_flips(name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    paired = {keypoint for pair in metadata.keypoint_flip_map for keypoint in pair}
+    alone = [k for k in metadata.keypoint_names if k not in paired]
+    if not paired or any(mirrored(k) != k for k in alone):
+        logger.warning(
+            "INPUT.RANDOM_FLIP is horizontal, and keypoints of %s without a partner on the other "
+            "side keep their names when an image is flipped: %s. Pairs are told by names with left "
+            "and right; without sides this is right, otherwise set INPUT.RANDOM_FLIP to none",
+            name,
+            ", ".join(map(shown, alone)),
+        )
 
 
 def explain_annotations(names: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ from detectron2.data import (
 from detectron2.data.detection_utils import SizeMismatchError
 
 from ws_detectron.data.images import check_image_file, read_annotated
-from ws_detectron.errors import DataError, printable
+from ws_detectron.errors import DataError
 
 from .accumulation import part_of_batch
-from .checks import check_classes, differing_classes, explain_annotations
+from .checks import check_classes, check_keypoints, differing_classes, explain_annotations
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class NamingMapper:
         for key in ("file_name", "sem_seg_file_name"):
             if key in dataset_dict:
                 check_image_file(dataset_dict[key])
-        name = printable(dataset_dict.get("file_name", "an example without file_name"))
+        name = dataset_dict.get("file_name", "an example without file_name")
         try:
             mapped = self._mapper(dataset_dict)
         except SizeMismatchError:
@@ -70,8 +70,9 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
     Raises:
         DataError: annotations are not COCO JSON; images that cannot be read raise it later, when
             their turn comes.
-        ConfigError: the data have more classes than the model.
+        ConfigError: the data have more classes than the model, or other keypoints.
     """
+    check_keypoints(cfg, train=True)
     cfg = part_of_batch(cfg)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
     loader = _explained(
@@ -83,7 +84,11 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     """detectron2's test loader for one data set; see `build_train_loader`."""
-    mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
+    # without annotations, keypoints are not mapped, and those of DATASETS.TRAIN not needed
+    boxes = cfg.clone()
+    boxes.defrost()
+    boxes.MODEL.KEYPOINT_ON = False
+    mapper = NamingMapper(DatasetMapper(boxes, is_train=False))
     loader = _explained(
         [dataset_name], lambda: build_detection_test_loader(cfg, dataset_name, mapper=mapper)
     )

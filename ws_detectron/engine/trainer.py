@@ -25,16 +25,19 @@ from ws_detectron.compat import (
 )
 from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, DivergedError, UserError
+from ws_detectron.io import check_outputs
 from ws_detectron.modeling import folded_copy
 
 from .accumulation import accumulated_step
-from .checks import check_batch, make_output_dir
+from .checks import check_batch, check_keypoints, make_output_dir
 from .guards import find_traps
 from .hooks import BestCheckpoint, RunRecord, SharedStatistics
 from .loaders import build_test_loader, build_train_loader
 from .scaling import scale_config
 
 logger = logging.getLogger(__name__)
+
+EVALUATOR_FILES = ("coco_instances_results.json", "instances_predictions.pth")
 
 # What torch, fvcore and detectron2 raise for a file that is missing, damaged or no checkpoint
 _LOADING_ERRORS = (
@@ -209,11 +212,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Box and mask AP by the COCO rules, written to OUTPUT_DIR/inference.
+        """Box, mask and keypoint AP by the COCO rules, written to OUTPUT_DIR/inference.
 
         Raises:
-            ConfigError: the data set is not in COCO format.
+            ConfigError: the data set is not in COCO format, or the numbers of keypoints of data,
+                model and TEST.KEYPOINT_OKS_SIGMAS differ.
+            UserError: a result would overwrite the annotations or MODEL.WEIGHTS.
         """
+        check_keypoints(cfg, train=False)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind not in ("coco", "coco_panoptic_seg"):
             raise ConfigError(
@@ -223,7 +229,14 @@ class Trainer(DefaultTrainer):
         folder = f"{cfg.OUTPUT_DIR}/inference"
         if len(cfg.DATASETS.TEST) > 1:
             folder += f"/{dataset_name}"
-        return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_compiled_ops())
+        inputs = MetadataCatalog.get(dataset_name).get("json_file"), cfg.MODEL.WEIGHTS
+        check_outputs([f"{folder}/{name}" for name in EVALUATOR_FILES], inputs)
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=folder,
+            use_fast_impl=has_compiled_ops(),
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )
 
 
 def explain_divergence(message: str, iteration: int) -> str:

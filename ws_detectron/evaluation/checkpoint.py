@@ -27,7 +27,7 @@ from ws_detectron.io import atomic_write, check_outputs, writing
 
 from .coco_eval import CocoResult, evaluate
 from .coco_files import load_annotations
-from .report import as_text, check_reports, write_reports
+from .report import KEYPOINTS, as_text, check_reports, write_reports
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,8 @@ def evaluate_checkpoint(
     for name in names:
         if not MetadataCatalog.get(name).get("json_file"):
             raise ConfigError(f"DATASETS.TEST names {name}, which has no COCO annotation file")
+    if cfg.MODEL.KEYPOINT_ON:
+        logger.warning(KEYPOINTS)
     folders = {name: _results_folder(cfg, name, output) for name in names}
     if comm.is_main_process():
         for name, folder in folders.items():

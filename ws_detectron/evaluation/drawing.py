@@ -18,7 +18,7 @@ from pycocotools import mask as mask_util
 
 from ws_detectron.data.images import read_annotated
 from ws_detectron.data.preview import draw_objects, write_png
-from ws_detectron.errors import ConfigError, DataError, UserError, printable
+from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.io import check_outputs
 
 from .coco_files import load_predictions
@@ -135,6 +135,7 @@ def captioned(picture: np.ndarray, text: str, width: int, height: int) -> np.nda
         (height + CAPTION_HEIGHT + MARGIN, width + MARGIN, 3) uint8.
     """
     shape = (height + CAPTION_HEIGHT + MARGIN, width + MARGIN, 3)
+    text = " ".join(shown(text).split("\n"))  # Pillow measures single lines only
     canvas = Image.fromarray(np.full(shape, 255, np.uint8))
     font = _font(round(CAPTION_HEIGHT * 0.55))
     while text and font.getlength(text) > width:
@@ -186,7 +187,7 @@ def pair(
     image = read_annotated(record)
     truth, found = annotated_objects(record, metadata), predicted_objects(predictions, metadata)
     left, right = truth.draw(image, longer_side), found.draw(image, longer_side)
-    name = printable(Path(record["file_name"]).name)
+    name = Path(record["file_name"]).name
     size = longer_side, left.shape[0]
     return np.concatenate(
         [

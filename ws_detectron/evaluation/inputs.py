@@ -13,7 +13,7 @@ from typing import Callable, Optional, Union
 import cv2
 import numpy as np
 
-from ws_detectron.errors import DataError, UserError, printable
+from ws_detectron.errors import DataError, UserError, shown
 from ws_detectron.io import writing
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _outside(output: Path, files: Sequence[Path], argument: str) -> list[Path]:
             "drawings; choose another output"
         )
     if len(kept) < len(files):
-        logger.info("skipped %d files in the output %s", len(files) - len(kept), printable(output))
+        logger.info("skipped %d files in the output %s", len(files) - len(kept), shown(output))
     return kept
 
 
@@ -130,7 +130,7 @@ def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
     opened, frame = video.read() if video.isOpened() else (False, None)
     if not opened or frame is None:
         video.release()
-        raise DataError(f"cannot read video {printable(path)}: OpenCV finds no frame in it")
+        raise DataError(f"cannot read video {path}: OpenCV finds no frame in it")
     rate = video.get(cv2.CAP_PROP_FPS)
 
     def frames(frame: np.ndarray) -> Iterator[np.ndarray]:
@@ -170,7 +170,7 @@ def open_video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]
         shapes.append(frame.shape)
         if frame.shape != shapes[0]:
             raise DataError(
-                f"cannot write {printable(path)}: frame {len(shapes)} has {frame.shape[1]} x "
+                f"cannot write {path}: frame {len(shapes)} has {frame.shape[1]} x "
                 f"{frame.shape[0]} pixels, the first {shapes[0][1]} x {shapes[0][0]}"
             )
         height, width = (side - side % 2 for side in frame.shape[:2])

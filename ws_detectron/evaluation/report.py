@@ -15,6 +15,7 @@ from .coco_eval import CATEGORY_FIGURES, FIGURES, CocoResult
 FORMAT = "ws_detectron.coco_evaluation"
 TITLES = {"bbox": "box", "segm": "mask"}
 UNDEFINED = "–"
+KEYPOINTS = "keypoints are not evaluated here; tools/train_net.py --eval-only evaluates them"
 
 
 def figure(value: Optional[float], digits: int = 2) -> str:

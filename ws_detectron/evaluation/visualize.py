@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ws_detectron.data.images import read_rgb
 from ws_detectron.data.preview import write_png
-from ws_detectron.errors import ConfigError, DataError, UserError, printable
+from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.io import atomic_write, check_folder, check_outputs, writing
 
 from .coco_eval import choose_tasks
@@ -102,7 +102,7 @@ def visualize_dataset(
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
     check_masks(predictions, sizes, predictions_name)
 
-    shown = by_image_id(predictions, score_threshold)
+    kept = by_image_id(predictions, score_threshold)
     note = f"score ≥ {100 * score_threshold:g} %"
     scores = image_ap(annotations, predictions, task)
 
@@ -113,10 +113,10 @@ def visualize_dataset(
             return None
         value = f", AP {scores[image_id]:.0f}" if image_id in scores else ""
         try:
-            return pair(records[image_id], shown[image_id], metadata, note=note + value)
+            return pair(records[image_id], kept[image_id], metadata, note=note + value)
         except DataError as error:
             skipped[image_id] = records[image_id]["file_name"]
-            logger.warning("skipped: %s", printable(error))
+            logger.warning("skipped: %s", error)
             return None
 
     # among equals, what has more objects tells more
@@ -143,7 +143,7 @@ def visualize_dataset(
             if picture is not None:
                 write_png(output / "images" / name, picture)
     kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
-    drawn = f"sheets, errors.png and image_ap.csv: {printable(output)}"
+    drawn = f"sheets, errors.png and image_ap.csv: {shown(output)}"
     return f"{title}: {kinds}\n{drawn}{_skipped(list(skipped.values()))}"
 
 
@@ -151,7 +151,7 @@ def _skipped(files: Sequence[Any]) -> str:
     """What a summary says of files that could not be drawn; nothing where there are none."""
     if not files:
         return ""
-    names = ", ".join(printable(file) for file in files[:NAMED_AT_MOST])
+    names = ", ".join(shown(file) for file in files[:NAMED_AT_MOST])
     more = f" and {len(files) - NAMED_AT_MOST} more" if len(files) > NAMED_AT_MOST else ""
     return f"\n{len(files)} could not be read and were skipped: {names}{more}"
 
@@ -181,7 +181,7 @@ def _write_image_ap(
     with writing(path), atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image_id", "file_name", "AP"])
-        rows = ([i, printable(records[i]["file_name"]), f"{scores[i]:.4f}"] for i in ranked)
+        rows = ([i, shown(records[i]["file_name"]), f"{scores[i]:.4f}"] for i in ranked)
         writer.writerows(rows)
 
 
@@ -237,8 +237,8 @@ def visualize_inputs(
                 write_png(target, draw(read_rgb(path)))
         except DataError as error:
             skipped.append(path)
-            logger.warning("skipped %s: %s", printable(path), printable(error))
+            logger.warning("skipped %s: %s", shown(path), error)
     if len(skipped) == len(paths):
         raise UserError(f"none of the {len(paths)} files could be read{_skipped(skipped)}")
     drawn = len(paths) - len(skipped)
-    return f"drawn {drawn} of {len(paths)} files: {printable(output)}{_skipped(skipped)}"
+    return f"drawn {drawn} of {len(paths)} files: {shown(output)}{_skipped(skipped)}"
