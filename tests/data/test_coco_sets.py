@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 
-from ws_detectron.data import classes_of, register_coco_sets
+from ws_detectron.data import classes_of, keypoint_names, mirrored, register_coco_sets
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets, check_registered
-from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.errors import ConfigError, DataError, UserError
 
 
 @pytest.fixture
@@ -106,3 +107,100 @@ def test_a_name_that_is_taken_is_refused(name: str) -> None:
 def test_an_unknown_name_says_how_to_register_it() -> None:
     with pytest.raises(ConfigError, match="not_there.*DATASETS.REGISTER registers"):
         check_datasets("DATASETS.TRAIN", ["not_there"])
+
+
+def with_keypoints(*categories: object, **changes: object) -> dict:
+    """A file with one object, whose two keypoints are visible."""
+    annotation = {"id": 5, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "iscrowd": 0}
+    annotation.update(area=16, keypoints=[1, 2, 2, 4, 2, 1], num_keypoints=2)
+    annotation.update(changes)
+    return {
+        "images": [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}],
+        "annotations": [{k: v for k, v in annotation.items() if v != "missing"}],
+        "categories": [
+            {"id": n, "name": str(n), **({} if names is None else {"keypoints": names})}
+            for n, names in enumerate(categories, start=1)
+        ],
+    }
+
+
+def registered(name: str, tmp_path: Path, content: object) -> str:
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(content))
+    register_coco_sets([[name, str(path), str(tmp_path)]])
+    return name
+
+
+ENDS = ["left end", "right end"]
+
+
+def test_keypoints_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    registered(name, tmp_path, with_keypoints(ENDS, None, ENDS))
+    assert keypoint_names(name) == ENDS
+    metadata = MetadataCatalog.get(name)
+    assert metadata.keypoint_names == ENDS
+    assert create_keypoint_hflip_indices([name]) == [1, 0]
+    assert keypoint_names(name) == ENDS  # again
+
+
+def test_keypoints_that_the_metadata_have_are_left(name: str, tmp_path: Path) -> None:
+    registered(name, tmp_path, with_keypoints(["other", "names"]))
+    MetadataCatalog.get(name).set(keypoint_names=ENDS, keypoint_flip_map=[])
+    assert keypoint_names(name) == ENDS
+    assert create_keypoint_hflip_indices([name]) == [0, 1]
+    assert len(keypoint_names("keypoints_coco_2017_val")) == 17
+
+
+def test_flips_of_coco_are_told_from_its_names(name: str, tmp_path: Path) -> None:
+    coco = MetadataCatalog.get("keypoints_coco_2017_train")
+    names = list(coco.keypoint_names)
+    content = with_keypoints(names, keypoints=[1, 1, 2] * 17, num_keypoints=17)
+    registered(name, tmp_path, content)
+    keypoint_names(name)
+    assert {frozenset(pair) for pair in MetadataCatalog.get(name).keypoint_flip_map} == {
+        frozenset(pair) for pair in coco.keypoint_flip_map
+    }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("left_eye", "right_eye"),
+        ("Left Eye", "Right Eye"),
+        ("eyeLeft", "eyeRight"),
+        ("EYE-LEFT", "EYE-RIGHT"),
+        ("l_hip", "r_hip"),
+        ("hip.L", "hip.R"),
+        ("ear_r2", "ear_l2"),
+        ("nose", "nose"),
+        ("collar", "collar"),
+        ("tail", "tail"),
+    ],
+)
+def test_left_and_right_are_exchanged(one: str, other: str) -> None:
+    assert mirrored(one) == other and mirrored(other) == one
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (with_keypoints(None), "no category has `keypoints`, a list of names"),
+        (with_keypoints(ENDS, ENDS[:1]), "not every category has the same `keypoints`"),
+        (with_keypoints(["a", "a"]), r"\['a', 'a'\]; allowed: a list of different names"),
+        (with_keypoints("ab"), "'ab'; allowed: a list of different names"),
+        (with_keypoints(ENDS, keypoints="missing"), "annotation 5 is None; allowed: 6 numbers"),
+        (with_keypoints(ENDS, keypoints=[1, 2, 2]), r"annotation 5 is \[1, 2, 2\]; allowed: 6"),
+        (with_keypoints(ENDS, num_keypoints="missing"), "annotation 5 has no `num_keypoints`"),
+        (with_keypoints(ENDS, keypoints=[0] * 6), "no annotation has a keypoint with v > 0"),
+        ([], "cannot read the keypoints"),
+        ({"categories": [3]}, "cannot read the keypoints"),
+        ({}, "cannot read the keypoints .*KeyError"),
+    ],
+)
+def test_files_without_the_keypoints_are_named(
+    content: object, message: str, name: str, tmp_path: Path
+) -> None:
+    registered(name, tmp_path, content)
+    with pytest.raises(DataError, match=message) as caught:
+        keypoint_names(name)
+    assert f"{name}.json" in str(caught.value)

@@ -91,3 +91,25 @@ def tiny_cfg(coco_set: str, tmp_path: Path) -> CfgNode:
     cfg.OUTPUT_DIR = str(tmp_path / "run")
     (tmp_path / "run").mkdir()
     return cfg
+
+
+@pytest.fixture
+def keypoint_cfg(tiny_cfg: CfgNode, tmp_path: Path) -> CfgNode:
+    """`tiny_cfg` with keypoints instead of masks: the left and right end of each square."""
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["keypoints"] = ["left end", "right end"]
+    for annotation in content["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        middle = y + height // 2
+        annotation["keypoints"] = [x, middle, 2, x + width - 1, middle, 2]
+        annotation["num_keypoints"] = 2
+        del annotation["segmentation"]
+    path.write_text(json.dumps(content))
+    cfg = tiny_cfg
+    cfg.MODEL.MASK_ON = False
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 2
+    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [16]
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
+    return cfg

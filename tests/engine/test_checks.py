@@ -2,14 +2,16 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
-from ws_detectron.engine import checks, load_config
+from ws_detectron.engine import Trainer, checks, load_config
 from ws_detectron.engine.loaders import build_test_loader, build_train_loader
 from ws_detectron.errors import ConfigError, DataError, UserError
 
@@ -179,3 +181,81 @@ def test_annotations_that_are_no_coco_json(
     with pytest.raises(DataError) as caught:
         checks.explain_annotations([coco_set])
     assert part in str(caught.value) and "annotations.json" in str(caught.value)
+
+
+def test_numbers_of_keypoints_are_the_same_everywhere(keypoint_cfg: CfgNode) -> None:
+    checks.check_keypoints(keypoint_cfg, train=True)
+    (name,) = keypoint_cfg.DATASETS.TEST
+    head = keypoint_cfg.MODEL.ROI_KEYPOINT_HEAD
+    cases = {
+        f"NUM_KEYPOINTS is 17, but {name} .DATASETS.TRAIN. has 2": (17, [0.1] * 17),
+        "KEYPOINT_OKS_SIGMAS has 3": (2, [0.1] * 3),
+        "KEYPOINT_OKS_SIGMAS .empty: those of COCO. has 17": (2, []),
+        r"KEYPOINT_OKS_SIGMAS is \[0.1, 0\]; allowed: numbers above 0": (2, [0.1, 0]),
+        "KEYPOINT_OKS_SIGMAS is .*nan": (2, [0.1, math.nan]),
+        "KEYPOINT_OKS_SIGMAS is .*'a'": (2, [0.1, "a"]),
+    }
+    for message, (head.NUM_KEYPOINTS, keypoint_cfg.TEST.KEYPOINT_OKS_SIGMAS) in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            build_train_loader(keypoint_cfg)
+    with pytest.raises(ConfigError, match="KEYPOINT_OKS_SIGMAS is"):
+        Trainer.build_evaluator(keypoint_cfg, name)
+    keypoint_cfg.MODEL.KEYPOINT_ON = False
+    build_train_loader(keypoint_cfg)
+
+
+def test_keypoints_of_sets_are_in_one_order(
+    keypoint_cfg: CfgNode, tmp_path: Path, coco_set: str
+) -> None:
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["categories"][0]["keypoints"].reverse()
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    name = f"{coco_set}_other"
+    register_coco_instances(name, {}, str(tmp_path / "other.json"), str(tmp_path / "images"))
+    for key in ("TRAIN", "TEST"):
+        with_other = keypoint_cfg.clone()
+        with_other.DATASETS[key] = (coco_set, name)
+        with pytest.raises(ConfigError, match=f"those of {name} .*in the same order"):
+            checks.check_keypoints(with_other, train=True)
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_keypoints_of_sets_without_a_file_are_in_their_metadata(keypoint_cfg: CfgNode) -> None:
+    name = "keypoints_without_a_file"
+    DatasetCatalog.register(name, list)
+    keypoint_cfg.DATASETS.TRAIN = (name,)
+    with pytest.raises(ConfigError, match=f"{name}, which has no annotation file; its metadata"):
+        checks.check_keypoints(keypoint_cfg, train=True)
+    MetadataCatalog.get(name).keypoint_names = ["left end", "right end"]
+    checks.check_keypoints(keypoint_cfg, train=True)
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [
+        (["left end", "right end"], None),
+        (["head", "tail"], "head, tail"),
+        (["left end", "tail"], "left end, tail"),
+    ],
+)
+def test_keypoints_that_a_flip_would_mix_up_are_warned_of(
+    keypoint_cfg: CfgNode,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    names: list[str],
+    warned: str,
+) -> None:
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["categories"][0]["keypoints"] = names
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    for flip in ("horizontal", "none"):
+        keypoint_cfg.INPUT.RANDOM_FLIP = flip
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "ws_detectron"):
+            checks.check_keypoints(keypoint_cfg, train=True)
+        found = [r.getMessage() for r in caplog.records if "RANDOM_FLIP" in r.getMessage()]
+        assert len(found) == (warned is not None and flip == "horizontal")
+        assert not found or warned in found[0]

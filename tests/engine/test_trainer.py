@@ -10,7 +10,9 @@ from unittest import mock
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -226,6 +228,64 @@ def test_corrupt_image_ends_training_with_its_name(tiny_cfg: CfgNode, tmp_path: 
 def test_evaluator_for_coco_data_only(tiny_cfg: CfgNode) -> None:
     with pytest.raises(ConfigError, match="voc_2007_test"):
         Trainer.build_evaluator(tiny_cfg, "voc_2007_test")
+
+
+def test_keypoints_train_and_are_evaluated(keypoint_cfg: CfgNode) -> None:
+    results = run(keypoint_cfg.clone(), arguments())
+    assert set(results) == {"bbox", "keypoints"} and "AP" in results["keypoints"]
+    rows = (Path(keypoint_cfg.OUTPUT_DIR) / "metrics.json").read_text().splitlines()
+    losses = [json.loads(row).get("loss_keypoint") for row in rows]
+    assert any(loss and loss > 0 for loss in losses)
+    assert MetadataCatalog.get(keypoint_cfg.DATASETS.TRAIN[0]).keypoint_names == [
+        "left end",
+        "right end",
+    ]
+    # an evaluation by itself needs nothing of the training data
+    keypoint_cfg.MODEL.WEIGHTS = str(Path(keypoint_cfg.OUTPUT_DIR) / "model_final.pth")
+    keypoint_cfg.DATASETS.TRAIN = ("not_there",)
+    again = run(keypoint_cfg, arguments(eval_only=True))
+    assert again["keypoints"]["AP"] == pytest.approx(results["keypoints"]["AP"], nan_ok=True)
+
+
+@pytest.mark.parametrize(("sigma", "thresholds"), [(0.1, 6), (0.2, 9)])
+def test_sigmas_are_those_of_the_config(
+    keypoint_cfg: CfgNode, sigma: float, thresholds: int
+) -> None:
+    """All keypoints are 4 pixels off, so OKS is exp(-4² / (2 area (2 sigma)²)) everywhere.
+
+    With an area of 768 it is 0.771 and 0.937: 6 and 9 of the thresholds 0.50, 0.55, ..., 0.95.
+    """
+    keypoint_cfg.TEST.KEYPOINT_OKS_SIGMAS = [sigma, sigma]
+    (name,) = keypoint_cfg.DATASETS.TEST
+    records = DatasetCatalog.get(name)  # with keypoints moved to the centres of their pixels
+    evaluator = Trainer.build_evaluator(keypoint_cfg, name)
+    evaluator.reset()
+    for record in records:
+        (truth,) = record["annotations"]
+        x, y, width, height = truth["bbox"]
+        found = Instances((64, 64))
+        found.pred_boxes = Boxes(torch.tensor([[x, y, x + width, y + height]]).float())
+        found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
+        found.pred_keypoints = torch.tensor([truth["keypoints"]]).float().reshape(1, 2, 3)
+        found.pred_keypoints[..., 1] += 4
+        evaluator.process([record], [{"instances": found}])
+    assert evaluator.evaluate()["keypoints"]["AP"] == pytest.approx(10 * thresholds)
+
+
+def test_results_do_not_overwrite_inputs(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "inference"
+    folder.mkdir()
+    (name,) = tiny_cfg.DATASETS.TEST
+    for file, target in (
+        ("instances_predictions.pth", tmp_path / "weights.pth"),
+        ("coco_instances_results.json", MetadataCatalog.get(name).json_file),
+    ):
+        tiny_cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+        (tmp_path / "weights.pth").touch()
+        (folder / file).symlink_to(target)
+        with pytest.raises(UserError, match=f"{file} is an input"):
+            Trainer.build_evaluator(tiny_cfg, name)
+        (folder / file).unlink()
 
 
 def test_evaluation_runs_folded_and_leaves_the_training_model_alone(tiny_cfg: CfgNode) -> None:

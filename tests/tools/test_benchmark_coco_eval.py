@@ -19,3 +19,13 @@ def test_both_evaluators_are_timed_on_the_same_data(
     assert (tmp_path / "benchmark.md").read_text() in result.stdout
     status, text, _ = call_tool("benchmark_coco_eval.py", "--help")
     assert status == 0 and "python tools/benchmark_coco_eval.py" in text
+
+
+def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path) -> None:
+    annotations = tmp_path / "benchmark.json"
+    annotations.write_bytes(evaluation_files.annotations.read_bytes())
+    status, _, errors = call_tool(
+        "benchmark_coco_eval.py", "--annotations", annotations, "--output", tmp_path
+    )
+    assert status == 2 and "benchmark.json is an input" in errors
+    assert annotations.read_bytes() == evaluation_files.annotations.read_bytes()

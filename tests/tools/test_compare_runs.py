@@ -63,3 +63,14 @@ def test_sound_runs_end_well_and_nothing_to_compare_does_not(call_tool, tmp_path
 def test_help(call_tool) -> None:
     status, output, _ = call_tool(TOOL, "--help")
     assert status == 0 and "python tools/compare_runs.py output/bn_1img" in output
+
+
+def test_inputs_are_not_written_over(call_tool, tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "bn", "BN", 40.0) / "metrics.json"
+    for name in ("comparison.csv", "ap_curves.svg"):
+        copy = tmp_path / name
+        copy.write_bytes(metrics.read_bytes())
+        status, _, errors = call_tool(TOOL, metrics, f"mine={copy}", "--output", tmp_path)
+        assert status == 2 and f"{name} is an input" in errors and errors.count("\n") == 1
+        assert copy.read_bytes() == metrics.read_bytes()
+        copy.unlink()

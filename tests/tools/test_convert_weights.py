@@ -9,6 +9,9 @@ import pytest
 import torch
 import torchvision
 
+from ws_detectron.checkpoint import write_mmdet
+from ws_detectron.errors import UserError
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 Run = Callable[..., str]
 
@@ -71,3 +74,30 @@ def test_ws_cannot_be_claimed_for_weights_without(
     with pytest.raises(SystemExit):
         run(str(resnet18), str(tmp_path / "out.pth"), "--ws")
     assert "you say the opposite" in capsys.readouterr().err
+
+
+def test_inputs_are_not_written_over(
+    run: Run, resnet18: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resnet18.read_bytes()
+    (tmp_path / "link.pth").symlink_to(resnet18)
+    out = str(tmp_path / "out.pth")
+    cases = {
+        "is an input": [
+            [str(resnet18), str(resnet18)],
+            [str(resnet18), str(tmp_path / "link.pth")],
+            [str(resnet18), str(resnet18), "--to", "mmdet"],
+            [str(resnet18), out, "--report", str(resnet18)],
+        ],
+        "is the output itself": [[str(resnet18), out, "--report", f"{tmp_path}/new/../out.pth"]],
+        "is not a folder": [[str(resnet18), f"{resnet18}/out.pth"]],
+    }
+    for words, commands in cases.items():
+        for command in commands:
+            with pytest.raises(SystemExit) as ended:
+                run(*command)
+            errors = capsys.readouterr().err
+            assert ended.value.code == 2 and words in errors and errors.count("\n") == 1
+    with pytest.raises(UserError, match="is an input"):
+        write_mmdet(resnet18, resnet18)
+    assert resnet18.read_bytes() == before and not Path(out).exists()

@@ -111,3 +111,39 @@ def test_wrong_commands_and_help(call_tool, evaluation_files) -> None:
     assert status == 2 and ("MODEL.WEIGHTS is empty" in errors or "DETECTRON2_DATASETS" in errors)
     status, output, _ = call_tool(TOOL, "--help")
     assert status == 0 and "python tools/evaluate_coco.py --predictions" in output
+
+
+def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path) -> None:
+    mine = tmp_path / "coco_evaluation.json"
+    for source, other in (
+        (evaluation_files.predictions, ["--annotations", evaluation_files.annotations]),
+        (evaluation_files.annotations, ["--predictions", evaluation_files.predictions]),
+    ):
+        mine.write_bytes(source.read_bytes())
+        option = "--predictions" if source == evaluation_files.predictions else "--annotations"
+        status, _, errors = call_tool(TOOL, option, mine, *other, "--output", tmp_path)
+        assert status == 2 and "coco_evaluation.json is an input" in errors
+        assert errors.count("\n") == 1 and mine.read_bytes() == source.read_bytes()
+    mine.unlink()
+    weights = tmp_path / "coco_instances_results.json"
+    weights.write_bytes(evaluation_files.weights.read_bytes())
+    status, _, errors = call_tool(
+        TOOL,
+        *["--config-file", QUICKSTART, "--output", tmp_path, *OPTIONS, "MODEL.WEIGHTS", weights],
+        *["DATASETS.TEST", f"('{IN_PROCESS}',)"],
+    )
+    assert status == 2 and "coco_instances_results.json is an input" in errors
+    assert weights.read_bytes() == evaluation_files.weights.read_bytes()
+
+
+def test_keypoints_are_said_not_to_be_evaluated(
+    call_tool, evaluation_files, tmp_path: Path
+) -> None:
+    predictions = json.loads(evaluation_files.predictions.read_text())
+    predictions[0]["keypoints"] = [1.0, 2.0, 0.9]
+    (tmp_path / "mine.json").write_text(json.dumps(predictions))
+    files = ["--annotations", evaluation_files.annotations, "--predictions"]
+    status, output, _ = call_tool(TOOL, *files, tmp_path / "mine.json")
+    assert status == 0 and "keypoints are not evaluated here" in output
+    status, output, _ = call_tool(TOOL, *files, evaluation_files.predictions, "--output", tmp_path)
+    assert status == 0 and "are not evaluated here" not in output

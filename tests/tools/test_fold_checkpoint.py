@@ -88,3 +88,16 @@ def test_mistakes_are_one_message(call_tool, evaluation_files, tmp_path: Path) -
     assert not list(tmp_path.glob("a.*"))
     status, output, _ = call_tool(TOOL, "--help")
     assert status == 0 and "python tools/fold_checkpoint.py --config-file" in output
+
+
+def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path) -> None:
+    weights, config = tmp_path / "a.pth", tmp_path / "b.yaml"
+    weights.write_bytes(evaluation_files.weights.read_bytes())
+    config.write_text(load_config(QUICKSTART).dump())
+    before = weights.read_bytes(), config.read_bytes()
+    for output in (weights, tmp_path / "b.pth"):
+        command = ["--config-file", config, "--output", output, "MODEL.WEIGHTS", weights]
+        status, _, errors = call_tool(TOOL, *command)
+        assert status == 2 and "is an input" in errors and errors.count("\n") == 1
+    assert (weights.read_bytes(), config.read_bytes()) == before
+    assert not (tmp_path / "b.pth").exists()

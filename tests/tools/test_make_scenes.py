@@ -6,6 +6,8 @@ from pathlib import Path
 
 import cv2
 
+from ws_detectron.data import SceneSpec, ensure_scenes
+
 TOOL = Path(__file__).parents[2] / "tools" / "make_scenes.py"
 
 
@@ -53,3 +55,13 @@ def test_help_shows_an_example() -> None:
     done = run("--help")
     assert done.returncode == 0
     assert "python tools/make_scenes.py --kind shapes" in done.stdout
+
+
+def test_a_preview_is_not_written_over_a_scene(tmp_path: Path) -> None:
+    folder = ensure_scenes(SceneSpec.for_size("shapes", 64, "train", num_images=1), tmp_path)
+    (image,) = folder.glob("images/*.png")
+    before = image.read_bytes()
+    scenes = ["--image-size", "64", "--train", "1", "--val", "0", "--output", str(tmp_path)]
+    done = run(*scenes, "--preview", str(image))
+    assert done.returncode == 2 and "is an input" in done.stderr
+    assert image.read_bytes() == before

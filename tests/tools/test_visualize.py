@@ -44,7 +44,8 @@ def test_a_checkpoint_draws_images_and_videos(run_tool, evaluation_files, tmp_pa
         *["--opts", *OPTIONS, "MODEL.WEIGHTS", evaluation_files.weights],
     )
     assert result.returncode == 0, result.stderr + result.stdout
-    assert "drawn 2 of 3 files; 1 could not be read" in result.stdout
+    assert "drawn 2 of 3 files: " in result.stdout
+    assert f"1 could not be read and were skipped: {inputs / 'corrupt.jpg'}" in result.stdout
     assert "corrupt.jpg" in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     outputs = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -79,6 +80,21 @@ def test_wrong_commands_and_help(call_tool, evaluation_files, tmp_path: Path) ->
     assert status == 2 and "no.pth" in errors
     status, _, errors = call_tool(TOOL, *arguments)
     assert status == 2 and "MODEL.WEIGHTS is empty" in errors
+    data = [*predictions, "--dataset", IN_PROCESS]
+    for options in (data, arguments):
+        for option, value in (("--score-threshold", "nan"), ("--num-images", 0)):
+            status, _, errors = call_tool(TOOL, *options, *output, option, value)
+            assert status == 2 and errors.startswith("error: the ") and "; allowed: " in errors
+    status, _, errors = call_tool(TOOL, *arguments, "--dataset", "coco_2018_val")
+    assert status == 2 and "coco_2018_val" in errors and "did you mean" in errors
+    status, _, errors = call_tool(
+        TOOL, "--config-file", QUICKSTART, *output, "--opts", "DATASETS.TEST", "()"
+    )
+    assert status == 2 and "DATASETS.TEST is empty; name the data set to draw" in errors
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    for options in ([*data, *output], arguments[:4]):
+        status, _, errors = call_tool(TOOL, *options)
+        assert status == 2 and "out is not a folder; choose another output" in errors
     status, text, _ = call_tool(TOOL, "--help")
     assert status == 0 and "python tools/visualize.py --dataset coco_2017_val" in text
