@@ -1,6 +1,7 @@
 """Data sets of one's own, registered by a config."""
 
 import json
+import math
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,6 +191,9 @@ def test_left_and_right_are_exchanged(one: str, other: str) -> None:
         (with_keypoints("ab"), "'ab'; allowed: a list of different names"),
         (with_keypoints(ENDS, keypoints="missing"), "annotation 5 is None; allowed: 6 numbers"),
         (with_keypoints(ENDS, keypoints=[1, 2, 2]), r"annotation 5 is \[1, 2, 2\]; allowed: 6"),
+        (with_keypoints(ENDS, keypoints=[1, 2, "2", 4, 2, 1]), "annotation 5 is .*; allowed: 6"),
+        (with_keypoints(ENDS, keypoints=[1, 2, 2, 4, math.nan, 1]), "annotation 5 is .*nan"),
+        ({**with_keypoints(ENDS), "annotations": ["mine"]}, "annotation mine is None; allowed"),
         (with_keypoints(ENDS, num_keypoints="missing"), "annotation 5 has no `num_keypoints`"),
         (with_keypoints(ENDS, keypoints=[0] * 6), "no annotation has a keypoint with v > 0"),
         ([], "cannot read the keypoints"),

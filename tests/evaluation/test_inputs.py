@@ -1,3 +1,4 @@
+import logging
 import random
 import unicodedata
 from pathlib import Path
@@ -43,6 +44,8 @@ def test_what_names_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
     for argument in (tmp_path / "none.png", folder / "*.gif"):
         with pytest.raises(UserError, match="names no file"):
             find_inputs([str(folder), str(argument)])
+    with pytest.raises(UserError, match="--input is empty"):
+        find_inputs([""])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"without images and videos \(.jpg"):
         find_inputs([str(tmp_path / "empty")])
@@ -182,6 +185,22 @@ def test_unknown_endings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="allowed endings are .mp4"):
         with open_video(tmp_path / "clip.gif", 8.0):
             pass
+
+
+def test_a_video_that_is_cut_off_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "clip.avi"
+    source = np.random.default_rng(0)
+    with open_video(path, 8.0) as append:
+        for _ in range(20):
+            append(source.integers(0, 255, (48, 64, 3), np.uint8))
+    with caplog.at_level(logging.WARNING):
+        assert len(list(read_frames(path)[1])) == 20
+        assert not caplog.records
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert 0 < len(list(read_frames(path)[1])) < 18
+    assert f"{path} ends after" in caplog.text and "of 20 frames" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\0" * 5000])

@@ -93,6 +93,8 @@ def test_a_data_set_is_not_written_over(dataset: str, tmp_path: Path) -> None:
     before = content()
     with pytest.raises(UserError, match=r"images/1.png is an input"):
         visualize_dataset(dataset, FOUND, tmp_path, each=True)
+    with pytest.raises(UserError, match=r"/images is an input"):
+        visualize_dataset(dataset, FOUND, tmp_path / "images")
     (tmp_path / "errors.json").symlink_to(tmp_path / "annotations.json")
     with pytest.raises(UserError, match=r"errors.json is an input \(.*annotations.json\)"):
         visualize_dataset(dataset, FOUND, tmp_path)
@@ -260,7 +262,7 @@ def test_names_are_shown_escaped_and_labels_are_no_formulas(
             metadata,
             score_threshold=0,
         )
-    assert r"\x1b[31mred" in summary and "\x1b" not in summary + caplog.text
+    assert r"\x1b[31mred\n\udcff.png" in summary and "\x1b" not in summary + caplog.text
     assert "\udcff" not in summary + caplog.text
     assert [path.name for path in (tmp_path / "out").iterdir()] == [good]
     for name in (bad, good):

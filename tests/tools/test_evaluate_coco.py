@@ -125,6 +125,13 @@ def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path
         assert status == 2 and "coco_evaluation.json is an input" in errors
         assert errors.count("\n") == 1 and mine.read_bytes() == source.read_bytes()
     mine.unlink()
+    (tmp_path / "file").touch()
+    status, _, errors = call_tool(
+        TOOL,
+        *["--predictions", evaluation_files.predictions],
+        *["--annotations", evaluation_files.annotations, "--output", tmp_path / "file"],
+    )
+    assert status == 2 and "file is not a folder; choose another output" in errors
     weights = tmp_path / "coco_instances_results.json"
     weights.write_bytes(evaluation_files.weights.read_bytes())
     status, _, errors = call_tool(

@@ -1,6 +1,7 @@
 """Data sets of one's own, in COCO format, that a config names: DATASETS.REGISTER."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from os.path import abspath, expanduser
@@ -132,16 +133,20 @@ def _keypoints_in(path: str) -> list[str]:
     if not isinstance(names, list) or len(set(map(str, names))) < len(names):
         raise DataError(f"{path}: `keypoints` is {names!r}; allowed: a list of different names")
     for annotation in annotations or ():
-        points = annotation.get("keypoints")
-        if not isinstance(points, list) or len(points) != 3 * len(names):
+        points = annotation.get("keypoints") if isinstance(annotation, dict) else None
+        if (
+            not isinstance(points, list)
+            or len(points) != 3 * len(names)
+            or not all(isinstance(p, (int, float)) and math.isfinite(p) for p in points)
+        ):
             raise DataError(
-                f"{path}: `keypoints` of annotation {annotation.get('id')} is {points!r}; allowed: "
+                f"{path}: `keypoints` of annotation {_id(annotation)} is {points!r}; allowed: "
                 f"{3 * len(names)} numbers x, y, v for the {len(names)} keypoints {names} "
                 "(zeros for an object without)"
             )
         if "num_keypoints" not in annotation:
             raise DataError(
-                f"{path}: annotation {annotation.get('id')} has no `num_keypoints`, the number of "
+                f"{path}: annotation {_id(annotation)} has no `num_keypoints`, the number of "
                 "its keypoints with v > 0, which COCO's evaluation needs"
             )
     if annotations is not None and not any(
@@ -151,6 +156,10 @@ def _keypoints_in(path: str) -> list[str]:
             f"{path}: no annotation has a keypoint with v > 0, so there is none to find"
         )
     return [str(name) for name in names]
+
+
+def _id(annotation: Any) -> Any:
+    return annotation.get("id") if isinstance(annotation, dict) else annotation
 
 
 def _absolute(path: str) -> str:

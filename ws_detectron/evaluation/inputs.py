@@ -42,6 +42,8 @@ def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list
     found: dict[Path, Path] = {}
     for argument in arguments:
         path = Path(argument)
+        if not argument:
+            raise UserError("--input is empty; allowed: files, folders and patterns")
         if path.is_dir():
             files = [p for p in sorted(path.rglob("*")) if _is_media(p)]
         elif path.is_file():
@@ -123,6 +125,8 @@ def _folded(name: str) -> str:
 def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
     """Frames per second of a video, and its frames as (H, W, 3) uint8, RGB.
 
+    Warns at the end of a video with fewer frames than it says.
+
     Raises:
         DataError: it cannot be opened or has no frame that can be decoded.
     """
@@ -132,13 +136,24 @@ def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
         video.release()
         raise DataError(f"cannot read video {path}: OpenCV finds no frame in it")
     rate = video.get(cv2.CAP_PROP_FPS)
+    expected = video.get(cv2.CAP_PROP_FRAME_COUNT)
 
     def frames(frame: np.ndarray) -> Iterator[np.ndarray]:
+        count = 0
         try:
             more = True
             while more:
                 yield frame[:, :, ::-1]
+                count += 1
                 more, frame = video.read()
+            # some formats have no exact number
+            if count < 0.9 * expected:
+                logger.warning(
+                    "video %s ends after %d of %d frames; is it complete?",
+                    shown(path),
+                    count,
+                    expected,
+                )
         finally:
             video.release()
 

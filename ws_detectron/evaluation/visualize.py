@@ -92,6 +92,9 @@ def visualize_dataset(
     targets = [output / name for name in SHEETS_AND_COUNTS]
     targets += [output / "images" / name for name in names if each]
     check_outputs(targets, inputs_of(dataset_name, records, predictions_name))
+    # drawings among the images would be taken for images later
+    folders = {Path(r["file_name"]).parent for r in records.values()}
+    check_outputs({target.parent for target in targets}, folders)
     path = PathManager.get_local_path(metadata.json_file)
     annotations = load_annotations(path)
     check_ids(predictions, annotations, predictions_name, path)
@@ -151,7 +154,7 @@ def _skipped(files: Sequence[Any]) -> str:
     """What a summary says of files that could not be drawn; nothing where there are none."""
     if not files:
         return ""
-    names = ", ".join(shown(file) for file in files[:NAMED_AT_MOST])
+    names = ", ".join(shown(file).replace("\n", r"\n") for file in files[:NAMED_AT_MOST])
     more = f" and {len(files) - NAMED_AT_MOST} more" if len(files) > NAMED_AT_MOST else ""
     return f"\n{len(files)} could not be read and were skipped: {names}{more}"
 
@@ -171,7 +174,11 @@ def _write_sheet(
         if picture is not None:
             pictures.append(picture)
     if not pictures:
-        raise UserError(f"{path.name}: there is no image that can be drawn")
+        raise UserError(
+            f"{path.name}: none of {len(image_ids)} images can be drawn; warnings above say why"
+            if image_ids
+            else f"{path.name}: there is no image with an object to draw"
+        )
     write_png(path, tile(pictures, columns=2))
 
 
