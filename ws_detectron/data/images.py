@@ -11,11 +11,9 @@ import numpy as np
 from detectron2.data.detection_utils import SizeMismatchError, check_image_size, read_image
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
-from PIL import Image, ImageMode, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ws_detectron.errors import DataError, shown
-
-_EIGHT_BITS = ("|u1", "|b1")  # numpy's names of bytes and of single bits
 
 
 def read_rgb(path: Union[str, Path]) -> np.ndarray:
@@ -66,7 +64,7 @@ def check_image_file(path: Union[str, Path]) -> None:
         mode, name = image.mode, image.format
         # phones store depth maps and the like as further frames of MPO
         frames = 1 if name == "MPO" else getattr(image, "n_frames", 1)
-    if ImageMode.getmode(mode).typestr not in _EIGHT_BITS:
+    if mode.partition(";")[0] in ("I", "F"):  # Pillow's modes of integers and floats
         raise DataError(
             f"cannot read image {path}: it is a {name} of mode {mode}, with more than 8 "
             "bits per channel; how to scale them is for you to decide: convert it to 8 bits"
