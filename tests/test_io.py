@@ -9,8 +9,8 @@ from ws_detectron.errors import UserError
 from ws_detectron.io import (
     atomic_write,
     check_folder,
-    check_outputs,
     csv_text,
+    refuse_overwrite,
     write_json,
     write_text,
     writing,
@@ -79,10 +79,11 @@ def test_no_input_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "A.PNG",
     ):
         with pytest.raises(UserError, match="is an input.* would overwrite; choose another"):
-            check_outputs(["new.png", output], inputs)
-    check_outputs(["new.png", "in/b.png", "none.png", tmp_path / "in"], inputs)
-    with pytest.raises(UserError, match=r"^link.png is an input \(.*in/a.png\)"):
-        check_outputs(["link.png"], inputs)
+            refuse_overwrite(["new.png", output], inputs)
+    refuse_overwrite(["new.png", "in/b.png", "none.png", tmp_path / "in"], inputs)
+    for link in ("link.png", Path("link.png")):
+        with pytest.raises(UserError, match=r"^link.png is an input \(.*in/a.png\)"):
+            refuse_overwrite(link, inputs)
 
 
 def test_folders_that_cannot_be_written_into_are_named(

@@ -9,7 +9,7 @@ from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.benchmark import BACKENDS, enlarged, measure, write_measurement
 from ws_detectron.evaluation.coco_files import load_annotations
 from ws_detectron.evaluation.perturb import Perturbation, perturbed_predictions
-from ws_detectron.io import check_folder, check_outputs
+from ws_detectron.io import check_folder, refuse_overwrite
 
 EXAMPLES = """
 example:
@@ -40,7 +40,7 @@ def main() -> None:
     with exit_on_user_error():
         check_folder(args.output)
         outputs = [Path(args.output, f"benchmark.{ending}") for ending in ("json", "md")]
-        check_outputs(outputs, [args.annotations])
+        refuse_overwrite(outputs, [args.annotations])
         about = environment((*BACKENDS, "numpy"))
         source = load_annotations(args.annotations)
         annotations = enlarged(source, args.num_images)

@@ -8,7 +8,7 @@ from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.evaluation.comparison import as_csv, as_markdown
 from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
 from ws_detectron.evaluation.runs import read_runs
-from ws_detectron.io import check_folder, check_outputs, write_text, writing
+from ws_detectron.io import check_folder, refuse_overwrite, write_text, writing
 
 TABLES = ("comparison.md", "comparison.csv")
 CURVES = {"learning_curves": draw_learning_curves, "ap_curves": draw_ap_curves}
@@ -53,7 +53,7 @@ def compare(arguments: list[str], output: Path) -> list[str]:
     check_folder(output)
     curves = [f"{name}{ending}" for name in CURVES for ending in (".png", ".svg")]
     outputs = [output / name for name in (*TABLES, *curves)]
-    check_outputs(outputs, [run.path for run in runs if run.path.is_file()])
+    refuse_overwrite(outputs, [run.path for run in runs if run.path.is_file()])
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     if not any(run.rows or run.figures for run in runs):
         raise UserError("nothing to compare:\n" + "\n".join(problems))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ws_detectron.checkpoint import convert_file, source_names, write_detectron2, write_mmdet
 from ws_detectron.errors import UserError, exit_on_user_error
-from ws_detectron.io import atomic_write, check_folder, check_outputs
+from ws_detectron.io import atomic_write, check_folder, refuse_overwrite
 
 EXAMPLES = """examples:
   # a mmdetection detector, then its AP (the published files have names: docs/weights.md)
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     outputs = [Path(path) for path in (args.output, args.report) if path]
-    check_outputs(outputs, [args.input])
+    refuse_overwrite(outputs, [args.input])
     for path in outputs:
         check_folder(path.parent)
     if len({path.resolve() for path in outputs}) < len(outputs):

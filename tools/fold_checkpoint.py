@@ -9,7 +9,7 @@ import os
 from ws_detectron.engine import load_config
 from ws_detectron.engine.folding import write_folded
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.io import check_outputs
+from ws_detectron.io import refuse_overwrite
 
 EXAMPLES = """
 examples:
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
     with exit_on_user_error():
-        check_outputs([args.output, os.path.splitext(args.output)[0] + ".yaml"], [args.config_file])
+        refuse_overwrite(
+            [args.output, os.path.splitext(args.output)[0] + ".yaml"], [args.config_file]
+        )
         weights, config = write_folded(load_config(args.config_file, args.opts), args.output)
     print(f"folded weights  {weights}\nstock config    {config}")
 

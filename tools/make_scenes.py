@@ -10,7 +10,7 @@ from ws_detectron.data.preview import contact_sheet, write_png
 from ws_detectron.data.scenes import KINDS, SPLITS
 from ws_detectron.data.summary import summarize
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.io import check_outputs
+from ws_detectron.io import refuse_overwrite
 
 EXAMPLE = """example:
   python tools/make_scenes.py --kind shapes --image-size 128 --preview scenes.png
@@ -61,7 +61,7 @@ def main() -> None:
     if args.preview and specs:
         register_scenes("scenes_preview", specs[0], args.output)
         records = DatasetCatalog.get("scenes_preview")
-        check_outputs([args.preview], [record["file_name"] for record in records])
+        refuse_overwrite(args.preview, [record["file_name"] for record in records])
         records = records[:PREVIEW_IMAGES]
         write_png(args.preview, contact_sheet("scenes_preview", records))
         print(f"preview of the {specs[0].split} images: {args.preview}")

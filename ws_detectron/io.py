@@ -53,13 +53,14 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
-def check_outputs(
-    outputs: Iterable[Union[str, Path]], inputs: Iterable[Union[str, Path, None]]
+def refuse_overwrite(
+    outputs: Union[str, Path, Iterable[Union[str, Path]]],
+    inputs: Iterable[Union[str, Path, None]],
 ) -> None:
     """Nothing is written over what is read, under whatever name or link it goes.
 
     Args:
-        outputs: files that will be written.
+        outputs: the file, or files, that will be written.
         inputs: files that are read; what is no file of this machine is ignored.
 
     Raises:
@@ -67,7 +68,7 @@ def check_outputs(
     """
     read = {_identity(path): path for path in inputs if path}
     read.pop(None, None)
-    for output in outputs:
+    for output in [outputs] if isinstance(outputs, (str, Path)) else outputs:
         if _identity(output) in read:
             source = read[_identity(output)]
             name = "" if str(source) == str(output) else f" ({source})"

@@ -8,7 +8,7 @@ from typing import Any, Union
 
 import torch
 
-from ws_detectron.io import atomic_write, check_outputs
+from ws_detectron.io import atomic_write, refuse_overwrite
 
 from .convert import OFFICIAL_WS, ConvertedWeights
 from .errors import WeightsError, list_some
@@ -69,7 +69,7 @@ def write_mmdet(
             another form than mmcv's.
         UserError: `path` is `source`.
     """
-    check_outputs([path], [source])
+    refuse_overwrite(path, [source])
     raw = unwrap_state(read_weight_file(source), str(source))
     check_finite(raw.tensors, str(source))
     record = ConversionRecord()

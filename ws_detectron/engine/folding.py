@@ -9,7 +9,7 @@ from torch import nn
 
 from ws_detectron.checkpoint import METADATA_KEY, describe_model
 from ws_detectron.errors import ConfigError
-from ws_detectron.io import atomic_write, check_folder, check_outputs
+from ws_detectron.io import atomic_write, check_folder, refuse_overwrite
 
 from .inference import load_model_for_inference
 
@@ -72,7 +72,7 @@ def write_folded(cfg: CfgNode, output: Union[str, Path]) -> tuple[Path, Path]:
         raise ConfigError(f"the output {output} must end in .pth; detectron2 goes by it")
     config = output.with_suffix(".yaml")
     check_folder(output.parent)
-    check_outputs([output, config], [cfg.MODEL.WEIGHTS])
+    refuse_overwrite([output, config], [cfg.MODEL.WEIGHTS])
     stock = stock_config(cfg, str(output))
     model: nn.Module = load_model_for_inference(cfg)
     content = {

@@ -25,7 +25,7 @@ from ws_detectron.compat import (
 )
 from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, DivergedError, UserError
-from ws_detectron.io import check_outputs
+from ws_detectron.io import refuse_overwrite
 from ws_detectron.modeling import folded_copy
 
 from .accumulation import accumulated_step
@@ -230,7 +230,7 @@ class Trainer(DefaultTrainer):
         if len(cfg.DATASETS.TEST) > 1:
             folder += f"/{dataset_name}"
         inputs = MetadataCatalog.get(dataset_name).get("json_file"), cfg.MODEL.WEIGHTS
-        check_outputs([f"{folder}/{name}" for name in EVALUATOR_FILES], inputs)
+        refuse_overwrite(f"{folder}/{name}" for name in EVALUATOR_FILES, inputs)
         return COCOEvaluator(
             dataset_name,
             output_dir=folder,

@@ -23,7 +23,7 @@ from ws_detectron.engine import Trainer
 from ws_detectron.engine.checks import check_datasets, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.errors import ConfigError, DataError
-from ws_detectron.io import atomic_write, check_outputs, writing
+from ws_detectron.io import atomic_write, refuse_overwrite, writing
 
 from .coco_eval import CocoResult, evaluate
 from .coco_files import load_annotations
@@ -164,7 +164,7 @@ def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> li
     check_weights(cfg)
     check_datasets("the data set to predict on", [dataset_name])
     annotations = MetadataCatalog.get(dataset_name).get("json_file")
-    check_outputs([folder / RESULTS], [annotations, cfg.MODEL.WEIGHTS])
+    refuse_overwrite(folder / RESULTS, [annotations, cfg.MODEL.WEIGHTS])
     entries = predict_dataset(cfg, load_model_for_inference(cfg), dataset_name)
     _write_results(folder, entries)
     return entries
@@ -231,7 +231,7 @@ def evaluate_checkpoint(
         for name, folder in folders.items():
             inputs = MetadataCatalog.get(name).json_file, cfg.MODEL.WEIGHTS
             check_reports(folder, *inputs)
-            check_outputs([folder / RESULTS], inputs)
+            refuse_overwrite(folder / RESULTS, inputs)
     model = load_model_for_inference(cfg)
     results: dict[str, CocoResult] = {}
     for name in names:

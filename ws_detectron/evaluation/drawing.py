@@ -19,7 +19,7 @@ from pycocotools import mask as mask_util
 from ws_detectron.data.images import read_annotated
 from ws_detectron.data.preview import draw_objects, write_png
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
-from ws_detectron.io import check_outputs
+from ws_detectron.io import refuse_overwrite
 
 from .coco_files import load_predictions
 from .rle import check_masks
@@ -229,7 +229,7 @@ def draw_sheet(
     check_options(score_threshold, num_images)
     predictions = load_predictions(predictions_json)
     records = records_by_id(dataset_name)
-    check_outputs([output_png], inputs_of(dataset_name, records, predictions_json))
+    refuse_overwrite(output_png, inputs_of(dataset_name, records, predictions_json))
     chosen = list(records)[:num_images] if image_ids is None else list(image_ids)
     unknown = [image_id for image_id in chosen if image_id not in records]
     if unknown or not chosen:

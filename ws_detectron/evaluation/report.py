@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 
 from tabulate import tabulate
 
-from ws_detectron.io import atomic_write, check_folder, check_outputs, writing
+from ws_detectron.io import atomic_write, check_folder, refuse_overwrite, writing
 
 from .coco_eval import CATEGORY_FIGURES, FIGURES, CocoResult
 
@@ -77,7 +77,7 @@ def check_reports(folder: Union[str, Path], *inputs: str) -> None:
         UserError: it cannot.
     """
     check_folder(folder)
-    check_outputs(_report_paths(folder), inputs)
+    refuse_overwrite(_report_paths(folder), inputs)
 
 
 def _report_paths(folder: Union[str, Path]) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ws_detectron.data.images import read_rgb
 from ws_detectron.data.preview import write_png
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
-from ws_detectron.io import atomic_write, check_folder, check_outputs, writing
+from ws_detectron.io import atomic_write, check_folder, refuse_overwrite, writing
 
 from .coco_eval import choose_tasks
 from .coco_files import check_annotation_masks, check_ids, load_annotations
@@ -91,10 +91,10 @@ def visualize_dataset(
     names = output_names([Path(r["file_name"]) for r in records.values()], lambda path: ".png")
     targets = [output / name for name in SHEETS_AND_COUNTS]
     targets += [output / "images" / name for name in names if each]
-    check_outputs(targets, inputs_of(dataset_name, records, predictions_name))
+    refuse_overwrite(targets, inputs_of(dataset_name, records, predictions_name))
     # drawings among the images would be taken for images later
     folders = {Path(r["file_name"]).parent for r in records.values()}
-    check_outputs({target.parent for target in targets}, folders)
+    refuse_overwrite({target.parent for target in targets}, folders)
     path = PathManager.get_local_path(metadata.json_file)
     annotations = load_annotations(path)
     check_ids(predictions, annotations, predictions_name, path)
@@ -225,7 +225,7 @@ def visualize_inputs(
     names = output_names(paths, lambda path: ".mp4" if is_video(path) else ".png")
     targets = [output] if to_video else [output / name for name in names]
     check_folder(output.parent if to_video else output)
-    check_outputs(targets, paths)
+    refuse_overwrite(targets, paths)
 
     def draw(image: np.ndarray) -> np.ndarray:
         entries = [entry for entry in predict(image) if entry["score"] >= score_threshold]
