@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
 from ws_detectron.data.preview import draw_objects, write_png
+from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError
 
 from .coco_files import load_predictions
-from .rle import check_masks
 
 CROWD_COLOUR = (0.6, 0.6, 0.6)
 CAPTION_HEIGHT = 30  # pixels above each picture

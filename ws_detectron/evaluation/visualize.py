@@ -12,18 +12,18 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ws_detectron.data.preview import write_png
+from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError
 from ws_detectron.io import atomic_write
 
 from .coco_eval import choose_tasks
-from .coco_files import check_annotation_masks, check_ids, load_annotations
+from .coco_files import check_ids, load_annotations
 from .curves import write_figure
 from .drawing import by_image_id, pair, predicted_objects, read_rgb, records_by_id, tile
 from .error_kinds import ERRORS, count_errors, draw_errors
 from .image_ap import image_ap
 from .inputs import find_inputs, is_video, open_video, output_names, read_frames
 from .report import TITLES
-from .rle import check_masks
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,6 @@ def visualize_dataset(
     check_ids(predictions, annotations, predictions_name, path)
     # masks, where everything has one
     task = choose_tasks(annotations, predictions, None, path, predictions_name)[-1]
-    if task == "segm":
-        check_annotation_masks(annotations, path)
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
     check_masks(predictions, sizes, predictions_name)
 
