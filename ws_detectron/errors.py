@@ -43,7 +43,7 @@ class DataError(UserError):
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value that comes from a file, for a message: escaped and shortened."""
     return _SHORT.repr(value)
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Union
+from typing import IO, Any, Optional, Union
 
 
 @contextmanager
@@ -53,7 +53,7 @@ def write_text(path: Union[str, Path], text: str) -> None:
 
 
 def write_json(
-    path: Union[str, Path], content: Any, *, indent: int = 1, allow_nan: bool = True
+    path: Union[str, Path], content: Any, *, indent: Optional[int] = 1, allow_nan: bool = True
 ) -> None:
     """Writes JSON with a line feed at its end, atomically.
 

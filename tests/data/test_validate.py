@@ -62,7 +62,7 @@ def checked(content: Content, **options: Any) -> Validated:
 
 def test_a_sound_file_has_no_finding_and_is_used_as_it_is(content: Content) -> None:
     result = checked(content)
-    assert result.findings == [] and result.dropped == []
+    assert result.findings == [] and result.broken == []
     assert all(a is b for a, b in zip(result.usable()["annotations"], content["annotations"]))
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_used_is_named(content: Content, key: str, value: Any, wo
     result = checked(content)
     (error,) = result.of(ERROR)
     assert words in str(error) and error.count == 1
-    assert result.dropped == [2]
+    assert result.broken == [2]
     with pytest.raises(DataError) as caught:
         result.usable()
     message = str(caught.value)

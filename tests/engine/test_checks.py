@@ -1,6 +1,5 @@
 """What a user can get wrong is found before a process starts, with path or key in the message."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ws_detectron.engine import checks, load_config
 from ws_detectron.engine.loaders import build_test_loader, build_train_loader
-from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.errors import ConfigError, UserError
 
 
 def config(*opts: object) -> CfgNode:
@@ -161,21 +160,3 @@ def test_scenes_need_no_file_before_they_are_made() -> None:
     name = "scenes_shapes_800_val"
     assert name in DatasetCatalog.list() and MetadataCatalog.get(name).json_file
     checks.check_datasets("DATASETS.TEST", [name])
-
-
-@pytest.mark.parametrize(
-    "content, part",
-    [
-        ("not json at all", "are not JSON"),
-        (json.dumps([1, 2]), "images, annotations, categories"),
-        (json.dumps({"images": [], "annotations": {}}), "annotations, categories"),
-    ],
-)
-def test_annotations_that_are_no_coco_json(
-    coco_set: str, tmp_path: Path, content: str, part: str
-) -> None:
-    checks.explain_annotations([coco_set])
-    (tmp_path / "annotations.json").write_text(content)
-    with pytest.raises(DataError) as caught:
-        checks.explain_annotations([coco_set])
-    assert part in str(caught.value) and "annotations.json" in str(caught.value)

@@ -49,12 +49,6 @@ def test_image_of_another_size_than_annotated_is_named(tiny_cfg: CfgNode, tmp_pa
         list(build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0]))
 
 
-def test_annotations_that_are_no_coco_json(tiny_cfg: CfgNode, tmp_path: Path) -> None:
-    (tmp_path / "annotations.json").write_text('{"images": []}')
-    with pytest.raises(DataError, match="annotations.json, are not COCO JSON"):
-        build_train_loader(tiny_cfg)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_boxes_without_masks_are_no_data_for_a_mask_head(
     tiny_cfg: CfgNode, tmp_path: Path, workers: int

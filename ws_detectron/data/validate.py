@@ -20,14 +20,14 @@ from typing import Any, Optional, Union
 import numpy as np
 from pycocotools import mask as mask_util
 
-from ws_detectron.errors import DataError, shown
+from ws_detectron.errors import DataError, brief
 
 from .rle import first_malformed
 
 logger = logging.getLogger(__name__)
 
 LISTS = ("images", "annotations", "categories")
-EXAMPLES = 3  # named for each kind of finding
+NAMED_AT_MOST = 3  # entries for each kind of finding
 # Coordinates may leave the image by this many times its longer side, as crops of larger images do.
 # pycocotools needs time and memory in proportion to the length of a polygon in pixels.
 REACH = 2
@@ -66,8 +66,8 @@ class Findings(dict[tuple[str, str], Finding]):
         """Notes an entry; `value`, which comes from the file, is shown escaped and shortened."""
         finding = self.setdefault((level, what), Finding(level, what))
         finding.count += 1
-        if where and len(finding.examples) < EXAMPLES:
-            finding.examples.append(where if value is ... else f"{where} has {shown(value)}")
+        if where and len(finding.examples) < NAMED_AT_MOST:
+            finding.examples.append(where if value is ... else f"{where} has {brief(value)}")
 
 
 @dataclass
@@ -78,13 +78,13 @@ class Validated:
         name: what to call the file.
         content: with what is FIXED; entries without a finding are those of the input.
         findings: all of them, errors first.
-        dropped: indices of annotations that have an error.
+        broken: indices of annotations that have an error.
     """
 
     name: str
     content: dict[str, Any]
     findings: list[Finding]
-    dropped: list[int]
+    broken: list[int]
 
     def of(self, level: str) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == level]
@@ -317,8 +317,6 @@ class _Validator:
             if self._load and not (isinstance(file_name, str) and file_name):
                 self._found.add(ERROR, "file_name must be text", where, file_name)
             images.append(image)
-        if not images:
-            self._found.add(ERROR, "there is no image in it")
         return images
 
     def _categories(self) -> list[Any]:
@@ -328,7 +326,7 @@ class _Validator:
                 if self._load:
                     self._found.add(ERROR, "name must be text", where, category.get("name"))
             categories.append(category)
-        for name, count in Counter(shown(c.get("name")) for c in categories).items():
+        for name, count in Counter(brief(c.get("name")) for c in categories).items():
             if count > 1 and name != "None":
                 self._found.add(WARNING, "categories share a name", name)
         if not categories and self._load:
@@ -393,7 +391,7 @@ class _Validator:
         entry = self._lists["annotations"][number]
         if not isinstance(entry, dict):
             return f"annotations[{number}]"
-        return f"annotations[{number}] (id {shown(entry.get('id'))})"
+        return f"annotations[{number}] (id {brief(entry.get('id'))})"
 
     def _error(self, what: str, value: Any = ...) -> None:
         self._bad.add(self._number)
@@ -428,8 +426,12 @@ class _Validator:
             fixes["bbox"] = mask_util.toBbox(as_rle(mask, size)).tolist()
             self._fixed("bbox is missing; computed from the mask")
             return
-        sound = isinstance(box, (list, tuple)) and len(box) == 4 and None not in map(finite, box)
-        if not sound or not -1e9 < min(box) <= max(box) < 1e9:
+        if (
+            not isinstance(box, (list, tuple))
+            or len(box) != 4
+            or None in map(finite, box)
+            or not -1e9 < min(box) <= max(box) < 1e9
+        ):
             self._error("bbox must be [x, y, width, height], four finite numbers", box)
         elif box[2] < 0 or box[3] < 0:
             self._error("bbox has a negative width or height; COCO boxes are no corners", box)

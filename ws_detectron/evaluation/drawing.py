@@ -17,6 +17,7 @@ from detectron2.structures import BoxMode
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
+from ws_detectron.data import check_files
 from ws_detectron.data.preview import draw_objects, write_png
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError
@@ -224,6 +225,8 @@ def draw_sheet(
             the picture cannot be written.
     """
     predictions = load_predictions(predictions_json)
+    if dataset_name in DatasetCatalog:
+        check_files(dataset_name, Path(output_png).parent)
     records = records_by_id(dataset_name)
     chosen = list(records)[:num_images] if image_ids is None else list(image_ids)
     unknown = [image_id for image_id in chosen if image_id not in records]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ws_detectron.data import check_files
 from ws_detectron.data.preview import write_png
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError
@@ -67,6 +68,8 @@ def visualize_dataset(
         UserError: predictions and data do not belong together, or something cannot be read or
             written. Images that cannot be read are reported and passed over.
     """
+    if dataset_name in DatasetCatalog:
+        check_files(dataset_name, output)
     records = records_by_id(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
