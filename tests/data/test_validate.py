@@ -104,6 +104,9 @@ def test_a_sound_file_has_no_finding_and_is_used_as_it_is(content: Content) -> N
         ("image_id", [1], "image_id is none"),
         ("image_id", True, "image_id is none"),
         ("category_id", 7, "category_id is none"),
+        ("keypoints", "text", "keypoints must be"),
+        ("keypoints", [1, 2], "keypoints must be"),
+        ("keypoints", [1, 2, math.nan], "keypoints must be"),
         ("ignore", 1, "no key of COCO's format"),
     ],
 )

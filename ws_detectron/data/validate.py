@@ -383,6 +383,7 @@ class _Validator:
                 self._mask(entry, fixes, size)
                 self._box(entry, fixes, size)
                 self._area(entry, fixes, size)
+                self._keypoints(entry)
             checked.append({**entry, **fixes} if fixes else entry)
         return self._with_own_ids(checked)
 
@@ -518,6 +519,13 @@ class _Validator:
             box = fixes.get("bbox", entry["bbox"])
             fixes["area"] = float(box[2] * box[3])
         self._fixed("area is missing or no number; computed from mask or box", area)
+
+    def _keypoints(self, entry: dict[str, Any]) -> None:
+        keypoints = entry.get("keypoints")
+        if keypoints and (
+            not isinstance(keypoints, list) or len(keypoints) % 3 or None in map(finite, keypoints)
+        ):
+            self._error("keypoints must be x, y, v, x, y, v, ... in finite numbers", keypoints)
 
     def _with_own_ids(self, annotations: list[Any]) -> list[Any]:
         """Nothing refers to the ids of annotations, so bad ones are replaced."""
