@@ -1,9 +1,15 @@
 """The exception whose message is meant for the person at the keyboard."""
 
+import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
+from typing import Any, Optional
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 5
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def shown(text: object, limit: Optional[int] = None) -> str:
@@ -54,6 +60,11 @@ class DataError(UserError):
     def __str__(self) -> str:
         # A data-loading worker hands its error over as text with the traceback before it.
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+def brief(value: Any) -> str:
+    """A value that comes from a file, for a message: escaped and shortened."""
+    return _SHORT.repr(value)
 
 
 @contextmanager

@@ -128,7 +128,7 @@ def write_text(path: Union[str, Path], text: str) -> None:
 
 
 def write_json(
-    path: Union[str, Path], content: Any, *, indent: int = 1, allow_nan: bool = True
+    path: Union[str, Path], content: Any, *, indent: Optional[int] = 1, allow_nan: bool = True
 ) -> None:
     """Writes JSON with a line feed at its end, atomically.
 

@@ -13,7 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from ws_detectron.engine import Trainer, checks, load_config
 from ws_detectron.engine.loaders import build_test_loader, build_train_loader
-from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.errors import ConfigError, UserError
 
 
 def config(*opts: object) -> CfgNode:
@@ -163,24 +163,6 @@ def test_scenes_need_no_file_before_they_are_made() -> None:
     name = "scenes_shapes_800_val"
     assert name in DatasetCatalog.list() and MetadataCatalog.get(name).json_file
     checks.check_datasets("DATASETS.TEST", [name])
-
-
-@pytest.mark.parametrize(
-    "content, part",
-    [
-        ("not json at all", "are not JSON"),
-        (json.dumps([1, 2]), "images, annotations, categories"),
-        (json.dumps({"images": [], "annotations": {}}), "annotations, categories"),
-    ],
-)
-def test_annotations_that_are_no_coco_json(
-    coco_set: str, tmp_path: Path, content: str, part: str
-) -> None:
-    checks.explain_annotations([coco_set])
-    (tmp_path / "annotations.json").write_text(content)
-    with pytest.raises(DataError) as caught:
-        checks.explain_annotations([coco_set])
-    assert part in str(caught.value) and "annotations.json" in str(caught.value)
 
 
 def test_numbers_of_keypoints_are_the_same_everywhere(keypoint_cfg: CfgNode) -> None:

@@ -90,12 +90,6 @@ def test_label_maps_of_16_bits_are_refused(tmp_path: Path) -> None:
         NamingMapper(lambda record: record)(record)
 
 
-def test_annotations_that_are_no_coco_json(tiny_cfg: CfgNode, tmp_path: Path) -> None:
-    (tmp_path / "annotations.json").write_text('{"images": []}')
-    with pytest.raises(DataError, match="annotations.json, are not COCO JSON"):
-        build_train_loader(tiny_cfg)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_boxes_without_masks_are_no_data_for_a_mask_head(
     tiny_cfg: CfgNode, tmp_path: Path, workers: int

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +21,7 @@ from torch import nn
 
 from ws_detectron import WSConv2d
 from ws_detectron.engine import Trainer, run
+from ws_detectron.engine.checks import check_annotations
 from ws_detectron.engine.trainer import explain_divergence
 from ws_detectron.errors import ConfigError, DataError, DivergedError, UserError
 
@@ -200,6 +204,7 @@ def test_divergence_that_a_hook_meets(tiny_cfg: CfgNode) -> None:
 def test_scaling_is_said_where_nobody_set_loggers_up(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     """In a process of its own, as loggers stay set up."""
     tiny_cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 2 * tiny_cfg.SOLVER.IMS_PER_BATCH
+    tiny_cfg.DATASETS.TRAIN = tiny_cfg.DATASETS.TEST = ()
     (tmp_path / "scaled.yaml").write_text(tiny_cfg.dump())
     script = (
         "from ws_detectron.engine import Trainer, load_config; import ws_detectron.engine.scaling\n"
@@ -223,6 +228,90 @@ def test_corrupt_image_ends_training_with_its_name(tiny_cfg: CfgNode, tmp_path: 
         image.write_text("no image")
     with pytest.raises(DataError, match=r"cannot read .*\.png"):
         Trainer(tiny_cfg).train()
+
+
+def change_annotations(tmp_path: Path, change: Callable[[dict], None]) -> None:
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_files_that_cannot_be_used_are_found_before_the_first_iteration(
+    tiny_cfg: CfgNode, tmp_path: Path, key: str
+) -> None:
+    change_annotations(tmp_path, lambda c: c["annotations"][1].update(bbox=[1, 2]))
+    tiny_cfg.DATASETS["TEST" if key == "TRAIN" else "TRAIN"] = ()
+    with pytest.raises(DataError, match=r"annotations.json: bbox must .*annotations\[1\] \(id 2\)"):
+        Trainer(tiny_cfg)
+
+
+def test_images_that_are_missing_are_found_before_the_first_iteration(
+    tiny_cfg: CfgNode, tmp_path: Path
+) -> None:
+    (tmp_path / "images" / "3.png").unlink()
+    with pytest.raises(DataError, match="1 of 4 images that are not in .*images: '3.png'"):
+        Trainer(tiny_cfg)
+
+
+def test_what_can_be_fixed_is_trained_and_evaluated_on(
+    tiny_cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Text ids, no iscrowd, no area: detectron2 and pycocotools end in tracebacks of each."""
+
+    def change(content: dict) -> None:
+        for image in content["images"]:
+            image.update(id=f"frame_{image['id']}", width=float(image["width"]))
+        for annotation in content["annotations"]:
+            annotation["image_id"] = f"frame_{annotation['image_id']}"
+            del annotation["iscrowd"], annotation["area"]
+
+    original = tmp_path / "annotations.json"
+    change_annotations(tmp_path, change)
+    before = original.read_bytes()
+    tiny_cfg.SOLVER.MAX_ITER = 1
+    with caplog.at_level(logging.WARNING, logger="ws_detectron"):
+        trainer = Trainer(tiny_cfg)
+    assert "iscrowd is missing; read as 0" in caplog.text
+    results = trainer.train()
+    assert results is not None and set(results) == {"bbox", "segm"}
+    assert original.read_bytes() == before
+    name = tiny_cfg.DATASETS.TRAIN[0]
+    copy = tmp_path / "run" / "annotations" / f"{name}.json"
+    assert MetadataCatalog.get(name).json_file == str(copy)
+    assert json.loads(copy.read_text())["annotations"][0]["area"] == 24 * 32
+    Trainer(tiny_cfg)  # a second one in the same process finds the set as the first left it
+
+
+def test_a_set_of_somebodys_own_function_keeps_it(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    """Its file is fixed for the evaluation alone."""
+    change_annotations(tmp_path, lambda c: [a.pop("iscrowd") for a in c["annotations"]])
+    name = tiny_cfg.DATASETS.TEST[0]
+    stock = DatasetCatalog.pop(name)
+    mine = lambda: [{**record, "mine": True} for record in stock()]  # noqa: E731
+    DatasetCatalog.register(name, mine)
+    check_annotations(tiny_cfg, train=True)
+    assert DatasetCatalog[name] is mine
+    check_annotations(tiny_cfg, train=False)
+    assert DatasetCatalog[name] is mine
+    assert MetadataCatalog.get(name).json_file.startswith(tiny_cfg.OUTPUT_DIR)
+    assert MetadataCatalog.get(name).image_root == str(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [("coco_2017_val", r"allowed: a list of names, \('coco_2017_val',\)"),
+     (("coco_2017_vall",), "not a registered data set; did you mean coco_2017_val")],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_names_of_data_sets_are_checked_in_anybodys_script(
+    tiny_cfg: CfgNode, key: str, names: Any, words: str
+) -> None:
+    tiny_cfg.DATASETS.defrost()
+    dict.__setitem__(tiny_cfg.DATASETS, key, names)
+    with pytest.raises(ConfigError, match=f"DATASETS.{key} .*{words}"):
+        Trainer(tiny_cfg)
 
 
 def test_evaluator_for_coco_data_only(tiny_cfg: CfgNode) -> None:

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from plain_coco import plain_ap
 from small_coco import annotations, prediction
 
 from ws_detectron.errors import DataError
@@ -128,24 +130,107 @@ def test_arguments_are_left_alone(reference: bool) -> None:
     assert (truth, found) == before
 
 
-def test_tasks_are_those_with_boxes_and_masks() -> None:
+def test_tasks_are_those_with_boxes_and_masks(caplog: pytest.LogCaptureFixture) -> None:
     truth = annotations([(1, 1, FIRST)])
     boxes: list[dict[str, Any]] = [prediction(1, 1, FIRST, 0.9)]
     del boxes[0]["segmentation"]
-    assert set(evaluate(truth, boxes).figures) == {"bbox"}
-    with pytest.raises(DataError, match="task segm .*entry 0 of predictions p.json has no 'segm"):
+    with caplog.at_level(logging.WARNING):
+        assert set(evaluate(truth, boxes, predictions_name="p.json").figures) == {"bbox"}
+    assert "task segm is skipped: predictions p.json have no masks" in caplog.text
+    with pytest.raises(DataError, match="segm needs masks everywhere: entry 0 of predictions p.js"):
         evaluate(truth, boxes, ["segm"], predictions_name="p.json")
     masks = [prediction(1, 1, FIRST, 0.9)]
     del masks[0]["bbox"]
     assert set(evaluate(truth, masks).figures) == {"segm"}
-    with pytest.raises(DataError, match="task bbox .*entry 0"):
+    with pytest.raises(DataError, match="task bbox needs boxes everywhere: entry 0"):
         evaluate(truth, masks, ["bbox"])
-    with pytest.raises(DataError, match="no task can be evaluated: entry 1.*; entry 0"):
-        evaluate(truth, boxes + masks)
     del truth["annotations"][0]["segmentation"]
     assert set(evaluate(truth, []).figures) == {"bbox"}
-    with pytest.raises(DataError, match="annotation 1 of a.json has no 'segmentation'"):
+    with pytest.raises(DataError, match="entry 0 of annotations a.json has none"):
         evaluate(truth, [], ["segm"], annotations_name="a.json")
+    with pytest.raises(DataError, match="no task can be evaluated: task bbox .*; task segm"):
+        evaluate(truth, masks)
+
+
+@pytest.mark.parametrize("empty", [None, [], "gone"])
+def test_one_entry_without_a_mask_does_not_silence_mask_ap(empty: Any) -> None:
+    """A dropped task would look like a model without masks."""
+    truth = annotations([(1, 1, FIRST), (2, 1, SECOND)])
+    found = [prediction(1, 1, FIRST, 0.9), prediction(2, 1, SECOND, 0.9)]
+    for where, entries in (("annotations a", truth["annotations"]), ("predictions p", found)):
+        whole = entries[1].pop("segmentation")
+        if empty != "gone":
+            entries[1]["segmentation"] = empty
+        with pytest.raises(DataError, match=f"segm needs .*: entry 1 of {where}.*--task bbox"):
+            evaluate(truth, found, annotations_name="a", predictions_name="p")
+        alone = evaluate(truth, found, ["bbox"]).figures
+        assert set(alone) == {"bbox"} and alone["bbox"]["AP"] == pytest.approx(100)
+        entries[1]["segmentation"] = whole
+    assert set(evaluate(truth, found).figures) == {"bbox", "segm"}
+
+
+def ids_of_a_kind(kind: str, count: int, rng: np.random.Generator) -> list[Any]:
+    """Different ids of a kind that JSON allows, in no order; many look alike."""
+    near = [int(n) for n in rng.permutation(4 * count)[:count]]
+    made: list[Any] = {
+        "small": near,
+        "negative": [n - 2 * count for n in near],
+        "large": [2**53 + n for n in near],
+        "text": [("1_23", "12_3", "01", "1", "1 ")[n % 5] + "x" * (n // 5) for n in near],
+        "mixed": [n if n % 2 else str(n + 1) for n in near],
+    }[kind]
+    assert len({repr(i) for i in made}) == count
+    return made
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+@pytest.mark.parametrize("kind", ["small", "negative", "large", "text", "mixed"])
+def test_ids_of_any_kind_give_the_figures_of_a_plain_reference(kind: str, reference: bool) -> None:
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        images = ids_of_a_kind(kind, 4, rng)
+        categories = ids_of_a_kind(kind, 3, rng)
+        truth = annotations([], images=4)
+        truth["images"] = [{**i, "id": n} for i, n in zip(truth["images"], images)]
+        truth["categories"] = [{"id": n, "name": f"class {n!r}"} for n in categories]
+        found = []
+        for number in range(14):
+            at = {
+                "image_id": images[rng.integers(4)],
+                "category_id": categories[rng.integers(3)],
+            }
+            box = [int(v) for v in (*rng.integers(0, 20, 2), *rng.choice([20, 50, 98], 2))]
+            truth["annotations"].append(
+                {
+                    **at,
+                    "id": number,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": int(rng.random() < 0.2),
+                }
+            )
+            if rng.random() < 0.3:
+                at["image_id"] = images[rng.integers(4)]
+            moved = [float(v) for v in np.add(box, rng.integers(-4, 5, 4))]
+            # scores of one image differ, as the order of equal ones is the library's
+            found.append({**at, "bbox": moved, "score": 0.9 - 0.01 * number})
+        expected = plain_ap(truth, found)
+        figures = evaluate(truth, found, reference=reference).figures["bbox"]
+        for name, value in expected.items():
+            assert figures[name] == (value if value is None else pytest.approx(value)), name
+
+
+@pytest.mark.parametrize("reference", BACKENDS)
+def test_text_ids_that_look_alike_are_different_images(reference: bool) -> None:
+    """All predictions are given to the first of two images, so one of two objects is found."""
+    for pair in (("1_23", "12_3"), ("1", "01"), (123, "123"), (10**15, 10**15 + 1)):
+        truth = annotations([(1, 1, FIRST), (2, 1, FIRST)])
+        for image, entry, own in zip(truth["images"], truth["annotations"], pair):
+            image["id"] = entry["image_id"] = own
+        found = [{**prediction(1, 1, FIRST, score), "image_id": pair[0]} for score in (0.9, 0.8)]
+        result = evaluate(truth, found, reference=reference)
+        assert result.figures["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
+        assert result.images_without_predictions == 1
 
 
 def test_broken_masks_are_found_before_the_library_reads_them() -> None:

@@ -2,10 +2,10 @@ import numpy as np
 from pycocotools import mask as mask_util
 from small_coco import HEIGHT, WIDTH, annotations
 
+from ws_detectron.data.rle import check_masks
 from ws_detectron.evaluation.coco_files import check_ids
 from ws_detectron.evaluation.error_kinds import ERRORS, count_errors
 from ws_detectron.evaluation.perturb import Perturbation, perturbed_predictions
-from ws_detectron.evaluation.rle import check_masks
 
 TRUTH = annotations(
     [(n, 1 + n % 3, (10 + n % 50, 10, 20 + n % 30, 30)) for n in range(1, 101)],

@@ -1,17 +1,23 @@
-"""Data sets of one's own, in COCO format, that a config names: DATASETS.REGISTER."""
+"""Data sets in COCO format: those of DATASETS.REGISTER, and the checked files of all."""
 
 import json
-import math
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import abspath, expanduser
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, Union
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.errors import ConfigError, DataError, brief
+from ws_detectron.io import refuse_overwrite, write_json
+
+from .validate import FIXED, NAMED_AT_MOST, finite, missing_images, read_json, validate
+
+logger = logging.getLogger(__name__)
 
 FORM = "[name, path of the annotations (COCO JSON), folder of the images]"
 
@@ -44,7 +50,10 @@ def register_coco_sets(entries: Optional[Sequence[Any]]) -> list[list[str]]:
             register_coco_instances(name, {"named_by": "DATASETS.REGISTER"}, *paths)
             continue
         metadata = MetadataCatalog.get(name)
-        there = metadata.get("json_file"), metadata.get("image_root")
+        there = (
+            metadata.get("given_json_file", metadata.get("json_file")),
+            metadata.get("image_root"),
+        )
         if there != paths:
             raise ConfigError(
                 f"DATASETS.REGISTER: {name!r} is taken by another data set (annotations "
@@ -57,14 +66,14 @@ def classes_of(name: str) -> Metadata:
     """The metadata of a data set with its classes, which those of one's own have in their files.
 
     Raises:
-        UserError: they cannot be read.
+        DataError: the file cannot be read or used.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("named_by") and not metadata.get("thing_classes"):
-        try:
-            DatasetCatalog.get(name)
-        except Exception as error:
-            raise UserError(f"cannot load {name}, {metadata.json_file}: {error}") from error
+        path = metadata.json_file
+        content = read_json(PathManager.get_local_path(path), "annotations")
+        validate(content, path, load=True, answers=False).usable(log=False)
+        DatasetCatalog.get(name)
     return metadata
 
 
@@ -114,12 +123,11 @@ def mirrored(keypoint: str) -> str:
 
 
 def _keypoints_in(path: str) -> list[str]:
+    content = read_json(PathManager.get_local_path(path), "annotations")
     try:
-        with PathManager.open(path) as file:
-            content = json.load(file)
         found = [c["keypoints"] for c in content["categories"] if c.get("keypoints")]
         annotations = content.get("annotations")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"cannot read the keypoints of {path}: {type(error).__name__}: {error}"
         ) from error
@@ -131,16 +139,18 @@ def _keypoints_in(path: str) -> list[str]:
         )
     names = found[0]
     if not isinstance(names, list) or len(set(map(str, names))) < len(names):
-        raise DataError(f"{path}: `keypoints` is {names!r}; allowed: a list of different names")
+        raise DataError(
+            f"{path}: `keypoints` is {brief(names)}; allowed: a list of different names"
+        )
     for annotation in annotations or ():
         points = annotation.get("keypoints") if isinstance(annotation, dict) else None
         if (
             not isinstance(points, list)
             or len(points) != 3 * len(names)
-            or not all(isinstance(p, (int, float)) and math.isfinite(p) for p in points)
+            or None in map(finite, points)
         ):
             raise DataError(
-                f"{path}: `keypoints` of annotation {_id(annotation)} is {points!r}; allowed: "
+                f"{path}: `keypoints` of annotation {_id(annotation)} is {brief(points)}; allowed: "
                 f"{3 * len(names)} numbers x, y, v for the {len(names)} keypoints {names} "
                 "(zeros for an object without)"
             )
@@ -160,6 +170,103 @@ def _keypoints_in(path: str) -> list[str]:
 
 def _id(annotation: Any) -> Any:
     return annotation.get("id") if isinstance(annotation, dict) else annotation
+
+
+def check_coco_set(
+    name: str, folder: Union[str, Path], *, train: bool = False, **options: Any
+) -> Optional[str]:
+    """Checks the files of a registered set; where something was fixed, writes a copy.
+
+    Left alone are sets without a COCO file, of other formats, not yet made, and those that are
+    trained on and loaded by somebody's own function, as nobody knows what that makes of the file.
+
+    Args:
+        name: of the set.
+        folder: for the copy, `<folder>/annotations/<name>.json`.
+        train: whether a model is trained on it.
+        options: further ones of `validate`.
+
+    Returns:
+        Path of the copy, for `use_annotations`; None where the file is used as it is.
+
+    Raises:
+        DataError: the file cannot be read or used, or images are missing; lists why.
+    """
+    metadata = MetadataCatalog.get(name)
+    path = metadata.get("json_file")
+    own_loader = not _loaded_by_detectron2(name)
+    made_later = metadata.get("scene_spec") is not None and not Path(path).is_file()
+    if (
+        not path
+        or made_later
+        or (own_loader and train)
+        or metadata.get("evaluator_type", "coco") not in ("coco", "coco_panoptic_seg")
+    ):
+        return None
+    local = PathManager.get_local_path(path)
+    options = {"answers": False, **options}
+    validated = validate(
+        read_json(local, "annotations"), path, load=not own_loader, train=train, **options
+    )
+    content = validated.usable()
+    if not content["images"]:
+        raise DataError(f"annotations {path} name no image")
+    root = metadata.get("image_root")
+    if root and "://" not in root and not own_loader:
+        _check_images(content["images"], root, path)
+    if not validated.of(FIXED) and _is_utf8(local):
+        return None
+    copy = Path(folder, "annotations", f"{name}.json").absolute()
+    refuse_overwrite(copy, [local])
+    write_json(copy, content, indent=None)
+    logger.warning("annotations %s: %s is read instead", path, copy)
+    return str(copy)
+
+
+def _check_images(images: Sequence[dict[str, Any]], root: str, path: str) -> None:
+    missing = missing_images(images, root)
+    if missing:
+        more = len(missing) - NAMED_AT_MOST
+        raise DataError(
+            f"annotations {path} name {len(missing)} of {len(images)} images that are not in "
+            f"{root}: {', '.join(map(brief, missing[:NAMED_AT_MOST]))}"
+            + (f" and {more} more" if more > 0 else "")
+        )
+
+
+def _is_utf8(path: str) -> bool:
+    """Whether pycocotools can read it, which knows no byte order mark."""
+    with open(path, "rb") as file:
+        return json.detect_encoding(file.read(4)) == "utf-8"
+
+
+def _loaded_by_detectron2(name: str) -> bool:
+    return DatasetCatalog[name].__module__ == register_coco_instances.__module__
+
+
+def check_files(name: str, folder: Union[str, Path]) -> None:
+    """`check_coco_set` and `use_annotations` for one set that is looked at, in one process."""
+    copy = check_coco_set(name, folder)
+    if copy:
+        use_annotations({name: copy})
+
+
+def use_annotations(copies: Mapping[str, str]) -> None:
+    """Lets sets be read from other files: name -> path, of `check_coco_set`."""
+    for name, path in copies.items():
+        kept = MetadataCatalog.get(name).as_dict()
+        kept.pop("name")
+        given = kept.pop("json_file")
+        if given == path:
+            continue
+        MetadataCatalog.remove(name)
+        kept.setdefault("given_json_file", given)
+        if _loaded_by_detectron2(name):
+            DatasetCatalog.remove(name)
+            kept.pop("evaluator_type", None)
+            register_coco_instances(name, kept, path, kept.pop("image_root"))
+        else:
+            MetadataCatalog.get(name).set(json_file=path, **kept)
 
 
 def _absolute(path: str) -> str:

@@ -1,24 +1,24 @@
 """What a user can get wrong, found before the first iteration."""
 
 import difflib
-import json
 import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Optional, Union
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.data import keypoint_names, mirrored
-from ws_detectron.errors import ConfigError, DataError, UserError, shown
+from ws_detectron.data import check_coco_set, keypoint_names, mirrored, use_annotations
+from ws_detectron.errors import ConfigError, UserError, shown
 
 logger = logging.getLogger(__name__)
 
-COCO_KEYS = ("images", "annotations", "categories")
 COCO_KEYPOINTS = 17
 
 
@@ -127,7 +127,7 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
         )
 
 
-def check_datasets(key: str, names: Sequence[str], files: bool = True) -> None:
+def check_datasets(key: str, names: Union[str, Sequence[str]], files: bool = True) -> None:
     """Every data set is registered, and its annotation file and image folder are there.
 
     Args:
@@ -139,6 +139,8 @@ def check_datasets(key: str, names: Sequence[str], files: bool = True) -> None:
         ConfigError: an unregistered name; says which registered names look like it.
         UserError: a missing file or folder; says the path and how to set DETECTRON2_DATASETS.
     """
+    if isinstance(names, str):
+        raise ConfigError(f"{key} is the text {names!r}; allowed: a list of names, ({names!r},)")
     for name in names:
         if name not in DatasetCatalog.list():
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
@@ -291,28 +293,37 @@ def _warn_of_flips(name: str) -> None:
         )
 
 
-def explain_annotations(names: Sequence[str]) -> None:
-    """Looks into the annotation files after loading them has failed.
+def check_annotations(
+    cfg: CfgNode, *, train: bool, answers: bool = False, masks: Optional[bool] = None
+) -> None:
+    """Checks the annotation files of DATASETS.TEST, and with `train` those of DATASETS.TRAIN.
+
+    To be called in every process; the main one reads the files. What can be fixed is written to
+    OUTPUT_DIR/annotations and read from there.
+
+    Args:
+        cfg: a merged config.
+        train: whether a model is trained.
+        answers: whether sets of DATASETS.TEST need annotations, as they do for AP.
+        masks: whether every object needs a mask; None: as MODEL.MASK_ON says.
 
     Raises:
-        DataError: a file is not COCO JSON; names it and what is wrong. Where all are, returns.
+        DataError: a file cannot be used; see `ws_detectron.data.validate`.
     """
-    for name in names:
-        path = MetadataCatalog.get(name).get("json_file")
-        if not path:
-            continue
-        try:
-            with PathManager.open(path) as file:
-                content = json.load(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"annotations of {name}, {path}, are not JSON: {error}") from error
-        missing = (
-            [key for key in COCO_KEYS if not isinstance(content.get(key), list)]
-            if isinstance(content, dict)
-            else list(COCO_KEYS)
-        )
-        if missing:
-            raise DataError(
-                f"annotations of {name}, {path}, are not COCO JSON: the lists "
-                f"{', '.join(missing)} are missing (needed: {', '.join(COCO_KEYS)})"
+    copies = {}
+    if comm.is_main_process():
+        masks = cfg.MODEL.MASK_ON if masks is None else masks
+        trained = cfg.DATASETS.TRAIN if train else ()
+        for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
+            of_training = name in trained
+            copy = check_coco_set(
+                name,
+                cfg.OUTPUT_DIR,
+                train=of_training,
+                masks=masks,
+                answers=answers or of_training,
+                mask_format=cfg.INPUT.MASK_FORMAT if masks and of_training else "",
             )
+            if copy:
+                copies[name] = copy
+    use_annotations(comm.all_gather(copies)[0])

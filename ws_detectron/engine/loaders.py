@@ -1,7 +1,7 @@
 """detectron2's data loaders, with errors that name the file."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,7 +16,7 @@ from ws_detectron.data.images import check_image_file, read_annotated
 from ws_detectron.errors import DataError
 
 from .accumulation import part_of_batch
-from .checks import check_classes, check_keypoints, differing_classes, explain_annotations
+from .checks import check_classes, check_keypoints, differing_classes
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +68,13 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
     Its batches are what goes through the model at once: with SOLVER.ACCUMULATE_STEPS, parts.
 
     Raises:
-        DataError: annotations are not COCO JSON; images that cannot be read raise it later, when
-            their turn comes.
+        DataError: later, for images that cannot be read, when their turn comes.
         ConfigError: the data have more classes than the model, or other keypoints.
     """
     check_keypoints(cfg, train=True)
     cfg = part_of_batch(cfg)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
-    loader = _explained(
-        cfg.DATASETS.TRAIN, lambda: build_detection_train_loader(cfg, mapper=mapper)
-    )
+    loader = build_detection_train_loader(cfg, mapper=mapper)
     check_classes(cfg)
     return loader
 
@@ -89,19 +86,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     boxes.defrost()
     boxes.MODEL.KEYPOINT_ON = False
     mapper = NamingMapper(DatasetMapper(boxes, is_train=False))
-    loader = _explained(
-        [dataset_name], lambda: build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-    )
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
     for difference in differing_classes(cfg.DATASETS.TRAIN, dataset_name):
         logger.warning(difference)
     return loader
-
-
-def _explained(names: Sequence[str], build: Callable[[], Iterable]) -> Iterable:
-    try:
-        return build()
-    except DataError:
-        raise
-    except Exception:
-        explain_annotations(names)
-        raise

@@ -10,7 +10,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .checks import make_output_dir
+from .checks import check_annotations, make_output_dir
 from .config import find_config
 from .inference import load_model_for_inference
 from .scaling import scale_config
@@ -52,6 +52,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
+    check_annotations(cfg, train=False)
     results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))
     if comm.is_main_process():
         verify_results(cfg, results)

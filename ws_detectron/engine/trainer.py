@@ -29,7 +29,13 @@ from ws_detectron.io import refuse_overwrite
 from ws_detectron.modeling import folded_copy
 
 from .accumulation import accumulated_step
-from .checks import check_batch, check_keypoints, make_output_dir
+from .checks import (
+    check_annotations,
+    check_batch,
+    check_datasets,
+    check_keypoints,
+    make_output_dir,
+)
 from .guards import find_traps
 from .hooks import BestCheckpoint, RunRecord, SharedStatistics
 from .loaders import build_test_loader, build_train_loader
@@ -66,7 +72,8 @@ class Trainer(DefaultTrainer):
 
     Raises:
         ConfigError: the batch cannot be shared out to processes and parts, OUTPUT_DIR cannot be
-            made, or DATASETS.REGISTER cannot be.
+            made, a data set is not registered, or DATASETS.REGISTER cannot be.
+        DataError: an annotation file cannot be used; see `ws_detectron.data.validate`.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -74,12 +81,15 @@ class Trainer(DefaultTrainer):
         if ours.level == logging.NOTSET and not ours.hasHandlers():  # nobody set loggers up
             setup_logger(distributed_rank=comm.get_rank(), name="ws_detectron")
         register_coco_sets(cfg.DATASETS.get("REGISTER"))
+        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         check_batch(cfg, comm.get_world_size())
         cfg = scale_config(cfg, comm.get_world_size())
         if comm.is_main_process():
             make_output_dir(cfg)
             for trap in find_traps(cfg, comm.get_world_size()):
                 logger.warning(trap)
+        check_annotations(cfg, train=True)
         on_cpu = cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1
         with distributed_on_cpu() if on_cpu else nullcontext():
             super().__init__(cfg)
@@ -230,7 +240,7 @@ class Trainer(DefaultTrainer):
         if len(cfg.DATASETS.TEST) > 1:
             folder += f"/{dataset_name}"
         inputs = MetadataCatalog.get(dataset_name).get("json_file"), cfg.MODEL.WEIGHTS
-        refuse_overwrite(f"{folder}/{name}" for name in EVALUATOR_FILES, inputs)
+        refuse_overwrite([f"{folder}/{name}" for name in EVALUATOR_FILES], inputs)
         return COCOEvaluator(
             dataset_name,
             output_dir=folder,

@@ -19,13 +19,19 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from ws_detectron.data import check_files
 from ws_detectron.engine import Trainer
-from ws_detectron.engine.checks import check_datasets, check_device, check_weights
+from ws_detectron.engine.checks import (
+    check_annotations,
+    check_datasets,
+    check_device,
+    check_weights,
+)
 from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.errors import ConfigError, DataError
 from ws_detectron.io import atomic_write, refuse_overwrite, writing
 
-from .coco_eval import CocoResult, evaluate
+from .coco_eval import CocoResult, choose_tasks, evaluate
 from .coco_files import load_annotations
 from .report import KEYPOINTS, as_text, check_reports, write_reports
 
@@ -165,6 +171,7 @@ def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> li
     check_datasets("the data set to predict on", [dataset_name])
     annotations = MetadataCatalog.get(dataset_name).get("json_file")
     refuse_overwrite(folder / RESULTS, [annotations, cfg.MODEL.WEIGHTS])
+    check_files(dataset_name, folder)
     entries = predict_dataset(cfg, load_model_for_inference(cfg), dataset_name)
     _write_results(folder, entries)
     return entries
@@ -232,6 +239,12 @@ def evaluate_checkpoint(
             inputs = MetadataCatalog.get(name).json_file, cfg.MODEL.WEIGHTS
             check_reports(folder, *inputs)
             refuse_overwrite(folder / RESULTS, inputs)
+    check_annotations(cfg, train=False, answers=True, masks=False)
+    truths = {}
+    for name in names if comm.is_main_process() else ():
+        path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
+        truths[name] = load_annotations(path)
+        choose_tasks(truths[name], (), tasks, path, "")  # before the predictions are made
     model = load_model_for_inference(cfg)
     results: dict[str, CocoResult] = {}
     for name in names:
@@ -242,7 +255,7 @@ def evaluate_checkpoint(
         written = _write_results(folder, entries)
         path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
         results[name] = evaluate(
-            load_annotations(path),
+            truths[name],
             entries,
             tasks,
             reference=reference,

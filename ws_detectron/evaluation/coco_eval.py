@@ -5,21 +5,21 @@ Needs no torch and no detectron2.
 """
 
 import contextlib
-import gc
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from pycocotools import mask as mask_util
 
+from ws_detectron.data.rle import check_masks
+from ws_detectron.data.validate import as_rle, no_garbage_collection, validate
 from ws_detectron.errors import DataError
 
-from .coco_files import check_annotation_masks, check_ids
-from .rle import check_masks
+from .coco_files import check_ids
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ Figures = dict[str, Optional[float]]
 class Category:
     """A category of the annotations, and how many objects of it there are, crowds not counted."""
 
-    id: int
+    id: Union[int, str]
     name: str
     objects: int
 
@@ -61,7 +61,7 @@ class CocoResult:
     predictions: int
     categories: tuple[Category, ...]
     figures: dict[str, Figures]
-    per_category: dict[str, dict[int, Figures]]
+    per_category: dict[str, dict[Any, Figures]]
 
 
 def evaluate(
@@ -75,11 +75,12 @@ def evaluate(
 ) -> CocoResult:
     """Computes the COCO figures.
 
-    Annotations are renumbered from 1 on their way to the library: to COCO's code an object with id
-    0 is one that nothing matched.
+    Images, categories and annotations are numbered from 1 on their way to the library, see
+    `Numbers`. To COCO's code an object with id 0 is one that nothing matched, and faster-coco-eval
+    makes one of text ids that look alike, and of large numbers.
 
     Args:
-        annotations: of `load_annotations`; not changed.
+        annotations: the content of a COCO file; checked as `load_annotations` does, not changed.
         predictions: of `load_predictions`; not changed. None at all means AP 0.
         tasks: of `TASKS`; by default those that annotations and predictions have boxes and masks
             for.
@@ -91,11 +92,11 @@ def evaluate(
     Raises:
         DataError: the two do not belong together, lack what a task needs, or hold broken masks.
     """
+    annotations = validate(annotations, annotations_name).usable(log=False)
     check_ids(predictions, annotations, predictions_name, annotations_name)
     tasks = choose_tasks(annotations, predictions, tasks, annotations_name, predictions_name)
     if "segm" in tasks:
-        check_annotation_masks(annotations, annotations_name)
-        sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
+        sizes = {i["id"]: (i.get("height"), i.get("width")) for i in annotations["images"]}
         check_masks(predictions, sizes, predictions_name)
     return compute(annotations, predictions, tasks, reference=reference)
 
@@ -109,26 +110,81 @@ def choose_tasks(
 ) -> tuple[str, ...]:
     """The tasks that can be evaluated, or `wanted`; see `evaluate` for the arguments.
 
+    A task that no entry has boxes or masks for is left out, and a line is logged.
+
     Raises:
-        DataError: a wanted task lacks boxes or masks; names the first entry without.
+        DataError: a task lacks boxes or masks of some entries; names the first.
     """
+    sized = {i["id"] for i in annotations["images"] if isinstance(i.get("height"), int)}
+    truth = annotations["annotations"]
+    groups = (
+        ("bbox", f"predictions {predictions_name}", predictions, _has_box),
+        ("segm", f"predictions {predictions_name}", predictions, _has_mask),
+        ("segm", f"annotations {annotations_name}", truth, _has_mask),
+        (
+            "segm",
+            f"annotations {annotations_name} (without height and width of the image)",
+            truth,
+            lambda entry: entry["image_id"] in sized,
+        ),
+    )
     lacking: dict[str, str] = {}
-    for task, key in (("bbox", "bbox"), ("segm", "segmentation")):
-        for number, entry in enumerate(predictions):
-            if entry.get(key) is None:
-                lacking[task] = f"entry {number} of predictions {predictions_name} has no {key!r}"
-                break
-    without_mask = (a["id"] for a in annotations["annotations"] if not a.get("segmentation"))
-    first = next(without_mask, None)
-    if first is not None:
-        lacking["segm"] = f"annotation {first} of {annotations_name} has no 'segmentation'"
-    tasks = [task for task in TASKS if task not in lacking] if wanted is None else list(wanted)
-    for task in tasks:
-        if task in lacking:
-            raise DataError(f"task {task} cannot be evaluated: {lacking[task]}")
-    if not tasks:
+    for task, name, entries, has in groups:
+        without = next((n for n, entry in enumerate(entries) if not has(entry)), None)
+        if without is None or (wanted is not None and task not in wanted):
+            continue
+        what = "boxes" if task == "bbox" else "masks"
+        if wanted is not None or any(map(has, entries)):
+            other = "segm" if task == "bbox" else "bbox"
+            raise DataError(
+                f"task {task} needs {what} everywhere: entry {without} of {name} has none; "
+                f"to evaluate the other task alone: --task {other}"
+            )
+        lacking[task] = f"task {task} is skipped: {name} have no {what}"
+    tasks = TASKS if wanted is None else wanted
+    chosen = tuple(task for task in TASKS if task in tasks and task not in lacking)
+    if not chosen:
         raise DataError("no task can be evaluated: " + "; ".join(lacking.values()))
-    return tuple(task for task in TASKS if task in tasks)
+    for sentence in lacking.values():
+        logger.warning(sentence)
+    return chosen
+
+
+def _has_box(entry: dict[str, Any]) -> bool:
+    return entry.get("bbox") is not None
+
+
+def _has_mask(entry: dict[str, Any]) -> bool:
+    return bool(entry.get("segmentation"))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers from 1 for the ids of a file, in the order in which COCO's code sorts them.
+
+    The order decides between equal scores in different images.
+
+    Args:
+        images: image id -> number.
+        categories: category id -> number.
+    """
+
+    images: dict[Any, int]
+    categories: dict[Any, int]
+
+    @classmethod
+    def of(cls, annotations: dict[str, Any]) -> "Numbers":
+        """Whole numbers come before text."""
+        images, categories = (
+            sorted((e["id"] for e in annotations[key]), key=lambda i: (isinstance(i, str), i))
+            for key in ("images", "categories")
+        )
+        return cls(*({i: n for n, i in enumerate(ids, start=1)} for ids in (images, categories)))
+
+    def apply(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A copy of an annotation or prediction with numbers for its ids."""
+        numbers = self.images[entry["image_id"]], self.categories[entry["category_id"]]
+        return {**entry, "image_id": numbers[0], "category_id": numbers[1]}
 
 
 def compute(
@@ -140,13 +196,14 @@ def compute(
 ) -> CocoResult:
     """`evaluate` without its checks."""
     coco_class, eval_class, backend = _library(reference)
+    numbers = Numbers.of(annotations)
     figures: dict[str, Figures] = {}
-    per_category: dict[str, dict[int, Figures]] = {}
+    per_category: dict[str, dict[Any, Figures]] = {}
     # both libraries may report progress with print
-    with contextlib.redirect_stdout(io.StringIO()), _no_garbage_collection():
-        truth = coco_truth(coco_class, annotations, masks="segm" in tasks)
+    with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():
+        truth = coco_truth(coco_class, annotations, numbers, masks="segm" in tasks)
         for task in tasks:
-            results = coco_results(coco_class, truth, predictions, task)
+            results = coco_results(coco_class, truth, predictions, task, numbers)
             evaluation = eval_class(truth, results, task)
             evaluation.evaluate()
             evaluation.accumulate()
@@ -154,7 +211,7 @@ def compute(
             figures[task] = {
                 name: _per_cent(value) for name, value in zip(FIGURES, evaluation.stats)
             }
-            per_category[task] = _per_category(evaluation)
+            per_category[task] = _per_category(evaluation, list(numbers.categories))
     counts = Counter(a["category_id"] for a in annotations["annotations"] if not a.get("iscrowd"))
     return CocoResult(
         backend=backend,
@@ -192,49 +249,44 @@ def _library(reference: bool) -> tuple[Any, Any, str]:
     return COCO, COCOeval, f"pycocotools {version('pycocotools')}"
 
 
-def coco_truth(coco_class: Any, annotations: dict[str, Any], *, masks: bool) -> Any:
-    """Annotations as the library's COCO object, numbered from 1.
+def coco_truth(
+    coco_class: Any, annotations: dict[str, Any], numbers: Numbers, *, masks: bool
+) -> Any:
+    """Annotations as the library's COCO object, with `numbers` for ids.
 
     They are copied, because COCOeval writes into them.
 
     Args:
         coco_class: the library's COCO.
-        annotations: of `load_annotations`, checked.
+        annotations: of `load_annotations`.
+        numbers: of the same annotations.
         masks: make RLEs of all masks. Both libraries get them from pycocotools, so they evaluate
             the same pixels, and the fast one takes twice as long for it.
     """
+    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in annotations["images"]}
+    numbered = []
+    for n, annotation in enumerate(annotations["annotations"], start=1):
+        entry = {**numbers.apply(annotation), "id": n}
+        mask = entry.pop("segmentation", None)
+        if masks:
+            entry["segmentation"] = as_rle(mask, sizes[annotation["image_id"]])
+        numbered.append(entry)
     truth = coco_class()
-    numbered = [{**a, "id": n} for n, a in enumerate(annotations["annotations"], start=1)]
-    if masks:
-        sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
-        for annotation in numbered:
-            size = sizes[annotation["image_id"]]
-            annotation["segmentation"] = _as_rle(annotation["segmentation"], size)
-    truth.dataset = {**annotations, "annotations": numbered}
+    truth.dataset = {
+        "images": [{**i, "id": numbers.images[i["id"]]} for i in annotations["images"]],
+        "categories": [{**c, "id": numbers.categories[c["id"]]} for c in annotations["categories"]],
+        "annotations": numbered,
+    }
     _index(truth)
     return truth
 
 
-def _as_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
-    if isinstance(mask, list):
-        return mask_util.merge(mask_util.frPyObjects(mask, *size))
-    return mask_util.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Spares the time in which Python would look through millions of objects for cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def coco_results(
-    coco_class: Any, truth: Any, predictions: Sequence[dict[str, Any]], task: str
+    coco_class: Any,
+    truth: Any,
+    predictions: Sequence[dict[str, Any]],
+    task: str,
+    numbers: Numbers,
 ) -> Any:
     """Predictions as the library's COCO object, with nothing but what `task` needs.
 
@@ -255,7 +307,12 @@ def coco_results(
         "images": truth.dataset["images"],
         "categories": truth.dataset["categories"],
         "annotations": [
-            {**{name: entry[name] for name in names}, "id": n, "area": area, "iscrowd": 0}
+            {
+                **numbers.apply({name: entry[name] for name in names}),
+                "id": n,
+                "area": area,
+                "iscrowd": 0,
+            }
             for n, (entry, area) in enumerate(zip(predictions, areas), start=1)
         ],
     }
@@ -268,8 +325,8 @@ def _index(coco: Any) -> None:
         coco.createIndex()
 
 
-def _per_category(evaluation: Any) -> dict[int, Figures]:
-    """Category id -> figures.
+def _per_category(evaluation: Any, ids: Sequence[Any]) -> dict[Any, Figures]:
+    """Category id -> figures; `ids` are those of the categories from number 1 on.
 
     Precision is (IoU thresholds, recall thresholds, categories, areas, max. detections), recall the
     same without the second. Of a category and an area, all are -1 or none is.
@@ -281,7 +338,7 @@ def _per_category(evaluation: Any) -> dict[int, Figures]:
         found = precision[:, :, k, :, -1]
         parts = [found[:, :, 0], found[at[50], :, 0], found[at[75], :, 0]]
         parts += [found[:, :, 1], found[:, :, 2], found[:, :, 3], recall[:, k, 0, -1]]
-        figures[int(category)] = {
+        figures[ids[int(category) - 1]] = {
             name: _per_cent(part.mean()) for name, part in zip(CATEGORY_FIGURES, parts)
         }
     return figures

@@ -16,13 +16,14 @@ from detectron2.structures import BoxMode
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
+from ws_detectron.data import check_files
 from ws_detectron.data.images import read_annotated
 from ws_detectron.data.preview import draw_objects, write_png
+from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.io import refuse_overwrite
 
 from .coco_files import load_predictions
-from .rle import check_masks
 
 CROWD_COLOUR = (0.6, 0.6, 0.6)
 CAPTION_HEIGHT = 30  # pixels above each picture
@@ -228,6 +229,8 @@ def draw_sheet(
     """
     check_options(score_threshold, num_images)
     predictions = load_predictions(predictions_json)
+    if dataset_name in DatasetCatalog:
+        check_files(dataset_name, Path(output_png).parent)
     records = records_by_id(dataset_name)
     refuse_overwrite(output_png, inputs_of(dataset_name, records, predictions_json))
     chosen = list(records)[:num_images] if image_ids is None else list(image_ids)
@@ -265,7 +268,9 @@ def inputs_of(
 ) -> list[str]:
     """The files that drawing a data set reads."""
     images = [record["file_name"] for record in records.values()]
-    return [*images, MetadataCatalog.get(dataset_name).get("json_file", ""), predictions_json]
+    metadata = MetadataCatalog.get(dataset_name)
+    files = [metadata.get(key, "") for key in ("json_file", "given_json_file")]
+    return [*images, *files, predictions_json]
 
 
 def records_by_id(dataset_name: str) -> dict[int, dict[str, Any]]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from .coco_eval import coco_truth
+from .coco_eval import Numbers, coco_truth
 
 FOREGROUND = 0.5  # IoU from which on a prediction has found an object; t_f in the paper
 BACKGROUND = 0.1  # IoU up to which it has nothing to do with one; t_b
@@ -107,14 +107,15 @@ def count_errors(
     Returns:
         `CORRECT`, then those of `ERRORS` in their order -> count.
     """
-    truth = coco_truth(COCO, annotations, masks=task == "segm")
+    numbers = Numbers.of(annotations)
+    truth = coco_truth(COCO, annotations, numbers, masks=task == "segm")
     found: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in predictions:
         if entry["score"] >= score_threshold:
-            found[entry["image_id"]].append(entry)
+            found[numbers.images[entry["image_id"]]].append(numbers.apply(entry))
 
     counts: Counter[str] = Counter()
-    for image in annotations["images"]:
+    for image in truth.dataset["images"]:
         best = sorted(found[image["id"]], key=lambda entry: -entry["score"])[:MAX_DETECTIONS]
         crowds = [a for a in truth.imgToAnns[image["id"]] if a.get("iscrowd")]
         single = [a for a in truth.imgToAnns[image["id"]] if not a.get("iscrowd")]

@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .coco_eval import coco_results, coco_truth
+from .coco_eval import Numbers, coco_results, coco_truth
 
 
 def image_ap(
@@ -33,8 +33,9 @@ def image_ap(
         Image id -> AP in per cent; images without an object, crowds aside, have none.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco_truth(COCO, annotations, masks=task == "segm")
-        evaluation = COCOeval(truth, coco_results(COCO, truth, predictions, task), task)
+        numbers = Numbers.of(annotations)
+        truth = coco_truth(COCO, annotations, numbers, masks=task == "segm")
+        evaluation = COCOeval(truth, coco_results(COCO, truth, predictions, task, numbers), task)
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.evaluate()
     by_image = defaultdict(list)
@@ -43,11 +44,11 @@ def image_ap(
             by_image[match["image_id"]].append(match)
     recalls = evaluation.params.recThrs
     found = {}
-    for image in annotations["images"]:
-        matches = by_image[image["id"]]
+    for image_id, number in numbers.images.items():
+        matches = by_image[number]
         objects = sum(int(np.sum(~np.asarray(m["gtIgnore"], dtype=bool))) for m in matches)
         if objects:
-            found[image["id"]] = 100 * _average_precision(matches, objects, recalls)
+            found[image_id] = 100 * _average_precision(matches, objects, recalls)
     return found
 
 

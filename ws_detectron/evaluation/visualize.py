@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ws_detectron.data import check_files
 from ws_detectron.data.images import read_rgb
 from ws_detectron.data.preview import write_png
+from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.io import atomic_write, check_folder, refuse_overwrite, writing
 
 from .coco_eval import choose_tasks
-from .coco_files import check_annotation_masks, check_ids, load_annotations
+from .coco_files import check_ids, load_annotations
 from .curves import write_figure
 from .drawing import (
     by_image_id,
@@ -32,7 +34,6 @@ from .error_kinds import ERRORS, count_errors, draw_errors
 from .image_ap import image_ap
 from .inputs import find_inputs, is_video, open_video, output_names, read_frames
 from .report import TITLES
-from .rle import check_masks
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ def visualize_dataset(
     """
     check_options(score_threshold, num_images)
     check_folder(output)
+    if dataset_name in DatasetCatalog:
+        check_files(dataset_name, output)
     records = records_by_id(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
@@ -100,8 +103,6 @@ def visualize_dataset(
     check_ids(predictions, annotations, predictions_name, path)
     # masks, where everything has one
     task = choose_tasks(annotations, predictions, None, path, predictions_name)[-1]
-    if task == "segm":
-        check_annotation_masks(annotations, path)
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
     check_masks(predictions, sizes, predictions_name)
 

@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ws_detectron.errors import DataError
+from ws_detectron.errors import DataError, brief
 
 BATCH = 512  # masks checked at once; larger numpy arrays leave the caches
 
@@ -138,11 +138,14 @@ def _shape_problem(rle: Any, size: Optional[tuple[int, int]]) -> str:
             "it must be {'size': [height, width], 'counts': <string>}; "
             "pycocotools.mask.frPyObjects makes that of polygons and of lists of counts"
         )
-    if size is not None and rle.get("size") != [*size]:
+    sides = rle.get("size")
+    if not isinstance(sides, list) or len(sides) != 2 or set(map(type, sides)) != {int}:
+        return f"size must be [height, width] in whole numbers, found {brief(sides)}"
+    if size is not None and sides != [*size]:
         return f"size is {rle.get('size')}, but height and width of the image are {[*size]}"
     return ""
 
 
 def _message(name: str, number: int, entry: dict[str, Any], problem: str) -> str:
-    image = entry["image_id"]
-    return f"predictions {name}, entry {number} (image id {image}): malformed RLE: {problem}"
+    where = f"entry {number} (image id {brief(entry['image_id'])})"
+    return f"predictions {name}, {where}: malformed RLE: {problem}"

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_util
 
+from ws_detectron.data.rle import check_masks, first_malformed
 from ws_detectron.errors import DataError
-from ws_detectron.evaluation.rle import check_masks, first_malformed
 
 
 def encoded(mask: np.ndarray) -> str:

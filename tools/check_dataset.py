@@ -1,0 +1,79 @@
+"""Checks a COCO annotation file and its images, and says what is in them."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ws_detectron.data.summary import describe
+from ws_detectron.data.validate import ERROR, FIXED, WARNING, image_findings, read_json, validate
+from ws_detectron.environment import package_version
+from ws_detectron.errors import exit_on_user_error, refuse_overwrite
+from ws_detectron.io import write_json
+
+EXAMPLES = """
+examples:
+  # the file alone; with its images, whose headers are read
+  python tools/check_dataset.py instances.json
+  python tools/check_dataset.py instances.json --images photos
+
+  # objects with boxes alone, whatever masks there are
+  python tools/check_dataset.py instances.json --task bbox
+
+  # a file with what can be fixed, and without the annotations that cannot
+  python tools/check_dataset.py instances.json --output fixed.json
+
+Exit status 1 where the file or an image cannot be used. The rules are in docs/data.md; every tool
+applies them before it starts.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="COCO annotations (JSON)")
+    parser.add_argument("--images", metavar="FOLDER", type=Path, help="folder of the images")
+    parser.add_argument(
+        "--task", choices=("bbox", "segm"), help="default: segm where an object has a mask"
+    )
+    parser.add_argument("--output", metavar="JSON", type=Path, help="write a file that can be used")
+    args = parser.parse_args()
+    with exit_on_user_error():
+        usable = check(args)
+    sys.exit(0 if usable else 1)
+
+
+def check(args: argparse.Namespace) -> bool:
+    """Prints the report; whether everything can be used."""
+    if args.output:
+        refuse_overwrite(args.output, [args.file])
+    content = read_json(args.file, "annotations")
+    entries = content.get("annotations") if isinstance(content, dict) else None
+    masks = args.task == "segm" or (
+        args.task is None
+        and isinstance(entries, list)
+        and any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries)
+    )
+    result = validate(content, str(args.file), train=True, masks=masks)
+    findings = list(result.findings)
+    if args.images:
+        findings += image_findings(result.content["images"], args.images)
+    broken = set(result.broken)
+    kept = [a for n, a in enumerate(result.content["annotations"]) if n not in broken]
+    print(f"{args.file} (ws_detectron {package_version()})")
+    print(describe({**result.content, "annotations": kept}))
+    for level, title in ((ERROR, "errors"), (FIXED, "fixed when read"), (WARNING, "warnings")):
+        of_level = [finding for finding in findings if finding.level == level]
+        print(f"{title}: {sum(f.count for f in of_level) or 'none'}")
+        for finding in of_level:
+            print(f"  {finding.count:6} {finding}")
+    if args.output:
+        fixed = {**result.content, "annotations": kept}
+        validate(fixed, str(args.output), train=True, masks=masks).usable(log=False)
+        write_json(args.output, fixed, indent=None)
+        print(f"{args.output}: {len(kept)} annotations, {len(broken)} left out")
+    return not any(finding.level == ERROR for finding in findings)
+
+
+if __name__ == "__main__":
+    main()
