@@ -4,11 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from ws_detectron.data.images import image_findings
 from ws_detectron.data.summary import describe
-from ws_detectron.data.validate import ERROR, FIXED, WARNING, image_findings, read_json, validate
+from ws_detectron.data.validate import ERROR, FIXED, WARNING, read_json, validate
 from ws_detectron.environment import package_version
-from ws_detectron.errors import exit_on_user_error, refuse_overwrite
-from ws_detectron.io import write_json
+from ws_detectron.errors import exit_on_user_error
+from ws_detectron.io import refuse_overwrite, write_json
 
 EXAMPLES = """
 examples:
@@ -46,7 +47,7 @@ def main() -> None:
 def check(args: argparse.Namespace) -> bool:
     """Prints the report; whether everything can be used."""
     if args.output:
-        refuse_overwrite(args.output, [args.file])
+        refuse_overwrite([args.output], [args.file])
     content = read_json(args.file, "annotations")
     entries = content.get("annotations") if isinstance(content, dict) else None
     masks = args.task == "segm" or (

@@ -13,6 +13,7 @@ from ws_detectron.evaluation.checkpoint import (
     predict_with_checkpoint,
     set_up_logging,
 )
+from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.evaluation.coco_files import load_predictions
 from ws_detectron.evaluation.drawing import check_options
 from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="a folder, or a video")
     parser.add_argument("--score-threshold", type=float, default=0.5, help="default: %(default)s")
     parser.add_argument("--num-images", type=int, default=8, help="per sheet; default: %(default)s")
+    parser.add_argument("--task", choices=TASKS, help="of AP and errors; default: segm if possible")
     parser.add_argument("--each", action="store_true", help="also a picture of every image")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     args = parser.parse_args()
@@ -76,6 +78,7 @@ def draw_dataset(args: argparse.Namespace) -> str:
         score_threshold=args.score_threshold,
         num_images=args.num_images,
         each=args.each,
+        task=args.task,
         predictions_name=args.predictions or str(args.output / RESULTS),
     )
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
@@ -13,7 +13,11 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image, UnidentifiedImageError
 
-from ws_detectron.errors import DataError, shown
+from ws_detectron.errors import DataError, brief, shown
+
+from .validate import ERROR, Finding, Findings, missing_images
+
+_ORIENTATION = 0x0112  # the EXIF tag; Pillow names it from 9.4 on
 
 
 def read_rgb(path: Union[str, Path]) -> np.ndarray:
@@ -46,6 +50,44 @@ def read_annotated(record: dict[str, Any]) -> np.ndarray:
             f"{turned if found == expected[::-1] else ''}; correct the annotations or the image"
         ) from error
     return image
+
+
+def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -> list[Finding]:
+    """What is wrong with the images of a COCO file, of which the headers are read.
+
+    Args:
+        images: of `validate`, with file names and sizes.
+        folder: of the image files.
+    """
+    found = Findings()
+    missing = set(missing_images(images, folder))
+    for number, image in enumerate(images):
+        where = f"images[{number}] ({brief(image['file_name'])})"
+        if image["file_name"] in missing:
+            found.add(ERROR, "images are not in the folder", where)
+            continue
+        try:
+            size = _upright_size(Path(folder, image["file_name"]))
+        except DataError as error:
+            found.add(ERROR, "images cannot be read", f"{where}: {error}")
+            continue
+        if size != (image["width"], image["height"]):
+            found.add(
+                ERROR,
+                "images have another width and height, when turned upright by their EXIF tag, than "
+                f"the annotations say (files {size[0]} x {size[1]})",
+                where,
+                [image["width"], image["height"]],
+            )
+    return list(found.values())
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Width and height, when turned as the EXIF tag says; of a PNG, this may read all of it."""
+    check_image_file(path)
+    with _named(path), Image.open(path) as image:
+        turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # by 90 or 270 degrees
+        return image.size[::-1] if turned else image.size
 
 
 def check_image_file(path: Union[str, Path]) -> None:

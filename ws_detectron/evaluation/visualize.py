@@ -56,6 +56,7 @@ def visualize_dataset(
     score_threshold: float = 0.5,
     num_images: int = 8,
     each: bool = False,
+    task: Optional[str] = None,
     predictions_name: str = "given",
 ) -> str:
     """Draws predictions beside ground truth, and says what is wrong with them.
@@ -73,6 +74,8 @@ def visualize_dataset(
             that of all.
         num_images: on each sheet.
         each: draw every image by itself, too.
+        task: whether AP and errors are those of boxes ("bbox") or of masks ("segm"); None: of masks
+            where there are any.
         predictions_name: what to call the predictions in errors.
 
     Returns:
@@ -101,8 +104,8 @@ def visualize_dataset(
     path = PathManager.get_local_path(metadata.json_file)
     annotations = load_annotations(path)
     check_ids(predictions, annotations, predictions_name, path)
-    # masks, where everything has one
-    task = choose_tasks(annotations, predictions, None, path, predictions_name)[-1]
+    wanted = None if task is None else [task]
+    task = choose_tasks(annotations, predictions, wanted, path, predictions_name)[-1]
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
     check_masks(predictions, sizes, predictions_name)
 
