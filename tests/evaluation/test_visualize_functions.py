@@ -11,7 +11,7 @@ from PIL import Image
 from small_coco import HEIGHT, WIDTH, prediction, rle
 
 from ws_detectron.data.preview import write_png
-from ws_detectron.errors import UserError
+from ws_detectron.errors import DataError, UserError
 from ws_detectron.evaluation.drawing import captioned, draw_sheet, records_by_id
 from ws_detectron.evaluation.error_kinds import CORRECT, MISSED
 from ws_detectron.evaluation.inputs import open_video, read_frames
@@ -60,6 +60,16 @@ def test_images_that_cannot_be_read_are_skipped_and_named(
     # the sheets are filled with others
     assert cv2.imread(str(tmp_path / "out" / "best.png")) is not None
     assert {p.name for p in (tmp_path / "out" / "images").iterdir()} == {"2.png", "3.png"}
+
+
+def test_one_prediction_without_a_mask_leaves_boxes_to_be_asked_for(
+    dataset: str, tmp_path: Path
+) -> None:
+    found = [FOUND[0], {k: v for k, v in FOUND[1].items() if k != "segmentation"}]
+    with pytest.raises(DataError, match="segm needs masks everywhere: entry 1 .*--task bbox"):
+        visualize_dataset(dataset, found, tmp_path / "out")
+    summary = visualize_dataset(dataset, found, tmp_path / "out", task="bbox")
+    assert summary.startswith("Box predictions")
 
 
 @pytest.mark.parametrize("kind", ["turned", "resized", "deep"])
