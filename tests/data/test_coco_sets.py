@@ -10,7 +10,13 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 
-from ws_detectron.data import classes_of, keypoint_names, mirrored, register_coco_sets
+from ws_detectron.data import (
+    check_coco_set,
+    classes_of,
+    keypoint_names,
+    mirrored,
+    register_coco_sets,
+)
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets, check_registered
 from ws_detectron.errors import ConfigError, DataError, UserError
@@ -208,3 +214,16 @@ def test_files_without_the_keypoints_are_named(
     with pytest.raises(DataError, match=message) as caught:
         keypoint_names(name)
     assert f"{name}.json" in str(caught.value)
+
+
+def test_the_copy_of_a_fixed_file_is_not_written_over_it(name: str, tmp_path: Path) -> None:
+    content = with_keypoints(ENDS, iscrowd="missing")
+    (tmp_path / "annotations").mkdir()
+    path = tmp_path / "annotations" / f"{name}.json"
+    path.write_text(json.dumps(content))
+    (tmp_path / "1.png").touch()
+    register_coco_sets([[name, str(path), str(tmp_path)]])
+    with pytest.raises(UserError, match=f"{name}.json is an input"):
+        check_coco_set(name, tmp_path)
+    assert json.loads(path.read_text()) == content
+    assert check_coco_set(name, tmp_path / "out") is not None

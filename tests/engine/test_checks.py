@@ -165,6 +165,13 @@ def test_scenes_need_no_file_before_they_are_made() -> None:
     checks.check_datasets("DATASETS.TEST", [name])
 
 
+def test_classes_alone_need_no_files(coco_set: str, tmp_path: Path) -> None:
+    (tmp_path / "annotations.json").unlink()
+    with pytest.raises(UserError, match="annotations.json, which does not exist"):
+        checks.check_datasets("--dataset", [coco_set])
+    checks.check_datasets("--dataset", [coco_set], files=False)
+
+
 def test_numbers_of_keypoints_are_the_same_everywhere(keypoint_cfg: CfgNode) -> None:
     checks.check_keypoints(keypoint_cfg, train=True)
     (name,) = keypoint_cfg.DATASETS.TEST
