@@ -3,16 +3,36 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Optional
+
+
+def shown(text: object, limit: Optional[int] = None) -> str:
+    """Text of a file as it can be shown: on a terminal, control characters could do anything.
+
+    Args:
+        text: is turned into a string; all but printable characters and line feeds are escaped.
+        limit: of characters; None for none.
+    """
+    text = str(text)
+    if limit is not None and len(text) > limit:
+        text = f"{text[:limit]}… ({len(text)} characters)"
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     Its message stands alone: it names the config key or file, what was found there and what is
-    allowed. The command-line tools print it without a traceback and end with `exit_status`.
+    allowed. The command-line tools print it without a traceback and end with `exit_status`. Text
+    from files in it is escaped, see `shown`.
     """
 
     exit_status = 2  # argparse's own for a wrong command line
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class ConfigError(UserError, ValueError):
