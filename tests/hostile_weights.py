@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -94,10 +95,10 @@ def torch_zip(
     """A torch file with this data.pkl."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
-        archive.writestr("archive/data.pkl", content)
-        for key, data in (storages or {}).items():
-            archive.writestr(f"archive/data/{key}", data)
-        archive.writestr("archive/version", "3\n")
+        entries = {"data.pkl": content, "version": b"3\n"}
+        entries |= {f"data/{key}": data for key, data in (storages or {}).items()}
+        for name, data in entries.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data, compression)
     return file.getvalue()
 
 
@@ -152,10 +153,16 @@ TENSORS = {
 
 
 def saved(content: Any, zipped: bool = True) -> bytes:
-    """What `torch.save` writes."""
+    """What `torch.save` writes, the same each time."""
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    return file.getvalue()
+    if zipped:
+        return file.getvalue()
+    data = file.getvalue()  # names its storages by their addresses
+    for number, key in enumerate(dict.fromkeys(re.findall(rb"X.\x00{3}(\d{9,})q", data))):
+        text = b"X" + struct.pack("<I", len(key)) + key
+        data = data.replace(text, b"X\x03\x00\x00\x00%03d" % number)
+    return data
 
 
 def special_tensors() -> dict[str, torch.Tensor]:

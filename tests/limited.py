@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from ws_detectron.errors import UserError
 
 
@@ -84,6 +86,7 @@ def _work(function: Callable, inputs: list, first: int, pipe: int, megabytes: in
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
+        torch.set_num_threads(1)  # the threads of the parent are not there
         for item in inputs[first:]:
             start = time.perf_counter()
             try:

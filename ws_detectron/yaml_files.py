@@ -21,8 +21,6 @@ from detectron2.utils.file_io import PathManager
 
 from .errors import ConfigError, UserError, shown
 
-# libyaml's, where PyYAML has it, is ten times as fast
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MAX_DEPTH = 50
 _MAX_NODES = 10_000  # that aliases may add to those that are written
 _MAX_DIGITS = 400  # every finite float can be written with less
@@ -122,7 +120,7 @@ def _text(path: str, what: str, where: str = "") -> str:
 def _parsed(text: str, where: str) -> Any:
     try:
         _check_events(text, where)
-        content = yaml.load(text, _Loader)  # a safe loader
+        content = yaml.safe_load(text)
         check_integers(content, where)
         return content
     except UserError:
@@ -134,11 +132,14 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _check_events(text: str, where: str) -> None:
-    """Tags, doubled keys, depth and aliases, before any value is made."""
+    """Tags, doubled keys, depth and aliases, before any value is made.
+
+    With the parser that fvcore uses: libyaml's, which is faster, differs in details.
+    """
     open_nodes: list[_Node] = [_Node(None, False)]
     sizes: dict[str, int] = {}  # of each anchor
     written = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes and any(n.anchor == event.anchor for n in open_nodes):

@@ -8,6 +8,8 @@ import tarfile
 from pathlib import Path
 from typing import Any, Union
 
+from ws_detectron.errors import shown
+
 from .errors import WeightsError
 from .safe_pickle import RefusedPickle, load_plain_pickle
 from .torch_files import read_legacy_torch, read_torch_zip
@@ -47,10 +49,10 @@ def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"cannot read the weight file {path}: {error.strerror}") from None
     except RefusedPickle as error:
-        name = str(error)
+        name = shown(error, 200)
         raise WeightsError(f"{path} is refused: {_asks_for(name)}{_advice(name)}") from None
     except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} is damaged or refused: {error}") from None
+        raise WeightsError(f"{path} is damaged or refused: {shown(error, 300)}") from None
     if not isinstance(content, dict):
         raise WeightsError(
             f"{path} holds a {type(content).__name__}; a weight file holds a dict of tensors"
@@ -77,7 +79,8 @@ def _read(path: Path) -> Any:
         return load_plain_pickle(io.BytesIO(content))
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is neither a torch file nor a pickle of arrays, or it is damaged ({error})"
+            f"{path} is neither a torch file nor a pickle of arrays, or it is damaged "
+            f"({shown(error, 300)})"
         ) from None
 
 

@@ -99,7 +99,9 @@ def find_config(config_file: str) -> str:
 
 def _explain(cfg: CfgNode, error: Exception, where: str) -> str:
     """The error's own text, and for an unknown key the names that look like it."""
-    text = str(error.args[0]) if error.args else str(error)
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    if len(text) > 400:  # yacs prints whole nodes; the key is at the end
+        text = f"{text[:200]} … {text[-150:]}"
     message = f"{where}: {text}"
     if "key" in text.lower():
         unknown = text.rpartition(" ")[2] if isinstance(error, KeyError) else where.split()[1]

@@ -177,7 +177,7 @@ def _comparisons(keys: "_Keys", names: Sequence[str]) -> tuple[tuple[str, str], 
     if not isinstance(given, list):
         raise ConfigError(f"{keys.where}: `comparisons` is no list of pairs of arms")
     for pair in given:
-        if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= set(names):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(name in names for name in pair):
             raise ConfigError(
                 f"{keys.where}: `comparisons` holds {pair!r}; allowed: pairs of {', '.join(names)}"
             )
