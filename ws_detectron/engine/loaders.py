@@ -14,7 +14,7 @@ from detectron2.data import (
 from ws_detectron.errors import DataError
 
 from .accumulation import part_of_batch
-from .checks import check_classes, differing_classes, explain_annotations
+from .checks import check_classes, check_proposals, differing_classes, explain_annotations
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,11 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
     Its batches are what goes through the model at once: with SOLVER.ACCUMULATE_STEPS, parts.
 
     Raises:
-        DataError: annotations are not COCO JSON; images that cannot be read raise it later, when
-            their turn comes.
+        DataError: annotations are not COCO JSON, or proposal files would run code; images that
+            cannot be read raise it later, when their turn comes.
         ConfigError: the data have more classes than the model.
     """
+    check_proposals(cfg)
     cfg = part_of_batch(cfg)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
     loader = _explained(
@@ -76,6 +77,7 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     """detectron2's test loader for one data set; see `build_train_loader`."""
+    check_proposals(cfg)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=False))
     loader = _explained(
         [dataset_name], lambda: build_detection_test_loader(cfg, dataset_name, mapper=mapper)
