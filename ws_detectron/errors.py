@@ -28,7 +28,7 @@ def shown(text: object, limit: Optional[int] = None) -> str:
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     Its message stands alone: it names the config key or file, what was found there and what is
     allowed. The command-line tools print it without a traceback and end with `exit_status`. Text

@@ -1,6 +1,6 @@
 """The configs that come with this package, found by name.
 
-They lie in `configs/` of the repository, and in `ws_detectron/configs/` of a wheel.
+They are in `configs/` of the repository, and in `ws_detectron/configs/` of a wheel.
 """
 
 import difflib
@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from .config import add_ws_config
 from .errors import UserError
+from .yaml_files import merge_config_file
 
 _PACKAGED = Path(__file__).resolve().parent / "configs"
 _REPOSITORY = _PACKAGED.parent.parent / "configs"
@@ -51,7 +52,7 @@ def get_config(name: str) -> CfgNode:
     path = get_config_file(name)
     cfg = get_cfg()
     add_ws_config(cfg)
-    cfg.merge_from_file(path)
+    merge_config_file(cfg, path)
     return cfg
 
 

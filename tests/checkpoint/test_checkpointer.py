@@ -12,9 +12,9 @@ import pytest
 import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_resnet_backbone
+from detectron2.modeling import build_model, build_resnet_backbone
 from torch import nn
-from weight_samples import small_config, small_model
+from weight_samples import other_detector, small_config, small_model
 
 from ws_detectron.checkpoint import (
     METADATA_KEY,
@@ -374,3 +374,134 @@ def test_checkpoint_of_the_default_trainer_resumes(tmp_path: Path) -> None:
         optimizer[0]["momentum_buffer"],
         first._trainer.optimizer.state_dict()["state"][0]["momentum_buffer"],
     )
+
+
+@pytest.mark.parametrize("library", ["torchvision", "torchvision retinanet", "maskrcnn-benchmark"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_detector_of_another_library(
+    plain_model: nn.Module, tmp_path: Path, library: str, wrapped: bool
+) -> None:
+    state = other_detector(library)
+    content = {"model": {f"module.{key}": value for key, value in state.items()}}
+    torch.save(content if wrapped else state, tmp_path / "x.pth")
+    message = refusal(plain_model, tmp_path / "x.pth")
+    assert f"x.pth is a {library.split()[0]} detector (told from its key" in message
+
+
+def test_names_of_other_libraries_are_allowed_where_the_model_has_them(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"body": nn.Linear(1, 1)})})
+    WSCheckpointer(model, str(tmp_path)).save("model")
+    WSCheckpointer(model).load(str(tmp_path / "model.pth"))
+
+
+def test_file_without_any_weights_of_the_backbone(plain_model: nn.Module, plain_file: Path) -> None:
+    state = read_weight_file(plain_file)["model"]
+    heads = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+    message = refusal(plain_model, changed(plain_file, model=heads))
+    assert "no weights for the backbone, which would stay random" in message
+    assert "proposal_generator.rpn_head.conv.weight" in message
+    one = {**heads, "backbone.fpn_lateral2.weight": state["backbone.fpn_lateral2.weight"]}
+    WSCheckpointer(copy.deepcopy(plain_model)).load(str(changed(plain_file, model=one)))
+
+
+@pytest.mark.parametrize(
+    "kept, parts",
+    [
+        (r"backbone\.", ["proposal_generator lacks 6 of 6 tensors", "roi_heads.box_head lacks"]),
+        (r"(?!backbone\.fpn_output5\.weight)", ["backbone lacks 1 of", "backbone.fpn_output5.wei"]),
+        (r"(?!roi_heads)", ["roi_heads.box_predictor lacks 4 of 4", "The file has backbone ("]),
+    ],
+)
+def test_whole_model_is_needed_on_request(
+    plain_model: nn.Module, plain_file: Path, kept: str, parts: list[str]
+) -> None:
+    state = read_weight_file(plain_file)["model"]
+    changed(plain_file, model={k: v for k, v in state.items() if re.match(kept, k)})
+    WSCheckpointer(copy.deepcopy(plain_model)).load(str(plain_file))
+    with pytest.raises(WeightsError) as caught:
+        WSCheckpointer(copy.deepcopy(plain_model), whole=True).load(str(plain_file))
+    message = str(caught.value)
+    assert "not a checkpoint of the whole model" in message and "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+def test_shared_parameters_and_missing_buffers_are_no_missing_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    model.register_buffer("anchors", torch.ones(3))
+    state = {key: value for key, value in model.state_dict().items() if key != "0.weight"}
+    del state["anchors"]
+    torch.save({"model": state}, tmp_path / "x.pth")
+    WSCheckpointer(model, whole=True).load(str(tmp_path / "x.pth"))
+    bn = nn.Sequential(nn.BatchNorm2d(2))
+    torch.save({"model": dict(bn.named_parameters())}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="0 lacks 2 of 4 tensors"):
+        WSCheckpointer(bn, whole=True).load(str(tmp_path / "x.pth"))
+
+
+def test_resume_with_other_classes_names_the_key(tmp_path: Path) -> None:
+    cfg = small_config(ws=False)
+    model = build_model(cfg)
+    WSCheckpointer(model, str(tmp_path)).save("model_0000004")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    other = WSCheckpointer(build_model(cfg), str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        other.resume_or_load("", resume=True)
+    message = str(caught.value)
+    assert f"{tmp_path}/model_0000004.pth is not a checkpoint of the whole model" in message
+    assert "box_predictor.cls_score.weight is (81, 32) in the file and (5, 32) in the" in message
+    assert "(check MODEL.ROI_HEADS.NUM_CLASSES)" in message
+    other.resume_or_load(str(tmp_path / "model_0000004.pth"), resume=False)  # fine-tuning may
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"model_0000009.pth", "names 'model_0000009.pth', which is not there"),
+        (b"\xff\x00\x1b[2J", "names "),
+        (b"../", "names '../'"),
+    ],
+)
+def test_last_checkpoint_that_names_no_file(
+    plain_model: nn.Module, tmp_path: Path, content: bytes, found: str
+) -> None:
+    (tmp_path / "last_checkpoint").write_bytes(content)
+    checkpointer = WSCheckpointer(plain_model, str(tmp_path))
+    for files, remedy in (
+        ((), f"{tmp_path} has none"),
+        (["model_0000004.pth"], "(model_0000004.pth"),
+    ):
+        for name in files:
+            (tmp_path / name).touch()
+        with pytest.raises(WeightsError) as caught:
+            checkpointer.resume_or_load("weights.pth", resume=True)
+        message = str(caught.value)
+        assert f"{tmp_path}/last_checkpoint {found}" in message and remedy in message
+        assert "or delete it to start from MODEL.WEIGHTS" in message and message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_state": [1]},
+        {"model_state": {1: torch.ones(1)}},
+        {"model": 5},
+        {"model": {"a": {"b": torch.ones(1)}}},
+        {"blobs": 5},
+        {"blobs": {1: np.ones(1, "f4")}},
+        {"conv1_w": 3},
+        {"blobs": {"conv1_w": np.ones(2, "f4"), "res2_0_branch2a_w": np.ones((1, 1, 1, 1), "f4")}},
+        {"model": {"weight": torch.ones(1)}, "matching_heuristics": True, "__author__": "Caffe2"},
+        {"model": {"a\x1b[2J": torch.ones(1)}},
+        {METADATA_KEY: 5, "model": {"backbone.fpn_lateral2.weight": torch.ones(1)}},
+    ],
+)
+def test_content_of_another_form(plain_model: nn.Module, tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "x.pkl"
+    if "model" in content or "model_state" in content:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    assert str(path) in refusal(plain_model, path)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from weight_samples import as_state, constant, mmdet_keys, torchvision_keys
+from weight_samples import as_state, constant, mmdet_keys, other_detector, torchvision_keys
 
 from ws_detectron.checkpoint import (
     METADATA_KEY,
@@ -370,3 +370,15 @@ def test_unusable_metadata_says_what_is_wrong(entry: str, value: Any, message: s
     assert WeightMetadata.from_dict(values, "file.pth") == WeightMetadata("training")
     with pytest.raises(WeightsError, match=message):
         WeightMetadata.from_dict({**values, entry: value}, "file.pth")
+
+
+@pytest.mark.parametrize("source", ["auto", "detectron2", "torchvision", "mmdet"])
+@pytest.mark.parametrize("library", ["torchvision", "torchvision retinanet", "maskrcnn-benchmark"])
+def test_detector_of_another_library_is_named(tmp_path: Path, library: str, source: str) -> None:
+    state: dict[str, Any] = other_detector(library)
+    if library == "maskrcnn-benchmark":  # as its checkpointer saves them
+        state = {"model": {f"module.{key}": value for key, value in state.items()}}
+    path = tmp_path / "x.pth"
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match=f"is a {library.split()[0]} detector .*backbone would"):
+        convert_file(path, source, ws=False)

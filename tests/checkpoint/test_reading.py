@@ -14,8 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile_weights import FOUR, all_files, saved, tensor_pickle, torch_zip
+from limited import run_limited
 
-from ws_detectron.checkpoint import WeightsError, read_weight_file
+from ws_detectron.checkpoint import (
+    WeightsError,
+    WSCheckpointer,
+    convert_file,
+    read_weight_file,
+)
+from ws_detectron.checkpoint.state import check_finite, unwrap_state
 
 
 class Payload:
@@ -120,6 +128,141 @@ def test_array_shape_beyond_its_bytes(tmp_path: Path) -> None:
     path = tmp_path / "weights.pkl"
     path.write_bytes(data.replace(b"K\x07\x85", b"K\x09\x85"))
     assert "28 bytes" in refused(path)
+
+
+def test_small_files_that_expand_or_lie(tmp_path: Path) -> None:
+    """In a process that may take 5 seconds and 256 MB: loaded by torch, many end in none."""
+    files = all_files()
+    paths = {}
+    for number, (name, content) in enumerate(files.items()):
+        paths[name] = tmp_path / f"{number}.pth"
+        paths[name].write_bytes(content)
+    outcomes = list(run_limited(read_weight_file, paths.values(), seconds=5, megabytes=256))
+    wrong = {
+        name: (outcome.status, outcome.message)
+        for name, outcome in zip(files, outcomes)
+        if outcome.status != "refused"
+        or "\n" in outcome.message
+        or len(outcome.message) > 500
+        or str(paths[name]) not in outcome.message
+    }
+    assert not wrong and len(outcomes) == len(files) > 100
+
+
+def test_pipe_device_and_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "zero.pth").symlink_to("/dev/zero")
+    for name in ("pipe.pth", "zero.pth"):
+        path = tmp_path / name
+        assert "is a device or pipe" in refused(path)
+        with pytest.raises(WeightsError, match="device or pipe"):
+            convert_file(path)
+        with pytest.raises(WeightsError, match="there is no weight file"):
+            WSCheckpointer(torch.nn.Linear(1, 1)).load(str(path))
+
+
+def test_control_characters_are_escaped(tmp_path: Path) -> None:
+    key = "w\x1b[2J\x07\u202e"
+    path = tmp_path / "\x1b[31mred.pth"
+    torch.save({key: torch.ones(1)}, path)
+    with pytest.raises(WeightsError) as caught:
+        unwrap_state(read_weight_file(path), str(path))
+    assert str(caught.value).isprintable() and "\\x1b[31mred" in str(caught.value)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl\x1b[2J", "x")
+    with pytest.raises(WeightsError) as caught:
+        read_weight_file(path)
+    assert str(caught.value).isprintable() and "\\x1b[2J" in str(caught.value)
+    path.write_bytes(b"\x80\x02c\x1b[2J\nx\n.")
+    with pytest.raises(WeightsError) as caught:
+        read_weight_file(path)
+    assert str(caught.value).isprintable()
+
+
+def state_of_everything() -> dict[str, Any]:
+    base = torch.arange(24.0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.ones(2, 2, 1, 1)).sum().backward()
+    optimizer.step()
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.note = "an attribute"
+    dtypes = "bfloat16 bool uint8 int8 float64 float32 float16 int32 int64 int16".split()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": collections.Counter([5, 5, 9]),
+        "types": {name: torch.ones(3).to(getattr(torch, name)) for name in dtypes},
+        "views": [base, base[2:7], base.view(4, 6).t(), base.view(2, 3, 4)[:, 1:, ::2]],
+        "empty": [torch.zeros(0), torch.zeros(3, 0, 2), torch.tensor(2.5)],
+        "expanded": torch.ones(1).expand(5, 7),
+        "channels last": torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        "parameter": parameter,
+        "set": {1, "a"},
+        "plain": [torch.Size([1, 2]), torch.device("cuda", 1), torch.float16, None, True, 1.5],
+        "text": ("é\n", b"\xff", -(2**63), 2**127, {None: 1, 2.5: 2, b"k": 3}),
+    }
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Values and their types; OrderedDict, Parameter and Size become dict, tensor and tuple."""
+    if isinstance(expected, torch.Tensor):
+        return (
+            type(found) is torch.Tensor
+            and found.dtype == expected.dtype
+            and found.stride() == expected.stride()
+            and torch.equal(found, expected)
+        )
+    if isinstance(expected, dict) and not isinstance(expected, collections.Counter):
+        return (
+            type(found) is dict
+            and list(found) == list(expected)
+            and all(same(found[key], expected[key]) for key in expected)
+        )
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return type(found) is type(expected) and found == expected
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_are_read_as_torch_reads_them(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(saved(state_of_everything(), zipped))
+    found, expected = read_weight_file(path), torch.load(path, weights_only=True)
+    assert list(found) == list(expected)
+    wrong = [key for key in expected if not same(found[key], expected[key])]
+    assert not wrong
+    pointers = {view.untyped_storage().data_ptr() for view in found["views"]}
+    assert len(pointers) == 1, "what shared its memory when it was saved does so again"
+    found["views"][0][3] = -1
+    assert found["views"][1][1] == -1
+
+
+def test_file_of_a_machine_with_the_other_byte_order(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    swapped = np.arange(4, dtype=">f4").tobytes()
+    path.write_bytes(torch_zip(tensor_pickle((4,), (1,), 4), {"0": swapped}))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/byteorder", "big" if sys.byteorder == "little" else "little")
+    assert read_weight_file(path)["w"].tolist() == [0, 1, 2, 3]
+    assert torch.load(path, weights_only=True)["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_storages_of_a_gpu_are_read_onto_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    content = tensor_pickle((2, 2), (2, 1), 4).replace(b"ctorch\nFloat", b"ctorch.cuda\nFloat")
+    path.write_bytes(torch_zip(content.replace(b"\x03\x00\x00\x00cpu", b"\x06\x00\x00\x00cuda:0"),
+                               {"0": FOUR}))  # fmt: skip
+    found = read_weight_file(path)["w"]
+    assert found.tolist() == [[0, 1], [2, 3]] and found.device.type == "cpu"
+
+
+def test_finite_check_of_an_expanded_tensor_takes_its_memory_only() -> None:
+    state = {"w": torch.ones(3, 1, 2).expand(3, 10**12, 2)}
+    check_finite(state, "x.pth")
+    state["v"] = torch.tensor([1.0, float("nan")]).expand(10**12, 2)
+    with pytest.raises(WeightsError, match="x.pth has NaN or infinite values in v"):
+        check_finite(state, "x.pth")
 
 
 def test_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:

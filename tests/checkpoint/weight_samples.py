@@ -105,3 +105,41 @@ def small_config(*, ws: bool, norm: str = "GN", depth: int = 18) -> CfgNode:
 def small_model(**kwargs: Any) -> nn.Module:
     """A model of `small_config`."""
     return build_model(small_config(**kwargs)).eval()
+
+
+def other_detector(library: str) -> dict[str, torch.Tensor]:
+    """Some keys of detectors whose box predictor has detectron2's names, with shapes that fit.
+
+    Args:
+        library: "torchvision" (models/detection/faster_rcnn.py and mask_rcnn.py, 0.26),
+            "torchvision retinanet" or "maskrcnn-benchmark" (modeling/).
+    """
+    names = {
+        "torchvision": (
+            "backbone.body.conv1",
+            "backbone.body.layer1.0.conv1",
+            "backbone.fpn.inner_blocks.0.0",
+            "backbone.fpn.layer_blocks.0.0",
+            "rpn.head.conv.0.0",
+            "rpn.head.cls_logits",
+            "roi_heads.box_head.fc6",
+            "roi_heads.box_head.fc7",
+            "roi_heads.mask_head.0.0",
+            "roi_heads.mask_predictor.mask_fcn_logits",
+        ),
+        "torchvision retinanet": ("backbone.body.conv1", "head.classification_head.conv.0.0"),
+        "maskrcnn-benchmark": (
+            "backbone.body.stem.conv1",
+            "backbone.body.layer1.0.conv1",
+            "backbone.fpn.fpn_inner1",
+            "rpn.head.conv",
+            "roi_heads.box.feature_extractor.fc6",
+            "roi_heads.box.predictor.cls_score",
+        ),
+    }[library]
+    state = {f"{name}.weight": torch.ones(4, 4) for name in names}
+    if library == "torchvision":
+        for key, shape in (("cls_score", (81, 32)), ("bbox_pred", (320, 32))):
+            state[f"roi_heads.box_predictor.{key}.weight"] = torch.zeros(shape)
+            state[f"roi_heads.box_predictor.{key}.bias"] = torch.zeros(shape[0])
+    return state

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import pickle
 from pathlib import Path
 
 import cv2
@@ -104,3 +106,34 @@ def test_boxes_without_masks_are_no_data_for_a_mask_head(
         next(iter(build_train_loader(tiny_cfg)))
     tiny_cfg.MODEL.MASK_ON = False
     assert len(next(iter(build_train_loader(tiny_cfg)))) == 2
+
+
+class Payload:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch '{self.target}'",)
+
+
+def test_proposal_file_that_runs_code(tiny_cfg: CfgNode, tmp_path: Path) -> None:
+    path, proof = tmp_path / "proposals.pkl", tmp_path / "code_was_run"
+    tiny_cfg.MODEL.LOAD_PROPOSALS = True
+    name = tiny_cfg.DATASETS.TEST[0]
+    tiny_cfg.DATASETS.PROPOSAL_FILES_TRAIN = tiny_cfg.DATASETS.PROPOSAL_FILES_TEST = (str(path),)
+    for content in (Payload(proof), {"ids": [1], "boxes": [Payload(proof)]}):
+        path.write_bytes(pickle.dumps(content))
+        for build in (build_train_loader, lambda cfg: build_test_loader(cfg, name)):
+            with pytest.raises(DataError, match="proposals.pkl is refused: it asks for .*system"):
+                build(tiny_cfg)
+    assert not proof.exists()
+    boxes = np.array([[0, 0, 9, 9]], "f4")
+    proposals = {
+        "ids": [1, 2, 3, 4],
+        "boxes": [boxes] * 4,
+        "objectness_logits": [np.ones(1, "f4")] * 4,
+        "bbox_mode": 0,
+    }
+    path.write_bytes(pickle.dumps(proposals))
+    batch = next(iter(build_test_loader(tiny_cfg, name)))
+    assert batch[0]["proposals"].proposal_boxes.tensor.tolist() == [[0, 0, 9, 9]]

@@ -161,6 +161,26 @@ def test_weights_that_cannot_be_read(tiny_cfg: CfgNode, tmp_path: Path) -> None:
         trainer.resume_or_load(resume=False)
 
 
+def test_resume_names_what_cannot_be_resumed(tiny_cfg: CfgNode) -> None:
+    output = Path(tiny_cfg.OUTPUT_DIR)
+    first = Trainer(tiny_cfg)
+    first.checkpointer.save("model_0000000", iteration=0)
+    (output / "last_checkpoint").write_text("")
+    with pytest.raises(UserError, match="last_checkpoint is empty; .*model_0000000.pth"):
+        Trainer(tiny_cfg).resume_or_load(resume=True)
+    (output / "last_checkpoint").write_text("model_0000000.pth")
+    other = tiny_cfg.clone()
+    other.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    with pytest.raises(UserError, match="cls_score.weight is .*MODEL.ROI_HEADS.NUM_CLASSES"):
+        Trainer(other).resume_or_load(resume=True)
+    state = torch.load(output / "model_0000000.pth", weights_only=True)
+    for name in ("trainer", "training_loop"):
+        state.update({name: {"optimizer": 5, "_trainer": 5}} if name in state else {})
+    torch.save(state, output / "model_0000000.pth")
+    with pytest.raises(UserError, match="the checkpoint '.*model_0000000.pth' cannot be loaded"):
+        Trainer(tiny_cfg).resume_or_load(resume=True)
+
+
 def test_output_dir_is_made(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     tiny_cfg.OUTPUT_DIR = str(tmp_path / "new" / "run")
     Trainer(tiny_cfg)

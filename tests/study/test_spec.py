@@ -59,6 +59,7 @@ def test_first_arm_is_the_baseline_unless_said_otherwise(make_study) -> None:
         ({"device": "tpu"}, ["`device` is 'tpu'", "cpu, cuda"]),
         ({"checkpoints": "best"}, ["`checkpoints` is 'best'", "all, last, none"]),
         ({"comparisons": [["gn", "ln"]]}, ["`comparisons`", "['gn', 'ln']", "bn, gn"]),
+        ({"comparisons": [[{}, "bn"]]}, ["`comparisons`", "[{}, 'bn']"]),
         ({"overrides": {"SOLVER.MAX_ITER": 5}}, ["SOLVER.MAX_ITER", "sets for every cell"]),
         (
             {"evaluations": 2, "overrides": {"TEST.EVAL_PERIOD": 5}},

@@ -3,6 +3,7 @@
 import logging
 import os
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import IO, Any, Optional
 from urllib.parse import parse_qs
 
@@ -13,24 +14,26 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from ws_detectron.errors import shown
 from ws_detectron.io import atomic_write
 
 from .describe import describe_model
-from .errors import WeightsError
-from .fit import check_fit, fold_into
+from .errors import WeightsError, list_some
+from .fit import check_fit, fold_into, missing_weights, parts_of
 from .metadata import METADATA_KEY, WeightMetadata
 from .reading import read_weight_file
-from .sources import is_detectron2, recognize
+from .sources import is_detectron2, recognize, refuse_other_detectors
 from .state import check_finite, unwrap_state
 
 logger = logging.getLogger(__name__)
 
 
 class WSCheckpointer(DetectionCheckpointer):
-    """Saves and loads checkpoints like `DetectionCheckpointer`, with four differences.
+    """Saves and loads checkpoints like `DetectionCheckpointer`, with five differences.
 
     - Files are read without running code in them (`read_weight_file`), resumed training included.
     - Weights that do not fit the model are refused, where that can be known: see `check_fit`.
+    - A checkpoint to resume from must hold the whole model, and with `whole` any file.
     - Saved files say what the model needs (WS convs, preprocessing, ...), so that this can be
       known of them later.
     - Files in `save_dir`, the one that names the last checkpoint included, are there whole or not
@@ -41,6 +44,8 @@ class WSCheckpointer(DetectionCheckpointer):
         save_dir: where checkpoints are saved, and found for resuming.
         save_to_disk: None for "on the main process".
         fold: whether WS weights may go into plain convs, by storing the standardized filters.
+        whole: whether every parameter of the model must be in the file, in its shape, as
+            inference needs it.
         check: False turns refusals into logged warnings.
         checkpointables: further objects to save and load, as for `DetectionCheckpointer`.
     """
@@ -52,12 +57,14 @@ class WSCheckpointer(DetectionCheckpointer):
         *,
         save_to_disk: Optional[bool] = None,
         fold: bool = False,
+        whole: bool = False,
         check: bool = True,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.path_manager = _AtomicPathManager()
         self._fold = fold
+        self._whole = whole
         self._check = check
         self._path = ""
 
@@ -93,12 +100,44 @@ class WSCheckpointer(DetectionCheckpointer):
         self._path = path
         return super().load(path, *args, **kwargs)
 
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resumes from the checkpoint that `last_checkpoint` names, or loads the model of `path`.
+
+        Raises:
+            WeightsError: as `load`, or `last_checkpoint` names no file.
+        """
+        if not resume or not self.has_checkpoint():
+            return super().resume_or_load(path, resume=False)
+        self._check_last_checkpoint()
+        whole, self._whole = self._whole, True
+        try:
+            return super().resume_or_load(path, resume=True)
+        finally:
+            self._whole = whole
+
+    def _check_last_checkpoint(self) -> None:
+        path = Path(self.save_dir, "last_checkpoint")
+        try:
+            name = path.read_text("utf-8", "replace").strip() if path.is_file() else ""
+        except OSError as error:
+            raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+        if name and "\0" not in name and os.path.isfile(os.path.join(self.save_dir, name)):
+            return
+        found = sorted(file.name for file in Path(self.save_dir).glob("model_*.pth"))
+        raise WeightsError(
+            f"cannot resume: {path} "
+            + (f"names {shown(name, 100)!r}, which is not there" if name else "is empty")
+            + "; write the name of a checkpoint into it ("
+            + (list_some(found[::-1], 3) if found else f"{self.save_dir} has none")
+            + "), or delete it to start from MODEL.WEIGHTS"
+        )
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_weight_file(filename)
         if "model" in content:
             loaded = content
         elif "model_state" in content:
-            state = content["model_state"]
+            state = unwrap_state({"model": content["model_state"]}, filename).tensors
             state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
             loaded = {"model": state, "__author__": "pycls", "matching_heuristics": True}
         else:
@@ -107,17 +146,20 @@ class WSCheckpointer(DetectionCheckpointer):
         url = getattr(self, "_parsed_url_during_load", None)
         if url is not None and parse_qs(url.query).get("matching_heuristics") == ["True"]:
             loaded["matching_heuristics"] = True
-        loaded["model"] = unwrap_state({"model": loaded["model"]}, filename).tensors
+        state = unwrap_state({"model": loaded["model"]}, filename).tensors
+        own = self.model.state_dict()
+        refuse_other_detectors([key for key in state if key not in own], self._path or filename)
+        loaded["model"] = state
         return loaded
 
     def _load_foreign(self, content: dict[str, Any], filename: str) -> dict[str, Any]:
         """A file without the entry "model" of detectron2's own."""
         if "blobs" in content or "conv1_w" in content:
-            blobs = content.get("blobs", content)
+            given = content.get("blobs", content)
             blobs = {
                 key: value
-                for key, value in blobs.items()
-                if isinstance(value, np.ndarray) and not key.endswith("_momentum")
+                for key, value in (given.items() if isinstance(given, dict) else ())
+                if isinstance(value, np.ndarray) and not str(key).endswith("_momentum")
             }
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         raw = unwrap_state(content, filename)
@@ -140,9 +182,14 @@ class WSCheckpointer(DetectionCheckpointer):
         author = str(checkpoint.get("__author__", ""))
         state = checkpoint["model"]
         if checkpoint.pop("matching_heuristics", False):
-            state = align_and_update_state_dicts(
-                self.model.state_dict(), state, c2_conversion=author == "Caffe2"
-            )
+            try:
+                state = align_and_update_state_dicts(
+                    self.model.state_dict(), state, c2_conversion=author == "Caffe2"
+                )
+            except (AssertionError, LookupError, TypeError, ValueError) as error:
+                raise WeightsError(
+                    f"{self._path}: its keys cannot be matched with the model's: {error}"
+                ) from error
         checkpoint["model"] = state
         check_finite(state, self._path)
         fit = check_fit(self.model, state, metadata, author)
@@ -164,7 +211,18 @@ class WSCheckpointer(DetectionCheckpointer):
             if self._check:
                 raise WeightsError(message)
             logger.warning("%s\nIt is loaded nevertheless, as the check is off.", message)
-        return super()._load_model(checkpoint)
+        incompatible = super()._load_model(checkpoint)
+        problems = missing_weights(self.model, incompatible) if self._whole else []
+        if problems:
+            message = (
+                f"{self._path} is not a checkpoint of the whole model, the rest would be random: "
+                + "; ".join(problems)
+                + f". The file has {list_some(parts_of(state))}"
+            )
+            if self._check:
+                raise WeightsError(message)
+            logger.warning("%s", message)
+        return incompatible
 
 
 class _AtomicPathManager:

@@ -18,7 +18,14 @@ from .mmdet_settings import MMDetSettings, read_mmdet_settings
 from .names import find_by_sha256
 from .reading import read_weight_file
 from .report import ConversionRecord, KeyEntry
-from .sources import SOURCES, Source, is_detectron2, recognize, refuse_known_misfits
+from .sources import (
+    SOURCES,
+    Source,
+    is_detectron2,
+    recognize,
+    refuse_known_misfits,
+    refuse_other_detectors,
+)
 from .state import RawState, check_finite, is_allowed, normed_convs, unwrap_state
 
 OFFICIAL_WS = WSForm(DEFAULT_WS_MODE, DEFAULT_WS_EPS)
@@ -74,6 +81,7 @@ def convert_file(
     path = Path(path)
     raw = unwrap_state(read_weight_file(path), str(path))
     keys = list(raw.tensors)
+    refuse_other_detectors(keys, str(path))
     if source == "detectron2" or (source == "auto" and is_detectron2(keys)):
         return _own_file(raw, path, ws)
     if source == "auto":

@@ -1,6 +1,6 @@
 """The exception of everything that is wrong with a weight file."""
 
-from ws_detectron.errors import UserError
+from ws_detectron.errors import UserError, shown
 
 
 class WeightsError(UserError):
@@ -11,6 +11,7 @@ class WeightsError(UserError):
 
 
 def list_some(items: list[str], limit: int = 6) -> str:
-    """Joins the first `limit` items for a message and counts the rest."""
+    """Joins the first `limit` items, cut to a line, for a message and counts the rest."""
     rest = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    first = ", ".join(shown(item, 100) for item in items[:limit])
+    return first + (f" and {rest} more" if rest > 0 else "")

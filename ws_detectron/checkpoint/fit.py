@@ -1,9 +1,10 @@
 """Whether weights fit the model they are about to be loaded into."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
@@ -17,6 +18,13 @@ from .metadata import Preprocessing, WeightMetadata, WSForm
 _BLOCK = re.compile(r"(?:^|\.)res(\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
 _PLAIN_AUTHORS = ("torchvision", "pycls", "detectron2 model zoo")
+
+# Predictors, whose size is that of the data set.
+_CLASSES = (
+    (r"roi_heads\.(box_predictor|mask_head\.predictor)\.", "MODEL.ROI_HEADS.NUM_CLASSES"),
+    (r"head\.cls_score\.", "MODEL.RETINANET.NUM_CLASSES"),
+    (r"sem_seg_head\.predictor\.", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
+)
 
 State = Mapping[str, torch.Tensor]
 
@@ -60,6 +68,7 @@ def check_fit(
         )
         return fit
     needs = describe_model(model)
+    _look_for_backbone(model, state, fit)
     _compare_bodies(own, state, fit)
     _compare_norms(model, own, state, metadata, fit)
     if metadata is not None and metadata.ws_known:
@@ -71,11 +80,61 @@ def check_fit(
     return fit
 
 
+def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
+    """One sentence for each part of a model of which a file, just loaded, lacks weights.
+
+    Args:
+        model: into which it was loaded.
+        incompatible: what `Checkpointer._load_model` returned: `missing_keys` and
+            `incorrect_shapes`.
+    """
+    found = []
+    for key, there, here in incompatible.incorrect_shapes:
+        settings = [name for pattern, name in _CLASSES if re.match(pattern, key)]
+        hint = f" (check {settings[0]})" if settings else ""
+        found.append(f"{key} is {there} in the file and {here} in the model{hint}")
+    missing = set(incompatible.missing_keys)
+    named: list[tuple[str, torch.Tensor]]
+    named = list(model.named_parameters(remove_duplicate=False))
+    named += [
+        (name, value)
+        for name, value in model.named_buffers(remove_duplicate=False)
+        if name.endswith((".running_mean", ".running_var"))
+    ]
+    loaded = {id(value) for name, value in named if name not in missing}  # perhaps by another name
+    wrong = {key for key, *_ in incompatible.incorrect_shapes}
+    lacking = [n for n, value in named if id(value) not in loaded and n not in wrong]
+    total = Counter(map(_part, dict(named)))
+    for part, count in Counter(map(_part, lacking)).items():
+        first = next(name for name in lacking if _part(name) == part)
+        found.append(f"{part} lacks {count} of {total[part]} tensors ({first}, ...)")
+    return found
+
+
+def parts_of(keys: Iterable[str]) -> list[str]:
+    """The parts of a model that keys belong to, with the number of keys of each."""
+    return [f"{part} ({count})" for part, count in Counter(map(_part, keys)).items()]
+
+
+def _part(key: str) -> str:
+    return ".".join(key.split(".")[: 2 if key.startswith("roi_heads.") else 1])
+
+
 def fold_into(state: dict[str, torch.Tensor], foldable: Mapping[str, WSForm]) -> None:
     """Replaces the filters of these convs by their standardized ones, in place."""
     for name, form in foldable.items():
         key = f"{name}.weight"
         state[key] = standardize_weight(state[key], form.eps, form.mode)
+
+
+def _look_for_backbone(model: nn.Module, state: State, fit: Fit) -> None:
+    """Whoever names weights does not expect the largest part of the model to stay random."""
+    backbone = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
+    if backbone and not any(name in state for name in backbone):
+        fit.problems.append(
+            "the file has no weights for the backbone, which would stay random: the model's are "
+            f"{list_some(backbone, 2)}, the file has {list_some(list(state), 4)}"
+        )
 
 
 def _compare_bodies(own: State, state: State, fit: Fit) -> None:

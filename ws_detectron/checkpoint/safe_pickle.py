@@ -4,17 +4,31 @@ A pickle is a program: it names functions to import and calls them. Weight files
 numpy's only. Here these names lead to stand-ins written in this file, which rebuild plain numeric
 arrays; every other name is refused. numpy's own functions are not called either: a forged `dtype`
 state makes `numpy.ndarray.__setstate__` take bytes of the file for pointers.
+
+Time and memory stay within a small multiple of the file's size: what the file states about sizes
+is checked before anything is reserved, and so is what it copies or refers to many times.
 """
 
 import math
 import pickle
 import re
-from collections.abc import Callable
+import struct
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, Union
 
 import numpy as np
 
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
+_MAX_DIMS = 64  # numpy's and torch's
+_MAX_BITS = 128  # of an integer; states of random generators have them
+# Copies while reading, in sizes of the file and bytes; a file needs one of each of its arrays.
+_COPIES, _FEW_BYTES = 4, 1 << 16
+ENTRY = 64  # bytes of a container's entry, about
+# References to one value many times: values and bytes that a reader of the result would meet.
+_MANY_VALUES = 1_000_000
+_MANY_BYTES = 1 << 30  # an expanded tensor is stored as one number and read as all of them
+_EXPANSION = 16
 
 Plain = Union[dict, list, tuple, str, bytes, int, float, bool, None, np.ndarray]
 """What a safe pickle can hold, and hold nested."""
@@ -31,50 +45,44 @@ def load_plain_pickle(file: BinaryIO) -> Plain:
     of the standard library become plain dicts.
 
     Args:
-        file: open for reading bytes, at the start of the pickle.
+        file: open for reading bytes, at the start of the pickle, without more bytes than it has
+            at hand: `io.BytesIO`.
 
     Raises:
         RefusedPickle: the pickle names a function or class beyond those, or an object array.
-        pickle.UnpicklingError: it is damaged, truncated, or no pickle at all.
+        pickle.UnpicklingError: it is damaged, truncated, no pickle at all, or expands to many
+            times its size.
     """
-    try:
-        return _to_plain(_Unpickler(file).load(), set())
-    except (RefusedPickle, pickle.UnpicklingError):
-        raise
-    except RecursionError:
-        raise pickle.UnpicklingError("nested too deeply") from None
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        ImportError,
-        LookupError,
-        MemoryError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
+    return PlainUnpickler(file, size_of(file)).load_plain()
 
 
-# The Python implementation, as the C one reserves memory for whatever memo index a file names.
-class _Unpickler(pickle._Unpickler):
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, fix_imports=False, encoding="latin1")
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except (KeyError, TypeError):
-            raise RefusedPickle(f"{module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise RefusedPickle("a persistent object")
-
-    def get_extension(self, code: int) -> Any:
-        raise RefusedPickle(f"the registered extension {code}")
+def size_of(file: BinaryIO) -> int:
+    """Bytes of a seekable file, whose position stays."""
+    here = file.tell()
+    size = file.seek(0, 2)
+    file.seek(here)
+    return size
 
 
-class _StandIn:
+class Sealed:
+    """What stands for an object while a pickle is read, and what the pickle cannot change."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise RefusedPickle(f"to change a {type(self).__name__.lstrip('_').lower()}")
+
+
+class Value(Sealed):
+    """A value that is ready, with the bytes of its data."""
+
+    __slots__ = ("nbytes", "value")
+
+    def __init__(self, value: Any, nbytes: int = 0) -> None:
+        self.value, self.nbytes = value, nbytes
+
+
+class StandIn(Sealed):
     """What the name of an allowed function or class in a pickle leads to; carries no state."""
 
     __slots__ = ("_function",)
@@ -90,8 +98,172 @@ class _StandIn:
     def __setattr__(self, name: str, value: Any) -> None:
         raise RefusedPickle(f"to set the attribute {name}")
 
-    def __setstate__(self, state: Any) -> None:
-        raise RefusedPickle("to change a function")
+
+# The Python implementation, as the C one reserves memory for whatever memo index a file names, and
+# hashes any key, which for nested tuples takes exponential time or overflows the stack.
+_Unpickler: Any = pickle._Unpickler
+
+
+class PlainUnpickler(_Unpickler):
+    """Unpickles plain values; `load_plain` once for each pickle in the file.
+
+    Args:
+        file: `io.BytesIO`, which gives no more bytes than it has.
+        size: bytes of the whole weight file.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(file, fix_imports=False, encoding="latin1")
+        self._size = size
+        self._budget = _COPIES * size + _FEW_BYTES
+        self.allowed: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): StandIn(self._ordered_dict),
+            ("_codecs", "encode"): StandIn(self._encode),
+            ("__builtin__", "bytes"): StandIn(_no_bytes),
+            ("numpy", "ndarray"): _NDARRAY,
+            ("numpy", "dtype"): StandIn(_Dtype),
+        }
+        for core in ("numpy.core", "numpy._core"):
+            self.allowed[core + ".multiarray", "_reconstruct"] = StandIn(self._reconstruct)
+            self.allowed[core + ".multiarray", "scalar"] = StandIn(self._scalar)
+            self.allowed[core + ".numeric", "_frombuffer"] = StandIn(self._from_buffer)
+
+    def load_plain(self) -> Any:
+        """Raises what `load_plain_pickle` does."""
+        try:
+            return _Plain(self._size).convert(self.load())
+        except (RefusedPickle, pickle.UnpicklingError):
+            raise
+        except RecursionError:
+            raise pickle.UnpicklingError("nested too deeply") from None
+        except EOFError:
+            raise pickle.UnpicklingError("it ends too early") from None
+        except Exception as error:  # the opcodes of a damaged file can lead to any
+            raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
+
+    def spend(self, count: int) -> None:
+        """Counts bytes or entries that are copied."""
+        self._budget -= count
+        if self._budget < 0:
+            raise pickle.UnpicklingError("it copies its values many times")
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self.allowed[module, name]
+        except (KeyError, TypeError):
+            raise RefusedPickle(f"{module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise RefusedPickle("a persistent object")
+
+    def get_extension(self, code: int) -> Any:
+        raise RefusedPickle(f"the registered extension {code}")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _set_items(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        _set_items(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        content: dict = {}
+        _set_items(content, self.pop_mark())
+        self.append(content)
+
+    def load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(min(length, sys.maxsize))))
+
+    def load_no_set(self) -> None:
+        raise RefusedPickle("a set")
+
+    dispatch = {
+        **_Unpickler.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        **dict.fromkeys((op[0] for op in (pickle.ADDITEMS, pickle.FROZENSET)), load_no_set),
+    }
+
+    def _ordered_dict(self, items: Any = ()) -> "_Dict":
+        result = _Dict()
+        pairs = list(items.items()) if isinstance(items, dict) else list(items)
+        self.spend(ENTRY * len(pairs))
+        for pair in pairs:
+            _set_items(result, list(pair))
+        return result
+
+    def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
+        """How Python 3 writes bytes for the pickle protocols of Python 2."""
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise RefusedPickle(f"the text encoding {encoding!r:.40}")
+        self.spend(len(text))
+        return text.encode("latin1")
+
+    def _reconstruct(self, array_type: Any, shape: Any, code: Any) -> "_Array":
+        if array_type is not _NDARRAY:
+            raise RefusedPickle("a subclass of numpy.ndarray")
+        return _Array(self)
+
+    def _from_buffer(self, data: Any, dtype: Any, shape: Any, order: Any) -> "_Array":
+        result = _Array(self)
+        result.array = self.array(data, dtype, shape, order)
+        return result
+
+    def _scalar(self, dtype: Any, data: Any = b"") -> Union[int, float, bool]:
+        return self.array(data, dtype, (), "C").item()
+
+    def array(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+        """A numeric array with a copy of `data`, in the byte order of this machine."""
+        if not isinstance(dtype, _Dtype):
+            raise RefusedPickle("a numpy array without a numeric type")
+        if not isinstance(data, (bytes, bytearray, str)):
+            raise RefusedPickle("a numpy array of objects")
+        self.spend(len(data))
+        if isinstance(data, str):  # how Python 3 sees the byte strings of Python 2
+            data = data.encode("latin1")
+        if count(shape) * dtype.dtype.itemsize != len(data):
+            raise ValueError(f"array of shape {tuple(shape)!s:.80} with {len(data)} bytes")
+        array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+        return np.array(array, dtype.dtype.newbyteorder("="), order="C")
+
+
+def count(shape: Any) -> int:
+    """Elements of a shape that a file states.
+
+    Raises:
+        ValueError: it is no shape.
+    """
+    if not isinstance(shape, (tuple, list)) or len(shape) > _MAX_DIMS:
+        raise ValueError(f"a shape that is no tuple of at most {_MAX_DIMS} numbers")
+    if not all(type(size) is int and 0 <= size <= sys.maxsize for size in shape):
+        raise ValueError("a shape with other entries than sizes")
+    return math.prod(shape)
+
+
+def check_key(key: Any) -> None:
+    """Keys that hash in constant time and, as small integers do, to different values.
+
+    Raises:
+        RefusedPickle: another key.
+    """
+    if key is not None and type(key) not in (str, bytes, int, float, bool):
+        raise RefusedPickle(f"a dict key of type {type(key).__name__.lstrip('_')}")
+    if type(key) is int and key.bit_length() > 64:
+        raise RefusedPickle("a dict key of more than 64 bits")
+
+
+def _set_items(target: Any, items: list) -> None:
+    if type(target) not in (dict, _Dict):
+        raise RefusedPickle(f"to set an item of a {type(target).__name__.lstrip('_')}")
+    if len(items) % 2:
+        raise ValueError("a key without value")
+    for key, value in zip(items[::2], items[1::2]):
+        check_key(key)
+        target[key] = value
 
 
 class _Dict(dict):
@@ -110,7 +282,7 @@ class _Dtype:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
         if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-            raise RefusedPickle(f"a numpy array of type {code!r}")
+            raise RefusedPickle(f"a numpy array of type {code!r:.40}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
@@ -124,51 +296,17 @@ class _Dtype:
 class _Array:
     """A numpy array whose contents come after its creation."""
 
-    __slots__ = ("array",)
+    __slots__ = ("_unpickler", "array")
 
     array: np.ndarray
 
+    def __init__(self, unpickler: PlainUnpickler) -> None:
+        self._unpickler = unpickler
+
     def __setstate__(self, state: Any) -> None:
         shape, dtype, fortran_order, data = state[-4:]
-        self.array = _array(data, dtype, shape, "F" if fortran_order else "C")
-
-
-def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    if not isinstance(dtype, _Dtype):
-        raise RefusedPickle("a numpy array without a numeric type")
-    if isinstance(data, str):  # how Python 3 sees the byte strings of Python 2
-        data = data.encode("latin1")
-    if not isinstance(data, (bytes, bytearray)):
-        raise RefusedPickle("a numpy array of objects")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"array shape {shape!r}")
-    if math.prod(shape) * dtype.dtype.itemsize != len(data):
-        raise ValueError(f"array of shape {tuple(shape)} with {len(data)} bytes")
-    array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
-    return np.array(array, dtype.dtype.newbyteorder("="), order="C")
-
-
-def _reconstruct(array_type: Any, shape: Any, code: Any) -> _Array:
-    if array_type is not _NDARRAY:
-        raise RefusedPickle("a subclass of numpy.ndarray")
-    return _Array()
-
-
-def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    result = _Array()
-    result.array = _array(data, dtype, shape, order)
-    return result
-
-
-def _scalar(dtype: Any, data: Any = b"") -> Union[int, float, bool]:
-    return _array(data, dtype, (), "C").item()
-
-
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    """How Python 3 writes bytes for the pickle protocols of Python 2."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise RefusedPickle(f"the text encoding {encoding!r}")
-    return text.encode("latin1")
+        order = "F" if fortran_order is True else "C"
+        self.array = self._unpickler.array(data, dtype, shape, order)
 
 
 def _no_bytes(*args: Any) -> bytes:
@@ -182,42 +320,66 @@ def _no_call(*args: Any) -> Any:
     raise RefusedPickle("to make a numpy.ndarray by a call")
 
 
-def _ordered_dict(*items: Any) -> _Dict:
-    return _Dict(*items)
+_NDARRAY = StandIn(_no_call)
 
 
-_NDARRAY = _StandIn(_no_call)
-_ALLOWED = {
-    ("collections", "OrderedDict"): _StandIn(_ordered_dict),
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _StandIn(_Dtype),
-    ("_codecs", "encode"): _StandIn(_encode),
-    ("__builtin__", "bytes"): _StandIn(_no_bytes),
-}
-for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED[_core + ".multiarray", "_reconstruct"] = _StandIn(_reconstruct)
-    _ALLOWED[_core + ".multiarray", "scalar"] = _StandIn(_scalar)
-    _ALLOWED[_core + ".numeric", "_frombuffer"] = _StandIn(_from_buffer)
+class _Plain:
+    """Copies containers, so that nothing of this file's types remains.
 
+    What the pickle refers to several times is copied once and remains one object. How much it is
+    for whoever walks through all of it is counted, as every reference.
+    """
 
-def _to_plain(value: Any, parents: set[int]) -> Any:
-    """Copies containers, so that nothing of this file's types remains."""
-    if isinstance(value, _Array):
-        return value.array
-    if value is None or type(value) in (str, bytes, int, float, bool):
-        return value
-    if type(value) in (dict, _Dict, list, tuple):
-        if id(value) in parents:
-            raise pickle.UnpicklingError("a container that holds itself")
-        parents.add(id(value))
+    def __init__(self, size: int) -> None:
+        self._max_values = max(_MANY_VALUES, size)
+        self._max_bytes = max(_MANY_BYTES, _EXPANSION * size)
+        # id -> copy, values, bytes, and the original, whose id must not be given away
+        self._done: dict[int, tuple[Any, int, int, Any]] = {}
+        self._parents: set[int] = set()
+
+    def convert(self, value: Any) -> Any:
+        """Raises RefusedPickle and UnpicklingError."""
+        return self._convert(value)[0]
+
+    def _convert(self, value: Any) -> tuple[Any, int, int]:
+        if isinstance(value, _Array):
+            return value.array, 1, value.array.nbytes
+        if isinstance(value, Value):
+            return value.value, 1, value.nbytes
+        if value is None or type(value) in (float, bool):
+            return value, 1, 0
+        if type(value) in (str, bytes):
+            return value, 1, len(value)
+        if type(value) is int:
+            if value.bit_length() > _MAX_BITS:
+                raise RefusedPickle(f"an integer of {value.bit_length()} bits")
+            return value, 1, 0
+        if type(value) not in (dict, _Dict, list, tuple):
+            raise RefusedPickle(f"an object of type {type(value).__name__.lstrip('_')}")
+        known = self._done.get(id(value))
+        if known is None:
+            if id(value) in self._parents:
+                raise pickle.UnpicklingError("a container that holds itself")
+            self._parents.add(id(value))
+            known = (*self._container(value), value)
+            self._parents.remove(id(value))
+            self._done[id(value)] = known
+        return known[:3]
+
+    def _container(self, value: Any) -> tuple[Any, int, int]:
+        values, nbytes, keys = 1, 0, None
+        items: Iterable = value
         if isinstance(value, dict):
-            plain: Any = {}
-            for key, item in value.items():
-                if type(key) not in (str, bytes, int):
-                    raise RefusedPickle(f"a dict key of type {type(key).__name__}")
-                plain[key] = _to_plain(item, parents)
-        else:
-            plain = type(value)(_to_plain(item, parents) for item in value)
-        parents.remove(id(value))
-        return plain
-    raise RefusedPickle(f"an object of type {type(value).__name__.lstrip('_')}")
+            keys, items = list(value), value.values()
+        copies = []
+        for item in items:
+            copy, more, more_bytes = self._convert(item)
+            copies.append(copy)
+            values, nbytes = values + more, nbytes + more_bytes
+        if values > self._max_values or nbytes > self._max_bytes:
+            raise pickle.UnpicklingError(
+                f"it expands to {values:,} values and {nbytes:,} bytes, many times its size"
+            )
+        if keys is not None:
+            return dict(zip(keys, copies)), values, nbytes
+        return type(value)(copies), values, nbytes

@@ -5,6 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Optional
 
+from ws_detectron.errors import shown
+
 from .errors import WeightsError, list_some
 from .layouts import KeyMap, caffe2_body_key, mmdet_key, torchvision_body_key
 from .metadata import Preprocessing
@@ -115,12 +117,45 @@ _REFUSED = (
 )
 
 
+# Some of their keys are detectron2's as well (`roi_heads.box_predictor.cls_score.weight`).
+_OTHER_DETECTORS = (
+    (
+        r"backbone\.body\.(stem|res\d)\..*|backbone\.fpn\.fpn_(inner|layer)\d\..*"
+        r"|roi_heads\.(box|mask|keypoint)\.(feature_extractor|predictor)\..*",
+        "a maskrcnn-benchmark detector",
+    ),
+    (
+        r"backbone\.body\..*|backbone\.fpn\.(inner|layer|extra)_blocks\..*"
+        r"|roi_heads\.box_head\.fc[67]\..*|head\.(classification|regression)_head\..*",
+        "a torchvision detector",
+    ),
+)
+
+
+def refuse_other_detectors(keys: Collection[str], path: str) -> None:
+    """Raises WeightsError for whole detectors of which detectron2 would load a few layers only.
+
+    Args:
+        keys: without a common `module.` prefix, and without those that the model has.
+        path: the file, for messages.
+    """
+    for pattern, title in _OTHER_DETECTORS:
+        for key in keys:
+            if re.fullmatch(pattern, key):
+                raise WeightsError(
+                    f"{path} is {title} (told from its key {shown(key, 100)}), which detectron2 "
+                    "cannot use: its backbone would stay random. Take a detector of detectron2's "
+                    "model zoo or of mmdetection, or a ResNet alone"
+                )
+
+
 def refuse_known_misfits(keys: Collection[str], path: str) -> None:
     """Raises WeightsError, with the reason, for models that no detectron2 ResNet can be."""
+    refuse_other_detectors(keys, path)
     for pattern, reason in _REFUSED:
         for key in keys:
             if re.fullmatch(pattern, key):
-                raise WeightsError(f"{path} is {reason} (told from its key {key})")
+                raise WeightsError(f"{path} is {reason} (told from its key {shown(key, 100)})")
 
 
 def is_detectron2(keys: Collection[str]) -> bool:
@@ -137,7 +172,7 @@ def recognize(keys: Collection[str], path: str, wrapped: bool) -> Source:
     Args:
         keys: without a common `module.` prefix.
         path: the file, for messages.
-        wrapped: whether the tensors lay in a `state_dict` entry and under `module.`, as training
+        wrapped: whether the tensors were in a `state_dict` entry and under `module.`, as training
             scripts for several GPUs save them.
 
     Raises:

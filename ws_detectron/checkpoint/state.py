@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ws_detectron.errors import shown
+
 from .errors import WeightsError, list_some
 
 _WRAPPERS = ("state_dict", "model", "model_state", "blobs")
@@ -20,7 +22,7 @@ class RawState:
     Attributes:
         tensors: under their keys in the file, without a common `module.` prefix.
         extras: the other entries of the file.
-        wrapped: whether the tensors lay in an entry `state_dict` under a `module.` prefix.
+        wrapped: whether the tensors were in an entry `state_dict` under a `module.` prefix.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -42,8 +44,11 @@ def unwrap_state(content: Mapping[str, Any], path: str) -> RawState:
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise WeightsError(
-                f"{path}: the entry {key!r} is a {type(value).__name__}, not a tensor"
+                f"{path}: the entry {shown(repr(key), 100)} is a {type(value).__name__}, not a "
+                "tensor"
             )
+        if not key.isprintable():  # detectron2 logs keys as they are
+            raise WeightsError(f"{path}: a key has control characters: {shown(repr(key), 100)}")
         tensors[key] = tensor.detach()
     if not tensors:
         raise WeightsError(f"{path} holds no tensors")
@@ -58,10 +63,15 @@ def check_finite(state: Mapping[str, torch.Tensor], path: str) -> None:
     broken = [
         key
         for key, value in state.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+        if value.is_floating_point() and not bool(torch.isfinite(_once(value)).all())
     ]
     if broken:
         raise WeightsError(f"{path} has NaN or infinite values in {list_some(broken)}")
+
+
+def _once(tensor: torch.Tensor) -> torch.Tensor:
+    """A view without the repetitions of an expanded tensor, which can be any number."""
+    return tensor[tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())]
 
 
 def normed_convs(state: Mapping[str, torch.Tensor]) -> list[str]:

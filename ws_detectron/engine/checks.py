@@ -1,9 +1,11 @@
 """What a user can get wrong, found before the first iteration."""
 
 import difflib
+import io
 import logging
 import math
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional, Union
@@ -14,8 +16,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ws_detectron.checkpoint.safe_pickle import RefusedPickle, load_plain_pickle
 from ws_detectron.data import check_coco_set, keypoint_names, mirrored, use_annotations
-from ws_detectron.errors import ConfigError, UserError, shown
+from ws_detectron.errors import ConfigError, DataError, UserError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +184,29 @@ def check_registered(cfg: CfgNode) -> None:
                     f"DATASETS.{key} names {name!r}, which DATASETS.REGISTER does not; there: "
                     f"{', '.join(registered) or 'nothing'}"
                 )
+
+
+def check_proposals(cfg: CfgNode) -> None:
+    """Proposal files, which detectron2 unpickles, hold arrays and nothing that would run code.
+
+    Raises:
+        DataError: one cannot be read, or is more than a pickle of lists and numeric arrays.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        for name in cfg.DATASETS[key]:
+            try:
+                with PathManager.open(name, "rb") as file:
+                    load_plain_pickle(io.BytesIO(file.read()))
+            except OSError as error:
+                reason = error.strerror or error
+                raise DataError(f"DATASETS.{key}: cannot read {name}: {reason}") from error
+            except (RefusedPickle, pickle.UnpicklingError) as error:
+                raise DataError(
+                    f"DATASETS.{key}: {name} is refused: it asks for {shown(error, 200)}; a "
+                    "proposal file is a pickle of lists and numeric arrays"
+                ) from error
 
 
 def make_output_dir(cfg: CfgNode) -> None:

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ws_detectron import model_zoo
 from ws_detectron.config import add_ws_config
 from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.yaml_files import check_integers, merge_config_file
 
 logger = logging.getLogger(__name__)
+
+# What else yacs raises for values: it evaluates text as a Python literal
+_MERGE_ERRORS = (TypeError, AttributeError, RecursionError, MemoryError, OverflowError)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -31,19 +34,22 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         UserError: the file is missing or not YAML.
-        ConfigError: a key is unknown or its value of the wrong type, or DATASETS.REGISTER cannot
-            be.
+        ConfigError: the file asks for code to be run (see `yaml_files`), a key is unknown or its
+            value of the wrong type, or DATASETS.REGISTER cannot be.
     """
     cfg = get_cfg()
     add_ws_config(cfg)
     if config_file:
         path = find_config(config_file)
         try:
-            cfg.merge_from_file(path)
+            merge_config_file(cfg, path)
+        except UserError:
+            raise
         except (KeyError, ValueError, AssertionError) as error:
             raise ConfigError(_explain(cfg, error, f"config file {config_file}")) from error
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, AttributeError) as error:
-            raise UserError(f"config file {config_file} is not a YAML config: {error}") from error
+        except _MERGE_ERRORS as error:
+            reason = str(error) or f"a value of it cannot be evaluated ({type(error).__name__})"
+            raise UserError(f"config file {config_file} is not a YAML config: {reason}") from error
     batch = cfg.SOLVER.IMS_PER_BATCH
     if len(opts) % 2:
         raise ConfigError(
@@ -52,8 +58,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for key, value in zip(opts[::2], opts[1::2]):
         try:
             cfg.merge_from_list([key, value])
-        except (KeyError, ValueError, AssertionError) as error:
+        except (KeyError, ValueError, AssertionError, *_MERGE_ERRORS) as error:
             raise ConfigError(_explain(cfg, error, f"override {key} {value}")) from error
+    check_integers(cfg, "the config")  # yacs evaluates text as well
     if cfg.SOLVER.IMS_PER_BATCH != batch and os.environ.get("RANK", "0") == "0":
         _warn_of_other_batch(cfg, batch, opts[::2])
     cfg.DATASETS.REGISTER = register_coco_sets(cfg.DATASETS.REGISTER)
@@ -92,7 +99,9 @@ def find_config(config_file: str) -> str:
 
 def _explain(cfg: CfgNode, error: Exception, where: str) -> str:
     """The error's own text, and for an unknown key the names that look like it."""
-    text = str(error.args[0]) if error.args else str(error)
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    if len(text) > 400:  # yacs prints whole nodes; the key is at the end
+        text = f"{text[:200]} … {text[-150:]}"
     message = f"{where}: {text}"
     if "key" in text.lower():
         unknown = text.rpartition(" ")[2] if isinstance(error, KeyError) else where.split()[1]

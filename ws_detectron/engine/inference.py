@@ -19,10 +19,10 @@ def load_model_for_inference(cfg: CfgNode, resume: bool = False) -> nn.Module:
 
     Raises:
         ConfigError: MODEL.WEIGHTS is empty, or no model can be built.
-        WeightsError: the weights cannot be read or do not fit the model.
+        WeightsError: the weights cannot be read, do not fit the model, or lack a part of it.
     """
     model = Trainer.build_model(cfg)
-    checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False, fold=True)
+    checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False, fold=True, whole=True)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         raise ConfigError(
             "MODEL.WEIGHTS is empty, so there is nothing to run but random weights; name a "

@@ -16,7 +16,7 @@ from ws_detectron.data.images import check_image_file, read_annotated
 from ws_detectron.errors import DataError
 
 from .accumulation import part_of_batch
-from .checks import check_classes, check_keypoints, differing_classes
+from .checks import check_classes, check_keypoints, check_proposals, differing_classes
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,12 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
     Its batches are what goes through the model at once: with SOLVER.ACCUMULATE_STEPS, parts.
 
     Raises:
-        DataError: later, for images that cannot be read, when their turn comes.
+        DataError: proposal files would run code; later, for images that cannot be read, when their
+            turn comes.
         ConfigError: the data have more classes than the model, or other keypoints.
     """
     check_keypoints(cfg, train=True)
+    check_proposals(cfg)
     cfg = part_of_batch(cfg)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
     loader = build_detection_train_loader(cfg, mapper=mapper)
@@ -81,6 +83,7 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     """detectron2's test loader for one data set; see `build_train_loader`."""
+    check_proposals(cfg)
     # without annotations, keypoints are not mapped, and those of DATASETS.TRAIN not needed
     boxes = cfg.clone()
     boxes.defrost()

@@ -48,6 +48,7 @@ EVALUATOR_FILES = ("coco_instances_results.json", "instances_predictions.pth")
 # What torch, fvcore and detectron2 raise for a file that is missing, damaged or no checkpoint
 _LOADING_ERRORS = (
     AssertionError,
+    AttributeError,
     EOFError,
     LookupError,
     OSError,
@@ -98,17 +99,19 @@ class Trainer(DefaultTrainer):
         """Loads the last checkpoint of OUTPUT_DIR (`resume`) or MODEL.WEIGHTS.
 
         Raises:
-            ConfigError: MODEL.WEIGHTS cannot be fetched or read.
+            ConfigError: MODEL.WEIGHTS cannot be fetched or read, or the optimizer of the checkpoint
+                is another one.
+            WeightsError: the weights do not fit the model.
         """
         try:
             super().resume_or_load(resume=resume)
         except UserError:
             raise
         except _LOADING_ERRORS as error:
-            raise ConfigError(
-                f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r} (or the checkpoint in OUTPUT_DIR "
-                f"{self.cfg.OUTPUT_DIR!r}) cannot be loaded: {_first_line(error)}"
-            ) from error
+            what = f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r}"
+            if resume and self.checkpointer.has_checkpoint():
+                what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
+            raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}") from error
 
     def train(self) -> Any:
         """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation."""

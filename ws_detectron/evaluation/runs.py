@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import yaml
 from detectron2.config import CfgNode
 
 from ws_detectron.engine import as_flat_dict
+from ws_detectron.errors import UserError
+from ws_detectron.yaml_files import load_yaml_with_base
 
 from .coco_eval import FIGURES, TASKS, Figures
 from .report import FORMAT
@@ -89,8 +90,8 @@ def _read_config(run: Run, path: Path) -> None:
         run.problems.append(f"{path} is missing")
         return
     try:
-        run.config = as_flat_dict(CfgNode(CfgNode.load_yaml_with_base(str(path))))
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OSError) as error:
+        run.config = as_flat_dict(CfgNode(load_yaml_with_base(path)))
+    except (AssertionError, UserError) as error:  # AssertionError: a `_BASE_` that cannot be merged
         run.problems.append(f"{path} is not a YAML config: {_first_line(error)}")
 
 

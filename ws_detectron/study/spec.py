@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import yaml
-
-from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.errors import ConfigError
+from ws_detectron.yaml_files import read_yaml
 
 # What the study itself decides for every cell; an override of it would be lost or break the match.
 DECIDED = (
@@ -113,12 +112,7 @@ def read_study(path: Union[str, Path]) -> Study:
         ConfigError: a key is missing, unknown, or has a value that cannot work; names the key.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read study file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"study file {path} is not YAML: {error}") from error
+    content = read_yaml(path, "study file")
     return _study(_Keys(content, f"study file {path}"), path.stem)
 
 
@@ -183,7 +177,7 @@ def _comparisons(keys: "_Keys", names: Sequence[str]) -> tuple[tuple[str, str], 
     if not isinstance(given, list):
         raise ConfigError(f"{keys.where}: `comparisons` is no list of pairs of arms")
     for pair in given:
-        if not isinstance(pair, list) or len(pair) != 2 or not set(pair) <= set(names):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(name in names for name in pair):
             raise ConfigError(
                 f"{keys.where}: `comparisons` holds {pair!r}; allowed: pairs of {', '.join(names)}"
             )
