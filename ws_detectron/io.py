@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Union
 
+from ws_detectron.errors import find_disk_error, write_error
+
 
 @contextmanager
 def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
@@ -24,15 +26,19 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
 
     Raises:
         ValueError: `mode` is neither of the two.
+        WriteError: the file cannot be made, or the disk is full.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if mode == "wb" else "utf-8"
-    handle = tempfile.NamedTemporaryFile(
-        mode, encoding=encoding, dir=path.parent, prefix=f".{path.name}.", delete=False
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = tempfile.NamedTemporaryFile(
+            mode, encoding=encoding, dir=path.parent, prefix=f".{path.name}.", delete=False
+        )
+    except OSError as error:
+        raise write_error(error, path) from error
     try:
         with handle:
             # NamedTemporaryFile makes files private to the user; give them the usual permissions.
@@ -41,8 +47,11 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
             os.chmod(handle.name, 0o666 & ~umask)
             yield handle
         os.replace(handle.name, path)
-    except BaseException:
+    except BaseException as error:
         Path(handle.name).unlink(missing_ok=True)
+        found = find_disk_error(error)
+        if found is not None:
+            raise write_error(found, path) from error
         raise
 
 
