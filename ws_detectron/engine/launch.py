@@ -1,7 +1,10 @@
 """Starts the processes of a run: CPU or GPU, one machine or several, by itself or by torchrun."""
 
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -13,7 +16,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ws_detectron.compat import create_local_process_group
-from ws_detectron.errors import UserError
+from ws_detectron.errors import UserError, find_user_error
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -54,7 +57,7 @@ def launch(
 
     Raises:
         UserError: "auto" was asked for on several machines.
-        SystemExit: a process failed; its own message has been printed by then.
+        SystemExit: a process failed with a message of its own, or was killed, which is printed.
     """
     if started_by_torchrun():
         return _run_under_torchrun(main, device, args)
@@ -65,7 +68,7 @@ def launch(
     try:
         if device.startswith("cuda"):
             launch_on_gpus(
-                _run_quietly,
+                _run_on_gpu,
                 num_processes,
                 num_machines=num_machines,
                 machine_rank=machine_rank,
@@ -81,7 +84,15 @@ def launch(
                 nprocs=num_processes,
             )
     except mp.ProcessExitedException as error:
-        sys.exit(error.exit_code)
+        if error.signal_name is None:
+            sys.exit(error.exit_code)
+        rank = machine_rank * num_processes + error.error_index
+        sys.stderr.write(
+            f"error: rank {rank} of {num_processes * num_machines} (process {error.error_pid}) was "
+            f"killed by {error.signal_name}"
+            + (", as the system does where memory runs out\n" if error.exit_code == -9 else "\n")
+        )
+        sys.exit(128 - error.exit_code)
 
 
 def _run_on_cpu(
@@ -93,6 +104,7 @@ def _run_on_cpu(
     dist_url: str,
     args: tuple,
 ) -> None:
+    _end_with_parent()
     torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     dist.init_process_group(
         "gloo",
@@ -105,6 +117,26 @@ def _run_on_cpu(
     comm.synchronize()
     _run_quietly(main, args)
     _destroy_process_groups()
+
+
+def _run_on_gpu(main: Callable[..., Any], args: tuple) -> None:
+    _end_with_parent()
+    _run_quietly(main, args)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, however that was.
+
+    torch asks Linux for a SIGINT then, which a job started by a shell's `&` ignores.
+    """
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> Any:
@@ -136,10 +168,13 @@ def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
     """Ends a spawned process with the message alone: the parent would print its traceback."""
     try:
         main(*args)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except Exception as error:
+        known = find_user_error(error)
+        if known is None:
+            raise
+        sys.stderr.write(f"error: {known}\n")
         sys.stderr.flush()
-        os._exit(error.exit_status)  # the other processes may wait for this one; `spawn` ends them
+        os._exit(known.exit_status)  # the other processes may wait for this one; `spawn` ends them
 
 
 def _free_port() -> int:
