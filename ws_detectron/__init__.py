@@ -3,9 +3,25 @@
 Importing this package registers its backbones, ROI heads and scenes with detectron2.
 """
 
+import os
 import sys
 
 __version__ = "0.1.0"
+
+if not os.environ.get("HOME", "unset"):
+    # An empty one would put the caches of torch, iopath and matplotlib into the root folder.
+    # Without it they ask the system where the user's home is.
+    del os.environ["HOME"]
+
+if os.environ.get("MPLBACKEND"):
+    # What a notebook starts inherits the name of a backend that may exist in its kernel alone;
+    # matplotlib cannot be imported with it then. Nothing here opens a window.
+    try:
+        import matplotlib as _  # noqa: F401
+    except ValueError:
+        os.environ["MPLBACKEND"] = "Agg"
+    except Exception:  # missing or broken: whatever draws says so
+        pass
 
 try:
     from .checkpoint import register_weight_names
