@@ -52,14 +52,15 @@ class BestCheckpoint(HookBase):
         if self.trainer.start_iter == 0:
             return
         record = _read_record(self._record, {"metric": str, "value": (int, float)})
-        if record is None:
-            weights = self._record.with_name("model_best.pth")
-            if weights.is_file():
-                kept = weights.with_name("model_best_before_resume.pth")
-                weights.replace(kept)
-                logger.warning("The best weights before this resume are kept as %s", kept)
-        elif record.get("metric") == self._metric:
-            self._best = record["value"]
+        if record is not None and "value" in record:
+            if record.get("metric") == self._metric:
+                self._best = record["value"]
+            return
+        weights = self._record.with_name("model_best.pth")
+        if weights.is_file():  # how good they are is not known any more
+            kept = weights.with_name("model_best_before_resume.pth")
+            weights.replace(kept)
+            logger.warning("The best weights before this resume are kept as %s", kept)
 
     def after_step(self) -> None:
         self._keep_if_best()

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -65,6 +65,8 @@ def launch(
         return main(*args)
     if dist_url == "auto" and num_machines > 1:
         raise UserError("--dist-url auto works on one machine only; give tcp://<machine 0>:<port>")
+    processes: list[multiprocessing.Process] = []
+    first, world_size = machine_rank * num_processes, num_processes * num_machines
     try:
         if device.startswith("cuda"):
             launch_on_gpus(
@@ -78,21 +80,35 @@ def launch(
         else:
             if dist_url == "auto":
                 dist_url = f"tcp://127.0.0.1:{_free_port()}"
-            mp.spawn(
+            context = mp.spawn(
                 _run_on_cpu,
                 args=(main, num_processes, num_machines, machine_rank, dist_url, args),
                 nprocs=num_processes,
+                join=False,
             )
+            processes = context.processes
+            while not context.join():
+                pass
     except mp.ProcessExitedException as error:
         if error.signal_name is None:
             sys.exit(error.exit_code)
-        rank = machine_rank * num_processes + error.error_index
-        sys.stderr.write(
-            f"error: rank {rank} of {num_processes * num_machines} (process {error.error_pid}) was "
-            f"killed by {error.signal_name}"
-            + (", as the system does where memory runs out\n" if error.exit_code == -9 else "\n")
-        )
+        _say_killed(first + error.error_index, world_size, error.error_pid, error.exit_code)
         sys.exit(128 - error.exit_code)
+    except mp.ProcessRaisedException:
+        # Its error may be that another one was killed. Those that still run get a SIGTERM.
+        for rank, process in enumerate(processes, start=first):
+            code = process.exitcode
+            if code is not None and code < 0 and code != -signal.SIGTERM:
+                _say_killed(rank, world_size, process.pid, code)
+        raise
+
+
+def _say_killed(rank: int, world_size: int, pid: Optional[int], exit_code: int) -> None:
+    why = ", as the system does when memory runs out" if exit_code == -signal.SIGKILL else ""
+    sys.stderr.write(
+        f"error: rank {rank} of {world_size} (process {pid}) was killed by "
+        f"{signal.Signals(-exit_code).name}{why}\n"
+    )
 
 
 def _run_on_cpu(

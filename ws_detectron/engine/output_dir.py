@@ -61,17 +61,33 @@ def check_unused(output_dir: Union[str, Path]) -> None:
     Raises:
         UserError: the folder holds metrics or checkpoints; names them.
     """
-    found = _files(output_dir, (LAST_CHECKPOINT, *_CHECKPOINTS))
-    metrics = Path(output_dir, METRICS)
-    if metrics.is_file() and metrics.stat().st_size:  # a `Trainer` that is made leaves an empty one
-        found.insert(0, metrics)
-    if found:
-        names = ", ".join(path.name for path in found[:4]) + ", ..." * (len(found) > 4)
+    names = _names_of_run(output_dir)
+    if names:
         raise UserError(
             f"OUTPUT_DIR {output_dir} holds a run ({names}): resume it by --resume (in Python "
             "trainer.resume_or_load(resume=True)), choose another OUTPUT_DIR, or delete it by "
             "--overwrite (in Python ws_detectron.engine.delete_run)"
         )
+
+
+def warn_of_start(output_dir: Union[str, Path]) -> None:
+    """Of a run that was to be resumed and starts anew, as it has saved no checkpoint."""
+    names = _names_of_run(output_dir)
+    if names:
+        logger.warning(
+            "OUTPUT_DIR %s holds a run (%s) without %s: it starts at iteration 0",
+            output_dir,
+            names,
+            LAST_CHECKPOINT,
+        )
+
+
+def _names_of_run(output_dir: Union[str, Path]) -> str:
+    found = _files(output_dir, (LAST_CHECKPOINT, *_CHECKPOINTS))
+    metrics = Path(output_dir, METRICS)
+    if metrics.is_file() and metrics.stat().st_size:  # a `Trainer` that is made leaves an empty one
+        found.insert(0, metrics)
+    return ", ".join(path.name for path in found[:4]) + ", ..." * (len(found) > 4)
 
 
 def delete_run(output_dir: Union[str, Path], keep: str = "") -> None:

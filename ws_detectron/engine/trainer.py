@@ -36,7 +36,7 @@ from .config import ConfigState
 from .guards import find_traps
 from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterations
 from .loaders import build_test_loader, build_train_loader
-from .output_dir import METRICS, check_unused, end_last_line, reserved
+from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
 from .scaling import scale_config
 
 logger = logging.getLogger(__name__)
@@ -174,8 +174,8 @@ class Trainer(DefaultTrainer):
             super().train()
             return None
         with reserved(self.cfg.OUTPUT_DIR):
-            if self.start_iter == 0 and not self._resumes:
-                check_unused(self.cfg.OUTPUT_DIR)
+            if self.start_iter == 0:
+                (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
             end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
             super().train()
         # detectron2 returns it only where TEST.EXPECTED_RESULTS are to be checked
