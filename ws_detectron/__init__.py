@@ -13,15 +13,21 @@ if not os.environ.get("HOME", "unset"):
     # Without it they ask the system where the user's home is.
     del os.environ["HOME"]
 
-if os.environ.get("MPLBACKEND"):
+_backend = os.environ.get("MPLBACKEND")
+if _backend and "matplotlib" not in sys.modules:
     # What a notebook starts inherits the name of a backend that may exist in its kernel alone;
     # matplotlib cannot be imported with it then. Nothing here opens a window.
+    os.environ["MPLBACKEND"] = "Agg"
     try:
-        import matplotlib as _  # noqa: F401
-    except ValueError:
-        os.environ["MPLBACKEND"] = "Agg"
-    except Exception:  # missing or broken: whatever draws says so
+        import matplotlib
+
+        matplotlib.rcParams["backend"] = _backend
+    except ValueError:  # there is no such backend
         pass
+    except Exception:  # matplotlib is missing or broken: what draws says so
+        os.environ["MPLBACKEND"] = _backend
+    else:
+        os.environ["MPLBACKEND"] = _backend
 
 try:
     from .checkpoint import register_weight_names
