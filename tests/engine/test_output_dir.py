@@ -1,6 +1,7 @@
 """One run in one folder: a second process, a second run, and what a killed run left."""
 
 import argparse
+import errno
 import json
 import signal
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import portalocker
 import pytest
+import torch
 from detectron2.config import CfgNode
 from small_trainer import SmallTrainer, small_cfg
 
 from ws_detectron.engine import delete_run, run
 from ws_detectron.engine.output_dir import end_last_line, reserved
-from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.errors import ConfigError, UserError, WriteError
 from ws_detectron.locking import AlreadyLocked, locked
 
 RUN = sys.modules["ws_detectron.engine.run"]  # the function `run` hides it in its package
@@ -219,3 +221,42 @@ def test_a_folder_that_cannot_be_written_to(small_run: None) -> None:
 def test_delete_run_of_nothing(tmp_path: Path) -> None:
     delete_run(tmp_path)
     delete_run(tmp_path / "missing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the size of files")
+def test_a_disk_that_becomes_full_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """A limit of the size of files stands for it, which no checkpoint of the second run fits in."""
+    script = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from small_trainer import SmallTrainer, small_cfg\n"
+        "from ws_detectron.errors import exit_on_user_error\n"
+        "SmallTrainer(small_cfg(Path(sys.argv[1]))).train()\n"
+        "trainer = SmallTrainer(small_cfg(Path(sys.argv[1]), iterations=4))\n"
+        "trainer.resume_or_load(resume=True)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "with exit_on_user_error():\n"
+        "    trainer.train()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    final = tmp_path / "model_final.pth"
+    assert done.stderr.splitlines()[-1] == f"error: file too large while writing {final}"
+    assert "Traceback" not in done.stdout + done.stderr
+    assert torch.load(final)["iteration"] == 1
+    assert not list(tmp_path.glob(".model*"))
+
+
+def test_a_full_disk_without_a_name_is_that_of_the_output(
+    tmp_path: Path, small_run: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RUN, "default_setup", full)
+    with pytest.raises(WriteError, match=f"^no space left on device while writing {tmp_path}$"):
+        run(small_cfg(tmp_path), arguments())

@@ -11,7 +11,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ws_detectron.errors import UserError
+from ws_detectron.errors import UserError, find_disk_error, write_error
 from ws_detectron.io import write_text
 
 from .checks import make_output_dir
@@ -48,15 +48,21 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
             f"--overwrite cannot be with {'--resume' if args.resume else '--eval-only'}"
         )
     make_output_dir(cfg)
-    if args.eval_only or not comm.is_main_process():
-        return _run(cfg, args)
-    # before anything is written there
-    with reserved(cfg.OUTPUT_DIR):
-        if overwrite:
-            delete_run(cfg.OUTPUT_DIR, keep=cfg.MODEL.WEIGHTS)
-        elif not args.resume:
-            check_unused(cfg.OUTPUT_DIR)
-        return _run(cfg, args)
+    try:
+        if args.eval_only or not comm.is_main_process():
+            return _run(cfg, args)
+        # before anything is written there
+        with reserved(cfg.OUTPUT_DIR):
+            if overwrite:
+                delete_run(cfg.OUTPUT_DIR, keep=cfg.MODEL.WEIGHTS)
+            elif not args.resume:
+                check_unused(cfg.OUTPUT_DIR)
+            return _run(cfg, args)
+    except Exception as error:
+        full = find_disk_error(error)
+        if full is None:
+            raise
+        raise write_error(full, full.filename or cfg.OUTPUT_DIR) from error
 
 
 def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
