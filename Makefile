@@ -33,7 +33,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 quickstart: $(STAMP)
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/python tools/quickstart.py --resume
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

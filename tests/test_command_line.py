@@ -1,4 +1,8 @@
 import argparse
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +35,33 @@ def test_options_with_an_effect_and_defaults_pass() -> None:
 def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         refuse("step", *arguments)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "Qt4Agg"])
+def test_a_backend_that_cannot_be_loaded_gives_way(backend: str) -> None:
+    """As a notebook leaves it to the programs that it starts, or an old version of matplotlib."""
+    script = (
+        "import ws_detectron.evaluation.curves as curves, io, os\n"
+        "figure = curves.draw_learning_curves([])\n"
+        "figure.savefig(io.BytesIO(), format='png')\n"
+        "print(os.environ['MPLBACKEND'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "MPLBACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    usable = "inline" in backend and importlib.util.find_spec("matplotlib_inline") is not None
+    assert done.stdout == (f"{backend}\n" if usable else "Agg\n")
+
+
+def test_a_backend_that_works_stays() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import ws_detectron, os; print(os.environ['MPLBACKEND'])"],
+        env={**os.environ, "MPLBACKEND": "svg"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "svg\n"), done.stderr

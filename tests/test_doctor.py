@@ -132,11 +132,20 @@ def test_missing_library_is_a_problem(monkeypatch: pytest.MonkeyPatch, name: str
     assert "pip install" in (finding.remedy or "")
 
 
-def test_missing_matplotlib_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    finding = by_subject(doctor.check_libraries())["matplotlib"]
-    assert finding.remedy is None
-    assert finding.note is not None
+@pytest.mark.parametrize("name", ["matplotlib", "tensorboard"])
+def test_what_training_does_not_need_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    finding = by_subject(doctor.check_libraries())[name]
+    assert (finding.found, finding.remedy) == ("not installed", None)
+    assert f"pip install {name}" in (finding.note or "")
+    (tmp_path / f"{name}.py").write_text("raise ValueError('Key backend: no such backend')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, name)
+    finding = by_subject(doctor.check_libraries())[name]
+    assert finding.found == "ValueError: Key backend: no such backend"
+    assert finding.remedy is None and finding.note
 
 
 def test_old_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 import csv
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from ws_detectron.errors import UserError
+from ws_detectron.errors import UserError, WriteError, exit_on_user_error
 from ws_detectron.io import (
     atomic_write,
     check_folder,
@@ -111,3 +113,63 @@ def test_what_cannot_be_written_is_one_message(tmp_path: Path) -> None:
 
     with pytest.raises(KnownError, match="^known$"), writing("a"):
         raise KnownError("known")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(WriteError) as caught, atomic_write(path):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == f"{os.strerror(number).lower()} while writing {path}"
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_what_torch_says_of_a_full_disk(tmp_path: Path) -> None:
+    """Its own error hides the file's."""
+
+    class Full:
+        def __init__(self) -> None:
+            self.left = 1000
+
+        def write(self, data: bytes) -> int:
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(data)
+
+        def flush(self) -> None:
+            pass
+
+    path = tmp_path / "weights.pth"
+    with pytest.raises(WriteError, match="^no space left on device while writing .*/weights.pth$"):
+        with atomic_write(path, "wb"):
+            torch.save({"x": torch.zeros(10000)}, Full())
+    assert not [*tmp_path.iterdir()]
+
+
+def test_other_errors_of_the_body_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file.txt"):
+        (tmp_path / "missing").read_text()
+    with pytest.raises(KeyError, match="key"), atomic_write(tmp_path / "file.txt"):
+        raise KeyError("key")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.txt", tmp_path / "file" / "more" / "x.txt"):
+        with pytest.raises(WriteError, match=f"while writing {path}$"):
+            write_text(path, "text")
+
+
+def test_tools_say_that_the_disk_is_full(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever wrote, and whatever came of it."""
+    with pytest.raises(SystemExit) as caught, exit_on_user_error():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/log.txt")
+        except OSError:
+            raise RuntimeError("unexpected pos 66877248 vs 66877136")  # noqa: B904
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: no space left on device while writing /data/log.txt\n"
+    with pytest.raises(RuntimeError, match="pos"), exit_on_user_error():
+        raise RuntimeError("unexpected pos")

@@ -33,15 +33,25 @@ def test_a_process_that_inherits_the_file_keeps_the_lock(tmp_path: Path) -> None
         pass
 
 
-def test_a_file_system_without_locks_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*args: object) -> None:
         raise portalocker.LockException("no locks available")
 
     monkeypatch.setattr(portalocker, "lock", refuse)
-    with pytest.raises(UserError, match="no locks available") as caught:
-        with locked(tmp_path / "lock", "busy"):
+    with locked(tmp_path / "lock", "busy") as file:
+        assert file.fileno() >= 0
+    assert f"{tmp_path / 'lock'} cannot be locked (no locks available)" in caplog.text
+
+
+def test_errors_inside_are_not_taken_for_those_of_the_lock(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the body"), locked(tmp_path / "lock", "busy"):
+        raise OSError("of the body")
+
+
+def test_a_folder_in_which_no_lock_can_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="while writing .*/file/lock"):
+        with locked(tmp_path / "file" / "lock", "busy"):
             pass
-    assert str(tmp_path / "lock") in str(caught.value)
-    assert not isinstance(caught.value, AlreadyLocked)

@@ -8,7 +8,7 @@ from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.evaluation.comparison import as_csv, as_markdown
 from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
 from ws_detectron.evaluation.runs import read_runs
-from ws_detectron.io import check_folder, refuse_overwrite, write_text, writing
+from ws_detectron.io import check_folder, refuse_overwrite, write_text
 
 TABLES = ("comparison.md", "comparison.csv")
 CURVES = {"learning_curves": draw_learning_curves, "ap_curves": draw_ap_curves}
@@ -58,12 +58,11 @@ def compare(arguments: list[str], output: Path) -> list[str]:
     if not any(run.rows or run.figures for run in runs):
         raise UserError("nothing to compare:\n" + "\n".join(problems))
     text = as_markdown(runs)
-    with writing(output):
-        for name, content in zip(TABLES, (text, as_csv(runs))):
-            write_text(output / name, content)
-        if any(run.rows for run in runs):
-            for name, draw in CURVES.items():
-                write_figure(draw(runs), output / name)
+    for name, content in zip(TABLES, (text, as_csv(runs))):
+        write_text(output / name, content)
+    if any(run.rows for run in runs):
+        for name, draw in CURVES.items():
+            write_figure(draw(runs), output / name)
     print(text)
     return problems
 

@@ -4,13 +4,13 @@ Needs no download, no GPU and five to ten minutes on two cores.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from ws_detectron.engine import check_run, load_config, run
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.drawing import draw_sheet
+from ws_detectron.evaluation.runs import read_run
 from ws_detectron.model_zoo import get_config_file
 
 CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
@@ -28,16 +28,16 @@ def main() -> None:
     )
     parser.add_argument("--config-file", default=None, help=f"default: {CONFIG}")
     parser.add_argument("--output-dir", default="output/quickstart", help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="resume the run in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete it and train anew")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
     args = parser.parse_args()
     args.config_file = args.config_file or get_config_file(CONFIG)
-    args.eval_only = args.resume = False
+    args.eval_only = False
     with exit_on_user_error():
         cfg = load_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output_dir])
         check_run(cfg, num_gpus=1, world_size=1, eval_only=False)
         output = Path(args.output_dir)
-        for stale in output.glob("metrics.json"):
-            stale.unlink()  # the writer appends, and this is a new run
         status = 0
         try:
             run(cfg, args)
@@ -57,8 +57,7 @@ def main() -> None:
 
 def summary(output: Path, picture: Path) -> str:
     """What was reached and where everything is."""
-    rows = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    final = [row for row in rows if "bbox/AP" in row][-1]
+    final = [row for row in read_run(output, "quickstart").rows if "bbox/AP" in row][-1]
     return f"""
 GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} on the val scenes
   predictions beside ground truth  {picture}

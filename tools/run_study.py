@@ -13,7 +13,6 @@ from ws_detectron.study import (
     read_study_results,
     report_study,
     run_study,
-    take_records,
 )
 
 EXAMPLES = """
@@ -60,7 +59,9 @@ def main() -> None:
         "--records", metavar="DIR", type=Path, help="take finished cells from here, and keep them"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--report-only", action="store_true", help="run nothing, change nothing but the report"
+    )
     parser.add_argument(
         "--report", metavar="DIR", type=Path, help="default: `report` in the study's output"
     )
@@ -83,9 +84,7 @@ def main() -> None:
             print(*commands(study, options), sep="\n")
             return
         if args.report_only:
-            if args.records:
-                take_records(study, args.records, _say)
-            results = read_study_results(study)
+            results = read_study_results(study, args.records)
         else:
             results = run_study(study, options, _say)
         problems = report_study(results, args.report or study.output / "report", _say)

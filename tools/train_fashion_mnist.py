@@ -24,7 +24,7 @@ FORMS = {
     "all": ("arms", "batch_sizes", "seeds", "report", *SETTINGS, *PLACES),
     "quick": PLACES,
     "report_only": ("report", "data_dir", "output_dir"),
-    "one": ("arm", "batch_size", "seed", "resume", *SETTINGS, *PLACES),
+    "one": ("arm", "batch_size", "seed", "resume", "overwrite", *SETTINGS, *PLACES),
 }
 """What is asked for -> the options that it takes."""
 
@@ -90,6 +90,7 @@ def _one(args: argparse.Namespace) -> None:
         folder,
         data_dir=args.data_dir,
         resume=args.resume,
+        overwrite=args.overwrite,
         progress=_bar(settings.name),
         command=_command(),
     )
@@ -150,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--arm", choices=ARMS)
     one.add_argument("--batch-size", type=int, metavar="IMAGES", help="in a step")
     one.add_argument("--seed", type=int, default=usual.seed, help="default: %(default)s")
-    one.add_argument("--resume", action="store_true", help="go on with a training, if there is one")
+    one.add_argument("--resume", action="store_true", help="resume a training, if there is one")
+    one.add_argument("--overwrite", action="store_true", help="delete one there is; train anew")
 
     many = parser.add_argument_group("the grid")
     many.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")

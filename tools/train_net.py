@@ -11,6 +11,10 @@ examples:
   python tools/train_net.py --num-gpus 8 \\
       --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_1img.yaml
 
+  # resume it after a kill; or delete it and start anew
+  python tools/train_net.py --resume --config-file <config>
+  python tools/train_net.py --overwrite --config-file <config>
+
   # evaluate a checkpoint
   python tools/train_net.py --eval-only --config-file output/config.yaml \\
       MODEL.WEIGHTS output/model_final.pth
@@ -26,7 +30,14 @@ examples:
 
 
 def main() -> None:
-    args = default_argument_parser(epilog=EXAMPLES).parse_args()
+    parser = default_argument_parser(epilog=EXAMPLES)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete metrics, checkpoints and events of the run in OUTPUT_DIR and train anew; "
+        "without this or --resume, a folder that holds a run is refused",
+    )
+    args = parser.parse_args()
     with exit_on_user_error():
         cfg = load_config(args.config_file, args.opts or [])
         start(run, cfg, args, eval_only=args.eval_only, args=(args,))

@@ -3,9 +3,31 @@
 Importing this package registers its backbones, ROI heads and scenes with detectron2.
 """
 
+import os
 import sys
 
 __version__ = "0.1.0"
+
+if not os.environ.get("HOME", "unset"):
+    # An empty one would put the caches of torch, iopath and matplotlib into the root folder.
+    # Without it they ask the system where the user's home is.
+    del os.environ["HOME"]
+
+_backend = os.environ.get("MPLBACKEND")
+if _backend and "matplotlib" not in sys.modules:
+    # What a notebook starts inherits the name of a backend that may exist in its kernel alone;
+    # matplotlib cannot be imported with it then. Nothing here opens a window.
+    os.environ["MPLBACKEND"] = "Agg"
+    try:
+        import matplotlib
+
+        matplotlib.rcParams["backend"] = _backend
+    except ValueError:  # there is no such backend
+        pass
+    except Exception:  # matplotlib is missing or broken: what draws says so
+        os.environ["MPLBACKEND"] = _backend
+    else:
+        os.environ["MPLBACKEND"] = _backend
 
 try:
     from .checkpoint import register_weight_names

@@ -145,16 +145,18 @@ def check_libraries() -> Iterator[Finding]:
         "iopath": "pip install iopath",
         "pycocotools": "pip install pycocotools",
         "cv2": "pip install opencv-python-headless (or opencv-python, never both)",
-        "tensorboard": "pip install tensorboard",
     }
     for name, remedy in remedies.items():
         module, problem = _import(name, remedy)
         yield problem or Finding(name, _version(name, module))
-    module, problem = _import("matplotlib", "")
-    if problem is not None:
-        yield Finding("matplotlib", "not installed", note="pictures and plots need it")
-    else:
-        yield Finding("matplotlib", _version("matplotlib", module))
+    notes = {
+        "tensorboard": "without it, training writes no TensorBoard events: pip install tensorboard",
+        "matplotlib": "pictures and plots need it: pip install matplotlib",
+    }
+    for name, note in notes.items():
+        module, problem = _import(name, note)
+        found = _version(name, module) if problem is None else problem.found
+        yield Finding(name, found, note=note if problem else None)
 
 
 def check_package() -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """The exception whose message is meant for the person at the keyboard."""
 
+import errno
 import reprlib
 import sys
 from collections.abc import Iterator
@@ -67,11 +68,60 @@ def brief(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+class WriteError(UserError, OSError):
+    """A file that cannot be written, as on a full disk or in a read-only folder."""
+
+
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def find_user_error(error: BaseException) -> Optional[UserError]:
+    """The user error behind an exception, if there is one.
+
+    That is the exception itself, or a full or read-only disk in what led to it: torch raises a
+    `RuntimeError` where its file takes no more bytes, and hooks that write at the end of a training
+    raise errors of their own after the first.
+    """
+    if isinstance(error, UserError):
+        return error
+    found = find_disk_error(error)
+    if found is None or isinstance(found, WriteError):
+        return found
+    return WriteError(_explain(found, found.filename))
+
+
+def find_disk_error(error: Optional[BaseException]) -> Optional[OSError]:
+    """A full or read-only disk in an exception or in what led to it."""
+    while error is not None:
+        if isinstance(error, WriteError):
+            return error
+        if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def write_error(error: OSError, path: object) -> WriteError:
+    """The error of a file that cannot be written, from that of the system."""
+    return error if isinstance(error, WriteError) else WriteError(_explain(error, path))
+
+
+def _explain(error: OSError, path: object) -> str:
+    reason = (error.strerror or str(error)).lower()
+    return f"{reason} while writing {path}" if path else reason
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the process with one message and a status when the body raises a `UserError`."""
+    """Ends the process with one message and a status when the body raises a `UserError`.
+
+    A full or read-only disk is one, whatever the library that meets it.
+    """
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    except Exception as error:
+        known = find_user_error(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(known.exit_status)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
-from .errors import UserError
+from ws_detectron.errors import UserError, find_disk_error, write_error
 
 
 @contextmanager
@@ -26,20 +26,24 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
 
     Raises:
         ValueError: `mode` is neither of the two.
+        WriteError: the file cannot be made, or the disk is full.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if mode == "wb" else "utf-8"
-    handle = tempfile.NamedTemporaryFile(
-        # long names would exceed what file systems allow
-        mode,
-        encoding=encoding,
-        dir=path.parent,
-        prefix=f".{path.name[:40]}.",
-        delete=False,
-    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = tempfile.NamedTemporaryFile(
+            # long names would exceed what file systems allow
+            mode,
+            encoding=encoding,
+            dir=path.parent,
+            prefix=f".{path.name[:40]}.",
+            delete=False,
+        )
+    except OSError as error:
+        raise write_error(error, path) from error
     try:
         with handle:
             # NamedTemporaryFile makes files private to the user; give them the usual permissions.
@@ -48,8 +52,11 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
             os.chmod(handle.name, 0o666 & ~umask)
             yield handle
         os.replace(handle.name, path)
-    except BaseException:
+    except BaseException as error:
         Path(handle.name).unlink(missing_ok=True)
+        found = find_disk_error(error)
+        if found is not None:
+            raise write_error(found, path) from error
         raise
 
 
@@ -111,14 +118,14 @@ def writing(path: Union[str, Path]) -> Iterator[None]:
     """A body whose only use of the file system is to write to `path`, or into it.
 
     Raises:
-        UserError: the system refused; names `path` and the reason.
+        WriteError: the system refused; names `path` and the reason.
     """
     try:
         yield
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise write_error(error, path) from error
 
 
 def write_text(path: Union[str, Path], text: str) -> None:

@@ -1,5 +1,6 @@
 """Keeps two processes from working on the same files."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import IO, Any
 
 import portalocker
 
-from ws_detectron.errors import UserError
+from ws_detectron.errors import UserError, write_error
+
+logger = logging.getLogger(__name__)
 
 
 class AlreadyLocked(UserError):
@@ -23,18 +26,27 @@ def locked(path: Path, busy: str) -> Iterator[IO[Any]]:
         busy: what to tell the user where another process holds it.
 
     Yields:
-        The open file. A process that inherits it keeps the lock until it ends, too.
+        The open file. A process that inherits it keeps the lock until it ends, too. Where the file
+        system has no locks, as some network file systems, it is not locked, and a warning says so.
 
     Raises:
         AlreadyLocked: with `busy` as its message.
-        UserError: the file cannot be locked, as on some network file systems.
+        WriteError: the file cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise write_error(error, path) from error
+    with file:
         try:
             portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
         except portalocker.AlreadyLocked as error:
             raise AlreadyLocked(busy) from error
         except portalocker.LockException as error:
-            raise UserError(f"cannot lock {path}: {error}") from error
+            logger.warning(
+                "%s cannot be locked (%s): nothing stops a second process from working there",
+                path,
+                error,
+            )
         yield file

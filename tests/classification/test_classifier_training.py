@@ -240,7 +240,7 @@ def test_test_images_are_seen_once_by_the_epoch_that_validation_chose(
 
 def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -> None:
     before = (finished / RESULT).stat().st_mtime_ns
-    with pytest.raises(UserError, match="holds a training; go on with it by --resume"):
+    with pytest.raises(UserError, match="holds a training; resume it by --resume.* by --overwrite"):
         train(SMALL, finished, data_dir=datasets_root)
     with pytest.raises(UserError, match="with batch_size 20, asked for is 10"):
         train(replace(SMALL, batch_size=10), finished, data_dir=datasets_root, resume=True)
@@ -252,6 +252,25 @@ def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -
         (finished / name).touch()
     train(SMALL, finished, data_dir=datasets_root, resume=True)
     assert not [*finished.glob(f"*{CHECKPOINT}*")]
+
+
+def test_a_training_is_overwritten_where_that_is_asked_for(
+    datasets_root: Path, tmp_path: Path
+) -> None:
+    train(SMALL, tmp_path, data_dir=datasets_root)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / CHECKPOINT).write_text("of an earlier run")
+    once = replace(SMALL, epochs=1, seed=5)
+    with pytest.raises(UserError, match="--overwrite .*--resume"):
+        train(once, tmp_path, data_dir=datasets_root, resume=True, overwrite=True)
+    with training.run_lock(tmp_path), pytest.raises(UserError, match="another process is training"):
+        train(once, tmp_path, data_dir=datasets_root, overwrite=True)
+    assert json.loads((tmp_path / RESULT).read_text())["settings"]["seed"] == SMALL.seed
+    train(once, tmp_path, data_dir=datasets_root, overwrite=True)
+    assert json.loads((tmp_path / RESULT).read_text())["settings"]["seed"] == 5
+    assert len(json.loads((tmp_path / HISTORY).read_text())) == 1
+    assert len(json.loads((tmp_path / ENVIRONMENT).read_text())) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_two_processes_do_not_share_a_folder(datasets_root: Path, tmp_path: Path) -> None:

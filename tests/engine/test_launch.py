@@ -1,8 +1,11 @@
 """Several CPU processes work as one job; errors end with one message and a status."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,9 @@ from ws_detectron.errors import UserError
 
 SCRIPT = """
 import os
+import signal
 import sys
-import torch
+import time
 from detectron2.utils import comm
 from ws_detectron.engine import launch
 from ws_detectron.errors import DivergedError, UserError, exit_on_user_error
@@ -30,6 +34,14 @@ def main(word):
     ranks = comm.all_gather((comm.get_rank(), comm.get_local_rank(), comm.get_world_size(), word))
     if word in ERRORS and comm.get_rank() == 1:
         raise ERRORS[word]("rank 1 says no")
+    if word == "pids":
+        say(f"RANK {comm.get_rank()} IS {os.getpid()}")
+        while True:
+            time.sleep(0.1)
+    if word.startswith("SIG") and comm.get_rank() == 1:
+        os.kill(os.getpid(), getattr(signal, word))
+    if word == "full" and comm.get_rank() == 1:
+        raise OSError(28, "No space left on device", "/data/file")
     comm.synchronize()
     if comm.is_main_process():
         say(f"RANKS {ranks}")
@@ -83,6 +95,63 @@ def test_user_error_of_one_process_ends_all_with_its_message(
     assert result.returncode == status
     assert "error: rank 1 says no" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk_is_a_user_error(script: str) -> None:
+    result = run(sys.executable, script, "full")
+    assert result.returncode == 2
+    assert "error: no space left on device while writing /data/file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_killed_process_is_named(script: str) -> None:
+    result = run(sys.executable, script, "SIGKILL")
+    # 1 where the other process meets the broken connection first
+    assert result.returncode in (128 + signal.SIGKILL, 1)
+    sentence = r"^error: rank 1 of 2 \(process \d+\) was killed by SIGKILL, as .* memory runs out$"
+    assert re.search(sentence, result.stderr, re.MULTILINE), result.stderr
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        os.kill(pid, 0)
+        state = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+        ).stdout
+    except ProcessLookupError:
+        return False
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+def test_no_process_outlives_the_one_that_started_it(script: str) -> None:
+    """Started as by a shell's `&`, which lets its jobs ignore SIGINT."""
+    job = subprocess.Popen(
+        [sys.executable, script, "pids"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert job.stdout is not None
+    pids: list[int] = []
+    with job:
+        for line in job.stdout:
+            pids += [int(pid) for pid in re.findall(r"RANK \d IS (\d+)", line)]
+            if len(pids) == 2:
+                break
+        try:
+            assert len(pids) == 2 and all(map(is_alive, pids))
+            job.terminate()
+            assert job.wait(120) == -signal.SIGTERM
+            end = time.monotonic() + 120
+            while any(map(is_alive, pids)) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert not any(map(is_alive, pids))
+        finally:
+            job.kill()
+            for pid in filter(is_alive, pids):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_auto_url_on_several_machines_is_refused() -> None:

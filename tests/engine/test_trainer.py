@@ -3,20 +3,23 @@
 import argparse
 import json
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 from unittest import mock
 
 import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from small_trainer import SmallTrainer, small_cfg
 from torch import nn
 
 from ws_detectron import WSConv2d
@@ -417,3 +420,175 @@ def test_evaluation_runs_folded_and_leaves_the_training_model_alone(tiny_cfg: Cf
     assert not any(isinstance(m, WSConv2d) for m in seen[0].modules())
     assert sum(isinstance(m, WSConv2d) for m in model.modules()) == 32 and model.training
     torch.testing.assert_close(dict(model.state_dict()), before)
+
+
+def rows(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def lr_of_each_iteration(cfg: CfgNode, resume: bool) -> list[tuple[int, float]]:
+    """(iteration, LR) of a run, as its optimizer has them in the step and as metrics.json says."""
+    trainer = SmallTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    seen: list[tuple[int, float]] = []
+
+    class Watch(HookBase):
+        def before_step(self) -> None:
+            lrs = {group["lr"] for group in trainer.optimizer.param_groups}
+            assert len(lrs) == 1
+            seen.append((trainer.iter, lrs.pop()))
+
+    trainer.register_hooks([Watch()])
+    trainer.train()
+    last = [row for row in rows(Path(cfg.OUTPUT_DIR)) if "lr" in row][-1]
+    assert (last["iteration"], last["lr"]) == seen[-1]
+    return seen
+
+
+def step_lr(base: float, iteration: int) -> float:
+    """Linear warm-up from a tenth over two iterations, a tenth of the LR from iteration 5 on."""
+    return base * (0.1 + 0.9 * iteration / 2 if iteration < 2 else 1 if iteration < 5 else 0.1)
+
+
+def cosine_lr(base: float, iteration: int) -> float:
+    """Half a cosine over six iterations; the warm-up of two ends where it meets the cosine."""
+    cosine = [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(7)]
+    warm_up = 0.1 + (cosine[2] - 0.1) * iteration / 2
+    return base * (warm_up if iteration < 2 else cosine[iteration])
+
+
+@pytest.mark.parametrize(
+    "scheduler, expected", [("WarmupMultiStepLR", step_lr), ("WarmupCosineLR", cosine_lr)]
+)
+def test_a_resumed_run_follows_the_config(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scheduler: str, expected: Callable
+) -> None:
+    cfg = small_cfg(tmp_path, iterations=1)
+    assert lr_of_each_iteration(cfg, resume=False) == [(0, pytest.approx(0.001))]
+    cfg.SOLVER.LR_SCHEDULER_NAME = scheduler
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_FACTOR, cfg.SOLVER.WARMUP_ITERS = 0.002, 0.1, 2
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 6, (5,)
+    cfg.SOLVER.MOMENTUM, cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM = 0.5, 0.01, 0.02
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.03
+    resumed = lr_of_each_iteration(cfg, resume=True)
+    assert resumed == [(i, pytest.approx(expected(0.002, i))) for i in range(1, 6)]
+    (message,) = [r.getMessage() for r in caplog.records if "has changed" in r.getMessage()]
+    assert "SOLVER.BASE_LR 0.001 -> 0.002" in message and "SOLVER.STEPS () -> (5,)" in message
+    assert "SOLVER.MOMENTUM 0.9 -> 0.5" in message and "WEIGHT_DECAY 0.0001 -> 0.01" in message
+    assert message.count(" -> ") == 9 + (scheduler != "WarmupMultiStepLR")
+    saved = torch.load(tmp_path / "model_final.pth")["training_loop"]["optimizer"]["param_groups"]
+    assert {group["momentum"] for group in saved} == {0.5}
+    assert {group["weight_decay"] for group in saved} == {0.01, 0.02, 0.03}
+
+
+def test_a_resumed_run_without_changes_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a folder that was moved."""
+    cfg = small_cfg(tmp_path / "run")
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    SmallTrainer(cfg).train()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_0000000.pth")
+    cfg.OUTPUT_DIR = str((tmp_path / "run").rename(tmp_path / "moved"))
+    trainer = SmallTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 1 and "has changed" not in caplog.text
+
+
+def test_a_scheduler_of_somebody_keeps_its_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(SmallTrainer):
+        @classmethod
+        def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> object:
+            return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    cfg = small_cfg(tmp_path)
+    Own(cfg).train()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SOLVER.MOMENTUM = 3, 1.0, 0.5
+    trainer = Own(cfg)
+    trainer.resume_or_load(resume=True)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.00025}
+    assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.5}
+    assert "LR and schedule are those of the checkpoint" in caplog.text
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_cfg: CfgNode) -> None:
+    output = Path(tiny_cfg.OUTPUT_DIR)
+    run(tiny_cfg.clone(), arguments())
+
+    def state() -> tuple[dict[str, int], str]:
+        """Of what says what ran; all but the log and the empty files of TensorBoard."""
+        kept = [path for path in output.rglob("*") if path.is_file() and path.name != "log.txt"]
+        return {
+            str(path): (0 if path.name == "config.yaml" else path.stat().st_mtime_ns)
+            for path in kept
+            if not path.name.startswith("events")
+        }, (output / "config.yaml").read_text()
+
+    before = state()
+    assert json.loads((output / "run_record.json").read_text())["iterations"] == 2
+    tiny_cfg.SOLVER.BASE_LR = 0.5
+    assert run(tiny_cfg.clone(), arguments(resume=True)) is None
+    log = (output / "log.txt").read_text()
+    assert f"The run in {output} is finished: 2 of 2 iterations" in log
+    tiny_cfg.SOLVER.MAX_ITER = 1
+    with pytest.raises(ConfigError, match="SOLVER.MAX_ITER is 1, but .* has done 2 iterations"):
+        run(tiny_cfg.clone(), arguments(resume=True))
+    assert state() == before
+
+    tiny_cfg.SOLVER.MAX_ITER = 3
+    run(tiny_cfg.clone(), arguments(resume=True))
+    ran = CfgNode.load_cfg((output / "config.yaml").read_text()).SOLVER
+    assert (ran.BASE_LR, ran.MAX_ITER) == (0.5, 3)
+    record = json.loads((output / "run_record.json").read_text())
+    assert (record["iterations"], record["starts"]) == (3, 2)
+
+
+def test_a_run_killed_in_its_last_evaluation_is_evaluated(tmp_path: Path) -> None:
+    class Killed(SmallTrainer):
+        @classmethod
+        def test(cls, *args: object) -> dict:
+            raise KeyboardInterrupt
+
+    class Evaluated(SmallTrainer):
+        @classmethod
+        def test(cls, *args: object) -> dict:
+            return {"bbox": {"AP": 7.0}}
+
+    cfg = small_cfg(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        Killed(cfg).train()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    for _ in range(2):  # the second time it is finished
+        trainer = Evaluated(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        assert json.loads((tmp_path / "run_record.json").read_text())["iterations"] == 2
+        assert [row["iteration"] for row in rows(tmp_path) if "bbox/AP" in row] == [2]
+
+
+@pytest.mark.parametrize("module", [None, "broken"])
+def test_tensorboard_is_not_needed(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Optional[str],
+) -> None:
+    """It is missing, or made for another protobuf."""
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    if module:
+        package = tmp_path / "path" / "tensorboard"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise TypeError('Descriptors cannot be created')")
+        monkeypatch.syspath_prepend(package.parent)
+        monkeypatch.delitem(sys.modules, "tensorboard")
+    cfg = small_cfg(tmp_path / "run")
+    SmallTrainer(cfg).train()
+    assert "No TensorBoard events are written: " in caplog.text
+    assert "pip install tensorboard" in caplog.text
+    assert not module or "Descriptors cannot" in caplog.text
+    assert rows(tmp_path / "run")[-1]["iteration"] == 1
+    assert not list((tmp_path / "run").glob("events*"))

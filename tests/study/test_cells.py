@@ -14,7 +14,6 @@ from ws_detectron.study import (
     read_study_results,
     search_cells,
     study_cells,
-    take_records,
 )
 from ws_detectron.study.cells import Cell, check_cells, nearest, words
 
@@ -239,8 +238,8 @@ def test_deeper_study_is_the_same_training_in_R_50() -> None:
 def published(folder: Path) -> dict[str, Cell]:
     """The cells of the fashion study, by name, with the LR that its search found."""
     study = replace(read_study(STUDIES / "fashion_scenes.yaml"), output=folder)
-    take_records(study, RECORDS, print)  # which fit the study file, or this raises
-    return {r.cell.name: r.cell for r in read_study_results(study).cells if r.ap}
+    results = read_study_results(study, RECORDS)  # they fit the study file, or this raises
+    return {r.cell.name: r.cell for r in results.cells if r.ap}
 
 
 def test_longer_study_is_the_published_one_with_four_times_the_images(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ws_detectron.study import (
     study_cells,
 )
 from ws_detectron.study.cell_state import RUNNING, last_words, read_state, write_state
-from ws_detectron.study.local import slots, study_lock
+from ws_detectron.study.local import _ended_by_signals, slots, study_lock
 from ws_detectron.study.process import command, run_cell
 from ws_detectron.study.report import problems_of
 from ws_detectron.study.run import _gpus, commands
@@ -70,9 +70,10 @@ def test_a_failing_cell_is_named_and_the_others_run(make_study, options: Options
     assert [result.word for result in results.cells] == ["finished", "finished"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: int) -> None:
-    """SIGTERM takes the cell along; after SIGKILL it lives on, and keeps the study locked."""
+    """SIGTERM and SIGHUP take the cell along; after SIGKILL it lives on, and keeps the study
+    locked."""
     study = make_study(**ONE)
     (cell, other) = study_cells(study, {})
     cell.folder.mkdir(parents=True)
@@ -91,12 +92,15 @@ def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: i
         with pytest.raises(UserError, match="is being worked on"):
             run_study(study, options, print)
         runner.send_signal(number)
-        assert runner.wait(30) == (128 + number if number == signal.SIGTERM else -number)
+        assert runner.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
         state = read_state(cell)
         assert state and state.state == "running"
         if number == signal.SIGKILL:
             with pytest.raises(UserError, match="is being worked on"):
                 run_study(study, options, print)
+        else:  # nobody holds the lock that the cell has inherited
+            with study_lock(study.output):
+                pass
     finally:
         runner.kill()
         (cell.folder / "hang").unlink()
@@ -108,6 +112,18 @@ def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: i
             time.sleep(0.05)  # the cell is about to end
     assert [result.word for result in results.cells] == ["finished", "finished"]
     assert len(starts(cell.folder)) == 2 and len(starts(other.folder)) == 1
+
+
+def test_nohup_keeps_a_study_from_ending() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_settings_in_the_same_folder_are_refused(make_study, options: Options) -> None:

@@ -1,15 +1,17 @@
 """Records: a study goes on where nothing but they are left."""
 
+import hashlib
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from ws_detectron.errors import ConfigError
-from ws_detectron.study import Options, Study, read_study_results, run_study, take_records
+from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.study import Options, Study, read_study_results, run_study
 from ws_detectron.study.cell_state import FAILED, FINISHED, RUNNING, is_finished, write_state
 from ws_detectron.study.cells import search_cells, study_cells
 from ws_detectron.study.records import FILES
@@ -148,13 +150,45 @@ def test_a_report_needs_nothing_but_the_records(
     study, records = make_study(search=SEARCH), tmp_path / "records"
     ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
     shutil.rmtree(study.output)
-    lines: list[str] = []
-    take_records(study, records, lines.append)
-    assert [line.split()[:2] for line in lines] == [["search:", "4"], ["study:", "4"]]
-    found = read_study_results(study)
+    found = read_study_results(study, records)
     assert report_of(found) == report_of(ran) and found.cells[0].word == "finished"
     assert [r.ap for r in found.search] == [r.ap for r in ran.search] != [{}] * 4
-    assert not [*study.output.glob("*/*/starts.txt")]
+    assert not study.output.exists()
+
+
+def tree(*folders: Path) -> dict[str, str]:
+    """Path -> hash of every file; of a folder ""."""
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for folder in folders
+        for path in folder.rglob("*")
+    }
+
+
+def test_reading_changes_no_file(
+    make_study, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With cells that are finished in both places, in one of them, running, or nowhere."""
+    study, records = make_study(search=SEARCH), tmp_path / "records"
+    ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
+    running = study.output / "cells" / "bn_4img_seed1"
+    state = json.loads((running / "cell.json").read_text())
+    (running / "cell.json").write_text(json.dumps({**state, "state": "running"}))
+    (running / "model_0000001.pth").write_text("half of a run")
+    shutil.rmtree(study.output / "cells" / "gn_1img_seed1")
+    shutil.rmtree(records / "gn_4img_seed1")
+    (study.output / "study.lock").unlink()
+    before = tree(tmp_path)
+    found = read_study_results(study, records)
+    assert report_of(found) == report_of(ran)
+    tool = str(Path(__file__).parents[2] / "tools" / "run_study.py")
+    report = ["--report-only", "--records", str(records), "--report", str(tmp_path / "report")]
+    monkeypatch.setattr("sys.argv", [tool, str(tmp_path / "study.yaml"), *report])
+    with pytest.raises(SystemExit):  # seed 2 is missing
+        runpy.run_path(tool, run_name="__main__")
+    assert (tmp_path / "report" / "index.html").is_file()
+    shutil.rmtree(tmp_path / "report")
+    assert tree(tmp_path) == before
 
 
 def test_cells_that_finished_before_are_recorded(
@@ -178,15 +212,16 @@ def test_a_record_takes_the_place_of_what_is_unfinished(recorded: Recorded) -> N
 
 
 def test_a_record_does_not_take_the_folder_of_a_queued_job(recorded: Recorded) -> None:
-    study, _, records = recorded
+    study, kept, records = recorded
     folder = study.output / "cells" / "bn_4img_seed1"
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / JOB).write_text("17")
-    take_records(study, records, print)
+    with pytest.raises(UserError, match="is job 17"):
+        run_study(study, kept, print)
     assert [path.name for path in folder.iterdir()] == [JOB]
     (folder / JOB).unlink()
-    take_records(study, records, print)
+    run_study(study, kept, print)
     assert {path.name for path in folder.iterdir()} == {
         path.name for path in (records / folder.name).iterdir()
     }

@@ -58,7 +58,7 @@ def test_a_killed_training_is_resumed(call_tool, command: list[str], tmp_path: P
     assert 1 <= done < 8 and not (folder / "result.json").exists()
 
     status, _, errors = call_tool(TOOL.name, *job[2:])
-    assert status == 2 and "go on with it by --resume" in errors
+    assert status == 2 and "resume it by --resume" in errors
     status, output, errors = call_tool(TOOL.name, *job[2:], "--resume")
     assert status == 0, errors
     assert f"epoch {done}/8" not in output and "epoch 8/8" in output

@@ -1,6 +1,5 @@
 """The quick check: a part of one epoch at batch 2, where GN+WS learns and BN does not."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
@@ -42,14 +41,15 @@ def quick_check(
         What missed its bar, a line each.
 
     Raises:
-        UserError: the data are missing or damaged.
+        UserError: the data are missing or damaged, or another process is at the same check.
     """
     tested, trained = {}, {}
     for arm in ("gn_ws", "bn"):
         settings = TrainingSettings(arm, BATCH_SIZE, epochs=1, images=IMAGES, device=device)
         run = folder / settings.name
-        shutil.rmtree(run, ignore_errors=True)
-        result = train(settings, run, data_dir=data_dir, progress=progress(settings.name))
+        result = train(
+            settings, run, data_dir=data_dir, overwrite=True, progress=progress(settings.name)
+        )
         tested[arm] = result["test_accuracy"]
         trained[arm] = (read_json(run / HISTORY) or [{}])[0]["train_accuracy"]
     lead = tested["gn_ws"] - tested["bn"]

@@ -103,6 +103,14 @@ def save_outcome(
     clean_up(folder)
 
 
+def delete_run(folder: Path) -> None:
+    """Deletes the files of a run, if there is one; the folder and other files in it stay."""
+    (folder / RESULT).unlink(missing_ok=True)  # first, as it says that the others are complete
+    for name in (WEIGHTS, TEST_LOGITS, CHECKPOINT, HISTORY, ENVIRONMENT, SETTINGS):
+        (folder / name).unlink(missing_ok=True)
+    clean_up(folder)
+
+
 def clean_up(folder: Path) -> None:
     """Removes what a finished run does not need, and what killed processes left half-written."""
     for name in (CHECKPOINT, SETTINGS, ENVIRONMENT, HISTORY, RESULT, WEIGHTS, TEST_LOGITS):

@@ -26,6 +26,7 @@ from .run_files import (
     SETTINGS,
     check_same_settings,
     clean_up,
+    delete_run,
     load_checkpoint,
     read_json,
     run_lock,
@@ -45,6 +46,7 @@ def train(
     *,
     data_dir: Optional[Path] = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Optional[Progress] = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -59,22 +61,28 @@ def train(
         data_dir: `root` of `find_fashion_mnist`.
         resume: go on with the run in `folder`, if there is one; of a run that has ended, its
             result is returned.
+        overwrite: delete the run in `folder`, if there is one, and begin anew.
         command: what the user called, for the record.
 
     Returns:
         The content of result.json.
 
     Raises:
-        UserError: the data are not there or wrong, `folder` holds a run and `resume` is not set or
-            the run has other settings, another process trains there, or there is no such device.
+        UserError: the data are not there or wrong, `folder` holds a run and neither `resume` nor
+            `overwrite` is set, or both are, or the run to be resumed has other settings, another
+            process trains there, or there is no such device.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda, but torch finds no GPU; allowed here: cpu")
+    if resume and overwrite:
+        raise UserError("--overwrite cannot be with --resume")
     with run_lock(folder):
+        if overwrite:
+            delete_run(folder)
         if not resume and (folder / SETTINGS).exists():
             raise UserError(
-                f"{folder} holds a training; go on with it by --resume, choose another "
-                "--output-dir, or delete it"
+                f"{folder} holds a training; resume it by --resume, choose another --output-dir, "
+                "or delete it by --overwrite"
             )
         if check_same_settings(folder, settings) and (folder / RESULT).exists():
             finished: dict[str, Any] = read_json(folder / RESULT) or {}

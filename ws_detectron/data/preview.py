@@ -13,7 +13,7 @@ from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as mask_util
 
 from ws_detectron.errors import UserError, shown
-from ws_detectron.io import atomic_write, writing
+from ws_detectron.io import atomic_write
 
 from .images import read_rgb
 
@@ -125,5 +125,5 @@ def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"pictures are written as PNG files, so {path} must end in .png")
     packed = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
-    with writing(path), atomic_write(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         file.write(packed)

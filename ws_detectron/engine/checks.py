@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pickle
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional, Union
@@ -213,12 +214,19 @@ def make_output_dir(cfg: CfgNode) -> None:
     """Makes OUTPUT_DIR, in which detectron2 opens files at once.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or no file can be written there.
     """
     try:
         PathManager.mkdirs(cfg.OUTPUT_DIR)
     except OSError as error:
         raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error}") from error
+    try:
+        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written to: {error.strerror or error}"
+        ) from error
 
 
 def check_classes(cfg: CfgNode) -> None:

@@ -49,10 +49,18 @@ class BestCheckpoint(HookBase):
         self._seen_iteration = -1
 
     def before_train(self) -> None:
-        if self.trainer.start_iter > 0 and self._record.is_file():
-            record = json.loads(self._record.read_text())
-            if record["metric"] == self._metric:
+        if self.trainer.start_iter == 0:
+            return
+        record = _read_record(self._record, {"metric": str, "value": (int, float)})
+        if record is not None and "value" in record:
+            if record.get("metric") == self._metric:
                 self._best = record["value"]
+            return
+        weights = self._record.with_name("model_best.pth")
+        if weights.is_file():  # how good they are is not known any more
+            kept = weights.with_name("model_best_before_resume.pth")
+            weights.replace(kept)
+            logger.warning("The best weights before this resume are kept as %s", kept)
 
     def after_step(self) -> None:
         self._keep_if_best()
@@ -115,6 +123,49 @@ def share_statistics(model: nn.Module) -> None:
         layer.running_var.copy_(v)
 
 
+RECORD = "run_record.json"
+_NUMBERS = dict.fromkeys(
+    ("starts", "iterations", "wall_seconds", "peak_memory_bytes"), (int, float)
+)
+
+
+def recorded_iterations(output_dir: str) -> Optional[int]:
+    """The iterations in a run's record, which is complete when all hooks of the run have ended."""
+    record = _load(Path(output_dir) / RECORD)
+    return record.get("iterations") if isinstance(record, dict) else None
+
+
+def _load(path: Path) -> Any:
+    """The JSON in a file; None where it is none."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _read_record(path: Path, kinds: dict[str, Any]) -> Optional[dict[str, Any]]:
+    """A small JSON file of an earlier start; empty where there is none.
+
+    Args:
+        path: of the file. A damaged one is renamed, as this run will write it anew.
+        kinds: types of the values that are used.
+
+    Returns:
+        None where the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    record = _load(path)
+    if isinstance(record, dict) and all(
+        isinstance(record[name], kind) for name, kind in kinds.items() if name in record
+    ):
+        return record
+    kept = path.with_name(f"{path.name}.damaged")
+    path.replace(kept)
+    logger.warning("%s is damaged; kept as %s, and written anew", path, kept.name)
+    return None
+
+
 class RunRecord(HookBase):
     """Keeps `run_record.json`: on what a run was trained, how long, with how much memory.
 
@@ -137,12 +188,13 @@ class RunRecord(HookBase):
     """
 
     def __init__(self, output_dir: str, device: str) -> None:
-        self._path = Path(output_dir) / "run_record.json"
+        self._path = Path(output_dir) / RECORD
         self._on_gpu = device.startswith("cuda")
 
     def before_train(self) -> None:
         self._start = time.perf_counter()
-        self._earlier = self._read() if self.trainer.start_iter > 0 else {}
+        resumes = self.trainer.start_iter > 0
+        self._earlier = (_read_record(self._path, _NUMBERS) or {}) if resumes else {}
         self._earlier["starts"] = self._earlier.get("starts", 0) + 1
         self._package = package_version()  # now, as the files may change while this runs
         self._write(self._earlier)
@@ -166,9 +218,6 @@ class RunRecord(HookBase):
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         }
         self._write(record)
-
-    def _read(self) -> dict[str, Any]:
-        return json.loads(self._path.read_text("utf-8")) if self._path.is_file() else {}
 
     def _write(self, record: dict[str, Any]) -> None:
         with atomic_write(self._path) as file:

@@ -1,10 +1,13 @@
 """Starts the processes of a run: CPU or GPU, one machine or several, by itself or by torchrun."""
 
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ws_detectron.compat import create_local_process_group
-from ws_detectron.errors import UserError
+from ws_detectron.errors import UserError, find_user_error
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -54,7 +57,7 @@ def launch(
 
     Raises:
         UserError: "auto" was asked for on several machines.
-        SystemExit: a process failed; its own message has been printed by then.
+        SystemExit: a process failed with a message of its own, or was killed, which is printed.
     """
     if started_by_torchrun():
         return _run_under_torchrun(main, device, args)
@@ -62,10 +65,12 @@ def launch(
         return main(*args)
     if dist_url == "auto" and num_machines > 1:
         raise UserError("--dist-url auto works on one machine only; give tcp://<machine 0>:<port>")
+    processes: list[multiprocessing.Process] = []
+    first, world_size = machine_rank * num_processes, num_processes * num_machines
     try:
         if device.startswith("cuda"):
             launch_on_gpus(
-                _run_quietly,
+                _run_on_gpu,
                 num_processes,
                 num_machines=num_machines,
                 machine_rank=machine_rank,
@@ -75,13 +80,35 @@ def launch(
         else:
             if dist_url == "auto":
                 dist_url = f"tcp://127.0.0.1:{_free_port()}"
-            mp.spawn(
+            context = mp.spawn(
                 _run_on_cpu,
                 args=(main, num_processes, num_machines, machine_rank, dist_url, args),
                 nprocs=num_processes,
+                join=False,
             )
+            processes = context.processes
+            while not context.join():
+                pass
     except mp.ProcessExitedException as error:
-        sys.exit(error.exit_code)
+        if error.signal_name is None:
+            sys.exit(error.exit_code)
+        _say_killed(first + error.error_index, world_size, error.error_pid, error.exit_code)
+        sys.exit(128 - error.exit_code)
+    except mp.ProcessRaisedException:
+        # Its error may be that another one was killed. Those that still run get a SIGTERM.
+        for rank, process in enumerate(processes, start=first):
+            code = process.exitcode
+            if code is not None and code < 0 and code != -signal.SIGTERM:
+                _say_killed(rank, world_size, process.pid, code)
+        raise
+
+
+def _say_killed(rank: int, world_size: int, pid: Optional[int], exit_code: int) -> None:
+    why = ", as the system does when memory runs out" if exit_code == -signal.SIGKILL else ""
+    sys.stderr.write(
+        f"error: rank {rank} of {world_size} (process {pid}) was killed by "
+        f"{signal.Signals(-exit_code).name}{why}\n"
+    )
 
 
 def _run_on_cpu(
@@ -93,6 +120,7 @@ def _run_on_cpu(
     dist_url: str,
     args: tuple,
 ) -> None:
+    _end_with_parent()
     torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
     dist.init_process_group(
         "gloo",
@@ -105,6 +133,26 @@ def _run_on_cpu(
     comm.synchronize()
     _run_quietly(main, args)
     _destroy_process_groups()
+
+
+def _run_on_gpu(main: Callable[..., Any], args: tuple) -> None:
+    _end_with_parent()
+    _run_quietly(main, args)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it has ended, however that was.
+
+    torch asks Linux for a SIGINT then, which a job started by a shell's `&` ignores.
+    """
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> Any:
@@ -136,10 +184,13 @@ def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
     """Ends a spawned process with the message alone: the parent would print its traceback."""
     try:
         main(*args)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+    except Exception as error:
+        known = find_user_error(error)
+        if known is None:
+            raise
+        sys.stderr.write(f"error: {known}\n")
         sys.stderr.flush()
-        os._exit(error.exit_status)  # the other processes may wait for this one; `spawn` ends them
+        os._exit(known.exit_status)  # the other processes may wait for this one; `spawn` ends them
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -10,9 +11,13 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ws_detectron.errors import UserError, find_disk_error, write_error
+from ws_detectron.io import write_text
+
 from .checks import check_annotations, make_output_dir
 from .config import find_config
 from .inference import load_model_for_inference
+from .output_dir import check_unused, delete_run, reserved
 from .scaling import scale_config
 from .trainer import Trainer
 
@@ -27,16 +32,40 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     Args:
         cfg: a merged and checked config.
         args: with `eval_only`, `resume` and `config_file`, as detectron2's argument parser gives
-            them.
+            them, and `overwrite`, where a run in OUTPUT_DIR is to be deleted first.
 
     Returns:
-        The results of the last evaluation on the main process.
+        The results of the last evaluation on the main process; None of a run that was finished.
 
     Raises:
-        UserError: weights, data or config cannot work, or training diverged.
+        UserError: weights, data or config cannot work, training diverged, OUTPUT_DIR holds a run
+            and neither `resume` nor `overwrite` is set, or another process trains there.
         SystemExit: status 1, where a result is not the expected one.
     """
+    overwrite = getattr(args, "overwrite", False)
+    if overwrite and (args.resume or args.eval_only):
+        raise UserError(
+            f"--overwrite cannot be with {'--resume' if args.resume else '--eval-only'}"
+        )
     make_output_dir(cfg)
+    try:
+        if args.eval_only or not comm.is_main_process():
+            return _run(cfg, args)
+        # before anything is written there
+        with reserved(cfg.OUTPUT_DIR):
+            if overwrite:
+                delete_run(cfg.OUTPUT_DIR, keep=cfg.MODEL.WEIGHTS)
+            elif not args.resume:
+                check_unused(cfg.OUTPUT_DIR)
+            return _run(cfg, args)
+    except Exception as error:
+        full = find_disk_error(error)
+        if full is None:
+            raise
+        raise write_error(full, full.filename or cfg.OUTPUT_DIR) from error
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     folder = os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
     # beside the loggers of detectron2, which default_setup sets up
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ws_detectron")
@@ -47,10 +76,17 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     set_up = cfg.clone()
     set_up.defrost()
     set_up.OUTPUT_DIR = folder
+    written = Path(folder, "config.yaml")
+    earlier = written.read_text("utf-8") if written.is_file() else ""
     default_setup(set_up, args)
     if not args.eval_only:
+        resumes = args.resume and bool(earlier) and comm.is_main_process()
+        if resumes:  # it says what ran; this config has not, and may be refused
+            write_text(written, earlier)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
+        if not trainer.is_finished() and resumes:
+            write_text(written, set_up.dump())
         return trainer.train()
     check_annotations(cfg, train=False)
     results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))

@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Optional
 
 from detectron2.config import CfgNode
@@ -13,7 +14,9 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -24,7 +27,7 @@ from ws_detectron.compat import (
     state_beside_the_trainer,
 )
 from ws_detectron.data import register_coco_sets
-from ws_detectron.errors import ConfigError, DivergedError, UserError
+from ws_detectron.errors import ConfigError, DivergedError, UserError, find_user_error
 from ws_detectron.io import refuse_overwrite
 from ws_detectron.modeling import folded_copy
 
@@ -36,9 +39,11 @@ from .checks import (
     check_keypoints,
     make_output_dir,
 )
+from .config import ConfigState
 from .guards import find_traps
-from .hooks import BestCheckpoint, RunRecord, SharedStatistics
+from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterations
 from .loaders import build_test_loader, build_train_loader
+from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
 from .scaling import scale_config
 
 logger = logging.getLogger(__name__)
@@ -77,6 +82,8 @@ class Trainer(DefaultTrainer):
         DataError: an annotation file cannot be used; see `ws_detectron.data.validate`.
     """
 
+    iter: int
+
     def __init__(self, cfg: CfgNode) -> None:
         ours = logging.getLogger("ws_detectron")
         if ours.level == logging.NOTSET and not ours.hasHandlers():  # nobody set loggers up
@@ -86,6 +93,7 @@ class Trainer(DefaultTrainer):
         check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
         check_batch(cfg, comm.get_world_size())
         cfg = scale_config(cfg, comm.get_world_size())
+        self._resumes = False
         if comm.is_main_process():
             make_output_dir(cfg)
             for trap in find_traps(cfg, comm.get_world_size()):
@@ -98,11 +106,17 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint of OUTPUT_DIR (`resume`) or MODEL.WEIGHTS.
 
+        A resumed run follows the config: LR, schedule, momentum and weight decay are those of
+        `cfg`, not those in the checkpoint's optimizer, and what has changed is logged. A scheduler
+        that is not detectron2's keeps its state, and with it its LR.
+
         Raises:
             ConfigError: MODEL.WEIGHTS cannot be fetched or read, or the optimizer of the checkpoint
                 is another one.
             WeightsError: the weights do not fit the model.
         """
+        self._resumes = resume
+        configured = [_hyperparameters(group) for group in self.optimizer.param_groups]
         try:
             super().resume_or_load(resume=resume)
         except UserError:
@@ -112,13 +126,76 @@ class Trainer(DefaultTrainer):
             if resume and self.checkpointer.has_checkpoint():
                 what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
             raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}") from error
+        if self.start_iter > 0:
+            self._follow_config(configured)
+
+    def _follow_config(self, configured: list[dict[str, Any]]) -> None:
+        """Sets optimizer and scheduler, whose states were loaded, to the values of the config."""
+        groups = self.optimizer.param_groups
+        if isinstance(self.scheduler, LRMultiplier):
+            for group, values in zip(groups, configured):
+                group.update(values)
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            if self.start_iter < self.max_iter:  # there is no LR behind the end of the schedule
+                for group, lr in zip(groups, self.scheduler.get_lr()):
+                    group["lr"] = lr
+            return
+        for group, values in zip(groups, configured):
+            group.update({k: v for k, v in values.items() if k not in ("lr", "initial_lr")})
+        logger.warning(
+            "LR and schedule are those of the checkpoint, whatever the config says: %s keeps them",
+            type(self.scheduler).__name__,
+        )
+
+    def is_finished(self) -> bool:
+        """Whether the run that was resumed has trained to SOLVER.MAX_ITER and was evaluated.
+
+        Every process must call it.
+
+        Raises:
+            ConfigError: it has trained further than that.
+        """
+        if self.start_iter > self.max_iter:
+            raise ConfigError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in OUTPUT_DIR "
+                f"{self.cfg.OUTPUT_DIR} has done {self.start_iter} iterations; set it to more to "
+                "train on, or choose another OUTPUT_DIR"
+            )
+        if self.start_iter == 0 or self.start_iter < self.max_iter:
+            return False
+        # all as the first, whose record it is
+        return comm.all_gather(recorded_iterations(self.cfg.OUTPUT_DIR) == self.max_iter)[0]
 
     def train(self) -> Any:
-        """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation."""
+        """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation.
+
+        A run that is finished is left as it is, and None returned.
+
+        Raises:
+            UserError: another process trains in OUTPUT_DIR, or it holds a run that
+                `resume_or_load` was not asked to resume.
+            ConfigError: see `is_finished`.
+        """
+        if self.is_finished():
+            logger.info(
+                "The run in %s is finished: %d of %d iterations. To train on, raise "
+                "SOLVER.MAX_ITER",
+                self.cfg.OUTPUT_DIR,
+                self.start_iter,
+                self.max_iter,
+            )
+            return None
         logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
-        super().train()
+        if not comm.is_main_process():
+            super().train()
+            return None
+        with reserved(self.cfg.OUTPUT_DIR):
+            if self.start_iter == 0:
+                (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
+            end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
+            super().train()
         # detectron2 returns it only where TEST.EXPECTED_RESULTS are to be checked
-        return getattr(self, "_last_eval_results", None) if comm.is_main_process() else None
+        return getattr(self, "_last_eval_results", None)
 
     def run_step(self) -> None:
         """One optimizer step.
@@ -142,6 +219,11 @@ class Trainer(DefaultTrainer):
         with self._explained_divergence():
             super().after_step()
 
+    def after_train(self) -> None:
+        """The hooks; without an iteration to do, detectron2 counts one nevertheless."""
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
+
     @contextmanager
     def _explained_divergence(self) -> Iterator[None]:
         try:
@@ -156,6 +238,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = WSCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
+            config=ConfigState(self.cfg),  # the first to be loaded: it explains what fails then
             trainer=weakref.proxy(self),
             **state_beside_the_trainer(self),
         )
@@ -176,6 +259,19 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(RunRecord(self.cfg.OUTPUT_DIR, self.cfg.MODEL.DEVICE))
         return hooks
+
+    def build_writers(self) -> list[EventWriter]:
+        """detectron2's writers, without TensorBoard's where that cannot be imported."""
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except Exception as error:  # other versions of NumPy or protobuf than it needs raise any
+            logger.warning(
+                "No TensorBoard events are written: %s (pip install tensorboard)",
+                _first_line(error),
+            )
+            metrics = JSONWriter(str(Path(self.cfg.OUTPUT_DIR, METRICS)))
+            return [CommonMetricPrinter(self.max_iter), metrics]
+        return super().build_writers()
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -268,13 +364,20 @@ def explain_divergence(message: str, iteration: int) -> str:
     )
 
 
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer knows of a group of parameters besides these."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
 def _is_no_user_error(record: logging.LogRecord) -> bool:
     """Keeps tracebacks of user errors out of the log: their message is printed at the end.
 
     A FloatingPointError becomes one in `run_step`; detectron2's main branch logs it before that.
     """
-    expected = (UserError, FloatingPointError)
-    return not (record.exc_info and isinstance(record.exc_info[1], expected))
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None:
+        return True
+    return not isinstance(error, FloatingPointError) and find_user_error(error) is None
 
 
 def _first_line(error: Exception) -> str:

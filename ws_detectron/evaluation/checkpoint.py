@@ -29,7 +29,7 @@ from ws_detectron.engine.checks import (
 )
 from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.errors import ConfigError, DataError
-from ws_detectron.io import atomic_write, refuse_overwrite, writing
+from ws_detectron.io import atomic_write, refuse_overwrite
 
 from .coco_eval import CocoResult, choose_tasks, evaluate
 from .coco_files import load_annotations
@@ -179,7 +179,7 @@ def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> li
 
 def _write_results(folder: Path, entries: list[dict[str, Any]]) -> Path:
     path = folder / RESULTS
-    with writing(path), atomic_write(path) as file:
+    with atomic_write(path) as file:
         json.dump(entries, file)
     return path
 

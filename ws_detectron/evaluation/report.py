@@ -8,7 +8,7 @@ from typing import Any, Optional, Union
 
 from tabulate import tabulate
 
-from ws_detectron.io import atomic_write, check_folder, refuse_overwrite, writing
+from ws_detectron.io import atomic_write, check_folder, refuse_overwrite
 
 from .coco_eval import CATEGORY_FIGURES, FIGURES, CocoResult
 
@@ -102,12 +102,11 @@ def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) ->
         UserError: a file cannot be written.
     """
     paths = _report_paths(folder)
-    with writing(folder):
-        with atomic_write(paths[0]) as file:
-            json.dump(as_dict(result, **about), file, indent=2)
-            file.write("\n")
-        with atomic_write(paths[1]) as file:
-            csv.writer(file, lineterminator="\n").writerows(_csv_rows(result))
+    with atomic_write(paths[0]) as file:
+        json.dump(as_dict(result, **about), file, indent=2)
+        file.write("\n")
+    with atomic_write(paths[1]) as file:
+        csv.writer(file, lineterminator="\n").writerows(_csv_rows(result))
     return paths
 
 

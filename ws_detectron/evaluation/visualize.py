@@ -141,7 +141,7 @@ def visualize_dataset(
     with writing(output):
         write_figure(draw_errors(counts, title), output / "errors")
     errors = output / "errors.json"
-    with writing(errors), atomic_write(errors) as file:
+    with atomic_write(errors) as file:
         about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
         json.dump({**about, "counts": counts}, file, indent=2)
     if each:
@@ -189,7 +189,7 @@ def _write_sheet(
 def _write_image_ap(
     path: Path, ranked: Sequence[Any], scores: dict[Any, float], records: dict[Any, dict[str, Any]]
 ) -> None:
-    with writing(path), atomic_write(path) as file:
+    with atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image_id", "file_name", "AP"])
         rows = ([i, shown(records[i]["file_name"]), f"{scores[i]:.4f}"] for i in ranked)

@@ -3,7 +3,7 @@
 from .cells import Cell, search_cells, study_cells
 from .report import write_report
 from .results import StudyResults
-from .run import Options, commands, read_study_results, report_study, run_study, take_records
+from .run import Options, commands, read_study_results, report_study, run_study
 from .spec import Arm, Search, Study, read_study
 
 __all__ = [
@@ -20,6 +20,5 @@ __all__ = [
     "run_study",
     "search_cells",
     "study_cells",
-    "take_records",
     "write_report",
 ]

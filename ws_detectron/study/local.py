@@ -81,7 +81,7 @@ def run_locally(
     free = list(reversed(range(len(places))))
     running: dict[int, CellProcess] = {}
     beat = time.monotonic()
-    with _ended_by_sigterm():
+    with _ended_by_signals():
         try:
             while waiting or running:
                 while waiting and free:
@@ -125,14 +125,19 @@ def _cores() -> int:
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into an exception, so that the cells are stopped on the way out."""
+def _ended_by_signals() -> Iterator[None]:
+    """Turns SIGTERM, and SIGHUP of a terminal that closes, into an exception, so that the cells are
+    stopped on the way out. What is ignored, as SIGHUP under nohup, stays so."""
 
     def leave(number: int, frame: Optional[FrameType]) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    caught = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in caught:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in caught:
+            signal.signal(number, before[number])

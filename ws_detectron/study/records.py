@@ -8,6 +8,7 @@ search that have lost, as it has its result from them, too.
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
@@ -40,6 +41,29 @@ def keep_record(cell: Cell, state: CellState, folder: Path, what: str) -> None:
     """
     if _rank(state, what) < _NOTHING:
         _copy(cell.folder, folder / cell.name)
+
+
+def recorded_cells(
+    cells: Sequence[Cell], folder: Optional[Path], what: str = "study"
+) -> list[Cell]:
+    """The cells, to be read: one whose record is further than its folder has the record's folder.
+
+    Args:
+        cells: all of the study, or of its search.
+        folder: of the records; None for none.
+        what: "study" or "search", as for `keep_record`.
+
+    Raises:
+        ConfigError: a record is of other settings than its cell; names them.
+    """
+    if folder is None:
+        return list(cells)
+    found = []
+    for cell in cells:
+        source = folder / cell.name
+        ours, recorded = (_rank(read_state(cell, place), what) for place in (None, source))
+        found.append(replace(cell, folder=source) if recorded < ours else cell)
+    return found
 
 
 def exchange_records(cells: Sequence[Cell], folder: Path, what: str = "study") -> int:

@@ -79,6 +79,8 @@ def read_result(cell: Cell) -> CellResult:
         ap, more = final_ap(run, ["bbox", "segm"] if cell.settings["MODEL.MASK_ON"] else ["bbox"])
         notes += more
     record = read_record(cell.folder)
+    if not record and (cell.folder / RECORD).is_file():
+        notes.append(f"{RECORD} is damaged: machine, time and memory are unknown")
     if record.get("starts", 1) > 1:
         notes.append(f"resumed: {record['starts']} starts")
     return CellResult(cell, state, run, ap, record, tuple(notes))

@@ -15,7 +15,7 @@ from .choice import choose
 from .local import run_locally, slots, study_lock
 from .process import command, drop_checkpoints, shown
 from .progress import Progress
-from .records import exchange_records, keep_record
+from .records import exchange_records, keep_record, recorded_cells
 from .report import problems_of, write_report
 from .results import StudyResults, read_results
 from .slurm import JOB, run_on_slurm
@@ -108,17 +108,6 @@ def _run(
     run_locally(wanted, options.train_net, places, progress, lock)
 
 
-def take_records(study: Study, records: Path, say: Say) -> None:
-    """Gives the study's folder all that is recorded, and records what is finished there.
-
-    Raises:
-        UserError: the folder is being worked on, or a record is of other settings.
-    """
-    with study_lock(study.output):
-        _exchange("search", search_cells(study), records, say)
-        _exchange("study", study_cells(study, _choices(study)), records, say)
-
-
 def _exchange(what: str, cells: Sequence[Cell], records: Path, say: Say) -> None:
     restored = exchange_records(cells, records, what)
     say(f"{what}: {restored} finished cells taken from {records}")
@@ -133,12 +122,20 @@ def _not_lost(cells: Sequence[Cell]) -> list[Cell]:
     return [c for c in cells if not (c.name in lost and (c.arm, c.batch) in open_ones)]
 
 
-def read_study_results(study: Study) -> StudyResults:
-    """What is there of a study, finished or not."""
-    choices = _choices(study)
-    return StudyResults(
-        study, read_results(study_cells(study, choices)), read_results(search_cells(study))
-    )
+def read_study_results(study: Study, records: Optional[Path] = None) -> StudyResults:
+    """What is there of a study, finished or not; changes no file.
+
+    Args:
+        study: of `read_study`.
+        records: folder of records, for cells whose own folders hold less; None for none.
+
+    Raises:
+        ConfigError: a folder or record is of other settings than its cell; names them.
+    """
+    searching = recorded_cells(search_cells(study), records, "search")
+    searched = read_results(searching)
+    cells = study_cells(study, choose(study, searched))
+    return StudyResults(study, read_results(recorded_cells(cells, records)), searched)
 
 
 def report_study(results: StudyResults, folder: Path, say: Say) -> list[str]:

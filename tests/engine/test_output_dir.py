@@ -1,0 +1,262 @@
+"""One run in one folder: a second process, a second run, and what a killed run left."""
+
+import argparse
+import errno
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import portalocker
+import pytest
+import torch
+from detectron2.config import CfgNode
+from small_trainer import SmallTrainer, small_cfg
+
+from ws_detectron.engine import delete_run, run
+from ws_detectron.engine.output_dir import end_last_line, reserved
+from ws_detectron.errors import ConfigError, UserError, WriteError
+from ws_detectron.locking import AlreadyLocked, locked
+
+RUN = sys.modules["ws_detectron.engine.run"]  # the function `run` hides it in its package
+WAITING = """
+import sys
+from detectron2.engine.hooks import CallbackHook
+from pathlib import Path
+from small_trainer import SmallTrainer, small_cfg
+
+trainer = SmallTrainer(small_cfg(Path(sys.argv[1])))
+trainer.register_hooks([CallbackHook(before_step=lambda _: print("TRAINS", flush=True) or input())])
+trainer.train()
+"""
+
+
+@pytest.fixture
+def small_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` trains a `SmallTrainer`."""
+    monkeypatch.setattr(RUN, "Trainer", SmallTrainer)
+
+
+def arguments(**kwargs: bool) -> argparse.Namespace:
+    return argparse.Namespace(**{"eval_only": False, "resume": False, "config_file": "", **kwargs})
+
+
+def train(cfg: CfgNode, resume: bool = False) -> int:
+    """Trains from Python, as somebody's script does; returns the iteration it began with."""
+    trainer = SmallTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer.start_iter
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def iterations(folder: Path) -> list[int]:
+    return [json.loads(x)["iteration"] for x in (folder / "metrics.json").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "last_checkpoint", "model_0000019.pth", "model_final.pth"]
+)
+def test_a_new_run_in_a_used_folder_is_refused(tmp_path: Path, small_run: None, name: str) -> None:
+    (tmp_path / name).write_text("of an earlier run")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=rf"OUTPUT_DIR .* holds a run \({name}\): .* --overwrite"):
+        run(small_cfg(tmp_path), arguments())
+    after = files(tmp_path)
+    after.pop(str(tmp_path / ".lock"))
+    assert after == before
+    with pytest.raises(UserError, match="holds a run"):
+        train(small_cfg(tmp_path))
+    assert {path: files(tmp_path)[path] for path in before} == before
+
+
+def test_what_is_no_run_is_not_in_the_way(tmp_path: Path, small_run: None) -> None:
+    """A folder in which a `Trainer` was made and an evaluation has run, with files of one's own."""
+    SmallTrainer(small_cfg(tmp_path))
+    assert (tmp_path / "metrics.json").is_file()
+    (tmp_path / "inference").mkdir()
+    for name in ("config.yaml", "log.txt", "inference/metrics.json", "model_zoo.pth"):
+        (tmp_path / name).touch()
+    run(small_cfg(tmp_path), arguments())
+    assert iterations(tmp_path) == [1]
+
+
+def test_resume_goes_on_also_before_the_first_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"iteration": 0, "total_loss": 1.0}
+    (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
+    assert train(small_cfg(tmp_path), resume=True) == 0
+    assert "holds a run (metrics.json) without last_checkpoint: it starts at it" in caplog.text
+    assert train(small_cfg(tmp_path, iterations=3), resume=True) == 2
+    assert iterations(tmp_path) == [0, 1, 2]
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path, small_run: None) -> None:
+    old = ["metrics.json", "last_checkpoint", "model_0000019.pth", "model_final.pth"]
+    old += ["model_best.pth", "model_best.json", "run_record.json", "events.out.tfevents.1.old.0"]
+    mine = ["notes.txt", "model_zoo.pth", "coco.json", "inference/metrics.json", "sub/metrics.json"]
+    for name in (*old, *mine):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    run(small_cfg(tmp_path), arguments(overwrite=True))
+    assert iterations(tmp_path) == [1]
+    assert [name for name in mine if (tmp_path / name).read_text() != "old"] == []
+    left = [name for name in old if (tmp_path / name).exists()]
+    assert sorted(left) == ["last_checkpoint", "metrics.json", "model_final.pth", "run_record.json"]
+    assert json.loads((tmp_path / "run_record.json").read_text())["starts"] == 1
+
+
+def test_overwrite_does_not_delete_the_weights_to_start_from(
+    tmp_path: Path, small_run: None
+) -> None:
+    train(small_cfg(tmp_path / "run"))
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    cfg = small_cfg(tmp_path / "run")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "link" / "model_final.pth")
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match="MODEL.WEIGHTS is .*, which --overwrite would delete"):
+        run(cfg, arguments(overwrite=True))
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("other", ["resume", "eval_only"])
+def test_overwrite_has_no_sense_with(tmp_path: Path, other: str) -> None:
+    (tmp_path / "metrics.json").write_text("old")
+    with pytest.raises(UserError, match=f"--overwrite .*--{other.replace('_', '-')}"):
+        run(small_cfg(tmp_path), arguments(overwrite=True, **{other: True}))
+    assert (tmp_path / "metrics.json").read_text() == "old"
+
+
+def test_one_process_at_a_time_and_a_killed_one_is_none(
+    tmp_path: Path, small_run: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    with first:
+        try:
+            assert any("TRAINS" in line for line in first.stdout)
+            before = files(tmp_path)
+            for options in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(AlreadyLocked, match="another process is training in OUTPUT_DI"):
+                    run(small_cfg(tmp_path), arguments(**options))
+            assert files(tmp_path) == before
+            for resume in (False, True):
+                with pytest.raises(AlreadyLocked):
+                    train(small_cfg(tmp_path), resume)
+            # an evaluation may be made meanwhile
+            with monkeypatch.context() as patch:
+                patch.setattr(RUN, "load_model_for_inference", lambda *_, **__: None)
+                patch.setattr(SmallTrainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
+                assert run(small_cfg(tmp_path), arguments(eval_only=True)) == {"bbox": {"AP": 1.0}}
+        finally:
+            first.send_signal(signal.SIGKILL)
+    train(small_cfg(tmp_path))
+    assert iterations(tmp_path) == [1]
+
+
+def test_a_run_that_has_ended_reserves_nothing(tmp_path: Path, small_run: None) -> None:
+    run(small_cfg(tmp_path), arguments())
+    with locked(tmp_path / ".lock", "busy"):
+        pass
+    with reserved(tmp_path), reserved(f"{tmp_path}/../{tmp_path.name}"):
+        pass
+    with reserved(tmp_path), pytest.raises(AlreadyLocked), locked(tmp_path / ".lock", "busy"):
+        pass
+
+
+def test_training_works_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise portalocker.LockException("no locks available")
+
+    monkeypatch.setattr(portalocker, "lock", refuse)
+    train(small_cfg(tmp_path))
+    assert "cannot be locked (no locks available)" in caplog.text
+
+
+def test_a_broken_last_line_of_metrics_stays_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(small_cfg(tmp_path))
+    path = tmp_path / "metrics.json"
+    whole = path.read_text()
+    path.write_text(whole + '{"iteration": 2, "total_l')
+    train(small_cfg(tmp_path, iterations=5), resume=True)
+    lines = path.read_text().splitlines()
+    assert lines[0] == whole.strip() and lines[1] == '{"iteration": 2, "total_l'
+    assert json.loads(lines[2])["iteration"] == 4 and len(lines) == 3
+    assert f"{path} ends in a broken line" in caplog.text
+
+
+def test_whole_lines_are_left_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    end_last_line(path)
+    assert not path.exists()
+    for content in ("", "{}\n"):
+        path.write_text(content)
+        end_last_line(path)
+        assert path.read_text() == content
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which root cannot write")
+def test_a_folder_that_cannot_be_written_to(small_run: None) -> None:
+    with pytest.raises(ConfigError, match="OUTPUT_DIR '/sys/kernel' cannot be written to: "):
+        run(small_cfg(Path("/sys/kernel")), arguments())
+    with pytest.raises(ConfigError, match="OUTPUT_DIR '/sys/kernel' cannot be written to: "):
+        SmallTrainer(small_cfg(Path("/sys/kernel")))
+
+
+def test_delete_run_of_nothing(tmp_path: Path) -> None:
+    delete_run(tmp_path)
+    delete_run(tmp_path / "missing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the size of files")
+def test_a_disk_that_becomes_full_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """A limit of the size of files stands for it, which no checkpoint of the second run fits in."""
+    script = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from small_trainer import SmallTrainer, small_cfg\n"
+        "from ws_detectron.errors import exit_on_user_error\n"
+        "SmallTrainer(small_cfg(Path(sys.argv[1]))).train()\n"
+        "trainer = SmallTrainer(small_cfg(Path(sys.argv[1]), iterations=4))\n"
+        "trainer.resume_or_load(resume=True)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "with exit_on_user_error():\n"
+        "    trainer.train()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    final = tmp_path / "model_final.pth"
+    assert done.stderr.splitlines()[-1] == f"error: file too large while writing {final}"
+    assert "Traceback" not in done.stdout + done.stderr
+    assert torch.load(final)["iteration"] == 1
+    assert not list(tmp_path.glob(".model*"))
+
+
+def test_a_full_disk_without_a_name_is_that_of_the_output(
+    tmp_path: Path, small_run: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RUN, "default_setup", full)
+    with pytest.raises(WriteError, match=f"^no space left on device while writing {tmp_path}$"):
+        run(small_cfg(tmp_path), arguments())

@@ -1,0 +1,134 @@
+"""OUTPUT_DIR belongs to one run: one process at a time, and no second run in its files."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Union
+
+from ws_detectron.errors import UserError
+from ws_detectron.locking import locked
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.json"
+LAST_CHECKPOINT = "last_checkpoint"
+_CHECKPOINTS = ("model_[0-9]*.pth", "model_final.pth", "model_best.pth")
+# What a second run would append to or mix with; config.yaml, log.txt and inference/ are rewritten
+# or appended to by every run, evaluations included.
+_RUN = (
+    METRICS,
+    LAST_CHECKPOINT,
+    *_CHECKPOINTS,
+    "model_best.json",
+    "run_record.json",
+    "events.out.tfevents.*",
+    "*.damaged",
+)
+_LOCK = ".lock"
+_reserved: set[Path] = set()
+
+
+@contextmanager
+def reserved(output_dir: Union[str, Path]) -> Iterator[None]:
+    """Keeps other processes from training in a folder, for as long as it is entered.
+
+    Within itself, for the same folder, it does nothing. A killed process reserves nothing.
+
+    Raises:
+        AlreadyLocked: another process trains there.
+    """
+    folder = Path(output_dir).resolve()
+    if folder in _reserved:
+        yield
+        return
+    busy = (
+        f"another process is training in OUTPUT_DIR {output_dir}; wait for it, end it, or choose "
+        f"another OUTPUT_DIR (fuser {folder / _LOCK} shows the process)"
+    )
+    with locked(folder / _LOCK, busy):
+        _reserved.add(folder)
+        try:
+            yield
+        finally:
+            _reserved.remove(folder)
+
+
+def check_unused(output_dir: Union[str, Path]) -> None:
+    """A new run would append to the metrics of an earlier one and overwrite its checkpoints.
+
+    Raises:
+        UserError: the folder holds metrics or checkpoints; names them.
+    """
+    names = _names_of_run(output_dir)
+    if names:
+        raise UserError(
+            f"OUTPUT_DIR {output_dir} holds a run ({names}): resume it by --resume (in Python "
+            "trainer.resume_or_load(resume=True)), choose another OUTPUT_DIR, or delete it by "
+            "--overwrite (in Python ws_detectron.engine.delete_run)"
+        )
+
+
+def warn_of_start(output_dir: Union[str, Path]) -> None:
+    """Of a run that was to be resumed and starts anew, as it has saved no checkpoint."""
+    names = _names_of_run(output_dir)
+    if names:
+        logger.warning(
+            "OUTPUT_DIR %s holds a run (%s) without %s: it starts at iteration 0",
+            output_dir,
+            names,
+            LAST_CHECKPOINT,
+        )
+
+
+def _names_of_run(output_dir: Union[str, Path]) -> str:
+    found = _files(output_dir, (LAST_CHECKPOINT, *_CHECKPOINTS))
+    metrics = Path(output_dir, METRICS)
+    if metrics.is_file() and metrics.stat().st_size:  # a `Trainer` that is made leaves an empty one
+        found.insert(0, metrics)
+    return ", ".join(path.name for path in found[:4]) + ", ..." * (len(found) > 4)
+
+
+def delete_run(output_dir: Union[str, Path], keep: str = "") -> None:
+    """Deletes metrics, checkpoints, TensorBoard events and record of the run in a folder.
+
+    Args:
+        output_dir: of the run; other files in it stay.
+        keep: MODEL.WEIGHTS of the run to come.
+
+    Raises:
+        UserError: `keep` is one of the files.
+    """
+    paths = _files(output_dir, _RUN)
+    for path in paths:
+        if keep and os.path.exists(keep) and path.samefile(keep):
+            raise UserError(
+                f"MODEL.WEIGHTS is {keep}, which --overwrite would delete; move it to another "
+                "folder, or choose another OUTPUT_DIR"
+            )
+    for path in paths:
+        path.unlink()
+    if paths:
+        logger.info("Deleted the earlier run in %s: %d files", output_dir, len(paths))
+
+
+def end_last_line(path: Path) -> None:
+    """Ends a line that was being written when the process or its machine was killed.
+
+    What is appended would become part of it, and be lost with it.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+            logger.warning(
+                "%s ends in a broken line, as its run was killed while writing; readers skip it",
+                path,
+            )
+
+
+def _files(folder: Union[str, Path], patterns: tuple[str, ...]) -> list[Path]:
+    return sorted(path for name in patterns for path in Path(folder).glob(name) if path.is_file())
