@@ -107,8 +107,10 @@ def write_error(error: OSError, path: object) -> WriteError:
 
 
 def _explain(error: OSError, path: object) -> str:
-    reason = (error.strerror or str(error)).lower()
-    return f"{reason} while writing {path}" if path else reason
+    reason = error.strerror or str(error)
+    if error.errno in _NOT_WRITABLE:
+        return f"{reason.lower()} while writing {path}" if path else reason.lower()
+    return f"cannot write {path}: {reason}"
 
 
 @contextmanager

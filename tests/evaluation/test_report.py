@@ -48,5 +48,5 @@ def test_files_hold_full_precision_and_null(result: CocoResult, tmp_path: Path) 
 
 def test_what_cannot_be_written_is_named(result: CocoResult, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"cannot write into {tmp_path}/file"):
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/file/.*: "):
         write_reports(result, tmp_path / "file")
