@@ -52,6 +52,6 @@ def test_errors_inside_are_not_taken_for_those_of_the_lock(tmp_path: Path) -> No
 
 def test_a_folder_in_which_no_lock_can_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="while writing .*/file/lock"):
+    with pytest.raises(UserError, match="cannot write .*/file/lock: "):
         with locked(tmp_path / "file" / "lock", "busy"):
             pass

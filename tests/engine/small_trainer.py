@@ -40,7 +40,7 @@ def small_cfg(output_dir: Path, iterations: int = 2) -> CfgNode:
     add_ws_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("nothing",), ()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 1, 0.001
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = iterations, (), 0
     cfg.OUTPUT_DIR = str(output_dir)
