@@ -1,7 +1,8 @@
 """Reads the files that `torch.save` writes, the zip format and the one before torch 1.6.
 
-`torch.load(weights_only=True)` runs no code either, but trusts the sizes that a file states, does
-not compare checksums, and crashes on some keys. Formats: torch/serialization.py of torch 2.11.
+`torch.load(weights_only=True)` runs code before torch 2.6 (CVE-2025-32434), and in every version
+trusts the sizes that a file states, does not compare checksums, and crashes on some keys. Formats:
+torch/serialization.py of torch 2.11.
 """
 
 import io
