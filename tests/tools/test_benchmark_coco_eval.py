@@ -25,7 +25,8 @@ def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path
     annotations = tmp_path / "benchmark.json"
     annotations.write_bytes(evaluation_files.annotations.read_bytes())
     status, _, errors = call_tool(
-        "benchmark_coco_eval.py", "--annotations", annotations, "--output", tmp_path
+        "benchmark_coco_eval.py",
+        *["--annotations", annotations, "--output", tmp_path, "--num-images", 2, "--rounds", 1],
     )
     assert status == 2 and "benchmark.json is an input" in errors
     assert annotations.read_bytes() == evaluation_files.annotations.read_bytes()
