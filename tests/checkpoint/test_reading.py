@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -147,6 +148,14 @@ def test_small_files_that_expand_or_lie(tmp_path: Path) -> None:
         or str(paths[name]) not in outcome.message
     }
     assert not wrong and len(outcomes) == len(files) > 100
+
+
+@pytest.mark.parametrize("name", ["tensor, storage of a terabyte", "legacy, terabyte"])
+def test_a_storage_is_not_reserved_before_its_size_is_checked(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(all_files()[name])
+    with mock.patch.object(torch, "empty", side_effect=AssertionError):
+        assert "should have 4,000,000,000,000 bytes" in refused(path)
 
 
 def test_pipe_device_and_link(tmp_path: Path) -> None:

@@ -98,9 +98,8 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
         if entry is None or entry.file_size != data.numel():
             there = "none" if entry is None else f"{entry.file_size} bytes"
             raise DamagedFile(f"its storage {key!r} should have {data.numel()} bytes, has {there}")
-        with archive.open(entry) as file:
+        with archive.open(entry) as file:  # compares the CRC-32 when it has read all
             _fill(data, file, itemsize if swap else 1)
-            file.read(1)  # at the end zipfile compares the CRC-32
 
     content = io.BytesIO(archive.read(name))
     return _TorchUnpickler(content, size, read).load_plain()
