@@ -41,6 +41,9 @@ class DataError(UserError):
 class WriteError(UserError, OSError):
     """A file that cannot be written, as on a full disk or in a read-only folder."""
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # an OSError shows its number
+
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -57,7 +60,7 @@ def find_user_error(error: BaseException) -> Optional[UserError]:
     found = find_disk_error(error)
     if found is None or isinstance(found, WriteError):
         return found
-    return WriteError(_explain(found, found.filename))
+    return write_error(found, found.filename)
 
 
 def find_disk_error(error: Optional[BaseException]) -> Optional[OSError]:
@@ -73,12 +76,12 @@ def find_disk_error(error: Optional[BaseException]) -> Optional[OSError]:
 
 def write_error(error: OSError, path: object) -> WriteError:
     """The error of a file that cannot be written, from that of the system."""
-    return error if isinstance(error, WriteError) else WriteError(_explain(error, path))
-
-
-def _explain(error: OSError, path: object) -> str:
+    if isinstance(error, WriteError):
+        return error
     reason = (error.strerror or str(error)).lower()
-    return f"{reason} while writing {path}" if path else reason
+    known = WriteError(f"{reason} while writing {path}" if path else reason)
+    known.errno, known.strerror = error.errno, error.strerror
+    return known
 
 
 @contextmanager
