@@ -122,6 +122,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path, number: int) -> None
     with pytest.raises(WriteError) as caught, atomic_write(path):
         raise OSError(number, os.strerror(number))
     assert str(caught.value) == f"{os.strerror(number).lower()} while writing {path}"
+    assert (caught.value.errno, caught.value.strerror) == (number, os.strerror(number))
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
 
 

@@ -71,6 +71,9 @@ def brief(value: Any) -> str:
 class WriteError(UserError, OSError):
     """A file that cannot be written, as on a full disk or in a read-only folder."""
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # an OSError shows its number
+
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -87,7 +90,7 @@ def find_user_error(error: BaseException) -> Optional[UserError]:
     found = find_disk_error(error)
     if found is None or isinstance(found, WriteError):
         return found
-    return WriteError(_explain(found, found.filename))
+    return write_error(found, found.filename)
 
 
 def find_disk_error(error: Optional[BaseException]) -> Optional[OSError]:
@@ -103,14 +106,16 @@ def find_disk_error(error: Optional[BaseException]) -> Optional[OSError]:
 
 def write_error(error: OSError, path: object) -> WriteError:
     """The error of a file that cannot be written, from that of the system."""
-    return error if isinstance(error, WriteError) else WriteError(_explain(error, path))
-
-
-def _explain(error: OSError, path: object) -> str:
+    if isinstance(error, WriteError):
+        return error
     reason = error.strerror or str(error)
-    if error.errno in _NOT_WRITABLE:
-        return f"{reason.lower()} while writing {path}" if path else reason.lower()
-    return f"cannot write {path}: {reason}"
+    if error.errno not in _NOT_WRITABLE:
+        message = f"cannot write {path}: {reason}"
+    else:
+        message = f"{reason.lower()} while writing {path}" if path else reason.lower()
+    known = WriteError(message)
+    known.errno, known.strerror = error.errno, error.strerror
+    return known
 
 
 @contextmanager

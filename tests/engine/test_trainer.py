@@ -495,6 +495,22 @@ def test_a_resumed_run_without_changes_says_nothing(
     assert trainer.start_iter == 1 and "has changed" not in caplog.text
 
 
+def test_a_checkpoint_without_its_config_follows_the_present_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = small_cfg(tmp_path)
+    SmallTrainer(cfg).train()
+    path = tmp_path / "model_final.pth"
+    content = torch.load(path)
+    del content["config"]
+    torch.save(content, path)
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER = 0.002, 3
+    assert lr_of_each_iteration(cfg, resume=True) == [(2, pytest.approx(0.002))]
+    assert "is of a run with BASE_LR 0.001; this one goes on with that of the config, 0.002" in (
+        caplog.text
+    )
+
+
 def test_a_scheduler_of_somebody_keeps_its_state(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -124,6 +124,7 @@ class ConfigState:
 
     def __init__(self, cfg: CfgNode) -> None:
         self._cfg = cfg
+        self.was_loaded = False
 
     def state_dict(self) -> dict[str, Any]:
         """Full key -> value."""
@@ -132,6 +133,7 @@ class ConfigState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Logs what differs; the present config stays. A key that one of them lacks is new or gone
         with a version of detectron2, and left out."""
+        self.was_loaded = True
         changes = [
             str(Change(key, state[key], value))
             for key, value in as_flat_dict(self._cfg).items()

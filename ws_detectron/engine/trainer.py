@@ -133,9 +133,17 @@ class Trainer(DefaultTrainer):
         """Sets optimizer and scheduler, whose states were loaded, to the values of the config."""
         groups = self.optimizer.param_groups
         if isinstance(self.scheduler, LRMultiplier):
+            base_lrs = [values["initial_lr"] for values in configured]
+            if self.scheduler.base_lrs != base_lrs and not self._config_state.was_loaded:
+                logger.warning(
+                    "The checkpoint, which does not hold its config, is of a run with BASE_LR %g; "
+                    "this one goes on with that of the config, %g",
+                    self.scheduler.base_lrs[0],
+                    base_lrs[0],
+                )
             for group, values in zip(groups, configured):
                 group.update(values)
-            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            self.scheduler.base_lrs = base_lrs
             if self.start_iter < self.max_iter:  # there is no LR behind the end of the schedule
                 for group, lr in zip(groups, self.scheduler.get_lr()):
                     group["lr"] = lr
@@ -235,10 +243,11 @@ class Trainer(DefaultTrainer):
         """detectron2's hooks and ours: statistics of BN shared, the best checkpoint, a record."""
         # Replaced here, as DefaultTrainer's constructor makes its checkpointer just before the
         # hooks, and the hooks keep it.
+        self._config_state = ConfigState(self.cfg)
         self.checkpointer = WSCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
-            config=ConfigState(self.cfg),  # the first to be loaded: it explains what fails then
+            config=self._config_state,  # the first to be loaded: it explains what fails then
             trainer=weakref.proxy(self),
             **state_beside_the_trainer(self),
         )
