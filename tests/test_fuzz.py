@@ -14,17 +14,10 @@ from limited import run_limited
 from ws_detectron.errors import UserError
 
 COUNTS = {"weights": 600, "yaml": 200, "annotations": 200, "predictions": 200}
-UNCHECKED = pytest.mark.xfail(reason="not every field of these files is checked", strict=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory through /proc")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=UNCHECKED) if name in ("annotations", "predictions") else name
-        for name in TARGETS
-    ],
-)
+@pytest.mark.parametrize("name", TARGETS)
 def test_changed_files_are_read_or_refused(tmp_path: Path, name: str) -> None:
     contents = list(itertools.islice(inputs(TARGETS[name], seed=1), COUNTS[name]))
     found = [

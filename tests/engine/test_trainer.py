@@ -270,6 +270,15 @@ def test_files_that_cannot_be_used_are_found_before_the_first_iteration(
         Trainer(tiny_cfg)
 
 
+def test_fewer_classes_than_the_model_has_are_found_before_the_first_iteration(
+    tiny_cfg: CfgNode,
+) -> None:
+    """A prediction of another class ends detectron2's evaluation, after all of the training."""
+    tiny_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    with pytest.raises(DataError, match="annotations.json have 1 categories, .* predicts 80"):
+        Trainer(tiny_cfg)
+
+
 def test_images_that_are_missing_are_found_before_the_first_iteration(
     tiny_cfg: CfgNode, tmp_path: Path
 ) -> None:

@@ -173,7 +173,12 @@ def _id(annotation: Any) -> Any:
 
 
 def check_coco_set(
-    name: str, folder: Union[str, Path], *, train: bool = False, **options: Any
+    name: str,
+    folder: Union[str, Path],
+    *,
+    train: bool = False,
+    classes: int = 0,
+    **options: Any,
 ) -> Optional[str]:
     """Checks the files of a registered set; where something was fixed, writes a copy.
 
@@ -184,6 +189,7 @@ def check_coco_set(
         name: of the set.
         folder: for the copy, `<folder>/annotations/<name>.json`.
         train: whether a model is trained on it.
+        classes: that a model predicts on it, and so must be there; 0 for none.
         options: further ones of `validate`.
 
     Returns:
@@ -211,6 +217,12 @@ def check_coco_set(
     content = validated.usable()
     if not content["images"]:
         raise DataError(f"annotations {path} name no image")
+    if len(content["categories"]) < classes:
+        raise DataError(
+            f"annotations {path} have {len(content['categories'])} categories, and the model "
+            f"predicts {classes}, so a prediction of another class would end its evaluation; set "
+            "NUM_CLASSES (of MODEL.ROI_HEADS or MODEL.RETINANET) to the number of categories"
+        )
     root = metadata.get("image_root")
     if root and "://" not in root and not own_loader:
         _check_images(content["images"], root, path)

@@ -229,11 +229,14 @@ def make_output_dir(cfg: CfgNode) -> None:
         ) from error
 
 
+# Where an architecture reads its number of classes; the keys of somebody's own are not known.
+_CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+
+
 def check_classes(cfg: CfgNode) -> None:
     """The model has a class for each of the training data, once these are loaded."""
-    parts = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
-    part = parts.get(cfg.MODEL.META_ARCHITECTURE)
-    if part is None:  # the keys of somebody's own model are not known
+    part = _CLASSES_IN.get(cfg.MODEL.META_ARCHITECTURE)
+    if part is None:
         return
     for name in cfg.DATASETS.TRAIN:
         classes = MetadataCatalog.get(name).get("thing_classes", [])
@@ -348,12 +351,15 @@ def check_annotations(
     if comm.is_main_process():
         masks = cfg.MODEL.MASK_ON if masks is None else masks
         trained = cfg.DATASETS.TRAIN if train else ()
+        part = _CLASSES_IN.get(cfg.MODEL.META_ARCHITECTURE)
+        classes = cfg.MODEL[part].NUM_CLASSES if part else 0
         for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
             of_training = name in trained
             copy = check_coco_set(
                 name,
                 cfg.OUTPUT_DIR,
                 train=of_training,
+                classes=classes if name in cfg.DATASETS.TEST else 0,
                 masks=masks,
                 answers=answers or of_training,
                 mask_format=cfg.INPUT.MASK_FORMAT if masks and of_training else "",
