@@ -173,7 +173,7 @@ def test_resume_names_what_cannot_be_resumed(tiny_cfg: CfgNode) -> None:
         Trainer(tiny_cfg).resume_or_load(resume=True)
     (output / "last_checkpoint").write_text("model_0000000.pth")
     other = tiny_cfg.clone()
-    other.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    other.MODEL.ROI_HEADS.NUM_CLASSES, other.DATASETS.TEST = 2, ()
     with pytest.raises(UserError, match="cls_score.weight is .*MODEL.ROI_HEADS.NUM_CLASSES"):
         Trainer(other).resume_or_load(resume=True)
     state = torch.load(output / "model_0000000.pth", weights_only=True)

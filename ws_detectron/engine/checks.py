@@ -352,7 +352,8 @@ def check_annotations(
         masks = cfg.MODEL.MASK_ON if masks is None else masks
         trained = cfg.DATASETS.TRAIN if train else ()
         part = _CLASSES_IN.get(cfg.MODEL.META_ARCHITECTURE)
-        classes = cfg.MODEL[part].NUM_CLASSES if part else 0
+        # `evaluate_checkpoint`, which needs answers, says so where it happens
+        classes = cfg.MODEL[part].NUM_CLASSES if part and not answers else 0
         for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
             of_training = name in trained
             copy = check_coco_set(
