@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from ws_detectron.data.images import image_findings
@@ -48,7 +49,9 @@ def check(args: argparse.Namespace) -> bool:
     """Prints the report; whether everything can be used."""
     if args.output:
         refuse_overwrite([args.output], [args.file])
+    start = time.perf_counter()
     content = read_json(args.file, "annotations")
+    read = time.perf_counter()
     entries = content.get("annotations") if isinstance(content, dict) else None
     masks = args.task == "segm" or (
         args.task is None
@@ -56,12 +59,16 @@ def check(args: argparse.Namespace) -> bool:
         and any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries)
     )
     result = validate(content, str(args.file), train=True, masks=masks)
+    checked = time.perf_counter()
     findings = list(result.findings)
     if args.images:
         findings += image_findings(result.content["images"], args.images)
     broken = set(result.broken)
     kept = [a for n, a in enumerate(result.content["annotations"]) if n not in broken]
-    print(f"{args.file} (ws_detectron {package_version()})")
+    print(
+        f"{args.file} (ws_detectron {package_version()}; read in {read - start:.1f} s, checked in "
+        f"{checked - read:.1f} s)"
+    )
     print(describe({**result.content, "annotations": kept}))
     for level, title in ((ERROR, "errors"), (FIXED, "fixed when read"), (WARNING, "warnings")):
         of_level = [finding for finding in findings if finding.level == level]
