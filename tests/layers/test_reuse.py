@@ -299,3 +299,78 @@ def test_a_failing_forward_ends_the_sharing(computed: list) -> None:
     loss = head(levels)
     assert len(computed) == 2
     torch.testing.assert_close(loss, copy.deepcopy(head)(levels))
+
+
+class _Twice(nn.Module):
+    """Calls a conv, lets somebody change it, and calls it again, in one forward."""
+
+    def __init__(self, conv: WSConv2d, change: Callable[["_Twice"], None]) -> None:
+        super().__init__()
+        self.conv, self.change = conv, change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.conv(x)
+        self.change(self)
+        return torch.stack([first, self.conv(x)])
+
+
+def _as_often_written(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """`new` at the version of `old`, so that the version does not tell them apart."""
+    with torch.no_grad():
+        while new._version < old._version:
+            new.add_(0)
+    assert new._version == old._version
+    return new
+
+
+def _another_parameter(model: _Twice) -> None:
+    old = model.conv.weight
+    new = nn.Parameter(old.detach().flip(1).square())
+    _as_often_written(new, old)
+    model.conv.weight = new
+
+
+def _other_weights_for_a_call(model: _Twice) -> None:
+    x = torch.ones(1, 4, 5, 5)
+    weight = model.conv.weight
+    swapped = _as_often_written(weight.detach().flip(0), weight).requires_grad_()
+    other = {"weight": swapped, "bias": model.conv.bias}
+    found = torch.func.functional_call(model.conv, other, (x,))
+    wanted = standardize_weight(other["weight"], model.conv.ws_eps, model.conv.ws_mode)
+    torch.testing.assert_close(found, F.conv2d(x, wanted, model.conv.bias))
+
+
+@pytest.mark.parametrize("change", [_another_parameter, _other_weights_for_a_call])
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_call_standardizes_the_weight_that_it_has(
+    change: Callable[[_Twice], None], shared: bool
+) -> None:
+    torch.manual_seed(0)
+    conv, x = WSConv2d(4, 8, 3), torch.randn(1, 4, 5, 5)
+    before = expected(conv, x)
+    model = _Twice(conv, change)
+    if shared:
+        standardize_once_per_forward(model)
+    first, second = model(x)
+    torch.testing.assert_close(first, before)
+    torch.testing.assert_close(second, expected(conv, x))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_tied_weights_get_the_gradients_of_both_convs(shared: bool) -> None:
+    torch.manual_seed(0)
+    one, other, x = (
+        WSConv2d(4, 4, 3),
+        WSConv2d(4, 4, 3, bias=False),
+        torch.randn(1, 4, 7, 7).double(),
+    )
+    other.weight = one.weight
+    model = nn.Sequential(one, other).double()
+    if shared:
+        standardize_once_per_forward(model)
+    model(x).square().sum().backward()
+    assert one.weight.grad is not None
+    found, one.weight.grad = one.weight.grad, None
+    filters = standardize_weight(one.weight, one.ws_eps, one.ws_mode)
+    F.conv2d(F.conv2d(x, filters, one.bias), filters).square().sum().backward()
+    torch.testing.assert_close(found, one.weight.grad)

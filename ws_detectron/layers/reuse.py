@@ -117,8 +117,8 @@ def standardize_once_per_forward(model: nn.Module) -> list[RemovableHandle]:
     ]
 
 
-def shared_filters() -> Optional[dict[Any, torch.Tensor]]:
-    """Filters standardized so far in the forward under way; None outside one."""
+def shared_filters() -> Optional[dict[Any, tuple[torch.Tensor, torch.Tensor]]]:
+    """Weights and their filters standardized so far in the forward under way; None outside one."""
     under_way = getattr(_forwards, "stack", None)
     return under_way[-1] if under_way else None
 

@@ -90,11 +90,12 @@ class WSConv2d(Conv2d):
             shared = shared_filters()
             if shared is None:
                 return self._standardize()
-            # the weight itself may be edited between two calls by nothing but the forward
-            key = (id(self), weight._version)
+            # the weight itself may be edited between two calls by nothing but the forward; it is
+            # kept, as its id would be given away
+            key = (id(self), id(weight), weight._version)
             if key not in shared:
-                shared[key] = self._standardize()
-            return shared[key]
+                shared[key] = weight, self._standardize()
+            return shared[key][1]
         if weight.requires_grad and self.training:  # about to change again
             return standardize_weight(weight, *settings)
         cache = self.__dict__.setdefault("_filters", FilterCache())
