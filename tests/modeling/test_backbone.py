@@ -11,6 +11,7 @@ from torch import nn
 
 from ws_detectron import WSConv2d, add_ws_config
 from ws_detectron.errors import ConfigError
+from ws_detectron.layers import GroupNorm
 
 CONVS_OF_DEPTH = {  # stem + convs of the blocks + shortcuts (none in res2 of)
     18: 1 + 16 + 3,
@@ -146,7 +147,7 @@ def test_group_count_reaches_every_group_norm() -> None:
     for groups in (32, 16):
         backbone = build_backbone(ws_config("MODEL.WS.GN_GROUPS", groups))
         norms = [m for m in backbone.modules() if isinstance(m, nn.GroupNorm)]
-        assert len(norms) == 28 and {type(norm) for norm in norms} == {nn.GroupNorm}
+        assert len(norms) == 28 and {type(norm) for norm in norms} == {GroupNorm}
         assert {norm.num_groups for norm in norms} == {groups}
 
 

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ws_detectron.errors import ConfigError
+from ws_detectron.layers import GroupNorm
 
 Norm = Union[str, Callable[[int], nn.Module]]
 """What detectron2's layers take as `norm`: a name, or a function of the channel count."""
@@ -54,7 +55,7 @@ def set_group_count(module: nn.Module, groups: int, prefix: str) -> None:
                 f"{norm.num_channels}"
             )
         norm.num_groups = groups
-        norm.__class__ = nn.GroupNorm  # type: ignore[assignment]
+        norm.__class__ = GroupNorm  # type: ignore[assignment]
 
 
 class _GroupNormToFillIn(nn.GroupNorm):
