@@ -28,8 +28,8 @@ SIDE = 240  # twice the size of the images
 BOX = (60, 20, 40, 40)
 
 
-def test_ground_truth_has_classes_masks_and_crowds(dataset: str) -> None:
-    records = records_by_id(dataset)
+def test_ground_truth_has_classes_masks_and_crowds(dataset: str, tmp_path: Path) -> None:
+    records = records_by_id(dataset, tmp_path)
     objects = annotated_objects(records[3], MetadataCatalog.get(dataset))
     assert objects.labels == ["kind 1", "kind 2", "kind 3", "kind 1 (crowd)"]
     assert objects.colours[3] == CROWD_COLOUR and objects.colours[0] == class_colour(0)
@@ -38,9 +38,11 @@ def test_ground_truth_has_classes_masks_and_crowds(dataset: str) -> None:
         assert mask.shape == (HEIGHT, WIDTH) and mask.sum() == area
 
 
-def test_predictions_have_classes_scores_and_the_colours_of_the_truth(dataset: str) -> None:
+def test_predictions_have_classes_scores_and_the_colours_of_the_truth(
+    dataset: str, tmp_path: Path
+) -> None:
     metadata = MetadataCatalog.get(dataset)
-    records_by_id(dataset)
+    records_by_id(dataset, tmp_path)
     only_mask = prediction(1, 3, BOX, 0.456)
     del only_mask["bbox"]
     only_box = prediction(1, 1, BOX, 0.9)
@@ -71,8 +73,8 @@ def test_class_colours_are_bright_and_differ() -> None:
     assert apart.min() > 0.15
 
 
-def test_a_pair_shows_truth_left_and_predictions_right(dataset: str) -> None:
-    metadata, record = MetadataCatalog.get(dataset), records_by_id(dataset)[1]
+def test_a_pair_shows_truth_left_and_predictions_right(dataset: str, tmp_path: Path) -> None:
+    metadata, record = MetadataCatalog.get(dataset), records_by_id(dataset, tmp_path)[1]
     found = [prediction(1, 2, BOX, 0.9)]
     picture = pair(record, found, metadata, note="note", longer_side=SIDE).astype(int)
     empty = pair({**record, "annotations": []}, [], metadata, note="note", longer_side=SIDE)
@@ -134,7 +136,7 @@ def test_sheets_of_what_does_not_fit_are_refused(dataset: str, tmp_path: Path) -
     with pytest.raises(DataError, match="malformed RLE"):
         draw_sheet(dataset, str(path), output)
     path.write_text("[]")
-    records = records_by_id(dataset)
+    records = records_by_id(dataset, tmp_path)
     Path(records[2]["file_name"]).write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read image .*2\.png"):
         draw_sheet(dataset, str(path), output)

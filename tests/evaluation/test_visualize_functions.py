@@ -50,7 +50,7 @@ def test_boxes_alone_can_be_drawn(dataset: str, tmp_path: Path) -> None:
 def test_images_that_cannot_be_read_are_skipped_and_named(
     dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = Path(records_by_id(dataset)[1]["file_name"])
+    path = Path(records_by_id(dataset, tmp_path)[1]["file_name"])
     path.write_bytes(path.read_bytes()[:50])
     with caplog.at_level(logging.WARNING):
         summary = visualize_dataset(dataset, FOUND, tmp_path / "out", num_images=2, each=True)
@@ -76,7 +76,7 @@ def test_one_prediction_without_a_mask_leaves_boxes_to_be_asked_for(
 def test_images_that_are_not_what_the_annotations_say_are_skipped_and_named(
     kind: str, dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = Path(records_by_id(dataset)[1]["file_name"])
+    path = Path(records_by_id(dataset, tmp_path)[1]["file_name"])
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     if kind == "turned":  # AP would be 100, with masks stretched over the upright image
         exif = Image.Exif()
@@ -162,7 +162,7 @@ def with_square(left: int) -> np.ndarray:
 def test_images_and_videos_are_drawn_and_broken_ones_reported(
     dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    records_by_id(dataset)  # gives the metadata its class names
+    records_by_id(dataset, tmp_path)  # gives the metadata its class names
     inputs = tmp_path / "in"
     write_png(inputs / "a.png", with_square(10))
     (inputs / "broken.png").write_bytes((inputs / "a.png").read_bytes()[:80])
@@ -196,7 +196,7 @@ def test_images_and_videos_are_drawn_and_broken_ones_reported(
 
 
 def test_a_video_goes_into_a_video(dataset: str, tmp_path: Path) -> None:
-    records_by_id(dataset)
+    records_by_id(dataset, tmp_path)
     with open_video(tmp_path / "clip.avi", 4.0) as append:
         append(with_square(10))
     write_png(tmp_path / "a.png", with_square(10))
@@ -238,7 +238,7 @@ def test_photos_are_not_written_over(dataset: str, tmp_path: Path) -> None:
 
 
 def test_drawings_are_not_drawn_again(dataset: str, tmp_path: Path) -> None:
-    records_by_id(dataset)
+    records_by_id(dataset, tmp_path)
     folder = tmp_path / "photos"
     photos = [folder / name for name in ("a/x.png", "b/x.png", "b/x_2.png")]
     for left, photo in zip((10, 30, 50), photos):
@@ -259,7 +259,7 @@ def test_drawings_are_not_drawn_again(dataset: str, tmp_path: Path) -> None:
 def test_names_are_shown_escaped_and_labels_are_no_formulas(
     dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    records_by_id(dataset)
+    records_by_id(dataset, tmp_path)
     bad, good = "\x1b[31mred\n\udcff.png", r"$\foo$.png"
     write_png(tmp_path / "in" / good, with_square(10))
     (tmp_path / "in" / bad).write_text("no image")

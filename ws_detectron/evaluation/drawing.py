@@ -229,9 +229,7 @@ def draw_sheet(
     """
     check_options(score_threshold, num_images)
     predictions = load_predictions(predictions_json)
-    if dataset_name in DatasetCatalog:
-        check_files(dataset_name, Path(output_png).parent)
-    records = records_by_id(dataset_name)
+    records = records_by_id(dataset_name, Path(output_png).parent)
     refuse_overwrite(output_png, inputs_of(dataset_name, records, predictions_json))
     chosen = list(records)[:num_images] if image_ids is None else list(image_ids)
     unknown = [image_id for image_id in chosen if image_id not in records]
@@ -273,14 +271,20 @@ def inputs_of(
     return [*images, *files, predictions_json]
 
 
-def records_by_id(dataset_name: str) -> dict[int, dict[str, Any]]:
-    """Image id -> record of a registered data set, in its order.
+def records_by_id(dataset_name: str, folder: Path) -> dict[Any, dict[str, Any]]:
+    """Image id -> record of a registered data set, in its order, once its files are checked.
+
+    Args:
+        dataset_name: of the set.
+        folder: for a copy of its file, where something has to be fixed; see `check_coco_set`.
 
     Raises:
         ConfigError: the data set is not registered.
+        DataError: its files cannot be used.
     """
     if dataset_name not in DatasetCatalog:
         raise ConfigError(f"{dataset_name!r} is not a registered data set")
+    check_files(dataset_name, folder)
     return {record["image_id"]: record for record in DatasetCatalog.get(dataset_name)}
 
 

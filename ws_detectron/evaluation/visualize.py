@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.data import check_files
 from ws_detectron.data.images import read_rgb
 from ws_detectron.data.preview import write_png
 from ws_detectron.data.rle import check_masks
@@ -88,9 +87,7 @@ def visualize_dataset(
     """
     check_options(score_threshold, num_images)
     check_folder(output)
-    if dataset_name in DatasetCatalog:
-        check_files(dataset_name, output)
-    records = records_by_id(dataset_name)
+    records = records_by_id(dataset_name, output)
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
         raise ConfigError(f"data set {dataset_name} has no COCO annotation file")
