@@ -33,8 +33,8 @@ try:
     from .checkpoint import register_weight_names
     from .config import add_ws_config
     from .data import register_builtin_scenes
-    from .layers import WSConv2d, standardize_once_per_forward, standardize_weight
-    from .modeling import convert_to_ws, fold_ws
+    from .layers import WSConv2d, standardize_together, standardize_weight
+    from .modeling import convert_to_ws, fold_ws, with_ws
 
     register_builtin_scenes()
     register_weight_names()
@@ -49,6 +49,7 @@ __all__ = [
     "add_ws_config",
     "convert_to_ws",
     "fold_ws",
-    "standardize_once_per_forward",
+    "standardize_together",
     "standardize_weight",
+    "with_ws",
 ]

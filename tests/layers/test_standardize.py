@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from ws_detectron.layers import WS_MODES, standardize_weight
+from ws_detectron.layers import WS_MODES, standardize, standardize_weight
 
 
 def reference(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
@@ -54,6 +54,19 @@ def test_modes_are_the_variants_of_the_literature() -> None:
     assert largest["paper"] == pytest.approx(0.003 / 0.00301)
     assert largest["official"] == pytest.approx(0.003 / (0.003 * math.sqrt(4 / 3) + 1e-5))
     assert largest["bit"] == pytest.approx(0.003 / math.sqrt(9e-6 + 1e-5))
+
+
+def test_a_further_mode_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unbiased variance with eps under the root, by the fused form and by the formula."""
+    table = {**standardize.ws_modes(), "new": (True, True)}
+    monkeypatch.setattr(standardize, "ws_modes", lambda: table)
+    monkeypatch.setattr(standardize, "WS_MODES", tuple(table))
+    weight = (0.003 * torch.randn(3, 2, 3, 3, dtype=torch.float64)).requires_grad_()
+    deviation = torch.sqrt(weight.var((1, 2, 3), keepdim=True) + 1e-5)
+    expected = (weight - weight.mean((1, 2, 3), keepdim=True)) / deviation
+    torch.testing.assert_close(standardize_weight(weight, 1e-5, "new"), expected)
+    torch.testing.assert_close(standardize._by_formula(weight, 1e-5, "new"), expected)
+    assert gradcheck(lambda w: standardize_weight(w, 1e-5, "new"), weight)
 
 
 def test_defaults_are_the_paper_with_eps_1e_5() -> None:

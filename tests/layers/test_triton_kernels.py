@@ -9,17 +9,16 @@ import pytest
 import torch
 
 from ws_detectron.layers import WS_MODES, standardize_weight
-from ws_detectron.layers.standardize import _load_triton_kernels, _standardize_by_formula
+from ws_detectron.layers.standardize import _by_formula, _kernels
 
 pytest.importorskip("triton", reason="Triton is installed with torch on Linux only")
 
 # The interpreter is chosen when Triton is imported, so in a process of its own.
 SCRIPT = """
 import json, torch
-from ws_detectron.layers import WS_MODES, standardize
-from ws_detectron.layers.triton_kernels import (
-    FilterTable, standardize_rows, standardize_rows_backward
-)
+from ws_detectron.layers import standardize
+from ws_detectron.layers.standardize import _by_formula, ws_modes
+from ws_detectron.layers.triton_kernels import standardize_backward, standardize as forward
 
 torch.manual_seed(0)
 weights = {
@@ -30,37 +29,34 @@ weights = {
     "constant": torch.full((2, 9), 0.3),
     "constant and long": torch.full((2, 4608), 0.3),
     "one value": torch.randn(3, 1),
-    "empty": torch.randn(0, 9),
 }
+upstreams = {name: torch.randn_like(weight) for name, weight in weights.items()}
 report = {}
 
-def in_a_table(weights, upstreams, mode):
-    table = FilterTable(weights, [weight.data_ptr() for weight in weights])
-    flat, statistics = table.forward(1e-5, mode)
-    gradients = table.backward(torch.cat([u.flatten() for u in upstreams]), statistics)
-    parts = zip(flat.split(table.sizes), gradients.split(table.sizes), weights)
-    return [(value.view_as(w), gradient.view_as(w)) for value, gradient, w in parts]
-
-together = {k: w for k, w in weights.items() if len(w)}
-upstreams = {k: torch.randn_like(w) for k, w in weights.items()}
-results = []
-for mode in WS_MODES:
-    for name, weight in weights.items():
-        result, *statistics = standardize_rows(weight, 1e-5, mode)
-        gradient = standardize_rows_backward(upstreams[name], weight, *statistics)
-        results.append((f"{name}, {mode}", name, mode, result, gradient))
-    asked = [upstreams[name] for name in together]
-    for name, (result, gradient) in zip(together, in_a_table([*together.values()], asked, mode)):
-        results.append((f"{name}, {mode}, in a table", name, mode, result, gradient))
-for case, name, mode, result, gradient in results:
-    weight, upstream = weights[name], upstreams[name]
-    if len(weight):
-        exact = weight.double().requires_grad_()
-        expected = standardize._standardize_by_formula(exact, 1e-5, mode)
-        (expected * upstream).sum().backward()
+def compare(names, mode, form):
+    chosen = [weights[name] for name in names]
+    flat, statistics = forward(chosen, 1e-5, *form)
+    upstream = torch.cat([upstreams[name].flatten() for name in names])
+    gradients = standardize_backward(chosen, upstream, statistics)
+    sizes = [weight.numel() for weight in chosen]
+    for name, result, gradient in zip(names, flat.split(sizes), gradients.split(sizes)):
+        exact = weights[name].double().requires_grad_()
+        expected = _by_formula(exact, 1e-5, mode)
+        (expected * upstreams[name]).sum().backward()
         scale = max(1.0, exact.grad.abs().max().item())
-        errors = (result - expected.detach()).abs(), (gradient - exact.grad).abs() / scale
-        report[case] = [float(e.nan_to_num(1e9).max()) for e in errors]
+        errors = (
+            (result.view_as(exact) - expected.detach()).abs(),
+            (gradient.view_as(exact) - exact.grad).abs() / scale,
+        )
+        report[f"{name} of {len(names)}, {mode}"] = [float(e.nan_to_num(1e9).max()) for e in errors]
+
+# a row that no mode has yet
+plain_table = ws_modes()
+standardize.ws_modes = lambda: {**plain_table, "unbiased, eps under the root": (True, True)}
+for mode, form in standardize.ws_modes().items():
+    compare([*weights], mode, form)
+    for name in weights:
+        compare([name], mode, form)
 print(json.dumps(report))
 """
 
@@ -75,7 +71,7 @@ def test_kernels_equal_the_formula_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert len(report) == 7 * 3 * 2
+    assert len(report) == 7 * 4 * 2
     for case, (value, gradient) in report.items():
         # the mean 0.5 of float32 is rounded by up to 3e-8, which is 3e-6 of the deviation 0.01
         if case.startswith("constant"):
@@ -90,14 +86,14 @@ FILTERS = {
     "3x3 of res5": (512, 512, 3, 3),
     "grouped": (256, 4, 3, 3),
     "one value": (8, 1, 1, 1),
-    "too long for a program": (2, 2048, 3, 3),
+    "long": (2, 2048, 3, 3),
 }
 
 
 @on_gpu
 def test_kernels_can_be_built_on_this_gpu() -> None:
     """Else everything below would test what they are replaced by."""
-    assert _load_triton_kernels() is not None
+    assert _kernels() is not None
 
 
 @on_gpu
@@ -113,7 +109,7 @@ def test_value_and_gradient_on_a_gpu(shape: tuple, mode: str, memory_format) -> 
     assert result.is_contiguous(memory_format=memory_format)
     result.backward(upstream)
     exact = weight.detach().double().requires_grad_()
-    expected = _standardize_by_formula(exact, 1e-5, mode)
+    expected = _by_formula(exact, 1e-5, mode)
     expected.backward(upstream.double())
     assert not result[0].any()
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=2e-5)
@@ -140,5 +136,5 @@ def test_same_bits_every_time_and_differentiable_twice_on_a_gpu() -> None:
         return result
 
     torch.testing.assert_close(
-        second(standardize_weight), second(_standardize_by_formula), rtol=1e-3, atol=1e-4
+        second(standardize_weight), second(_by_formula), rtol=1e-3, atol=1e-4
     )

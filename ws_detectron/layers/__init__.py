@@ -1,21 +1,26 @@
 """The WS operation and the convolution built on it; knows torch and `detectron2.layers` only."""
 
 from .group_norm import GroupNorm, split_group_norm, use_group_norm
-from .launch_group import LaunchGroup
-from .reuse import standardize_once_per_forward
-from .standardize import WS_MODES, check_ws_arguments, standardize_weight
-from .ws_conv import DEFAULT_WS_EPS, DEFAULT_WS_MODE, WSConv2d
+from .standardize import WS_MODES, check_ws_arguments, standardize_weight, standardize_weights
+from .ws_conv import (
+    DEFAULT_WS_EPS,
+    DEFAULT_WS_MODE,
+    WSConv2d,
+    standardize_alone,
+    standardize_together,
+)
 
 __all__ = [
     "DEFAULT_WS_EPS",
     "DEFAULT_WS_MODE",
     "GroupNorm",
-    "LaunchGroup",
     "WSConv2d",
     "WS_MODES",
     "check_ws_arguments",
     "split_group_norm",
-    "standardize_once_per_forward",
+    "standardize_alone",
+    "standardize_together",
     "standardize_weight",
+    "standardize_weights",
     "use_group_norm",
 ]

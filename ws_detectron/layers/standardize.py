@@ -1,4 +1,4 @@
-"""Weight Standardization (WS) of a convolution weight, as a pure function.
+"""Weight Standardization (WS) of convolution weights, as pure functions.
 
 Qiao, Wang, Liu, Shen, Yuille, "Weight Standardization" (arXiv:1903.10520), section 3, eq. (2)-(4).
 
@@ -8,13 +8,25 @@ n = (I/g)*kh*kw values in one filter (its fan-in).
 
 import functools
 import logging
-import math
-from types import ModuleType
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 import torch
 
-WS_MODES = ("paper", "official", "bit")
+# As DistributedDataParallel's buckets: the gradients of one launch are ready together, and those
+# of the last layers should be on their way while the backward goes on.
+LAUNCH_BYTES = 25 * 2**20
+
+
+def ws_modes() -> dict[str, tuple[bool, bool]]:
+    """The table of modes: is the variance the unbiased one, and does eps stand under the root?
+
+    A function, as TorchScript reads no global table.
+    """
+    return {"paper": (False, False), "official": (True, False), "bit": (False, True)}
+
+
+WS_MODES = tuple(ws_modes())
 """The published variants; `standardize_weight` says how they differ."""
 
 
@@ -73,7 +85,7 @@ def standardize_weight(
             floating-point tensor of at least two dimensions.
     """
     if torch.jit.is_scripting():  # neither messages with `!r` nor autograd functions compile
-        return _standardize_by_formula(weight, eps, mode)
+        return _by_formula(weight, eps, mode)
     else:
         check_ws_arguments(eps, mode)
         if weight.dim() < 2 or not weight.is_floating_point():
@@ -81,140 +93,194 @@ def standardize_weight(
                 "WS needs a floating-point weight (O, I/g, ...); "
                 f"got {weight.dim()} dimension(s) of type {weight.dtype}"
             )
-    half = weight.dtype == torch.float16 or weight.dtype == torch.bfloat16
-    w = weight.float() if half else weight
+        return _standardize(weight, eps, mode)
+
+
+def standardize_weights(
+    weights: Sequence[torch.Tensor], eps: float, mode: str
+) -> list[torch.Tensor]:
+    """`standardize_weight` of several weights: on CUDA, a kernel launch for each `LAUNCH_BYTES`.
+
+    Gradients are those of single calls. In the backward, the autograd nodes of all weights of a
+    launch are visited, those of weights that were not used with None.
+    """
+    if not weights or not all(map(_runs_in_triton, weights)) or not _triton_is_ready():
+        return [_standardize(weight, eps, mode) for weight in weights]
+    launches = (_StandardizeByTriton.apply(eps, mode, *launch) for launch in _launches(weights))
+    return [result for launch in launches for result in launch]
+
+
+def _standardize(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return _standardize(weight.float(), eps, mode).to(weight.dtype)
     # A tracer or compiler should see the formula: it can fuse that, and save or export it.
-    if in_graph_capture() or not in_one_piece(w):
-        return _standardize_by_formula(w, eps, mode).to(weight.dtype)
-    kernels = triton_kernels_for(w)
-    if kernels is not None:
-        return _StandardizeOnCuda.apply(w, eps, mode, kernels).to(weight.dtype)
-    return _Standardize.apply(w, eps, mode).to(weight.dtype)
+    if in_graph_capture() or not in_one_piece(weight):
+        return _by_formula(weight, eps, mode)
+    if _runs_in_triton(weight) and _triton_is_ready():
+        return _StandardizeByTriton.apply(eps, mode, weight)[0]
+    return _StandardizeByLayerNorm.apply(weight, eps, mode)
 
 
-def _standardize_by_formula(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
-    """The formulas as they stand in `standardize_weight`, in differentiable torch operations."""
+def _by_formula(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
+    """`standardize_weight` in differentiable torch operations."""
     w = weight
     if w.dtype == torch.float16 or w.dtype == torch.bfloat16:
         w = w.float()
+    fan_in = w.numel() // max(w.size(0), 1)
     filter_dims = list(range(1, w.dim()))
     variance, mean = torch.var_mean(w, dim=filter_dims, unbiased=False, keepdim=True)
-    if mode == "bit":
-        denominator = torch.sqrt(variance + eps)
-    else:
-        if mode == "official":
-            fan_in = w.numel() // max(w.size(0), 1)
-            variance = variance * (fan_in / max(fan_in - 1, 1))
-        # sqrt has an infinite gradient at 0: those filters take the square root of 1 instead,
-        # and 0 of it, so that their deviation and its gradient are 0.
-        varies = variance > 0
-        deviation = torch.sqrt(torch.where(varies, variance, torch.ones_like(variance)))
-        denominator = torch.where(varies, deviation, torch.zeros_like(variance)) + eps
+    denominator, _ = _denominator(variance, fan_in, eps, mode)
     return ((w - mean) / denominator).to(weight.dtype)
 
 
-class _Standardize(torch.autograd.Function):
-    """The same values in few passes over memory: a layer norm over each filter, then its scale.
+def _denominator(
+    variance: torch.Tensor, fan_in: int, eps: float, mode: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The denominator d of a mode and its slope dd/dv, which is taken as 0 at deviation 0.
 
-    With the population deviation s, d the denominator of the mode (c*s + eps, where c^2 is
-    n/(n-1) for "official" and 1 for "paper"; sqrt(s^2 + eps) for "bit") and N = (W - mu)/s:
+    Args:
+        variance: v, the population variance of each filter.
+        fan_in: n.
+    """
+    unbiased, eps_under_root = ws_modes()[mode]
+    ratio = fan_in / max(fan_in - 1, 1) if unbiased else 1.0
+    square = variance * ratio + (eps if eps_under_root else 0.0)
+    # sqrt has an infinite slope at 0: those filters take the root of 1 instead, and 0 of it
+    varies = square > 0
+    root = torch.where(varies, square, torch.ones_like(square)).sqrt()
+    slope = varies * ((0.5 * ratio) / root)
+    root = varies * root
+    return root if eps_under_root else root + eps, slope
 
-        W_hat = N * s/d
-        dL/dW = (1/d) * (g - mean(g) - N * mean(g*N) * c*s/d)
-        dL/dW = (1/d) * (g - mean(g) - W_hat * mean(g*W_hat))        for "bit"
 
-    The gradient has the form of layer norm's, r * (g - mean(g) - C*r * mean(g*C*r)) with
-    C = W - mu, for r^2 = c/(s*d), times 1/(r*d). So torch's fused kernels, which read a filter
-    once and keep it in the cache, do both directions.
+class _StandardizeByLayerNorm(torch.autograd.Function):
+    """By torch's layer-norm kernels, which read a filter once and keep it in the cache.
+
+    With C = W - mu, the denominator d(v) and its slope d':
+
+        W_hat = C/d
+        dL/dW = (g - mean(g))/d - C * mean(g*C) * 2d'/d^2
+
+    Layer norm over a filter gives C/sqrt(v + floor), which lacks a factor. Its backward computes
+    r*(g - mean(g)) - C * mean(g*C) * r^3 from any r; that of r^2 = 2d'/d lacks the factor 1/(r*d).
     """
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
         rows = _to_rows(weight, weight)
         fan_in = rows.size(1)
-        if mode == "bit":
-            result, mean, inverse = torch.native_layer_norm(rows, [fan_in], None, None, eps)
-            scale = None
-        else:
-            # Added to the variance under the root, so that constant filters divide by something;
-            # what it does to the others is taken out of the deviation again.
-            floor = max((1e-4 * eps) ** 2, 1e-36)
-            result, mean, inverse = torch.native_layer_norm(rows, [fan_in], None, None, floor)
-            bessel = math.sqrt(fan_in / max(fan_in - 1, 1)) if mode == "official" else 1.0
-            deviation = inverse.pow(-2).sub_(floor).clamp_(min=0).sqrt_()
-            denominator = deviation.mul_(bessel).add_(eps)
-            result.mul_((inverse * denominator).reciprocal_())
-            inverse = (bessel * inverse / denominator).sqrt_()
-            scale = (inverse * denominator).reciprocal_()
-        ctx.save_for_backward(weight, mean, inverse, scale)
+        # so that constant filters divide by something; it is taken out of v again
+        floor = max((1e-4 * eps) ** 2, 1e-36)
+        result, mean, inverse = torch.native_layer_norm(rows, [fan_in], None, None, floor)
+        variance = inverse.pow(-2).sub_(floor).clamp_(min=0)
+        denominator, slope = _denominator(variance, fan_in, eps, mode)
+        result.div_(inverse * denominator)
+        r = torch.where(slope > 0, 2 * slope / denominator, denominator.pow(-2)).sqrt_()
+        ctx.save_for_backward(weight, mean, r, denominator.mul_(r).reciprocal_())
         ctx.eps, ctx.mode = eps, mode
-        return from_rows(result, weight)
+        return _from_rows(result, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        weight, mean, inverse, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # asked to be differentiated again
-            return differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None
+        weight, mean, r, factor = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None
         rows = _to_rows(weight, weight)
         result, _, _ = torch.ops.aten.native_layer_norm_backward(
-            _to_rows(gradient, weight),
-            rows,
-            [rows.size(1)],
-            mean,
-            inverse,
-            None,
-            None,
+            _to_rows(gradient, weight), rows, [rows.size(1)], mean, r, None, None,
             [True, False, False],
-        )
-        if scale is not None:
-            result.mul_(scale)
-        return from_rows(result, weight), None, None
+        )  # fmt: skip
+        return _from_rows(result.mul_(factor), weight), None, None
 
 
-class _StandardizeOnCuda(torch.autograd.Function):
-    """The same by the kernels of `triton_kernels`, which also states the formulas."""
+class _StandardizeByTriton(torch.autograd.Function):
+    """By the kernels of `triton_kernels`, several weights in one launch.
+
+    Graphs that share nothing but this launch may be differentiated one after the other, so nothing
+    is saved by `save_for_backward`, which the first of them would free.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, eps: float, mode: str, kernels: ModuleType
-    ) -> torch.Tensor:
-        result, *statistics = kernels.standardize_rows(_to_rows(weight, weight), eps, mode)
-        ctx.save_for_backward(weight, *statistics)
-        ctx.eps, ctx.mode, ctx.kernels = eps, mode, kernels
-        return from_rows(result, weight)
+        ctx: Any, eps: float, mode: str, *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        result, ctx.statistics = _kernels().standardize(weights, eps, *ws_modes()[mode])
+        ctx.weights = weights
+        ctx.versions = [0 if w.is_inference() else w._version for w in weights]
+        ctx.eps, ctx.mode = eps, mode
+        ctx.set_materialize_grads(False)
+        results = _split(result, weights)
+        frozen = [r for r, needed in zip(results, ctx.needs_input_grad[2:]) if not needed]
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
-        weight, *statistics = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Optional[torch.Tensor]) -> tuple[Any, ...]:
+        weights = ctx.weights
+        for g, weight, version in zip(gradients, weights, ctx.versions):
+            if g is not None and (weight._version != version or weight.shape != g.shape):
+                raise RuntimeError(
+                    f"a WS weight of shape {list(g.shape)} was modified by an inplace operation "
+                    f"between forward and backward: version {weight._version}, shape "
+                    f"{list(weight.shape)}; expected version {version}"
+                )
         if torch.is_grad_enabled():
-            return differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None, None
-        rows = _to_rows(weight, weight)
-        gradient_rows = _to_rows(gradient, weight)
-        result = ctx.kernels.standardize_rows_backward(gradient_rows, rows, *statistics)
-        return from_rows(result, weight), None, None, None
+            results = [
+                None if g is None else _differentiable_gradient(weight, g, ctx.eps, ctx.mode)
+                for g, weight in zip(gradients, weights)
+            ]
+            return None, None, *results
+        flat = [
+            weight.new_zeros(weight.numel()) if g is None else _to_rows(g, weight).view(-1)
+            for g, weight in zip(gradients, weights)
+        ]
+        result = _kernels().standardize_backward(weights, torch.cat(flat), ctx.statistics)
+        parts = zip(gradients, _split(result, weights))
+        return None, None, *(None if g is None else part for g, part in parts)
 
 
-def triton_kernels_for(weight: torch.Tensor) -> Optional[ModuleType]:
-    """The module `triton_kernels`, where it can run and its kernels serve this weight."""
-    if not weight.is_cuda or weight.dtype != torch.float32:
-        return None
-    kernels = _load_triton_kernels()
-    if kernels is None or weight.numel() > weight.size(0) * kernels.LARGEST_FILTER:
-        return None
-    return kernels
+def _split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    parts = flat.split([weight.numel() for weight in like])
+    return [_from_rows(part, weight) for part, weight in zip(parts, like)]
+
+
+def _launches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """As many of one device, in order, as `LAUNCH_BYTES` hold, and at least one."""
+    launch: list[torch.Tensor] = []
+    held = 0
+    for weight in weights:
+        size = weight.nbytes
+        if launch and (held + size > LAUNCH_BYTES or weight.device != launch[0].device):
+            yield launch
+            launch, held = [], 0
+        launch.append(weight)
+        held += size
+    if launch:
+        yield launch
+
+
+def _runs_in_triton(weight: torch.Tensor) -> bool:
+    return weight.is_cuda and weight.dtype == torch.float32 and in_one_piece(weight)
+
+
+def _triton_is_ready() -> bool:
+    """Not while a CUDA graph is recorded, which would outlive the table of filters."""
+    return (
+        not in_graph_capture()
+        and not torch.cuda.is_current_stream_capturing()
+        and _kernels() is not None
+    )
 
 
 @functools.cache
-def _load_triton_kernels() -> Optional[ModuleType]:
-    """None, with one warning, where Triton is missing or cannot build a kernel."""
+def _kernels() -> Any:
+    """The module `triton_kernels`; None, with one warning, where Triton cannot build a kernel."""
     try:
         from . import triton_kernels
 
         sample = torch.arange(8.0, device="cuda").view(2, 4)
-        result, *statistics = triton_kernels.standardize_rows(sample, 1e-5, "paper")
-        triton_kernels.standardize_rows_backward(result, sample, *statistics)
-        table = triton_kernels.FilterTable([sample], [sample.data_ptr()])
-        table.backward(*table.forward(1e-5, "paper"))
+        result, statistics = triton_kernels.standardize([sample], 1e-5, False, False)
+        triton_kernels.standardize_backward([sample], result, statistics)
     except Exception as error:  # Triton calls a C compiler, and fails in as many ways as that can
         logging.getLogger(__name__).warning(
             "WS uses torch's layer norm kernels on CUDA, which need more launches: "
@@ -226,11 +292,11 @@ def _load_triton_kernels() -> Optional[ModuleType]:
     return triton_kernels
 
 
-def differentiable_gradient(
+def _differentiable_gradient(
     weight: torch.Tensor, gradient: torch.Tensor, eps: float, mode: str
 ) -> torch.Tensor:
     """The gradient with a graph of its own, for a second derivative."""
-    result = _standardize_by_formula(weight, eps, mode)
+    result = _by_formula(weight, eps, mode)
     (second,) = torch.autograd.grad(result, weight, gradient, create_graph=True)
     return second
 
@@ -245,18 +311,13 @@ def in_one_piece(weight: torch.Tensor) -> bool:
 
 def _to_rows(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`tensor` as one row for each filter, in the order in which `like` lies in memory."""
-    return in_memory_order(tensor, like).view(tensor.size(0), -1)
-
-
-def in_memory_order(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The values of `tensor`, one after the other, as those of `like` lie in memory."""
     if not like.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.reshape(-1)
+    return tensor.reshape(tensor.size(0), -1)
 
 
-def from_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What `in_memory_order` or `_to_rows` gave, in the shape and memory format of `like`."""
+def _from_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What `_to_rows` gave, in the shape and memory format of `like`."""
     if like.is_contiguous():
         return values.view_as(like)
     filters, channels, height, width = like.shape

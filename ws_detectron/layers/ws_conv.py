@@ -1,16 +1,29 @@
-"""`WSConv2d`: detectron2's Conv2d with standardized filters."""
+"""`WSConv2d`: detectron2's Conv2d with standardized filters, and `standardize_together`."""
 
-from typing import Any
+import functools
+import threading
+from typing import Any, NamedTuple, Optional
 
 import torch
 from detectron2.layers import Conv2d
+from torch import nn
 from torch.nn import functional as F
 
-from .reuse import FilterCache, records_saved_tensors, shared_filters
-from .standardize import check_ws_arguments, in_graph_capture, standardize_weight
+from .standardize import (
+    check_ws_arguments,
+    in_graph_capture,
+    standardize_weight,
+    standardize_weights,
+)
 
 DEFAULT_WS_EPS = 1e-5
 DEFAULT_WS_MODE = "official"
+
+# Activation checkpointing counts the tensors that each part saves, in the forward and again in the
+# backward, and tells nobody that it does; no public function says that such hooks are set.
+_saved_tensors_hooks: Any = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
+)
 
 
 class WSConv2d(Conv2d):
@@ -62,7 +75,9 @@ class WSConv2d(Conv2d):
         if torch.jit.is_scripting():
             weight = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
         else:
-            weight = self.standardized_weight()
+            weight = self._from_part()
+            if weight is None:
+                weight = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
         x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if self.norm is not None:
             x = self.norm(x)
@@ -71,48 +86,130 @@ class WSConv2d(Conv2d):
         return x
 
     @torch.jit.unused
-    def standardized_weight(self) -> torch.Tensor:
-        """`standardize_weight(self.weight, ...)`, computed no more often than `weight` changes.
-
-        Frozen filters, and those of a module in evaluation without gradients, are kept until
-        somebody writes to `weight`; how that is noticed, `FilterCache` says.
-
-        Returns:
-            (O, I/g, kh, kw); not to be written to.
-        """
-        weight, settings = self.weight, (self.ws_eps, self.ws_mode)
-        if in_graph_capture():
-            return standardize_weight(weight, *settings)
-        if torch.is_grad_enabled() and weight.requires_grad:
-            self.__dict__.pop("_filters", None)  # frees what an evaluation kept
-            if records_saved_tensors():
-                return standardize_weight(weight, *settings)
-            shared = shared_filters()
-            if shared is None:
-                return self._standardize()
-            # the weight itself may be edited between two calls by nothing but the forward; it is
-            # kept, as its id would be given away
-            key = (id(self), id(weight), weight._version)
-            if key not in shared:
-                shared[key] = weight, self._standardize()
-            return shared[key][1]
-        if weight.requires_grad and self.training:  # about to change again
-            return standardize_weight(weight, *settings)
-        cache = self.__dict__.setdefault("_filters", FilterCache())
-        standardized = cache.get(weight, settings)
-        if standardized is None:
-            with torch.inference_mode(False), torch.no_grad():
-                standardized = standardize_weight(weight, *settings)
-            cache.keep(weight, settings, standardized)
-        return standardized
-
-    def _standardize(self) -> torch.Tensor:
-        """For training: in one launch with others, if there is a group of them and a GPU."""
-        group = self.__dict__.get("_launch_group")
-        standardized = None if group is None else group.take(self)
-        if standardized is None:
-            standardized = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
-        return standardized
+    def _from_part(self) -> Optional[torch.Tensor]:
+        """What the part that is running has standardized for this call; None: nothing that fits."""
+        if in_graph_capture() or not _running.parts or _saved_tensors_hooks(True) is not None:
+            return None
+        weight = self.weight
+        for part in _running.parts:
+            found = part.get((id(weight), self.ws_eps, self.ws_mode))
+            if found is not None and found.state == _state(weight):
+                standardized = found.standardized
+                if standardized.requires_grad or not (
+                    weight.requires_grad and torch.is_grad_enabled()
+                ):
+                    return standardized
+        return None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ws_eps={self.ws_eps}, ws_mode={self.ws_mode}"
+
+
+def standardize_together(part: nn.Module) -> nn.Module:
+    """Lets all WS convs of a module standardize their filters where a call of the module begins.
+
+    On CUDA this takes a few kernel launches instead of two for each conv, which is what a detector
+    waits for at one image per GPU; and a conv that is called several times in one call of `part`,
+    such as those of a head that is shared by the levels of an FPN, standardizes once. Results and
+    gradients are those of convs that standardize alone. Nothing is kept after the call.
+
+    A conv standardizes alone where it is called without its part; where its weight, `ws_eps` or
+    `ws_mode` has changed since the call began; where it has forward pre-hooks, which may change it
+    by `.data`; under hooks on saved tensors, as activation checkpointing sets them; and if its
+    weight is computed (parametrized, sharded, a replica's) or has gradient hooks, which would be
+    called with None for a conv that is not used. A weight that is written to by `.data` *during* a
+    call, which autograd cannot see either, needs to stay out of a part.
+
+    Args:
+        part: called as a whole, such as a backbone, a head, or a model. Its class becomes a
+            subclass, of the same name, as `torch.distributed.fsdp.fully_shard` does it, because
+            TorchScript would compile hooks.
+
+    Returns:
+        `part` itself.
+    """
+    if not isinstance(part, (_Part, WSConv2d)):
+        part.__class__ = _part_class(type(part))
+    return part
+
+
+def standardize_alone(part: nn.Module) -> nn.Module:
+    """Undoes `standardize_together`."""
+    if isinstance(part, _Part):
+        part.__class__ = part.plain_class
+    return part
+
+
+class _Standardized(NamedTuple):
+    weight: torch.Tensor  # keeps it alive: its id is the key
+    state: tuple
+    standardized: torch.Tensor
+
+
+class _Running(threading.local):
+    """The filters of the parts that are being called, the outermost first."""
+
+    def __init__(self) -> None:
+        self.parts: list[dict[tuple[int, float, str], _Standardized]] = []
+
+
+_running = _Running()
+
+
+class _Part(nn.Module):
+    plain_class: type[nn.Module]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if in_graph_capture() or _saved_tensors_hooks(True) is not None:
+            return super().__call__(*args, **kwargs)
+        _running.parts.append(_standardize_part(self))
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            _running.parts.pop()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copied and saved as its plain class, which can be found by its name."""
+        state = super().__reduce_ex__(max(protocol, 2))[2:]
+        return _new_part, (self.plain_class,), *state
+
+
+@functools.cache
+def _part_class(plain: type[nn.Module]) -> type[nn.Module]:
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(plain.__name__, (_Part, plain), {**names, "plain_class": plain})
+
+
+def _new_part(plain: type[nn.Module]) -> nn.Module:
+    return standardize_together(plain.__new__(plain))
+
+
+def _standardize_part(part: nn.Module) -> dict[tuple[int, float, str], _Standardized]:
+    weights: dict[tuple[float, str], dict[int, torch.Tensor]] = {}
+    for conv in part.modules():
+        if isinstance(conv, WSConv2d) and not conv._forward_pre_hooks:
+            weight = conv.weight
+            if _may_join(weight) and not (_running.parts and conv._from_part() is not None):
+                weights.setdefault((conv.ws_eps, conv.ws_mode), {})[id(weight)] = weight
+    return {
+        (id(weight), *settings): _Standardized(weight, _state(weight), standardized)
+        for settings, of_settings in weights.items()
+        for weight, standardized in zip(
+            of_settings.values(), standardize_weights(list(of_settings.values()), *settings)
+        )
+    }
+
+
+def _may_join(weight: torch.Tensor) -> bool:
+    return (
+        type(weight) is nn.Parameter
+        and weight.dim() == 4
+        and not weight.is_inference()  # it has no version
+        and not weight._backward_hooks
+    )
+
+
+def _state(weight: torch.Tensor) -> tuple:
+    """What differs where filters that were standardized earlier do not fit any more."""
+    stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None
+    return weight._version, weight.data_ptr(), stream

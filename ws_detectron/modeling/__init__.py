@@ -5,7 +5,7 @@ from .backbone import (
     build_ws_resnet_fpn_backbone,
     build_ws_retinanet_resnet_fpn_backbone,
 )
-from .convert import ConversionReport, convert_to_ws, fold_ws, folded_copy
+from .convert import ConversionReport, convert_to_ws, fold_ws, folded_copy, with_ws
 from .heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead
 from .settings import WSSettings
 
@@ -20,4 +20,5 @@ __all__ = [
     "convert_to_ws",
     "fold_ws",
     "folded_copy",
+    "with_ws",
 ]

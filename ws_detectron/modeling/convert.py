@@ -15,9 +15,10 @@ from torch import nn
 from ws_detectron.layers import (
     DEFAULT_WS_EPS,
     DEFAULT_WS_MODE,
-    LaunchGroup,
     WSConv2d,
     check_ws_arguments,
+    standardize_alone,
+    standardize_together,
     standardize_weight,
 )
 
@@ -62,8 +63,8 @@ def convert_to_ws(
     The module objects stay the same ones: only their class changes. So parameters,
     `requires_grad`, hooks, and references to a conv from elsewhere (detectron2's FPN keeps its
     convs in plain lists as well) all hold. A `WSConv2d` that a norm layer follows
-    takes `eps` and `mode`; another one stays as it is, and is reported as left. On a GPU, what one
-    call of this converts is standardized in few launches (`layers.launch_group`).
+    takes `eps` and `mode`; another one stays as it is, and is reported as left. The convs of
+    `module` standardize together (`layers.standardize_together`).
 
     Args:
         module: any module tree; may be a single conv.
@@ -79,17 +80,29 @@ def convert_to_ws(
     check_ws_arguments(eps, mode)
     report = ConversionReport()
     norm_follows = _convs_before_a_norm(module)
-    group = LaunchGroup()
     for name, conv in module.named_modules():
         reason = _reason_to_skip(conv, id(conv) in norm_follows)
         if reason is None:
             conv.__class__ = WSConv2d
             conv.ws_eps, conv.ws_mode = eps, mode
-            conv._launch_group = group
             report.converted.append(name)
         elif reason:
             report.skipped[name] = reason
+    if report.converted:
+        standardize_together(module)
     return report
+
+
+def with_ws(
+    module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
+) -> nn.Module:
+    """`convert_to_ws` that returns the module, as a LazyConfig needs it: `L(with_ws)(module=...)`.
+
+    Args, Raises:
+        as for `convert_to_ws`.
+    """
+    convert_to_ws(module, eps, mode)
+    return module
 
 
 def fold_ws(module: nn.Module) -> nn.Module:
@@ -107,12 +120,12 @@ def fold_ws(module: nn.Module) -> nn.Module:
     """
     for conv in module.modules():
         if type(conv) is not WSConv2d:
+            standardize_alone(conv)
             continue
         with torch.no_grad():
             folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode)
         conv.weight = nn.Parameter(folded, requires_grad=conv.weight.requires_grad)
         del conv.ws_eps, conv.ws_mode
-        conv.__dict__.pop("_launch_group", None)
         conv.__class__ = Conv2d
     return module
 
