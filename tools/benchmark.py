@@ -1,17 +1,24 @@
-"""Measures what WS costs, everything side by side and in turns, on this machine."""
+"""Measures what WS and GN cost, everything interleaved, on this machine."""
 
 import argparse
 import itertools
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ws_detectron.benchmark.classifier import measure_classifier
-from ws_detectron.benchmark.detector import ARMS, VARIANTS, measure_inference, measure_steps
-from ws_detectron.benchmark.operation import measure_operation
+from ws_detectron.benchmark.detector import (
+    ARMS,
+    SPLIT,
+    VARIANTS,
+    measure_inference,
+    measure_steps,
+)
+from ws_detectron.benchmark.operation import measure_group_norm, measure_operation
 from ws_detectron.benchmark.report import update_readme, write_measurement
 from ws_detectron.classification import ARMS as CLASSIFIER_ARMS
 from ws_detectron.command_line import refuse_options_without_effect
@@ -23,16 +30,22 @@ TIMING = ("device", "rounds", "warmup", "output")
 STEPS = (*TIMING, "short_side", "batches", "variants", "arms", "opts")
 OPTIONS = {
     "operation": (*TIMING, "depth"),
+    "group_norm": TIMING,
     "step": STEPS,
     "inference": (*TIMING, "short_side", "opts"),
     "arms": STEPS,
     "classifier": (*TIMING, "batches", "variants", "arms", "keras_python"),
+    "gpu": ("rounds", "warmup", "output", "budget"),
     "readme": ("output",),
 }
 """What is measured -> the options that it takes."""
+SPLIT_ARMS = tuple(f"{arm}{SPLIT}" for arm in ("gn", "gn_ws"))
+GPU = ("group_norm", "step", "operation", "inference")
+"""What `gpu` measures, the most wanted first."""
 
 EXAMPLES = """
 examples (on an idle machine; step, inference and arms need COCO in DETECTRON2_DATASETS):
+  python tools/benchmark.py gpu --budget 8m
   python tools/benchmark.py operation
   python tools/benchmark.py step
   python tools/benchmark.py step --variants channels_last autocast
@@ -57,7 +70,8 @@ def main() -> None:
         "what", metavar="WHAT",
         choices=OPTIONS,
         help="operation, step (BN, GN, GN+WS), inference (GN, GN+WS folded and not), arms (five, "
-        "by batch), classifier (of Fashion-MNIST), or readme (write the tables into README.md)",
+        "by batch), group_norm (torch's and ours), classifier (of Fashion-MNIST), gpu "
+        f"({', '.join(GPU)}, one after the other), or readme (write the tables into README.md)",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default=None, help="default: a GPU if any"
@@ -83,6 +97,10 @@ def main() -> None:
         "--keras-python", metavar="PYTHON",
         help="for classifier: an interpreter that has tensorflow-cpu",
     )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=duration, default=None, metavar="TIME",
+        help="for gpu: begin nothing after this time, such as 8m or 90s",
+    )  # fmt: skip
     parser.add_argument("--output", default="results/benchmark", metavar="DIR")
     parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the configs")
     args = parser.parse_intermixed_args()  # KEY VALUE may stand behind options
@@ -93,26 +111,63 @@ def main() -> None:
         if args.what == "readme":
             update_readme("README.md", args.output)
             return
-        about = {
-            **environment(PACKAGES),
-            "threads": torch.get_num_threads(),
-            "seed": 0,
-            "command": f"python tools/benchmark.py {shlex.join(sys.argv[1:])}",
-        }
-        name = f"{args.device}_{args.what}"
-        if args.variants != ["plain"]:
-            name += "_variants" if len(args.variants) > 1 else f"_{args.variants[0]}"
-        if args.what == "operation":
-            figures = measure_operation(args.device, args.rounds or 30, args.warmup, args.depth)
-            print(write_measurement(args.output, name, about, {"kind": "operation", **figures}))
-            return
-        kind = "classifier" if args.what == "classifier" else "detector"
-        parts = []
-        for part in measured_parts(args):
-            # after each part, as the next may take long, or be stopped
-            parts.append(part)
-            text = write_measurement(args.output, name, about, {"kind": kind, "parts": parts})
-        print(text)
+        if args.what == "gpu":
+            measure_gpu(args)
+        else:
+            print(measure(args.what, args))
+
+
+def duration(text: str) -> float:
+    """Seconds of "8m" or "90s"."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        return float(text[:-1]) * units[text[-1:]]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time; allowed: a number and s, m or h, such as 8m"
+        ) from None
+
+
+def measure_gpu(args: argparse.Namespace) -> None:
+    """All of `GPU`, each saved as it is finished, as long as the budget lasts."""
+    if not torch.cuda.is_available():
+        raise UserError("gpu needs a CUDA device, and torch sees none; see `operation` and `step`")
+    begin = time.monotonic()
+    args.rounds = args.rounds or 20
+    args.arms = ["gn", "gn_ws", "bn", *SPLIT_ARMS]
+    for what in GPU:
+        spent = time.monotonic() - begin
+        if args.budget is not None and spent > args.budget:
+            print(f"{what} is left out: {spent:.0f} s of {args.budget:.0f} s are spent")
+            continue
+        print(measure(what, args), flush=True)
+
+
+def measure(what: str, args: argparse.Namespace) -> str:
+    """Measures, saves, and returns the tables."""
+    about = {
+        **environment(PACKAGES),
+        "threads": torch.get_num_threads(),
+        "seed": 0,
+        "command": f"python tools/benchmark.py {shlex.join(sys.argv[1:])}",
+    }
+    name = f"{args.device}_{what}"
+    if args.variants != ["plain"]:
+        name += "_variants" if len(args.variants) > 1 else f"_{args.variants[0]}"
+    if what in ("operation", "group_norm"):
+        rounds = args.rounds or 30
+        if what == "operation":
+            figures = measure_operation(args.device, rounds, args.warmup, args.depth)
+        else:
+            figures = measure_group_norm(args.device, rounds, args.warmup)
+        return write_measurement(args.output, name, about, {"kind": what, **figures})
+    kind = "classifier" if what == "classifier" else "detector"
+    parts = []
+    for part in measured_parts(what, args):
+        # after each part, as the next may take long, or be stopped
+        parts.append(part)
+        text = write_measurement(args.output, name, about, {"kind": kind, "parts": parts})
+    return text
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -121,7 +176,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     refuse_options_without_effect(parser, args, "what", taken, f"with {args.what}")
     classifier = args.what == "classifier"
     for option, values, allowed in (
-        ("arms", args.arms or (), CLASSIFIER_ARMS if classifier else ARMS),
+        ("arms", args.arms or (), CLASSIFIER_ARMS if classifier else (*ARMS, *SPLIT_ARMS)),
         ("variants", args.variants, ("plain", "compile") if classifier else VARIANTS),
     ):
         for value in values:
@@ -131,21 +186,21 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                 )
 
 
-def measured_parts(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measured_parts(what: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The parts of all measurements but that of the operation, one by one as they are made."""
     rounds = args.rounds or 10
-    if args.what == "classifier":
+    if what == "classifier":
         for batch_size in args.batches:
             yield measure_classifier(
                 args.arms or ["bn", "gn", "gn_ws"], batch_size, args.device, rounds, args.warmup,
                 compiled="compile" in args.variants, keras_python=args.keras_python,
             )  # fmt: skip
         return
-    if args.what == "inference":
+    if what == "inference":
         part = measure_inference(args.device, args.short_side, rounds, args.warmup, args.opts)
         yield {"what": "inference", **part}
         return
-    arms = args.arms or (list(ARMS) if args.what == "arms" else ["gn", "gn_ws", "bn"])
+    arms = args.arms or (list(ARMS) if what == "arms" else ["gn", "gn_ws", "bn"])
     for images, variant in itertools.product(args.batches, args.variants):
         part = measure_steps(
             arms, args.device, images, args.short_side, rounds, args.warmup, variant, args.opts

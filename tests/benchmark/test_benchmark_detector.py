@@ -14,8 +14,9 @@ SMALL = [
 
 
 def test_step_and_inference_of_arms_are_measured(coco_root) -> None:
-    steps = detector.measure_steps(["gn", "gn_ws"], "cpu", 1, 64, rounds=1, warmup=0, opts=SMALL)
-    assert list(steps["seconds"]) == ["gn", "gn_ws"] and not steps["refused"]
+    arms = ["gn", "gn_ws", "gn_split"]
+    steps = detector.measure_steps(arms, "cpu", 1, 64, rounds=1, warmup=0, opts=SMALL)
+    assert list(steps["seconds"]) == arms and not steps["refused"]
     more = steps["peak_bytes"]["gn_ws"] - steps["peak_bytes"]["gn"]
     # at most the standardized filters (11.2 M values in the backbone), and what is under way
     assert 0 < more < 4 * 13_000_000

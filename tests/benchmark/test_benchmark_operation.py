@@ -63,6 +63,33 @@ def test_measurement_has_every_figure() -> None:
     assert 8 * figures["values"] <= ours < 8.2 * figures["values"] + 2 * 4 * 512 * 512 * 9
 
 
+def test_group_norm_is_measured_for_all_images_and_groups() -> None:
+    figures = operation.measure_group_norm(
+        "cpu", 3, 0, images=(1, 2), groups=(8, 32), size=(64, 96)
+    )
+    assert [(p["images"], p["groups"]) for p in figures["parts"]] == [
+        (1, 8),
+        (1, 32),
+        (2, 8),
+        (2, 32),
+    ]
+    part = figures["parts"][0]
+    # of the 60 norms of R-50-FPN those of the four shortcuts share their shape with others
+    assert sum(often for *_, often in part["shapes"]) == 1 + 2 * 16 + 16 + 4 + 8
+    seconds = part["seconds"][operation.SPLIT_NORM]
+    expected = sum(c * sorted(s)[1] for (*_, c), s in zip(part["shapes"], seconds))
+    assert part["network"][operation.SPLIT_NORM] == pytest.approx(expected)
+
+
+def test_host_time_leaves_all_as_it_was() -> None:
+    weight = torch.randn(2, 3, 3, 3)
+    expected = standardize_weight(weight)
+    found = operation.host_milliseconds(rounds=3)
+    assert set(found) == {"forward", "backward", "both"}
+    assert torch.cat([weight, weight]).shape == (4, 3, 3, 3)
+    torch.testing.assert_close(standardize_weight(weight), expected)
+
+
 def test_a_broken_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_installed.py").write_text("import a_package_that_is_not_there")
     monkeypatch.syspath_prepend(tmp_path)

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from ws_detectron.benchmark import classifier
+from ws_detectron.benchmark import classifier, operation
 
 
 def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:
@@ -42,12 +43,30 @@ def test_config_keys_may_follow_options(call_tool, tmp_path: Path) -> None:
             "--arms of classifier: sync_bn is none; allowed: none",
         ),
         (["step", "--arms", "wn"], "--arms of step: wn is none; allowed: bn, frozen_bn"),
+        (["operation", "--budget", "8m"], "--budget has no effect with operation"),
+        (["gpu", "--budget", "8"], "'8' is no time; allowed: a number and s, m or h"),
         (["classifier", "--variants", "autocast"], "autocast is none; allowed: plain, compile"),
     ],
 )
 def test_what_would_be_ignored_is_refused(call_tool, arguments: list, message: str) -> None:
     status, _, errors = call_tool("benchmark.py", *arguments)
     assert status == 2 and message in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_needs_one(call_tool) -> None:
+    status, _, errors = call_tool("benchmark.py", "gpu")
+    assert status == 2 and "gpu needs a CUDA device" in errors
+
+
+def test_group_norm_is_measured(call_tool, tmp_path: Path, monkeypatch) -> None:
+    small = [(32, 4, 4, 2), (64, 2, 2, 1)]
+    monkeypatch.setattr(operation, "_feature_shapes", lambda *size: small)
+    options = ["--device", "cpu", "--output", tmp_path, "--rounds", 2]
+    status, output, errors = call_tool("benchmark.py", "group_norm", *options)
+    assert status == 0, errors
+    assert (tmp_path / "cpu_group_norm.md").read_text() in output
+    assert len([line for line in output.splitlines() if " of 2 " in line]) == 8
 
 
 def test_the_classifier_is_measured_with_the_arms_asked_for(

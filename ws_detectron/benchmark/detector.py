@@ -1,5 +1,6 @@
 """Whole detectors, arm beside arm: training steps and inference on real images, time and memory."""
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -14,12 +15,15 @@ from torch import nn
 from ws_detectron.engine import Trainer, load_config
 from ws_detectron.engine.checks import check_device
 from ws_detectron.errors import UserError
+from ws_detectron.layers import GroupNorm, use_group_norm
 from ws_detectron.modeling import folded_copy
 
-from .timing import Action, interleave, peak_bytes, ratio, spread
+from .timing import Action, gpu_work, interleave, peak_bytes, ratio, spread
 
 ARMS = ("bn", "frozen_bn", "sync_bn", "gn", "gn_ws")
 """Arms of the COCO configs; what differs between them is listed in configs/README.md."""
+SPLIT = "_split"
+"""Behind the name of an arm: with our GroupNorm, split over the GPU (`layers.split_group_norm`)."""
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{arm}_1img.yaml"
 VARIANTS = ("plain", "channels_last", "autocast", "compile")
 
@@ -35,7 +39,7 @@ def arm_config(arm: str, device: str, short_side: int, opts: Sequence[str] = ())
         # random weights score nothing high, and the mask head should have its usual work
         *["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0],
     ]
-    return load_config(CONFIG.format(arm=arm), [*map(str, options), *opts])
+    return load_config(CONFIG.format(arm=arm.removesuffix(SPLIT)), [*map(str, options), *opts])
 
 
 def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
@@ -67,7 +71,7 @@ def measure_steps(
     All of them get the same images and the same proposals, and the LR is 0.
 
     Args:
-        arms: of `ARMS`, the baseline first.
+        arms: of `ARMS`, with `SPLIT` behind them or not, the baseline first.
         images: per step.
         short_side: of the images, pixels.
         rounds, warmup: of `interleave`.
@@ -91,7 +95,7 @@ def measure_steps(
         try:
             cfg = arm_config(arm, device, short_side, opts)
             check_device(cfg, num_gpus=1)
-            action = _training_step(cfg, batches, variant)
+            action = _training_step(cfg, batches, variant, split=arm.endswith(SPLIT))
             action()
         except (RuntimeError, UserError, ValueError, NotImplementedError) as error:
             refused[arm] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -141,7 +145,9 @@ def _measure(actions: dict[str, Action], rounds: int, warmup: int, device: str) 
         return {"seconds": {}, "ratios": {}, "peak_bytes": {}}
     seconds = interleave(actions, rounds, warmup, device)
     first = next(iter(seconds))
+    gpu = {name: gpu_work(action) for name, action in actions.items()} if device == "cuda" else {}
     return {
+        "gpu": gpu,
         "seconds": seconds,
         "median_seconds": {name: spread(values) for name, values in seconds.items()},
         "ratios": {name: ratio(seconds, name, first) for name in seconds},
@@ -149,10 +155,16 @@ def _measure(actions: dict[str, Action], rounds: int, warmup: int, device: str) 
     }
 
 
-def _training_step(cfg: CfgNode, batches: list[Batch], variant: str) -> Action:
+def _training_step(
+    cfg: CfgNode, batches: list[Batch], variant: str, *, split: bool = False
+) -> Action:
     device = cfg.MODEL.DEVICE
     torch.manual_seed(0)
     model = Trainer.build_model(cfg).train()
+    if split:
+        for norm in use_group_norm(model).modules():
+            if isinstance(norm, GroupNorm):
+                norm.split_below = sys.maxsize
     propose_alike(model)
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:

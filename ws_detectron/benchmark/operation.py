@@ -1,26 +1,35 @@
-"""The WS operation alone, forward and backward over all filters of a ResNet, against others'."""
+"""WS over all filters of a ResNet, and GN over all its features, alone, against others' code."""
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Optional
 from unittest import mock
 
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
+from torch import nn
 from torch.nn import functional as F
 
 from ws_detectron.engine import load_config
 from ws_detectron.errors import UserError
-from ws_detectron.layers import WS_MODES, WSConv2d, standardize_weight
-from ws_detectron.layers.launch_group import Tables, standardize_together
-from ws_detectron.layers.standardize import triton_kernels_for
+from ws_detectron.layers import (
+    WS_MODES,
+    WSConv2d,
+    split_group_norm,
+    standardize,
+    standardize_together,
+    standardize_weight,
+    standardize_weights,
+)
 from ws_detectron.modeling import build_ws_resnet_backbone
 
-from .timing import Action, interleave, peak_bytes, ratio, spread
+from .timing import Action, gpu_work, interleave, peak_bytes, ratio, spread
 
 # Forward: read W, write W_hat. Backward: read W_hat or W and the gradient, write the gradient. Five
 # passes, of which a copy makes two.
@@ -62,7 +71,7 @@ def formulas() -> dict[str, Standardize]:
 
 
 def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) -> dict[str, Any]:
-    """Times forward and backward of every implementation, in turns.
+    """Times forward and backward of every implementation, interleaved.
 
     Args:
         device: `"cpu"` or `"cuda"`.
@@ -91,10 +100,8 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
 
         return action
 
-    tables: Tables = {}
-
     def together() -> None:
-        results = standardize_together(weights, 1e-5, "official", tables)
+        results = standardize_weights(weights, 1e-5, "official")
         torch.autograd.backward(results, upstream)
         for weight in weights:
             weight.grad = None
@@ -105,11 +112,12 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
         **formulas(),
     }
     actions = {name: both_directions(operation) for name, operation in operations.items()}
-    if triton_kernels_for(weights[0]) is not None:  # what a model does with its convs there
+    if device == "cuda":  # what a model does with its convs there
         actions = {TOGETHER: together, **actions}
     seconds = interleave({COPY: copy, **actions}, rounds, warmup, device)
     # of the same round, so that a slow moment of the machine meets both
     floor = {"floor": [FLOOR_IN_COPIES * value for value in seconds[COPY]]}
+    gpu = {name: gpu_work(action) for name, action in actions.items()} if device == "cuda" else {}
     return {
         "filters": len(weights),
         "values": sum(weight.numel() for weight in weights),
@@ -119,7 +127,172 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
         "times_floor": {name: ratio({**seconds, **floor}, name, "floor") for name in seconds},
         "times_ours": {name: ratio(seconds, name, OURS["official"]) for name in seconds},
         "peak_bytes": {name: peak_bytes(action, device) for name, action in actions.items()},
+        "gpu": gpu,
+        "host_milliseconds": host_milliseconds(rounds),
     }
+
+
+def host_milliseconds(rounds: int) -> dict[str, dict[str, float]]:
+    """What a host spends on WS in the convs of R-50, beyond what plain convs take it.
+
+    One launch is given to a GPU that does nothing: kernels are replaced by empty tensors, on one
+    thread of the CPU, for the standardization as for the convolutions.
+
+    Returns:
+        `forward`, `backward` and `both`: the fastest of the rounds, and median and quartiles, of
+        the differences within a round.
+    """
+    weights = backbone_filters(50, "cpu")
+    x = torch.zeros(1, requires_grad=True)
+    chains = [_Chain(weights, Conv2d), standardize_together(_Chain(weights, WSConv2d))]
+    threads = torch.get_num_threads()
+    differences: list[tuple[float, float]] = []
+    with _kernels_replaced(sum(weight.numel() for weight in weights)):
+        torch.set_num_threads(1)
+        for _ in range(rounds + 5):
+            times = [_seconds_of_both_directions(chain, x) for chain in chains]
+            differences.append(tuple(1000 * (ws - plain) for plain, ws in zip(*times)))
+        torch.set_num_threads(threads)
+    forward, backward = (list(column) for column in zip(*differences[5:]))
+    both = [sum(pair) for pair in differences[5:]]
+    columns = {"forward": forward, "backward": backward, "both": both}
+    return {name: {"least": min(values), **spread(values)} for name, values in columns.items()}
+
+
+class _Chain(nn.Module):
+    """Convs of these weights, called one after the other."""
+
+    def __init__(self, weights: Sequence[torch.Tensor], conv: type[Conv2d]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList()
+        for weight in weights:
+            filters, channels, *size = weight.shape
+            self.convs.append(conv(channels, filters, size, bias=False, norm=nn.Identity()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for conv in self.convs:
+            x = conv(x)
+        return x
+
+
+class _PassOn(torch.autograd.Function):
+    """What a convolution is to autograd: a node with two inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, ctx.weight.detach()
+
+
+@contextmanager
+def _kernels_replaced(values: int) -> Iterator[None]:
+    memory = torch.zeros(values)
+
+    def flat(tensors: Sequence[torch.Tensor], *args: Any) -> torch.Tensor:
+        return memory[: sum(tensor.numel() for tensor in tensors)]
+
+    kernels = SimpleNamespace(
+        standardize=lambda weights, *form: (flat(weights), None),
+        standardize_backward=lambda weights, gradient, statistics: gradient,
+    )
+    replaced: tuple[tuple[Any, str, Any], ...] = (
+        (F, "conv2d", lambda x, weight, *args: _PassOn.apply(x, weight)),
+        (torch, "cat", flat),
+        (standardize, "_kernels", lambda: kernels),
+        (standardize, "_runs_in_triton", standardize.in_one_piece),
+        (standardize, "_triton_is_ready", lambda: True),
+    )
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def _seconds_of_both_directions(chain: nn.Module, x: torch.Tensor) -> tuple[float, float]:
+    chain.zero_grad(set_to_none=True)
+    begin = time.perf_counter()
+    result = chain(x)
+    middle = time.perf_counter()
+    result.backward()
+    return middle - begin, time.perf_counter() - middle
+
+
+STOCK_NORM, SPLIT_NORM = "nn.GroupNorm", "ws_detectron, split"
+
+
+def measure_group_norm(
+    device: str,
+    rounds: int,
+    warmup: int,
+    images: Sequence[int] = (1, 2, 4, 8),
+    groups: Sequence[int] = (8, 32),
+    size: tuple[int, int] = (800, 1344),
+) -> dict[str, Any]:
+    """Times GN alone, forward and backward, over all features of R-50-FPN: torch's, and ours split.
+
+    Args:
+        device: `"cpu"` or `"cuda"`.
+        rounds, warmup: of `interleave`.
+        images, groups: what is varied.
+        size: height and width of the images, pixels.
+
+    Returns:
+        `parts`: for each number of images and groups, the `shapes` (channels, height, width, how
+        often), the `seconds` of each round, name -> one list for each shape, and `network`: name ->
+        seconds of all norms of the network, by the medians; `ratio`: split to torch's.
+    """
+    parts = []
+    for n, g in itertools.product(images, groups):
+        seconds: dict[str, list[list[float]]] = {STOCK_NORM: [], SPLIT_NORM: []}
+        shapes = list(_feature_shapes(*size))
+        for channels, height, width, _ in shapes:
+            x = torch.randn(n, channels, height, width, device=device, requires_grad=True)
+            weight, bias = torch.randn(2, channels, device=device).unbind()
+            tensors = [x, weight.requires_grad_(), bias.requires_grad_()]
+            upstream = torch.randn_like(x)
+            actions = {
+                STOCK_NORM: partial(_norm_both_directions, F.group_norm, g, tensors, upstream),
+                SPLIT_NORM: partial(_norm_both_directions, split_group_norm, g, tensors, upstream),
+            }
+            for name, values in interleave(actions, rounds, warmup, device).items():
+                seconds[name].append(values)
+        often = [count for *_, count in shapes]
+        network = {
+            name: sum(c * spread(values)["median"] for c, values in zip(often, of_shapes))
+            for name, of_shapes in seconds.items()
+        }
+        parts.append(
+            {
+                "images": n,
+                "groups": g,
+                "shapes": shapes,
+                "seconds": seconds,
+                "network": network,
+                "ratio": network[SPLIT_NORM] / network[STOCK_NORM],
+            }
+        )
+    return {"parts": parts}
+
+
+def _norm_both_directions(
+    norm: Callable, groups: int, tensors: Sequence[torch.Tensor], upstream: torch.Tensor
+) -> None:
+    x, weight, bias = tensors
+    torch.autograd.grad(norm(x, groups, weight, bias), tensors, upstream)
+
+
+def _feature_shapes(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """(channels, height, width, how many norms) of backbone and FPN of R-50 for one image size."""
+    yield 64, height // 2, width // 2, 1
+    for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3)):
+        h, w, middle = height >> stage, width >> stage, 64 << (stage - 2)
+        yield middle, h, w, 2 * blocks
+        yield 4 * middle, h, w, blocks + 1
+        yield 256, h, w, 2
 
 
 def _layer_norm(weight: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
@@ -13,7 +14,7 @@ from ws_detectron.errors import DataError
 from ws_detectron.io import write_json, write_text
 
 from .classifier import bn_beside, same_in_keras
-from .operation import COPY, FLOOR_IN_COPIES, OURS
+from .operation import COPY, FLOOR_IN_COPIES, OURS, SPLIT_NORM, STOCK_NORM
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 _MIB = 2**20
@@ -35,7 +36,7 @@ def write_measurement(
         folder: made if need be.
         name: device and what was measured, such as `cpu_operation`.
         about: environment and command.
-        measured: `{"kind": "operation", "detector" or "classifier", ...}`.
+        measured: `{"kind": "operation", "group_norm", "detector" or "classifier", ...}`.
     """
     content = {"about": dict(about), **measured}
     write_json(Path(folder, f"{name}.json"), content)
@@ -54,6 +55,8 @@ def tables(content: Mapping[str, Any]) -> str:
     """The tables of one measurement, with a line that says what their columns mean."""
     if content["kind"] == "operation":
         return _operation_table(content)
+    if content["kind"] == "group_norm":
+        return _group_norm_table(content["parts"])
     if content["kind"] == "classifier":
         return "\n".join(_classifier_table(part) for part in content["parts"])
     return _detector_table(content["parts"])
@@ -109,9 +112,12 @@ def _operation_table(content: Mapping[str, Any]) -> str:
                 _spread(content["times_floor"][name], 2),
                 "1.00" if name == OURS["official"] else _spread(content["times_ours"][name], 2),
                 "" if peak is None else f"{peak / _MIB:.0f}",
+                *_gpu_columns(content, name),
             ]
         )
     headers = ["operation", "ms", "times the floor", "times ours (official)", "peak, MiB"]
+    headers += _gpu_headers([content])
+    host = content.get("host_milliseconds")
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     return f"""{table}
 
@@ -120,7 +126,62 @@ float32, {content["threads"]} CPU threads. Medians (and quartiles) over
 {len(content["seconds"][COPY])} rounds that ran all of them in turns; ratios are taken within a
 round. The floor is {FLOOR_IN_COPIES} times the copy of the same bytes: what must be read and
 written at least.
+{_host_line(host) if host else ""}"""
+
+
+def _host_line(host: Mapping[str, Mapping[str, float]]) -> str:
+    forward, backward = (
+        f"{host[name]['least']:.2f} ms (median {host[name]['median']:.2f})"
+        for name in ("forward", "backward")
+    )
+    return f"""
+On one thread, with kernels that do nothing, the host spends {forward} more in the
+forward of a part of all these convs than in that of plain convs, and {backward}
+more in the backward.
 """
+
+
+def _group_norm_table(parts: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for part in parts:
+        stock, split = (1000 * part["network"][name] for name in (STOCK_NORM, SPLIT_NORM))
+        faster = sum(
+            statistics.median(a) < statistics.median(b)
+            for a, b in zip(part["seconds"][SPLIT_NORM], part["seconds"][STOCK_NORM])
+        )
+        rows.append(
+            [
+                part["images"],
+                part["groups"],
+                part["images"] * part["groups"],
+                f"{stock:.2f}",
+                f"{split:.2f}",
+                f"{part['ratio']:.2f}",
+                f"{faster} of {len(part['shapes'])}",
+            ]
+        )
+    rounds = len(parts[0]["seconds"][STOCK_NORM][0])
+    headers = ["images", "groups", "images x groups", f"{STOCK_NORM}, ms", f"{SPLIT_NORM}, ms"]
+    headers += ["times", "shapes where split is faster"]
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return f"""{table}
+
+GN alone, forward and backward in float32, over all features of R-50-FPN: for each shape the median
+of {rounds} interleaved rounds, summed over the norms of the network.
+"""
+
+
+def _gpu_headers(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    return ["GPU busy, ms", "launches"] if any(part.get("gpu") for part in parts) else []
+
+
+def _gpu_columns(part: Mapping[str, Any], name: str) -> list[str]:
+    if not part.get("gpu"):
+        return []
+    work = part["gpu"].get(name)
+    return (
+        ["", ""] if work is None else [f"{1000 * work['busy_seconds']:.2f}", str(work["launches"])]
+    )
 
 
 def _detector_table(parts: Sequence[Mapping[str, Any]]) -> str:
@@ -142,6 +203,7 @@ def _detector_table(parts: Sequence[Mapping[str, Any]]) -> str:
                     _spread(part["ratios"][name], 3),
                     f"{1000 * least[name]:.0f} ({least[name] / to:.3f})",
                     f"{part['peak_bytes'][name] / _MIB:.0f}",
+                    *_gpu_columns(part, name),
                 ]
             )
         for name, why in part["refused"].items():
@@ -150,7 +212,8 @@ def _detector_table(parts: Sequence[Mapping[str, Any]]) -> str:
     first = parts[0]
     baseline = next(iter(first["seconds"]), "-")
     headers = [
-        *varied, first["what"], "ms", f"times {baseline}", "fastest, ms (times)", "peak, MiB"
+        *varied, first["what"], "ms", f"times {baseline}", "fastest, ms (times)", "peak, MiB",
+        *_gpu_headers(parts),
     ]  # fmt: skip
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     rounds = len(next(iter(first["seconds"].values()), []))

@@ -104,6 +104,26 @@ def peak_bytes(action: Action, device: str) -> int:
     return peak
 
 
+def gpu_work(action: Action) -> dict[str, float]:
+    """What one run of `action` gives a GPU to do.
+
+    Returns:
+        `busy_seconds`: durations of its kernels and copies, summed; `launches`: how many.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        action()
+        torch.cuda.synchronize()
+    on_gpu = [
+        event
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+    ]
+    microseconds = sum(event.time_range.elapsed_us() for event in on_gpu)
+    return {"busy_seconds": microseconds / 1e6, "launches": len(on_gpu)}
+
+
 def _seconds(action: Action) -> float:
     start = time.perf_counter()
     own = action()

@@ -75,15 +75,21 @@ class WSConv2d(Conv2d):
         if torch.jit.is_scripting():
             weight = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
         else:
-            weight = self._from_part()
-            if weight is None:
-                weight = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
+            weight = self.standardized_weight()
         x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+    @torch.jit.unused
+    def standardized_weight(self) -> torch.Tensor:
+        """`standardize_weight(self.weight, ...)`, (O, I/g, kh, kw); not to be written to."""
+        standardized = self._from_part()
+        if standardized is None:
+            standardized = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
+        return standardized
 
     @torch.jit.unused
     def _from_part(self) -> Optional[torch.Tensor]:
@@ -129,14 +135,14 @@ def standardize_together(part: nn.Module) -> nn.Module:
         `part` itself.
     """
     if not isinstance(part, (_Part, WSConv2d)):
-        part.__class__ = _part_class(type(part))
+        part.__class__ = _part_class(type(part))  # type: ignore[assignment, arg-type]
     return part
 
 
 def standardize_alone(part: nn.Module) -> nn.Module:
     """Undoes `standardize_together`."""
     if isinstance(part, _Part):
-        part.__class__ = part.plain_class
+        part.__class__ = part.plain_class  # type: ignore[assignment]
     return part
 
 
