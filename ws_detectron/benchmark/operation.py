@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -139,24 +140,25 @@ def host_milliseconds(rounds: int) -> dict[str, dict[str, float]]:
     thread of the CPU, for the standardization as for the convolutions.
 
     Returns:
-        `forward`, `backward` and `both`: the fastest of the rounds, and median and quartiles, of
-        the differences within a round.
+        `forward` and `backward`: `least`, of the fastest runs, and `median`.
     """
     weights = backbone_filters(50, "cpu")
     x = torch.zeros(1, requires_grad=True)
-    chains = [_Chain(weights, Conv2d), standardize_together(_Chain(weights, WSConv2d))]
+    plain, ws = _Chain(weights, Conv2d), standardize_together(_Chain(weights, WSConv2d))
     threads = torch.get_num_threads()
-    differences: list[tuple[float, float]] = []
+    taken: dict[nn.Module, list[tuple[float, float]]] = {plain: [], ws: []}
     with _kernels_replaced(sum(weight.numel() for weight in weights)):
         torch.set_num_threads(1)
-        for _ in range(rounds + 5):
-            times = [_seconds_of_both_directions(chain, x) for chain in chains]
-            differences.append(tuple(1000 * (ws - plain) for plain, ws in zip(*times)))
+        for chain in (plain, ws) * (rounds + 5):
+            taken[chain].append(_seconds_of_both_directions(chain, x))
         torch.set_num_threads(threads)
-    forward, backward = (list(column) for column in zip(*differences[5:]))
-    both = [sum(pair) for pair in differences[5:]]
-    columns = {"forward": forward, "backward": backward, "both": both}
-    return {name: {"least": min(values), **spread(values)} for name, values in columns.items()}
+    return {
+        direction: {
+            name: 1000 * (of([t[i] for t in taken[ws][5:]]) - of([t[i] for t in taken[plain][5:]]))
+            for name, of in (("least", min), ("median", statistics.median))
+        }
+        for i, direction in enumerate(("forward", "backward"))
+    }
 
 
 class _Chain(nn.Module):
