@@ -12,10 +12,11 @@ from detectron2.modeling.backbone.fpn import (
 )
 from torch import nn
 
+from ws_detectron.compat import with_norms
 from ws_detectron.errors import ConfigError
 
-from .group_norm import set_group_count, with_group_norm_to_fill_in
-from .parts import check_norm, standardize_part
+from .norm import check_norm, get_norm
+from .parts import finish_part
 from .settings import WSSettings
 
 _DEPTHS = (18, 34, 50, 101, 152)
@@ -36,9 +37,8 @@ def build_ws_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         ConfigError: a key has a value that cannot work; names the key.
     """
     ws = WSSettings.from_config(cfg)
-    resnet = _build(cfg, input_shape, build_resnet_backbone, ws)
-    if ws.backbone:
-        standardize_part(resnet, ws, part="backbone", norm_key="MODEL.RESNETS.NORM")
+    resnet = _build_stock(cfg, input_shape, build_resnet_backbone, ws)
+    _finish_resnet(resnet, ws, "backbone")
     return resnet
 
 
@@ -64,28 +64,31 @@ def _build_ws_fpn(
     build_stock: Callable[[CfgNode, ShapeSpec], Backbone],
 ) -> Backbone:
     ws = WSSettings.from_config(cfg)
-    backbone = _build(cfg, input_shape, build_stock, ws)
-    if ws.backbone:
-        part = "backbone.bottom_up"
-        standardize_part(backbone.bottom_up, ws, part=part, norm_key="MODEL.RESNETS.NORM")
-    if ws.fpn:
-        own = nn.ModuleDict(
-            {name: child for name, child in backbone.named_children() if name != "bottom_up"}
-        )
-        standardize_part(own, ws, part="backbone", norm_key="MODEL.FPN.NORM")
+    backbone = _build_stock(cfg, input_shape, build_stock, ws)
+    _finish_resnet(backbone.bottom_up, ws, "backbone.bottom_up")
+    own = nn.ModuleDict(
+        {name: child for name, child in backbone.named_children() if name != "bottom_up"}
+    )
+    finish_part(own, ws, switch="FPN", part="backbone", norm_key="MODEL.FPN.NORM")
     return backbone
 
 
-def _build(
+def _build_stock(
     cfg: CfgNode,
     input_shape: ShapeSpec,
     build_stock: Callable[[CfgNode, ShapeSpec], Backbone],
     ws: WSSettings,
 ) -> Backbone:
     _check_resnet_keys(cfg)
-    backbone = build_stock(with_group_norm_to_fill_in(cfg), input_shape)
-    set_group_count(backbone, ws.gn_groups, "backbone")
-    return backbone
+    norms = {
+        "MODEL.RESNETS.NORM": get_norm(cfg.MODEL.RESNETS.NORM, ws),
+        "MODEL.FPN.NORM": get_norm(cfg.MODEL.FPN.NORM, ws),
+    }
+    return build_stock(with_norms(cfg, norms), input_shape)
+
+
+def _finish_resnet(resnet: nn.Module, ws: WSSettings, part: str) -> None:
+    finish_part(resnet, ws, switch="BACKBONE", part=part, norm_key="MODEL.RESNETS.NORM")
 
 
 def _check_resnet_keys(cfg: CfgNode) -> None:
