@@ -58,6 +58,7 @@ def retinanet_config(norm: str = "GN", **ws: object) -> CfgNode:
 
 def stock_retinanet(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
+    cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     torch.manual_seed(0)
     return build_model(cfg)
@@ -176,6 +177,7 @@ def test_sem_seg_head_refuses_by_key() -> None:
 
 def test_retinanet_standardizes_its_towers_and_not_its_predictors() -> None:
     cfg = retinanet_config()
+    cfg.freeze()  # as a trainer's is
     torch.manual_seed(0)
     model = build_model(cfg)
     assert ws_names(model) == [f"head.{name}" for name in TOWER_CONVS]

@@ -80,10 +80,10 @@ def _build_stock(
     ws: WSSettings,
 ) -> Backbone:
     _check_resnet_keys(cfg)
-    norms = {
-        "MODEL.RESNETS.NORM": get_norm(cfg.MODEL.RESNETS.NORM, ws),
-        "MODEL.FPN.NORM": get_norm(cfg.MODEL.FPN.NORM, ws),
-    }
+    names = {"MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM, "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM}
+    for key, name in names.items():
+        check_norm(key, name)
+    norms = {key: get_norm(name, ws) for key, name in names.items()}
     return build_stock(with_norms(cfg, norms), input_shape)
 
 
@@ -101,5 +101,3 @@ def _check_resnet_keys(cfg: CfgNode) -> None:
         )
     if resnets.DEPTH not in _DEPTHS:
         raise ConfigError(f"MODEL.RESNETS.DEPTH must be one of {_DEPTHS}; got {resnets.DEPTH}")
-    for key, norm in (("MODEL.RESNETS.NORM", resnets.NORM), ("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM)):
-        check_norm(key, norm)
