@@ -61,7 +61,12 @@ def stock_retinanet(cfg: CfgNode) -> nn.Module:
     cfg.defrost()
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     torch.manual_seed(0)
-    return build_model(cfg)
+    try:
+        return build_model(cfg)
+    except ValueError as error:
+        if "num_channels (1)" in str(error):
+            pytest.skip("0.6 tries GN of one channel, which torch refuses")
+        raise
 
 
 def ws_names(module: nn.Module) -> list[str]:
@@ -196,7 +201,7 @@ def test_retinanet_head_computes_the_stock_head_with_standardized_filters() -> N
             weight = tower[i].weight.data
             std, mean = torch.std_mean(weight, (1, 2, 3), unbiased=False, keepdim=True)
             weight.copy_((weight - mean) / (std + 1e-5))
-    features = [torch.randn(2, 64, size, size, dtype=torch.float64) for size in (8, 4, 2)]
+    features = [torch.randn(2, 64, size, size, dtype=torch.float64) for size in (16, 8, 4, 2, 1)]
     torch.testing.assert_close(model.head(features), stock.head(features))
 
 
@@ -229,7 +234,7 @@ def test_retinanet_with_bn_is_as_in_stock_and_standardized(
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="detectron2"):
             model = build(cfg)
-        logged = [record.getMessage() for record in caplog.records]
-        messages.append([text for text in logged if "norm" in text.lower()])
+        logged = [r for r in caplog.records if r.name.endswith("meta_arch.retinanet")]
+        messages.append([record.getMessage() for record in logged])
         assert len(ws_names(model)) == (4 if build is build_model else 0)
     assert messages[0] and messages[0] == messages[1]
