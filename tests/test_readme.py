@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ws_detectron import model_zoo
+from ws_detectron.modeling import REGISTRATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,6 +52,17 @@ def test_use_in_an_own_project(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     # 20 in R-18 and 8 in the FPN; the heads' 4 convs are followed by GN as well
     assert "WS convs: 28 then 32" in result.stdout and result.stdout.strip().endswith("False")
+
+
+def test_table_of_names_is_the_table_of_registrations() -> None:
+    listed = re.findall(r"^\| `(\w+)` \| `(\w+)` \| `(MODEL[.\w]+)` \|$", README, re.MULTILINE)
+    assert listed == [(row.name, row.stock, row.key) for row in REGISTRATIONS]
+
+
+def test_table_of_keys_has_every_switch() -> None:
+    (row,) = re.findall(r"^\| (`MODEL\.WS\.BACKBONE`.*?) \|", README, re.MULTILINE)
+    switches = [key.rpartition(".")[2] for key in re.findall("`([.A-Z_]+)`", row)]
+    assert switches == list(dict.fromkeys(name for row in REGISTRATIONS for name in row.norms))
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)[^)]*\)", README))

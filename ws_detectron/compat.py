@@ -1,12 +1,14 @@
 """What differs between detectron2 0.5, 0.6 and its main branch, in one place."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, defaults
 from detectron2.utils import comm
 
@@ -20,6 +22,24 @@ def has_compiled_ops() -> bool:
         return hasattr(_C, "COCOevalAccumulate")
     except (ImportError, NotImplementedError):  # NotImplementedError: the pure-Python build
         return False
+
+
+def with_norms(cfg: CfgNode, norms: Mapping[str, object]) -> CfgNode:
+    """A copy of `cfg` with functions in place of norm names, for detectron2's builders.
+
+    In 0.5, 0.6 and the main branch alike, the builders of ResNet, FPN and RetinaNet take the norm
+    from the config alone and hand it to layers that accept a function as well as a name. A config
+    node refuses functions as attributes; its items are not checked.
+
+    Args:
+        cfg: may be frozen.
+        norms: full key -> a name, or a function of the channel count.
+    """
+    cfg = cfg.clone()
+    for key, norm in norms.items():
+        node, _, name = key.rpartition(".")
+        attrgetter(node)(cfg)[name] = norm
+    return cfg
 
 
 def create_local_process_group(processes_per_machine: int) -> None:

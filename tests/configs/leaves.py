@@ -42,7 +42,7 @@ SCHEDULES = {
     "20-23-24e": (24 * 7330, (20 * 7330, 23 * 7330), 7330),
 }
 IMAGES_PER_GPU = (1, 2, 8)
-LR_OF_16_IMAGES = {"mask_rcnn": 0.02, "faster_rcnn": 0.02, "retinanet": 0.01}
+LR_OF_16_IMAGES = {"mask_rcnn": 0.02, "faster_rcnn": 0.02, "retinanet": 0.01, "panoptic": 0.02}
 TORCHVISION = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
 FAIR_GN = "catalog://ImageNetPretrained/FAIR/R-50-GN"
 WEIGHTS = {
@@ -68,15 +68,18 @@ class Name:
     schedule: str
     arm: str
     images_per_gpu: int
+    towers: bool = False  # norm and WS in RetinaNet's head, too
 
     @classmethod
     def parse(cls, leaf: str) -> "Name":
         known = [LR_OF_16_IMAGES, BACKBONES, SCHEDULES, NORMS, map(str, IMAGES_PER_GPU)]
-        pattern = "(scratch_)?({})_({})_FPN_({})_({})_({})img".format(*map("|".join, known))
+        pattern = "(scratch_)?({})_({})_FPN_({})_({})(_towers)?_({})img".format(
+            *map("|".join, known)
+        )
         match = re.fullmatch(pattern, leaf)
         assert match, f"{leaf} does not follow the naming scheme of configs/README.md"
-        scratch, detector, backbone, schedule, arm, images = match.groups()
-        return cls(bool(scratch), detector, backbone, schedule, arm, int(images))
+        scratch, detector, backbone, schedule, arm, towers, images = match.groups()
+        return cls(bool(scratch), detector, backbone, schedule, arm, int(images), bool(towers))
 
     @property
     def ws(self) -> bool:

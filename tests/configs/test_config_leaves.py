@@ -60,19 +60,25 @@ def test_model_is_what_the_name_says(leaf: str) -> None:
     assert not resnets.STRIDE_IN_1X1
     assert (resnets.NORM, model.FPN.NORM) == NORMS[name.arm][:2]
     builder = "build_ws_" if name.ws else "build_"
+    assert name.detector == "retinanet" or not name.towers
     if name.detector == "retinanet":
-        assert model.META_ARCHITECTURE == "RetinaNet"
+        assert model.META_ARCHITECTURE == ("WSRetinaNet" if name.towers else "RetinaNet")
+        assert model.RETINANET.NORM == (NORMS[name.arm][1] if name.towers else "")
         assert model.BACKBONE.NAME == f"{builder}retinanet_resnet_fpn_backbone"
         return
-    assert model.META_ARCHITECTURE == "GeneralizedRCNN"
+    panoptic = name.detector == "panoptic"
+    assert model.META_ARCHITECTURE == ("PanopticFPN" if panoptic else "GeneralizedRCNN")
     assert model.BACKBONE.NAME == f"{builder}resnet_fpn_backbone"
-    assert model.MASK_ON == (name.detector == "mask_rcnn")
+    assert model.MASK_ON == (name.detector in ("mask_rcnn", "panoptic"))
     box, mask, prefix = model.ROI_BOX_HEAD, model.ROI_MASK_HEAD, "WS" if name.ws else ""
     assert box.NAME == f"{prefix}FastRCNNConvFCHead"
     assert mask.NAME == f"{prefix}MaskRCNNConvUpsampleHead"
     assert (box.NORM, mask.NORM) == NORMS[name.arm][2:]
     assert (box.NUM_CONV, box.CONV_DIM, box.NUM_FC, box.FC_DIM) == (4, 256, 1, 1024)
     assert (mask.NUM_CONV, mask.CONV_DIM) == (4, 256)
+    if panoptic:
+        head = model.SEM_SEG_HEAD
+        assert (head.NAME, head.NORM) == (f"{prefix}SemSegFPNHead", NORMS[name.arm][1])
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

@@ -32,13 +32,17 @@ PLAIN_CONVS = {
     "retinanet": {
         "backbone.top_block.p6",
         "backbone.top_block.p7",
-        *(f"head.{subnet}_subnet.{i}" for subnet in ("cls", "bbox") for i in (0, 2, 4, 6)),
         "head.cls_score",
         "head.bbox_pred",
     },
+    "panoptic": RPN_CONVS | {"roi_heads.mask_head.predictor", "sem_seg_head.predictor"},
 }
-HEAD_CONVS = {"mask_rcnn": 4 + 4, "faster_rcnn": 4, "retinanet": 0}
-FPN_CONVS = {"mask_rcnn": 2 * 4, "faster_rcnn": 2 * 4, "retinanet": 2 * 3}
+TOWER_CONVS_WITHOUT_NORM = {
+    f"head.{subnet}_subnet.{i}" for subnet in ("cls", "bbox") for i in (0, 2, 4, 6)
+}
+HEAD_CONVS = {"mask_rcnn": 4 + 4, "faster_rcnn": 4, "retinanet": 0, "panoptic": 4 + 4}
+SEM_SEG_CONVS = {"panoptic": 1 + 1 + 2 + 3}
+FPN_CONVS = {"mask_rcnn": 2 * 4, "faster_rcnn": 2 * 4, "retinanet": 2 * 3, "panoptic": 2 * 4}
 
 
 def convs_of(model: nn.Module, *, standardized: bool) -> set[str]:
@@ -56,8 +60,13 @@ def test_ws_is_on_every_conv_before_a_norm_and_on_no_other(leaf: str) -> None:
     part = Counter(conv.partition(".")[0] for conv in convs_of(model, standardized=True))
     assert part["backbone"] == BACKBONES[name.backbone][3] + FPN_CONVS[name.detector]
     assert part["roi_heads"] == HEAD_CONVS[name.detector]
-    assert set(part) <= {"backbone", "roi_heads"}
-    assert convs_of(model, standardized=False) == PLAIN_CONVS[name.detector]
+    assert part["sem_seg_head"] == SEM_SEG_CONVS.get(name.detector, 0)
+    assert part["head"] == (8 if name.towers else 0)
+    assert set(part) <= {"backbone", "roi_heads", "sem_seg_head", "head"}
+    plain = PLAIN_CONVS[name.detector]
+    if name.detector == "retinanet" and not name.towers:
+        plain = plain | TOWER_CONVS_WITHOUT_NORM
+    assert convs_of(model, standardized=False) == plain
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if not Name.parse(leaf).ws])
@@ -71,6 +80,20 @@ def test_r_50_gn_ws_has_69_ws_convs() -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
+def test_norms_of_the_towers_are_gn_behind_each_conv_or_none(leaf: str) -> None:
+    """In RetinaNet's head, norms are layers of the tower and not of the conv."""
+    towers = [
+        layer
+        for path, layer in build(leaf).named_modules()
+        if path.startswith(("head.cls_subnet.", "head.bbox_subnet."))
+    ]
+    norms = [layer for layer in towers if isinstance(layer, nn.GroupNorm)]
+    assert {type(norm) for norm in norms} <= {GroupNorm}
+    assert {norm.num_groups for norm in norms} <= {32}
+    assert len(norms) == (8 if Name.parse(leaf).towers else 0)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
 def test_norm_layers_are_those_of_the_arm(leaf: str) -> None:
     name = Name.parse(leaf)
     norms = {
@@ -81,6 +104,7 @@ def test_norm_layers_are_those_of_the_arm(leaf: str) -> None:
     in_backbone = sum(path.startswith("backbone.bottom_up.") for path in norms)
     assert in_backbone == BACKBONES[name.backbone][3]
     elsewhere = HEAD_CONVS[name.detector] + FPN_CONVS[name.detector]
+    elsewhere += SEM_SEG_CONVS.get(name.detector, 0)
     assert len(norms) - in_backbone == (0 if name.arm == "frozen_bn" else elsewhere)
     for path, module in norms.items():
         expected = NORM_CLASSES[name.arm]

@@ -17,6 +17,10 @@ NORM = Keys(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", 
 WS = Keys(f"MODEL.{part}.NAME" for part in ("BACKBONE", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
 RETINANET_NORM = Keys({"MODEL.RESNETS.NORM", "MODEL.FPN.NORM"})
 RETINANET_WS = Keys({"MODEL.BACKBONE.NAME"})
+TOWERS = Keys({"MODEL.META_ARCHITECTURE", "MODEL.RETINANET.NORM"})
+PANOPTIC_DATA = Keys({"DATASETS.TRAIN", "DATASETS.TEST", "DATALOADER.FILTER_EMPTY_ANNOTATIONS"})
+PANOPTIC_WS = Keys({"MODEL.SEM_SEG_HEAD.NAME"})
+PANOPTIC = PANOPTIC_DATA | {"MODEL.META_ARCHITECTURE", "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT"}
 WEIGHTS = Keys({"MODEL.WEIGHTS"})
 FREEZE = Keys({"MODEL.BACKBONE.FREEZE_AT"})
 INPUT = Keys({"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"})
@@ -99,6 +103,9 @@ def declared_pairs() -> dict[tuple[str, str], Keys]:
         declare(f"faster_rcnn_R_50_FPN_1x_{{}}_{n}img", "bn", "gn_ws", NORM | WS | WEIGHTS)
         keys = RETINANET_NORM | RETINANET_WS | WEIGHTS
         declare(f"retinanet_R_50_FPN_1x_{{}}_{n}img", "bn", "gn_ws", keys)
+        declare(f"retinanet_R_50_FPN_1x_{{}}_{n}img", "gn_ws", "gn_ws_towers", TOWERS)
+    declare("retinanet_R_50_FPN_1x_gn_ws_towers_{}img", 1, 2, BATCH)
+    declare("{}_R_50_FPN_1x_gn_ws_2img", "mask_rcnn", "panoptic", PANOPTIC | PANOPTIC_WS)
     for arm in ("bn", "gn_ws"):
         declare(f"{{}}_rcnn_R_50_FPN_1x_{arm}_1img", "mask", "faster", MASK)
         for detector in ("faster_rcnn", "retinanet"):
@@ -115,6 +122,14 @@ DETECTRON2_PAIRS = {
         OUR_SOLVER | OUR_START | {"MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC"}
     ),
     ("Misc/mask_rcnn_R_50_FPN_3x_gn", "mask_rcnn_R_50_FPN_3x_gn_2img"): OUR_SOLVER,
+    ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x", "panoptic_R_50_FPN_1x_gn_ws_2img"): (
+        OUR_SOLVER
+        | OUR_START
+        | NORM
+        | WS
+        | PANOPTIC_WS
+        | {"MODEL.ROI_BOX_HEAD.NUM_CONV", "MODEL.ROI_BOX_HEAD.NUM_FC"}
+    ),
     ("COCO-Detection/retinanet_R_50_FPN_1x", "retinanet_R_50_FPN_1x_bn_2img"): (
         OUR_SOLVER | OUR_START | RETINANET_NORM
     ),

@@ -119,11 +119,20 @@ def test_missing_folder_says_path_and_variable(coco_set: str, tmp_path: Path) ->
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["ROI_HEADS", "RETINANET"])
-def test_the_model_has_a_class_for_each_of_the_data(coco_set: str, part: str) -> None:
+@pytest.mark.parametrize(
+    "architecture, part",
+    [
+        ("GeneralizedRCNN", "ROI_HEADS"),
+        ("RetinaNet", "RETINANET"),
+        ("WSRetinaNet", "RETINANET"),
+    ],
+)
+def test_the_model_has_a_class_for_each_of_the_data(
+    coco_set: str, architecture: str, part: str
+) -> None:
     MetadataCatalog.get(coco_set).thing_classes = ["square", "circle"]
     cfg = config("DATASETS.TRAIN", f"('{coco_set}',)", f"MODEL.{part}.NUM_CLASSES", 2)
-    cfg.MODEL.META_ARCHITECTURE = "RetinaNet" if part == "RETINANET" else "GeneralizedRCNN"
+    cfg.MODEL.META_ARCHITECTURE = architecture
     checks.check_classes(cfg)
     cfg.MODEL[part].NUM_CLASSES = 1
     expected = f"{part}.NUM_CLASSES is 1, but {coco_set} has 2 classes: square, circle"

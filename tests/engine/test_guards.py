@@ -97,6 +97,11 @@ def test_ws_settings_that_nothing_reads() -> None:
     assert traps(COCO.format("gn_ws_1img"), *changed) == []
     head = ["MODEL.ROI_MASK_HEAD.NAME", "WSMaskRCNNConvUpsampleHead"]
     assert traps(COCO.format("gn_1img"), *changed, *head) == []
+    for reader in (
+        ["MODEL.META_ARCHITECTURE", "WSRetinaNet"],
+        ["MODEL.SEM_SEG_HEAD.NAME", "WSSemSegFPNHead"],
+    ):
+        assert traps(COCO.format("gn_1img"), *changed, *reader) == []
     for key in ("BACKBONE.NAME", "META_ARCHITECTURE", "ROI_HEADS.NAME"):
         of_somebody = [f"MODEL.{key}", "Mine"]
         assert traps(COCO.format("gn_1img"), *changed, *of_somebody) == []

@@ -19,11 +19,25 @@ MODELS = {
     "Mask R-CNN": ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "resnet_fpn"),
     "Cascade Mask R-CNN": ("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml", "resnet_fpn"),
     "Keypoint R-CNN": ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml", "resnet_fpn"),
+    "RetinaNet with WS towers": (
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "retinanet_resnet_fpn",
+        ("MODEL.META_ARCHITECTURE", "WSRetinaNet", "MODEL.RETINANET.NORM", "GN"),
+    ),
     "Panoptic FPN": ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml", "resnet_fpn"),
+    "Panoptic FPN with WS semantic head": (
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+        "resnet_fpn",
+        ("MODEL.SEM_SEG_HEAD.NAME", "WSSemSegFPNHead"),
+    ),
 }
 
 
-def model_config(path: str, backbone: str) -> CfgNode:
+# WS convs outside of backbone and ROI heads
+OTHER_WS_CONVS = {"RetinaNet with WS towers": 8, "Panoptic FPN with WS semantic head": 7}
+
+
+def model_config(path: str, backbone: str, opts: tuple[str, ...] = ()) -> CfgNode:
     """A model-zoo config with the WS backbone named, and small numbers of proposals."""
     cfg = get_cfg()
     add_ws_config(cfg)
@@ -42,6 +56,7 @@ def model_config(path: str, backbone: str) -> CfgNode:
     for phase in ("TRAIN", "TEST"):
         cfg.MODEL.RPN[f"PRE_NMS_TOPK_{phase}"] = 100
         cfg.MODEL.RPN[f"POST_NMS_TOPK_{phase}"] = 20
+    cfg.merge_from_list(list(opts))
     return cfg
 
 
@@ -74,6 +89,9 @@ def test_trains_a_step_and_infers(name: str) -> None:
         cfg.MODEL.RESNETS.NORM = "BN"
     model = build_model(cfg)
     assert any(isinstance(m, WSConv2d) for m in model.backbone.modules())
+    heads = (getattr(model, part, nn.Identity()) for part in ("head", "sem_seg_head"))
+    others = sum(isinstance(m, WSConv2d) for head in heads for m in head.modules())
+    assert others == OTHER_WS_CONVS.get(name, 0)
     with EventStorage():
         losses = model([example(cfg)])
     sum(losses.values()).backward()

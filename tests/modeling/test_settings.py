@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
 from ws_detectron import add_ws_config
 from ws_detectron.errors import ConfigError
@@ -18,6 +18,8 @@ def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None
         "FPN": True,
         "BOX_HEAD": True,
         "MASK_HEAD": True,
+        "RETINANET_HEAD": True,
+        "SEM_SEG_HEAD": True,
         "MODE": "official",
         "EPS": 1e-5,
         "GN_GROUPS": 32,
@@ -39,6 +41,16 @@ def test_add_ws_config_twice_keeps_what_was_set() -> None:
     cfg.MODEL.WS.MODE = "bit"
     add_ws_config(cfg)
     assert cfg.MODEL.WS.MODE == "bit"
+
+
+def test_a_node_of_an_earlier_version_gets_the_keys_that_it_lacks() -> None:
+    cfg = get_cfg()
+    cfg.MODEL.WS = CfgNode({"BACKBONE": False, "GN_GROUPS": 8})
+    assert WSSettings.from_config(cfg) == WSSettings(backbone=False, gn_groups=8)
+    add_ws_config(cfg)
+    cfg.merge_from_list(["MODEL.WS.RETINANET_HEAD", False])
+    expected = WSSettings(backbone=False, retinanet_head=False, gn_groups=8)
+    assert WSSettings.from_config(cfg) == expected
 
 
 def test_settings_carry_every_key() -> None:
@@ -64,6 +76,7 @@ def test_config_without_the_node_means_the_defaults() -> None:
         ("GN_GROUPS", 0, "integer >= 1"),
         ("GN_GROUPS", 2.5, "integer >= 1"),
         ("FPN", "yes", "a boolean"),
+        ("SEM_SEG_HEAD", "no", "a boolean"),
     ],
 )
 def test_refuses_what_cannot_work(key: str, value: Any, allowed: str) -> None:

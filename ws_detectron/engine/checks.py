@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 from ws_detectron.checkpoint.safe_pickle import RefusedPickle, load_plain_pickle
 from ws_detectron.data import check_coco_set, keypoint_names, mirrored, use_annotations
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
+from ws_detectron.modeling import stock_name
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def check_device(cfg: CfgNode, num_gpus: int) -> None:
 def norm_keys(cfg: CfgNode) -> dict[str, str]:
     """The norm keys that the model of a config reads, with their values."""
     nodes = ["RESNETS", "FPN"]
-    architecture = cfg.MODEL.META_ARCHITECTURE
+    architecture = _stock_architecture(cfg)
     if architecture == "RetinaNet":
         nodes.append("RETINANET")
     else:
@@ -90,6 +91,10 @@ def norm_keys(cfg: CfgNode) -> dict[str, str]:
     if architecture in ("PanopticFPN", "SemanticSegmentor"):
         nodes.append("SEM_SEG_HEAD")
     return {f"MODEL.{node}.NORM": cfg.MODEL[node].NORM for node in nodes}
+
+
+def _stock_architecture(cfg: CfgNode) -> str:
+    return stock_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
 
 
 def check_weights(cfg: CfgNode) -> None:
@@ -235,7 +240,7 @@ _CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "Reti
 
 def check_classes(cfg: CfgNode) -> None:
     """The model has a class for each of the training data, once these are loaded."""
-    part = _CLASSES_IN.get(cfg.MODEL.META_ARCHITECTURE)
+    part = _CLASSES_IN.get(_stock_architecture(cfg))
     if part is None:
         return
     for name in cfg.DATASETS.TRAIN:
@@ -351,7 +356,7 @@ def check_annotations(
     if comm.is_main_process():
         masks = cfg.MODEL.MASK_ON if masks is None else masks
         trained = cfg.DATASETS.TRAIN if train else ()
-        part = _CLASSES_IN.get(cfg.MODEL.META_ARCHITECTURE)
+        part = _CLASSES_IN.get(_stock_architecture(cfg))
         # `evaluate_checkpoint`, which needs answers, says so where it happens
         classes = cfg.MODEL[part].NUM_CLASSES if part and not answers else 0
         for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):

@@ -1,5 +1,6 @@
 """A trained model as files for stock detectron2, which then needs nothing of this package."""
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Union
 
@@ -10,17 +11,10 @@ from torch import nn
 from ws_detectron.checkpoint import METADATA_KEY, describe_model
 from ws_detectron.errors import ConfigError
 from ws_detectron.io import atomic_write, check_folder, refuse_overwrite
+from ws_detectron.modeling import WSSettings, is_stock_norm, registrations_in
 
 from .inference import load_model_for_inference
 
-# What is registered here -> what it is built on, which computes the same from folded filters.
-STOCK_NAMES = {
-    "build_ws_resnet_backbone": "build_resnet_backbone",
-    "build_ws_resnet_fpn_backbone": "build_resnet_fpn_backbone",
-    "build_ws_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
-    "WSFastRCNNConvFCHead": "FastRCNNConvFCHead",
-    "WSMaskRCNNConvUpsampleHead": "MaskRCNNConvUpsampleHead",
-}
 _STOCK_GN_GROUPS = 32
 
 
@@ -35,17 +29,25 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
         A config of detectron2's own keys.
 
     Raises:
-        ConfigError: GN has another number of groups than the 32 that detectron2 fixes.
+        ConfigError: GN has another number of groups than the 32 that detectron2 fixes, or a norm
+            is not one of detectron2's.
     """
     cfg = cfg.clone()
-    groups = cfg.MODEL.WS.GN_GROUPS if "WS" in cfg.MODEL else _STOCK_GN_GROUPS
+    groups = WSSettings.from_config(cfg).gn_groups
     if groups != _STOCK_GN_GROUPS:
         raise ConfigError(
             f"MODEL.WS.GN_GROUPS is {groups}; detectron2 alone builds GN with "
             f"{_STOCK_GN_GROUPS} groups only, so this model cannot leave ws_detectron"
         )
-    for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
-        node.NAME = STOCK_NAMES.get(node.NAME, node.NAME)
+    for row in registrations_in(cfg):
+        for key in row.norms.values():
+            norm = attrgetter(key)(cfg)
+            if not is_stock_norm(norm):
+                raise ConfigError(
+                    f"{key} is {norm!r}, which detectron2 alone does not build, so this model "
+                    "cannot leave ws_detectron"
+                )
+        cfg.merge_from_list([row.key, row.stock])
     cfg.MODEL.WEIGHTS = weights
     stock = get_cfg()
     _copy_known(cfg, stock)

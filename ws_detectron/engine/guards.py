@@ -3,16 +3,12 @@
 What cannot run at all is refused by `checks`; these are warnings, because each can be meant.
 """
 
-from detectron2.config import CfgNode
-from detectron2.modeling import (
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-)
+from operator import attrgetter
 
-from ws_detectron.modeling import WSSettings
+from detectron2.config import CfgNode
+from detectron2.modeling import ROI_HEADS_REGISTRY
+
+from ws_detectron.modeling import REGISTRATIONS, WSSettings
 
 from .checks import norm_keys
 
@@ -100,24 +96,20 @@ def _settings_without_effect(cfg: CfgNode) -> list[str]:
     settings = WSSettings.from_config(cfg).as_config()
     changed = [key for key, value in WSSettings().as_config().items() if settings[key] != value]
     # any of these that is somebody's own may read it
-    parts = {
-        "MODEL.BACKBONE.NAME": (cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
-        "MODEL.ROI_BOX_HEAD.NAME": (cfg.MODEL.ROI_BOX_HEAD.NAME, ROI_BOX_HEAD_REGISTRY),
-        "MODEL.ROI_MASK_HEAD.NAME": (cfg.MODEL.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY),
-        "MODEL.META_ARCHITECTURE": (cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
-        "MODEL.ROI_HEADS.NAME": (cfg.MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY),
-    }
+    registries = {row.key: row.registry for row in REGISTRATIONS}
+    registries["MODEL.ROI_HEADS.NAME"] = ROI_HEADS_REGISTRY
+    names = {key: attrgetter(key)(cfg) for key in registries}
     stock = [
-        name in registry and registry.get(name).__module__.startswith("detectron2.")
-        for name, registry in parts.values()
+        name in registries[key] and registries[key].get(name).__module__.startswith("detectron2.")
+        for key, name in names.items()
         if name
     ]
     if not changed or not all(stock):
         return []
-    names = ", ".join(f"{key} {name}" for key, (name, _) in parts.items() if name)
+    readers = ", ".join(f"{key} {name}" for key, name in names.items() if name)
     return [
         f"{', '.join(f'MODEL.WS.{key} {settings[key]}' for key in changed)}: without effect, as "
-        f"detectron2's own parts do not read it ({names}); "
+        f"detectron2's own parts do not read it ({readers}); "
         "MODEL.BACKBONE.NAME build_ws_resnet_fpn_backbone does, for one"
     ]
 

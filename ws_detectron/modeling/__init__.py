@@ -6,13 +6,25 @@ from .backbone import (
     build_ws_retinanet_resnet_fpn_backbone,
 )
 from .convert import ConversionReport, convert_to_ws, fold_ws, folded_copy, with_ws
-from .heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead
+from .heads import (
+    WSFastRCNNConvFCHead,
+    WSMaskRCNNConvUpsampleHead,
+    WSRetinaNet,
+    WSSemSegFPNHead,
+)
+from .norm import NORMS, is_stock_norm
+from .parts import REGISTRATIONS, Registration, registrations_in, stock_name
 from .settings import WSSettings
 
 __all__ = [
     "ConversionReport",
+    "NORMS",
+    "REGISTRATIONS",
+    "Registration",
     "WSFastRCNNConvFCHead",
     "WSMaskRCNNConvUpsampleHead",
+    "WSRetinaNet",
+    "WSSemSegFPNHead",
     "WSSettings",
     "build_ws_resnet_backbone",
     "build_ws_resnet_fpn_backbone",
@@ -20,5 +32,8 @@ __all__ = [
     "convert_to_ws",
     "fold_ws",
     "folded_copy",
+    "is_stock_norm",
+    "registrations_in",
+    "stock_name",
     "with_ws",
 ]

@@ -12,10 +12,12 @@ from detectron2.modeling.backbone.fpn import (
 )
 from torch import nn
 
+from ws_detectron.compat import with_norms
 from ws_detectron.errors import ConfigError
+from ws_detectron.layers import standardize_alone, standardize_together
 
-from .group_norm import set_group_count, with_group_norm_to_fill_in
-from .parts import check_norm, standardize_part
+from .norm import check_norm, get_norm
+from .parts import finish_part
 from .settings import WSSettings
 
 _DEPTHS = (18, 34, 50, 101, 152)
@@ -36,9 +38,8 @@ def build_ws_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         ConfigError: a key has a value that cannot work; names the key.
     """
     ws = WSSettings.from_config(cfg)
-    resnet = _build(cfg, input_shape, build_resnet_backbone, ws)
-    if ws.backbone:
-        standardize_part(resnet, ws, part="backbone", norm_key="MODEL.RESNETS.NORM")
+    resnet = _build_stock(cfg, input_shape, build_resnet_backbone, ws)
+    _finish_resnet(resnet, ws, "backbone")
     return resnet
 
 
@@ -64,28 +65,34 @@ def _build_ws_fpn(
     build_stock: Callable[[CfgNode, ShapeSpec], Backbone],
 ) -> Backbone:
     ws = WSSettings.from_config(cfg)
-    backbone = _build(cfg, input_shape, build_stock, ws)
-    if ws.backbone:
-        part = "backbone.bottom_up"
-        standardize_part(backbone.bottom_up, ws, part=part, norm_key="MODEL.RESNETS.NORM")
-    if ws.fpn:
-        own = nn.ModuleDict(
-            {name: child for name, child in backbone.named_children() if name != "bottom_up"}
-        )
-        standardize_part(own, ws, part="backbone", norm_key="MODEL.FPN.NORM")
+    backbone = _build_stock(cfg, input_shape, build_stock, ws)
+    _finish_resnet(backbone.bottom_up, ws, "backbone.bottom_up")
+    own = nn.ModuleDict(
+        {name: child for name, child in backbone.named_children() if name != "bottom_up"}
+    )
+    finish_part(own, ws, switch="FPN", part="backbone", norm_key="MODEL.FPN.NORM")
+    if ws.backbone or ws.fpn:  # all in the launches of one part
+        standardize_together(backbone)
+        standardize_alone(backbone.bottom_up)
     return backbone
 
 
-def _build(
+def _build_stock(
     cfg: CfgNode,
     input_shape: ShapeSpec,
     build_stock: Callable[[CfgNode, ShapeSpec], Backbone],
     ws: WSSettings,
 ) -> Backbone:
     _check_resnet_keys(cfg)
-    backbone = build_stock(with_group_norm_to_fill_in(cfg), input_shape)
-    set_group_count(backbone, ws.gn_groups, "backbone")
-    return backbone
+    names = {"MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM, "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM}
+    for key, name in names.items():
+        check_norm(key, name)
+    norms = {key: get_norm(name, ws) for key, name in names.items()}
+    return build_stock(with_norms(cfg, norms), input_shape)
+
+
+def _finish_resnet(resnet: nn.Module, ws: WSSettings, part: str) -> None:
+    finish_part(resnet, ws, switch="BACKBONE", part=part, norm_key="MODEL.RESNETS.NORM")
 
 
 def _check_resnet_keys(cfg: CfgNode) -> None:
@@ -98,5 +105,3 @@ def _check_resnet_keys(cfg: CfgNode) -> None:
         )
     if resnets.DEPTH not in _DEPTHS:
         raise ConfigError(f"MODEL.RESNETS.DEPTH must be one of {_DEPTHS}; got {resnets.DEPTH}")
-    for key, norm in (("MODEL.RESNETS.NORM", resnets.NORM), ("MODEL.FPN.NORM", cfg.MODEL.FPN.NORM)):
-        check_norm(key, norm)

@@ -1,18 +1,25 @@
-"""WS box and mask heads: detectron2's own heads, then one conversion pass."""
+"""WS heads: detectron2's own, then one conversion pass."""
 
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads.box_head import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
-from detectron2.modeling.roi_heads.mask_head import (
+from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
     ROI_MASK_HEAD_REGISTRY,
-    MaskRCNNConvUpsampleHead,
+    SEM_SEG_HEADS_REGISTRY,
 )
+from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import nn
 
-from .group_norm import Norm, group_norm_to_fill_in, set_group_count
-from .parts import check_norm, standardize_part
+from ws_detectron.compat import with_norms
+
+from .norm import Norm, check_norm, get_norm
+from .parts import finish_part
 from .settings import WSSettings
 
 
@@ -35,8 +42,9 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
     def __init__(
         self, input_shape: ShapeSpec, *, ws: WSSettings, conv_norm: Norm = "", **kwargs: Any
     ) -> None:
-        super().__init__(input_shape, conv_norm=group_norm_to_fill_in(conv_norm), **kwargs)
-        _finish(self, ws, ws.box_head, "box_head")
+        super().__init__(input_shape, conv_norm=get_norm(conv_norm, ws), **kwargs)
+        norm_key = "MODEL.ROI_BOX_HEAD.NORM and .NUM_CONV"
+        finish_part(self, ws, switch="BOX_HEAD", part="roi_heads.box_head", norm_key=norm_key)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -48,23 +56,16 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
 class WSMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
     """detectron2's `MaskRCNNConvUpsampleHead` with WS convs; deconvolution and logits stay plain.
 
-    Args:
-        input_shape: shape of the pooled features (C, H, W).
-        ws: which parts are standardized, and how.
-        conv_norm: norm behind each conv, a name or a function of the channel count.
-        kwargs: the other arguments of `MaskRCNNConvUpsampleHead`.
-
-    Raises:
-        ConfigError: the head has no conv with a norm layer behind it, or the group count does not
-            divide its channels.
+    Args and errors: see `WSFastRCNNConvFCHead`.
     """
 
     @configurable
     def __init__(
         self, input_shape: ShapeSpec, *, ws: WSSettings, conv_norm: Norm = "", **kwargs: Any
     ) -> None:
-        super().__init__(input_shape, conv_norm=group_norm_to_fill_in(conv_norm), **kwargs)
-        _finish(self, ws, ws.mask_head, "mask_head")
+        super().__init__(input_shape, conv_norm=get_norm(conv_norm, ws), **kwargs)
+        norm_key = "MODEL.ROI_MASK_HEAD.NORM and .NUM_CONV"
+        finish_part(self, ws, switch="MASK_HEAD", part="roi_heads.mask_head", norm_key=norm_key)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -72,13 +73,74 @@ class WSMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         return {**super().from_config(cfg, input_shape), "ws": _settings(cfg, "ROI_MASK_HEAD")}
 
 
-def _finish(head: nn.Module, ws: WSSettings, standardized: bool, name: str) -> None:
-    """Group counts and WS, on a head that detectron2 has built."""
-    part = f"roi_heads.{name}"
-    set_group_count(head, ws.gn_groups, part)
-    if standardized:
-        norm_key = f"MODEL.ROI_{name.upper()}.NORM and .NUM_CONV"
-        standardize_part(head, ws, part=part, norm_key=norm_key)
+@SEM_SEG_HEADS_REGISTRY.register()
+class WSSemSegFPNHead(SemSegFPNHead):
+    """detectron2's `SemSegFPNHead`, of Panoptic FPN, with WS convs; its predictor stays plain.
+
+    Args:
+        input_shape: name -> shape (C, stride) of the FPN features.
+        ws: which parts are standardized, and how.
+        norm: norm behind each conv, a name or a function of the channel count.
+        kwargs: the other arguments of `SemSegFPNHead`.
+
+    Raises:
+        ConfigError: see `WSFastRCNNConvFCHead`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        ws: WSSettings,
+        norm: Norm = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_shape, norm=get_norm(norm, ws), **kwargs)
+        norm_key = "MODEL.SEM_SEG_HEAD.NORM"
+        finish_part(self, ws, switch="SEM_SEG_HEAD", part="sem_seg_head", norm_key=norm_key)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """The constructor's arguments, read from MODEL.SEM_SEG_HEAD and MODEL.WS."""
+        return {**super().from_config(cfg, input_shape), "ws": _settings(cfg, "SEM_SEG_HEAD")}
+
+
+@META_ARCH_REGISTRY.register()
+class WSRetinaNet(RetinaNet):
+    """detectron2's `RetinaNet` with WS convs in the towers of its head; its predictors stay plain.
+
+    A model and not a head, because detectron2 has no registry for RetinaNet's heads.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The constructor's arguments, read from MODEL.RETINANET, MODEL.WS and the backbone's keys.
+
+        Raises:
+            ConfigError: MODEL.RETINANET.NORM is none or unknown, or the group count does not divide
+                the channels of the towers.
+        """
+        ws, norm_key = _settings(cfg, "RETINANET"), "MODEL.RETINANET.NORM"
+        norm = get_norm(cfg.MODEL.RETINANET.NORM, ws)
+        args = super().from_config(with_norms(cfg, {norm_key: norm}))
+        head = args["head"]
+        convs = _convs_before_norms(head) if ws.retinanet_head else []
+        for conv, layer in convs:
+            # convert_to_ws takes detectron2's Conv2d, and where it has a norm of its own
+            conv.__class__ = Conv2d
+            conv.__dict__.update(norm=layer, activation=None)
+        finish_part(head, ws, switch="RETINANET_HEAD", part="head", norm_key=norm_key)
+        for conv, _ in convs:
+            conv.__dict__.update(norm=None)  # the tower applies it
+        return args
+
+
+def _convs_before_norms(head: RetinaNetHead) -> list[tuple[nn.Module, nn.Module]]:
+    """The convs of both towers with what stands between each and its ReLU, of whatever class."""
+    towers = [list(head.cls_subnet), list(head.bbox_subnet)]
+    pairs = [pair for tower in towers for pair in zip(tower, tower[1:])]
+    return [(a, b) for a, b in pairs if type(a) is nn.Conv2d and not isinstance(b, nn.ReLU)]
 
 
 def _settings(cfg: CfgNode, node: str) -> WSSettings:

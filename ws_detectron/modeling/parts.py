@@ -1,45 +1,144 @@
-"""What building any WS part, backbone or head, has in common."""
+"""The parts of a model that WS reaches: their registered names, and the last step of building one.
+
+`REGISTRATIONS` is the one place that knows the names; folding, checks and documentation read it.
+"""
 
 import logging
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import NamedTuple
 
-from detectron2.layers import get_norm
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+from detectron2.utils.registry import Registry
 from torch import nn
 
 from ws_detectron.errors import ConfigError
 
 from .convert import convert_to_ws
+from .norm import check_norm_layers
 from .settings import WSSettings
 
 logger = logging.getLogger(__name__)
 
 
-def standardize_part(module: nn.Module, ws: WSSettings, *, part: str, norm_key: str) -> None:
-    """Standardizes one part of a model and logs what was converted.
+class Registration(NamedTuple):
+    """A registered name and the name of detectron2 that it takes the place of.
+
+    Attributes:
+        registry: where both are registered.
+        key: the config key that takes them.
+        name: builds the part with WS.
+        stock: builds a part that computes the same from folded weights.
+        norms: switch of MODEL.WS -> key of the norm behind the convs that it standardizes.
+    """
+
+    registry: Registry
+    key: str
+    name: str
+    stock: str
+    norms: Mapping[str, str]
+
+
+_RESNET = {"BACKBONE": "MODEL.RESNETS.NORM"}
+_RESNET_FPN = {**_RESNET, "FPN": "MODEL.FPN.NORM"}
+
+REGISTRATIONS = [
+    Registration(
+        BACKBONE_REGISTRY,
+        "MODEL.BACKBONE.NAME",
+        "build_ws_resnet_backbone",
+        "build_resnet_backbone",
+        _RESNET,
+    ),
+    Registration(
+        BACKBONE_REGISTRY,
+        "MODEL.BACKBONE.NAME",
+        "build_ws_resnet_fpn_backbone",
+        "build_resnet_fpn_backbone",
+        _RESNET_FPN,
+    ),
+    Registration(
+        BACKBONE_REGISTRY,
+        "MODEL.BACKBONE.NAME",
+        "build_ws_retinanet_resnet_fpn_backbone",
+        "build_retinanet_resnet_fpn_backbone",
+        _RESNET_FPN,
+    ),
+    Registration(
+        ROI_BOX_HEAD_REGISTRY,
+        "MODEL.ROI_BOX_HEAD.NAME",
+        "WSFastRCNNConvFCHead",
+        "FastRCNNConvFCHead",
+        {"BOX_HEAD": "MODEL.ROI_BOX_HEAD.NORM"},
+    ),
+    Registration(
+        ROI_MASK_HEAD_REGISTRY,
+        "MODEL.ROI_MASK_HEAD.NAME",
+        "WSMaskRCNNConvUpsampleHead",
+        "MaskRCNNConvUpsampleHead",
+        {"MASK_HEAD": "MODEL.ROI_MASK_HEAD.NORM"},
+    ),
+    Registration(
+        META_ARCH_REGISTRY,
+        "MODEL.META_ARCHITECTURE",
+        "WSRetinaNet",
+        "RetinaNet",
+        {"RETINANET_HEAD": "MODEL.RETINANET.NORM"},
+    ),
+    Registration(
+        SEM_SEG_HEADS_REGISTRY,
+        "MODEL.SEM_SEG_HEAD.NAME",
+        "WSSemSegFPNHead",
+        "SemSegFPNHead",
+        {"SEM_SEG_HEAD": "MODEL.SEM_SEG_HEAD.NORM"},
+    ),
+]
+"""A project that registers a WS part of its own appends a row."""
+
+
+def registrations_in(cfg: CfgNode) -> list[Registration]:
+    """The rows of `REGISTRATIONS` whose names a config uses."""
+    return [row for row in REGISTRATIONS if attrgetter(row.key)(cfg) == row.name]
+
+
+def stock_name(key: str, name: str) -> str:
+    """detectron2's name for what is registered as `name` under `key`; `name` if that is stock."""
+    stock = [row.stock for row in REGISTRATIONS if (row.key, row.name) == (key, name)]
+    return stock[0] if stock else name
+
+
+def finish_part(
+    module: nn.Module, ws: WSSettings, *, switch: str, part: str, norm_key: str
+) -> None:
+    """Checks the norm layers of a part that detectron2 has built, and standardizes its convs.
+
+    Logs which convs were converted and which were not.
 
     Args:
-        module: the part.
-        ws: eps and mode.
+        module: the part, built with norms of `get_norm`.
+        ws: which parts are standardized, and how.
+        switch: the key of MODEL.WS that says whether this one is.
         part: its place in the model, for messages.
         norm_key: the config key that decides whether norm layers follow its convs.
 
     Raises:
-        ConfigError: no conv of the part is followed by a norm layer, so WS could do nothing.
+        ConfigError: a norm layer does not fit its channels; or the part is to be standardized and
+            no conv of it is followed by a norm layer, so WS could do nothing.
     """
+    check_norm_layers(module, part)
+    if not getattr(ws, switch.lower()):
+        return
     report = convert_to_ws(module, ws.eps, ws.mode)
     if not report.converted:
         raise ConfigError(
             f"WS needs convs with a norm layer behind them, and {part} has none; check {norm_key} "
-            '(allowed: "GN", "BN", "SyncBN", "FrozenBN") or build this part without WS'
+            f'(allowed: "GN", "BN", "SyncBN", "FrozenBN") or set MODEL.WS.{switch} False'
         )
     logger.info("WS (%s, eps %g) in %s: %s", ws.mode, ws.eps, part, report)
-
-
-def check_norm(key: str, norm: str) -> None:
-    """Raises ConfigError where `norm` is a name that this detectron2 does not know."""
-    try:
-        get_norm(norm, 32)
-    except KeyError:
-        raise ConfigError(
-            f'{key} is {norm!r}; allowed: "", "BN", "SyncBN", "FrozenBN", "GN" and what else '
-            "detectron2.layers.get_norm of the installed version knows"
-        ) from None

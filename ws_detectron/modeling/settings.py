@@ -18,6 +18,8 @@ class WSSettings:
         fpn: standardize the lateral and output convs of the FPN.
         box_head: standardize the convs of the box head.
         mask_head: standardize the convs of the mask head before its deconvolution.
+        retinanet_head: standardize the towers of RetinaNet's head.
+        sem_seg_head: standardize the semantic head of Panoptic FPN.
         mode: `mode` of `standardize_weight`.
         eps: `eps` of `standardize_weight`.
         gn_groups: number of groups wherever one of these parts has NORM "GN". detectron2 itself
@@ -31,13 +33,16 @@ class WSSettings:
     fpn: bool = True
     box_head: bool = True
     mask_head: bool = True
+    retinanet_head: bool = True
+    sem_seg_head: bool = True
     mode: str = DEFAULT_WS_MODE
     eps: float = DEFAULT_WS_EPS
     gn_groups: int = 32
 
     def __post_init__(self) -> None:
-        for part in ("backbone", "fpn", "box_head", "mask_head"):
-            _require(part, getattr(self, part), getattr(self, part) in (True, False), "a boolean")
+        for name, value in asdict(self).items():
+            if isinstance(getattr(type(self), name), bool):  # a switch, by its default
+                _require(name, value, value in (True, False), "a boolean")
         _require("mode", self.mode, self.mode in WS_MODES, f"one of {', '.join(WS_MODES)}")
         is_number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
         _require("eps", self.eps, is_number and 0 < self.eps < 1, "a number between 0 and 1")
