@@ -30,6 +30,7 @@ from ws_detectron.layers import (
     standardize,
     standardize_alone,
     standardize_together,
+    ws_conv,
 )
 from ws_detectron.layers.standardize import in_graph_capture, in_one_piece
 
@@ -164,7 +165,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("calls", CALLS, ids=",".join)
+@pytest.mark.parametrize("calls", CALLS, ids=["all", "repeated", "left out"])
 @pytest.mark.parametrize("mode", WS_MODES)
 def test_trains_as_each_conv_alone(net: Net, device: str, calls: list[str], mode: str) -> None:
     """A conv that is not called keeps `grad` None: zeros would let weight decay act."""
@@ -227,6 +228,35 @@ def test_shared_convs_standardize_once(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = use_stand_in(monkeypatch)
     sum(standardize_together(Towers())([torch.randn(2, 4, n, n) for n in (8, 4, 2)])).backward()
     assert launches == [2]
+
+
+def test_a_compiled_forward_standardizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = use_stand_in(monkeypatch)
+    net = standardize_together(Net())
+    (x,) = inputs("cpu", 1)
+    expected = alone(net)(x)
+    launches.clear()
+    net.forward = torch.compile(net.forward, backend="aot_eager")  # type: ignore[method-assign]
+    torch.testing.assert_close(net(x), expected)
+    assert not launches
+
+
+def test_a_frozen_beginning_leaves_the_rest_its_gradients(device: str) -> None:
+    """The first conv that is called may be so without gradients."""
+
+    class Frozen(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.a(x)
+            return self.c(self.b(x)).square().mean()
+
+    part = standardize_together(Frozen().to(device))
+    other = alone(part)
+    (x,) = inputs(device, 1)
+    for model in (part, other):
+        model(x).backward()
+    assert part.a.weight.grad is None
+    same(part, other)
 
 
 def test_nested_parts_standardize_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,21 +515,19 @@ def test_evaluation_between_forward_and_backward(net: Net, device: str) -> None:
 def test_nothing_is_kept_after_a_call(net: Net, device: str, grad: bool) -> None:
     kept = []
     handle = net.b.norm.register_forward_hook(
-        lambda *_: kept.extend(weakref.ref(s.standardized) for s in _running()[-1].values())
+        lambda *_: kept.extend(map(weakref.ref, standardized_now()))
     )
     with torch.set_grad_enabled(grad):
         loss = net(inputs(device, 1)[0])
     handle.remove()
-    assert len(kept) == 3 and not _running()
+    assert len(kept) == 3 and not ws_conv._running.calls
     if grad:
         loss.backward()
     assert all(ref() is None for ref in kept)
 
 
-def _running() -> list[dict]:
-    from ws_detectron.layers.ws_conv import _running as running
-
-    return running.parts
+def standardized_now() -> list[torch.Tensor]:
+    return [s.standardized for call in ws_conv._running.calls for s in call.filters().values()]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -511,7 +539,7 @@ def test_a_call_that_fails_keeps_nothing(net: Net, device: str, error: type) -> 
     with pytest.raises(error):
         net(inputs(device, 1)[0])
     handle.remove()
-    assert not _running()
+    assert not ws_conv._running.calls
 
 
 def test_hooks_on_a_weight_are_not_called_without_a_gradient(net: Net, device: str) -> None:
@@ -737,9 +765,10 @@ def test_cuda_graphs_record_torchs_kernels() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the kernels are those of this run")
 def test_the_same_with_the_real_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is installed with torch on Linux only")
+    chosen = "launch or (stand-in and (left or formats or moves or settings))"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(
-        [*command, "-k", "stand-in or launch"],
+        [*command, "-k", chosen],
         capture_output=True,
         text=True,
         timeout=600,

@@ -93,12 +93,12 @@ class WSConv2d(Conv2d):
 
     @torch.jit.unused
     def _from_part(self) -> Optional[torch.Tensor]:
-        """What the part that is running has standardized for this call; None: nothing that fits."""
-        if in_graph_capture() or not _running.parts or _saved_tensors_hooks(True) is not None:
+        """What a part that is being called has standardized; None: nothing that fits."""
+        if in_graph_capture() or not _running.calls or _saved_tensors_hooks(True) is not None:
             return None
         weight = self.weight
-        for part in _running.parts:
-            found = part.get((id(weight), self.ws_eps, self.ws_mode))
+        for call in _running.calls:
+            found = call.filters().get((id(weight), self.ws_eps, self.ws_mode))
             if found is not None and found.state == _state(weight):
                 standardized = found.standardized
                 if standardized.requires_grad or not (
@@ -112,7 +112,7 @@ class WSConv2d(Conv2d):
 
 
 def standardize_together(part: nn.Module) -> nn.Module:
-    """Lets all WS convs of a module standardize their filters where a call of the module begins.
+    """Lets the first WS conv that is called in a call of a module standardize for all of them.
 
     On CUDA this takes a few kernel launches instead of two for each conv, which is what a detector
     waits for at one image per GPU; and a conv that is called several times in one call of `part`,
@@ -120,7 +120,7 @@ def standardize_together(part: nn.Module) -> nn.Module:
     gradients are those of convs that standardize alone. Nothing is kept after the call.
 
     A conv standardizes alone where it is called without its part; where its weight, `ws_eps` or
-    `ws_mode` has changed since the call began; where it has forward pre-hooks, which may change it
+    `ws_mode` has changed since then; where it has forward pre-hooks, which may change it
     by `.data`; under hooks on saved tensors, as activation checkpointing sets them; and if its
     weight is computed (parametrized, sharded, a replica's) or has gradient hooks, which would be
     called with None for a conv that is not used. A weight that is written to by `.data` *during* a
@@ -152,11 +152,43 @@ class _Standardized(NamedTuple):
     standardized: torch.Tensor
 
 
+class _Call:
+    """A call of a part that is under way."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self._part, self._grad = part, torch.is_grad_enabled()
+        self._filters: Optional[dict[tuple[int, float, str], _Standardized]] = None
+
+    def filters(self) -> dict[tuple[int, float, str], _Standardized]:
+        """The standardized filters of the part, by `id` of the weight, `ws_eps` and `ws_mode`.
+
+        Computed where the first conv asks: none does in a forward that is compiled.
+        """
+        if self._filters is None:
+            with torch.set_grad_enabled(self._grad):
+                self._filters = self._standardize()
+        return self._filters
+
+    def _standardize(self) -> dict[tuple[int, float, str], _Standardized]:
+        by_settings: dict[tuple[float, str], dict[int, torch.Tensor]] = {}
+        for conv in self._part.modules():
+            if isinstance(conv, WSConv2d) and _may_join(conv):
+                settings = conv.ws_eps, conv.ws_mode
+                by_settings.setdefault(settings, {})[id(conv.weight)] = conv.weight
+        return {
+            (id(weight), *settings): _Standardized(weight, _state(weight), standardized)
+            for settings, weights in by_settings.items()
+            for weight, standardized in zip(
+                weights.values(), standardize_weights(list(weights.values()), *settings)
+            )
+        }
+
+
 class _Running(threading.local):
-    """The filters of the parts that are being called, the outermost first."""
+    """The calls of parts that are under way in this thread, the outermost first."""
 
     def __init__(self) -> None:
-        self.parts: list[dict[tuple[int, float, str], _Standardized]] = []
+        self.calls: list[_Call] = []
 
 
 _running = _Running()
@@ -166,13 +198,13 @@ class _Part(nn.Module):
     plain_class: type[nn.Module]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if in_graph_capture() or _saved_tensors_hooks(True) is not None:
+        if in_graph_capture():
             return super().__call__(*args, **kwargs)
-        _running.parts.append(_standardize_part(self))
+        _running.calls.append(_Call(self))
         try:
             return super().__call__(*args, **kwargs)
         finally:
-            _running.parts.pop()
+            _running.calls.pop()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copied and saved as its plain class, which can be found by its name."""
@@ -190,28 +222,14 @@ def _new_part(plain: type[nn.Module]) -> nn.Module:
     return standardize_together(plain.__new__(plain))
 
 
-def _standardize_part(part: nn.Module) -> dict[tuple[int, float, str], _Standardized]:
-    weights: dict[tuple[float, str], dict[int, torch.Tensor]] = {}
-    for conv in part.modules():
-        if isinstance(conv, WSConv2d) and not conv._forward_pre_hooks:
-            weight = conv.weight
-            if _may_join(weight) and not (_running.parts and conv._from_part() is not None):
-                weights.setdefault((conv.ws_eps, conv.ws_mode), {})[id(weight)] = weight
-    return {
-        (id(weight), *settings): _Standardized(weight, _state(weight), standardized)
-        for settings, of_settings in weights.items()
-        for weight, standardized in zip(
-            of_settings.values(), standardize_weights(list(of_settings.values()), *settings)
-        )
-    }
-
-
-def _may_join(weight: torch.Tensor) -> bool:
+def _may_join(conv: WSConv2d) -> bool:
+    weight = conv.weight
     return (
         type(weight) is nn.Parameter
         and weight.dim() == 4
         and not weight.is_inference()  # it has no version
         and not weight._backward_hooks
+        and not conv._forward_pre_hooks
     )
 
 
