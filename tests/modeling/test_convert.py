@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from detectron2.config import LazyCall, instantiate
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
-from ws_detectron import convert_to_ws, fold_ws
+from ws_detectron import convert_to_ws, fold_ws, with_ws
 from ws_detectron.layers import WSConv2d
 from ws_detectron.modeling import folded_copy
 
@@ -71,6 +72,20 @@ def test_keeps_objects_parameters_requires_grad_and_hooks() -> None:
     x = torch.randn(1, 4, 6, 6)
     torch.testing.assert_close(conv(x), expected(x))
     assert calls == ["forward"]
+
+
+def test_with_ws_stands_in_a_lazy_config() -> None:
+    model = instantiate(LazyCall(with_ws)(module=LazyCall(Block)(), eps=1e-3, mode="bit"))
+    assert isinstance(model, Block) and isinstance(model.with_norm, WSConv2d)
+    assert (model.with_norm.ws_eps, model.with_norm.ws_mode) == (1e-3, "bit")
+
+
+def test_what_is_converted_standardizes_together_and_folding_undoes_it() -> None:
+    part = nn.Sequential(Conv2d(3, 4, 1, norm=nn.GroupNorm(2, 4)))
+    assert type(with_ws(part)) is not nn.Sequential
+    assert type(fold_ws(part)) is nn.Sequential
+    unchanged = nn.Sequential(Conv2d(3, 4, 1))
+    assert type(with_ws(unchanged)) is nn.Sequential
 
 
 def test_converting_again_sets_the_new_mode() -> None:
