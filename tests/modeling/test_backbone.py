@@ -178,6 +178,18 @@ def test_all_filters_of_an_fpn_are_one_part(monkeypatch: pytest.MonkeyPatch) -> 
     assert found == [len(convs)]
 
 
+def test_compiled_fpn_equals_eager() -> None:
+    backbone = build_backbone(ws_config())
+    compiled = torch.compile(backbone, backend="eager", dynamic=False)
+    x = torch.randn(1, 3, 64, 64)
+    results = [sum(y.square().mean() for y in model(x).values()) for model in (backbone, compiled)]
+    weights = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    gradients = [torch.autograd.grad(result, weights) for result in results]
+    torch.testing.assert_close(*results)
+    # the formula of WS instead of fused kernels, 28 convs deep
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-4)
+
+
 def test_scripted_fpn_equals_eager() -> None:
     # detectron2's own way of making its backbones scriptable; its module imports caffe2 in 0.6
     patches = pytest.importorskip("detectron2.export.torchscript_patch", exc_type=ImportError)

@@ -46,8 +46,9 @@ CONFIGS.update(
 """Their config -> ours."""
 
 _BOXES_FOR_HEADS, _BOXES_FOR_MASKS = 100, 20
-# The score limit is what float32 leaves of logits of a deviation of several units, 50 layers deep,
-# on the CPUs tried: 0.97e-4 on an AMD EPYC, 1.04e-4 on an Intel Xeon, where float64 has 1e-14.
+# The score limit is what float32 leaves of logits 50 layers deep. It depends on the order of sums:
+# 0.97e-4 on an AMD EPYC, on an Intel Xeon 0.59e-4 with one thread and 1.04e-4 with two. In float64
+# the logits agree to 1e-14.
 _BOX_PIXELS, _SCORE, _MASK_SHARE = 0.01, 2e-4, 0.999
 
 

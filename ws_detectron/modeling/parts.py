@@ -46,60 +46,35 @@ class Registration(NamedTuple):
     norms: Mapping[str, str]
 
 
+_BACKBONE = BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME"
 _RESNET = {"BACKBONE": "MODEL.RESNETS.NORM"}
-_RESNET_FPN = {**_RESNET, "FPN": "MODEL.FPN.NORM"}
+_FPN = {**_RESNET, "FPN": "MODEL.FPN.NORM"}
 
 REGISTRATIONS = [
+    Registration(*_BACKBONE, "build_ws_resnet_backbone", "build_resnet_backbone", _RESNET),
+    Registration(*_BACKBONE, "build_ws_resnet_fpn_backbone", "build_resnet_fpn_backbone", _FPN),
     Registration(
-        BACKBONE_REGISTRY,
-        "MODEL.BACKBONE.NAME",
-        "build_ws_resnet_backbone",
-        "build_resnet_backbone",
-        _RESNET,
+        *_BACKBONE,
+        "build_ws_retinanet_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone", _FPN,
     ),
     Registration(
-        BACKBONE_REGISTRY,
-        "MODEL.BACKBONE.NAME",
-        "build_ws_resnet_fpn_backbone",
-        "build_resnet_fpn_backbone",
-        _RESNET_FPN,
+        ROI_BOX_HEAD_REGISTRY, "MODEL.ROI_BOX_HEAD.NAME",
+        "WSFastRCNNConvFCHead", "FastRCNNConvFCHead", {"BOX_HEAD": "MODEL.ROI_BOX_HEAD.NORM"},
     ),
     Registration(
-        BACKBONE_REGISTRY,
-        "MODEL.BACKBONE.NAME",
-        "build_ws_retinanet_resnet_fpn_backbone",
-        "build_retinanet_resnet_fpn_backbone",
-        _RESNET_FPN,
-    ),
-    Registration(
-        ROI_BOX_HEAD_REGISTRY,
-        "MODEL.ROI_BOX_HEAD.NAME",
-        "WSFastRCNNConvFCHead",
-        "FastRCNNConvFCHead",
-        {"BOX_HEAD": "MODEL.ROI_BOX_HEAD.NORM"},
-    ),
-    Registration(
-        ROI_MASK_HEAD_REGISTRY,
-        "MODEL.ROI_MASK_HEAD.NAME",
-        "WSMaskRCNNConvUpsampleHead",
-        "MaskRCNNConvUpsampleHead",
+        ROI_MASK_HEAD_REGISTRY, "MODEL.ROI_MASK_HEAD.NAME",
+        "WSMaskRCNNConvUpsampleHead", "MaskRCNNConvUpsampleHead",
         {"MASK_HEAD": "MODEL.ROI_MASK_HEAD.NORM"},
     ),
     Registration(
-        META_ARCH_REGISTRY,
-        "MODEL.META_ARCHITECTURE",
-        "WSRetinaNet",
-        "RetinaNet",
-        {"RETINANET_HEAD": "MODEL.RETINANET.NORM"},
+        META_ARCH_REGISTRY, "MODEL.META_ARCHITECTURE",
+        "WSRetinaNet", "RetinaNet", {"RETINANET_HEAD": "MODEL.RETINANET.NORM"},
     ),
     Registration(
-        SEM_SEG_HEADS_REGISTRY,
-        "MODEL.SEM_SEG_HEAD.NAME",
-        "WSSemSegFPNHead",
-        "SemSegFPNHead",
-        {"SEM_SEG_HEAD": "MODEL.SEM_SEG_HEAD.NORM"},
+        SEM_SEG_HEADS_REGISTRY, "MODEL.SEM_SEG_HEAD.NAME",
+        "WSSemSegFPNHead", "SemSegFPNHead", {"SEM_SEG_HEAD": "MODEL.SEM_SEG_HEAD.NORM"},
     ),
-]
+]  # fmt: skip
 """A project that registers a WS part of its own appends a row."""
 
 
