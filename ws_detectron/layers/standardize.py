@@ -17,6 +17,10 @@ import torch
 # of the last layers should be on their way while the backward goes on.
 LAUNCH_BYTES = 25 * 2**20
 
+# A deviation below the root of this, 1e-18, counts as 0: its reciprocal is still far from the
+# largest float32.
+_LEAST_SQUARE = 1e-36
+
 
 def ws_modes() -> dict[str, tuple[bool, bool]]:
     """The table of modes: is the variance the unbiased one, and does eps stand under the root?
@@ -134,7 +138,11 @@ def _by_formula(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
 
 
 def _denominator(
-    variance: torch.Tensor, fan_in: int, eps: float, mode: str
+    variance: torch.Tensor,
+    fan_in: int,
+    eps: float,
+    mode: str,
+    least: float = _LEAST_SQUARE,  # an argument, as TorchScript reads no globals
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The denominator d of a mode and its slope dd/dv, which is taken as 0 at deviation 0.
 
@@ -144,12 +152,12 @@ def _denominator(
     """
     unbiased, eps_under_root = ws_modes()[mode]
     ratio = fan_in / max(fan_in - 1, 1) if unbiased else 1.0
-    square = variance * ratio + (eps if eps_under_root else 0.0)
-    # sqrt has an infinite slope at 0: those filters take the root of 1 instead, and 0 of it
-    varies = square > 0
-    root = torch.where(varies, square, torch.ones_like(square)).sqrt()
-    slope = varies * ((0.5 * ratio) / root)
-    root = varies * root
+    square = variance * ratio if unbiased else variance
+    if eps_under_root:
+        square = square + eps
+    # sqrt has an infinite slope at 0; below its minimum, clamp has none
+    root = square.clamp(min=least).sqrt()
+    slope = (square > least) * (0.5 * ratio / root)
     return root if eps_under_root else root + eps, slope
 
 
@@ -170,12 +178,13 @@ class _StandardizeByLayerNorm(torch.autograd.Function):
         rows = _to_rows(weight, weight)
         fan_in = rows.size(1)
         # so that constant filters divide by something; it is taken out of v again
-        floor = max((1e-4 * eps) ** 2, 1e-36)
+        floor = max((1e-4 * eps) ** 2, _LEAST_SQUARE)
         result, mean, inverse = torch.native_layer_norm(rows, [fan_in], None, None, floor)
         variance = inverse.pow(-2).sub_(floor).clamp_(min=0)
         denominator, slope = _denominator(variance, fan_in, eps, mode)
         result.div_(inverse * denominator)
-        r = torch.where(slope > 0, 2 * slope / denominator, denominator.pow(-2)).sqrt_()
+        # 2d'/d is at least 1/d^2, but for constant filters, where it is 0
+        r = torch.maximum(2 * slope / denominator, denominator.pow(-2)).sqrt_()
         ctx.save_for_backward(weight, mean, r, denominator.mul_(r).reciprocal_())
         ctx.eps, ctx.mode = eps, mode
         return _from_rows(result, weight)
