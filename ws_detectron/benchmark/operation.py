@@ -84,6 +84,7 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
         floor, to the copy; `peak_bytes`: name -> most memory held above the filters and gradients
         handed in.
     """
+    host = host_milliseconds(rounds)
     weights = backbone_filters(depth, device)
     upstream = [torch.randn_like(weight) for weight in weights]
     target = [torch.empty_like(weight) for weight in weights]
@@ -129,7 +130,7 @@ def measure_operation(device: str, rounds: int, warmup: int, depth: int = 50) ->
         "times_ours": {name: ratio(seconds, name, OURS["official"]) for name in seconds},
         "peak_bytes": {name: peak_bytes(action, device) for name, action in actions.items()},
         "gpu": gpu,
-        "host_milliseconds": host_milliseconds(rounds),
+        "host_milliseconds": host,
     }
 
 
@@ -260,7 +261,8 @@ def measure_group_norm(
                 STOCK_NORM: partial(_norm_both_directions, F.group_norm, g, tensors, upstream),
                 SPLIT_NORM: partial(_norm_both_directions, split_group_norm, g, tensors, upstream),
             }
-            for name, values in interleave(actions, rounds, warmup, device).items():
+            timed = interleave(actions, rounds, warmup, device, collect=False)
+            for name, values in timed.items():
                 seconds[name].append(values)
         often = [count for *_, count in shapes]
         network = {
