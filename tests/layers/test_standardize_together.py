@@ -410,6 +410,16 @@ def test_frozen_and_frozen_later_and_trained_again(net: Net, device: str) -> Non
     same(net, other)
 
 
+def test_no_gradient_is_computed_for_frozen_filters(net: Net, device: str) -> None:
+    net.b.weight.requires_grad = False
+    needed = []
+    net.c.norm.register_forward_hook(
+        lambda *_: needed.extend(s.requires_grad for s in standardized_now())
+    )
+    net(inputs(device, 1)[0])
+    assert needed == [True, False, True]
+
+
 def test_gradients_are_asked_for_in_the_middle(net: Net, device: str) -> None:
     """A call that begins without gradients, or with a frozen conv, may train a conv after all."""
 
@@ -496,6 +506,24 @@ def test_threads_may_call_one_model(net: Net, device: str) -> None:
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def test_calls_are_those_of_a_thread(net: Net, device: str) -> None:
+    seen = []
+
+    def look() -> None:
+        seen.append(list(ws_conv._running.calls))
+
+    def in_a_thread(*args: Any) -> None:
+        look()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+
+    net.b.norm.register_forward_hook(in_a_thread)
+    net(inputs(device, 1)[0])
+    here, there = seen
+    assert len(here) == 1 and not there
 
 
 def test_evaluation_between_forward_and_backward(net: Net, device: str) -> None:
@@ -674,6 +702,15 @@ def test_functional_weights(net: Net, device: str, parameters: bool) -> None:
     other = alone(net)
     other.load_state_dict(swapped)
     torch.testing.assert_close(torch.func.functional_call(net, swapped, (x,)), other(x))
+
+
+def test_computed_weights_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are another tensor at every access."""
+    launches = use_stand_in(monkeypatch)
+    net = standardize_together(Net())
+    torch.nn.utils.parametrizations.weight_norm(net.b)
+    net(inputs("cpu", 1)[0])
+    assert launches == [2, 1]
 
 
 def test_parametrized_weights(net: Net, device: str) -> None:
