@@ -713,6 +713,15 @@ def test_computed_weights_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launches == [2, 1]
 
 
+def test_weights_are_computed_no_more_often_than_alone(net: Net, device: str) -> None:
+    """Spectral norm takes a step of its power iteration at every access."""
+    torch.nn.utils.parametrizations.spectral_norm(net.b)
+    other = alone(net)
+    for model in (net, other):
+        model(inputs(device, 1)[0])
+    torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
 def test_parametrized_weights(net: Net, device: str) -> None:
     other = alone(net)
     (x,) = inputs(device, 1)
@@ -720,6 +729,25 @@ def test_parametrized_weights(net: Net, device: str) -> None:
         torch.nn.utils.parametrizations.weight_norm(model.a)
         model(x).backward()
     same(net, other)
+
+
+class Annotated(nn.Module):
+    sizes: list[int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.sizes = WSConv2d(4, 4, 1), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for size in self.sizes:
+            x = x + size
+        return self.conv(x)
+
+
+def test_scripts_keep_the_annotations_of_a_class() -> None:
+    (x,) = inputs("cpu", 1)
+    part = standardize_together(Annotated())
+    torch.testing.assert_close(torch.jit.script(part)(x), part(x))
 
 
 def test_looks_like_its_class(net: Net, device: str) -> None:

@@ -86,17 +86,17 @@ class WSConv2d(Conv2d):
     @torch.jit.unused
     def standardized_weight(self) -> torch.Tensor:
         """`standardize_weight(self.weight, ...)`, (O, I/g, kh, kw); not to be written to."""
-        standardized = self._from_part()
+        weight = self.weight  # once, as a parametrization may compute it, and count how often
+        standardized = self._from_part(weight)
         if standardized is None:
-            standardized = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
+            standardized = standardize_weight(weight, self.ws_eps, self.ws_mode)
         return standardized
 
     @torch.jit.unused
-    def _from_part(self) -> Optional[torch.Tensor]:
+    def _from_part(self, weight: torch.Tensor) -> Optional[torch.Tensor]:
         """What a part that is being called has standardized; None: nothing that fits."""
         if in_graph_capture() or not _running.calls or _saved_tensors_hooks(True) is not None:
             return None
-        weight = self.weight
         for call in _running.calls:
             found = call.filters().get((id(weight), self.ws_eps, self.ws_mode))
             if found is not None and found.state == _state(weight):
@@ -141,7 +141,8 @@ def standardize_together(part: nn.Module) -> nn.Module:
 
 def standardize_alone(part: nn.Module) -> nn.Module:
     """Undoes `standardize_together`."""
-    if isinstance(part, _Part):
+    # not if somebody has made another class of it since
+    if isinstance(part, _Part) and "plain_class" in vars(type(part)):
         part.__class__ = part.plain_class  # type: ignore[assignment]
     return part
 
@@ -215,6 +216,7 @@ class _Part(nn.Module):
 @functools.cache
 def _part_class(plain: type[nn.Module]) -> type[nn.Module]:
     names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names["__annotations__"] = getattr(plain, "__annotations__", {})  # TorchScript reads them
     return type(plain.__name__, (_Part, plain), {**names, "plain_class": plain})
 
 
@@ -223,6 +225,8 @@ def _new_part(plain: type[nn.Module]) -> nn.Module:
 
 
 def _may_join(conv: WSConv2d) -> bool:
+    if hasattr(type(conv), "weight"):  # a property, which computes it
+        return False
     weight = conv.weight
     return (
         type(weight) is nn.Parameter
