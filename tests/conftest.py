@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
+
 
 @pytest.fixture(autouse=True)
 def seeded_rng() -> Iterator[None]:

@@ -38,7 +38,7 @@ from ws_detectron.errors import UserError
 from ws_detectron.evaluation.coco_eval import evaluate
 from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
 from ws_detectron.evaluation.runs import read_run
-from ws_detectron.study import read_study
+from ws_detectron.lab.study import read_study
 
 SECONDS, MEGABYTES = 5.0, 512
 BATCH = 100

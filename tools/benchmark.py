@@ -10,20 +10,20 @@ from typing import Any
 
 import torch
 
-from ws_detectron.benchmark.classifier import measure_classifier
-from ws_detectron.benchmark.detector import (
+from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.lab.benchmark.benchmark_report import update_readme, write_measurement
+from ws_detectron.lab.benchmark.classifier import measure_classifier
+from ws_detectron.lab.benchmark.detector_step import (
     ARMS,
     SPLIT,
     VARIANTS,
     measure_inference,
     measure_steps,
 )
-from ws_detectron.benchmark.operation import measure_group_norm, measure_operation
-from ws_detectron.benchmark.report import update_readme, write_measurement
-from ws_detectron.classification import ARMS as CLASSIFIER_ARMS
-from ws_detectron.command_line import refuse_options_without_effect
-from ws_detectron.environment import environment
-from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.lab.benchmark.operation import measure_group_norm, measure_operation
+from ws_detectron.lab.fashion_mnist.variants import ARMS as CLASSIFIER_ARMS
+from ws_detectron.utils.command_line import refuse_options_without_effect
+from ws_detectron.utils.environment import environment
 
 PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", "timm", "mmcv-lite")
 TIMING = ("device", "rounds", "warmup", "output")

@@ -4,12 +4,17 @@ import argparse
 import os
 from pathlib import Path
 
-from ws_detectron.environment import environment
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.evaluation.benchmark import BACKENDS, enlarged, measure, write_measurement
 from ws_detectron.evaluation.coco_files import load_annotations
-from ws_detectron.evaluation.perturb import Perturbation, perturbed_predictions
-from ws_detectron.io import check_folder, refuse_overwrite
+from ws_detectron.lab.benchmark.coco_eval_timing import (
+    BACKENDS,
+    enlarged,
+    measure,
+    write_measurement,
+)
+from ws_detectron.lab.benchmark.perturb import Perturbation, perturbed_predictions
+from ws_detectron.utils.environment import environment
+from ws_detectron.utils.io import check_folder, refuse_overwrite
 
 EXAMPLES = """
 example:

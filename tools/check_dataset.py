@@ -3,14 +3,15 @@
 import argparse
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ws_detectron.data.images import image_findings
-from ws_detectron.data.summary import describe
 from ws_detectron.data.validate import ERROR, FIXED, WARNING, read_json, validate
-from ws_detectron.environment import package_version
-from ws_detectron.errors import exit_on_user_error
-from ws_detectron.io import refuse_overwrite, write_json
+from ws_detectron.errors import brief, exit_on_user_error
+from ws_detectron.utils.environment import package_version
+from ws_detectron.utils.io import refuse_overwrite, write_json
 
 EXAMPLES = """
 examples:
@@ -81,6 +82,44 @@ def check(args: argparse.Namespace) -> bool:
         write_json(args.output, fixed, indent=None)
         print(f"{args.output}: {len(kept)} annotations, {len(broken)} left out")
     return not any(finding.level == ERROR for finding in findings)
+
+
+def describe(content: dict[str, Any]) -> str:
+    """Counts of images, objects, masks and classes, several lines of text.
+
+    Args:
+        content: of a COCO file, checked; entries with errors are not counted where they lack
+            what is counted.
+    """
+    objects = [a for a in content["annotations"] if not a.get("iscrowd")]
+    crowds = len(content["annotations"]) - len(objects)
+    masks = Counter(_kind_of_mask(a.get("segmentation")) for a in objects)
+    per_class = Counter(a["category_id"] for a in objects)
+    used = {a["image_id"] for a in objects}
+    # COCO's limits, https://cocodataset.org/#detection-eval
+    sizes = Counter(
+        "small" if a["area"] < 32**2 else "medium" if a["area"] < 96**2 else "large"
+        for a in objects
+    )
+    classes = [
+        (c.get("name", c["id"]), per_class[c["id"]])
+        for c in sorted(content["categories"], key=lambda c: -per_class[c["id"]])
+    ]
+    named = ", ".join(f"{brief(name)[1:-1]} {count}" for name, count in classes[:20])
+    return "\n".join(
+        (
+            f"  images    {len(content['images'])}, {len(content['images']) - len(used)} of them "
+            "without an object",
+            f"  objects   {len(objects)}, and {crowds} crowds",
+            "  areas     " + ", ".join(f"{n} {sizes[n]}" for n in ("small", "medium", "large")),
+            "  masks     " + (", ".join(f"{n} {c}" for n, c in masks.most_common()) or "none"),
+            f"  classes   {len(classes)}: {named}{', ...' if len(classes) > 20 else ''}",
+        )
+    )
+
+
+def _kind_of_mask(mask: Any) -> str:
+    return "none" if not mask else "polygons" if isinstance(mask, list) else "RLE"
 
 
 if __name__ == "__main__":

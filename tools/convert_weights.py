@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ws_detectron.checkpoint import convert_file, source_names, write_detectron2, write_mmdet
 from ws_detectron.errors import UserError, exit_on_user_error
-from ws_detectron.io import atomic_write, check_folder, refuse_overwrite
+from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
 
 EXAMPLES = """examples:
   # a mmdetection detector, then its AP (the published files have names: docs/weights.md)

@@ -9,7 +9,7 @@ import os
 from ws_detectron.engine import load_config
 from ws_detectron.engine.folding import write_folded
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.io import refuse_overwrite
+from ws_detectron.utils.io import refuse_overwrite
 
 EXAMPLES = """
 examples:

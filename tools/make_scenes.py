@@ -5,12 +5,13 @@ import logging
 
 from detectron2.data import DatasetCatalog
 
-from ws_detectron.data import SceneSpec, ensure_scenes, register_scenes
-from ws_detectron.data.preview import contact_sheet, write_png
-from ws_detectron.data.scenes import KINDS, SPLITS
-from ws_detectron.data.summary import summarize
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.io import refuse_overwrite
+from ws_detectron.evaluation.drawing import write_png
+from ws_detectron.lab.scenes import SceneSpec, ensure_scenes, register_scenes
+from ws_detectron.lab.scenes.dataset import summarize
+from ws_detectron.lab.scenes.preview import contact_sheet
+from ws_detectron.lab.scenes.scene import KINDS, SPLITS
+from ws_detectron.utils.io import refuse_overwrite
 
 EXAMPLE = """example:
   python tools/make_scenes.py --kind shapes --image-size 128 --preview scenes.png

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import check_run, load_config, run
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.drawing import draw_sheet

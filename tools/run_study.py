@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.study import (
+from ws_detectron.lab.study import (
     Options,
     commands,
     read_study,

@@ -8,15 +8,23 @@ from typing import Any
 
 import torch
 
-from ws_detectron.classification import ARMS, ORDERS, TrainingSettings, train
-from ws_detectron.classification.grid import GRID_SEEDS, OTHER_SEEDS, REPORT_BATCHES, grid, run_grid
-from ws_detectron.classification.progress import BarProgress
-from ws_detectron.classification.quick import quick_check
-from ws_detectron.classification.recipe import SCHEDULES
-from ws_detectron.classification.report import write_report
-from ws_detectron.classification.results import read_records
-from ws_detectron.command_line import refuse_options_without_effect
 from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.lab.fashion_mnist.accuracy_report import write_report
+from ws_detectron.lab.fashion_mnist.accuracy_results import read_records
+from ws_detectron.lab.fashion_mnist.epoch_progress import BarProgress
+from ws_detectron.lab.fashion_mnist.grid import (
+    GRID_SEEDS,
+    OTHER_SEEDS,
+    REPORT_BATCHES,
+    grid,
+    run_grid,
+)
+from ws_detectron.lab.fashion_mnist.quick import quick_check
+from ws_detectron.lab.fashion_mnist.recipe import SCHEDULES
+from ws_detectron.lab.fashion_mnist.training import train
+from ws_detectron.lab.fashion_mnist.training_settings import TrainingSettings
+from ws_detectron.lab.fashion_mnist.variants import ARMS, ORDERS
+from ws_detectron.utils.command_line import refuse_options_without_effect
 
 PLACES = ("data_dir", "output_dir", "device")
 SETTINGS = ("epochs", "lr", "schedule", "order", "groups", "images", "amp", "compile")

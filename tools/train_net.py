@@ -2,6 +2,7 @@
 
 from detectron2.engine import default_argument_parser
 
+import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, run, start
 from ws_detectron.errors import exit_on_user_error
 

@@ -3,21 +3,22 @@
 import argparse
 from pathlib import Path
 
+import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets
 from ws_detectron.errors import ConfigError, exit_on_user_error
-from ws_detectron.evaluation.checkpoint import (
+from ws_detectron.evaluation.coco_eval import TASKS
+from ws_detectron.evaluation.coco_files import load_predictions
+from ws_detectron.evaluation.drawing import check_options
+from ws_detectron.evaluation.evaluate import (
     RESULTS,
     ImagePredictor,
     predict_with_checkpoint,
     set_up_logging,
 )
-from ws_detectron.evaluation.coco_eval import TASKS
-from ws_detectron.evaluation.coco_files import load_predictions
-from ws_detectron.evaluation.drawing import check_options
 from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
-from ws_detectron.io import check_folder
+from ws_detectron.utils.io import check_folder
 
 EXAMPLES = """
 examples:

@@ -1,6 +1,6 @@
 """Weight Standardization and Group Normalization for Detectron2.
 
-Importing this package registers its backbones, ROI heads and scenes with detectron2.
+Importing this package registers its backbones and heads with detectron2.
 """
 
 import os
@@ -32,11 +32,9 @@ if _backend and "matplotlib" not in sys.modules:
 try:
     from .checkpoint import register_weight_names
     from .config import add_ws_config
-    from .data import register_builtin_scenes
     from .layers import WSConv2d, standardize_together, standardize_weight
     from .modeling import convert_to_ws, fold_ws, with_ws
 
-    register_builtin_scenes()
     register_weight_names()
 except Exception:
     # `python -m ws_detectron.doctor` imports this file too, and must be able to say what is

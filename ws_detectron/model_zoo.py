@@ -8,9 +8,10 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 
+from ws_detectron.utils.yaml_files import merge_config_file
+
 from .config import add_ws_config
 from .errors import UserError
-from .yaml_files import merge_config_file
 
 _PACKAGED = Path(__file__).resolve().parent / "configs"
 _REPOSITORY = _PACKAGED.parent.parent / "configs"

@@ -11,7 +11,7 @@ from detectron2.engine import HookBase, TrainerBase
 from torch import nn
 
 from ws_detectron.engine.hooks import BestCheckpoint, RunRecord, recorded_iterations
-from ws_detectron.environment import package_version
+from ws_detectron.utils.environment import package_version
 
 
 class Scores(HookBase):

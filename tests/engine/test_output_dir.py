@@ -17,7 +17,7 @@ from small_trainer import SmallTrainer, small_cfg
 from ws_detectron.engine import delete_run, run
 from ws_detectron.engine.output_dir import end_last_line, reserved
 from ws_detectron.errors import ConfigError, UserError, WriteError
-from ws_detectron.locking import AlreadyLocked, locked
+from ws_detectron.utils.locking import AlreadyLocked, locked
 
 RUN = sys.modules["ws_detectron.engine.run"]  # the function `run` hides it in its package
 WAITING = """

@@ -10,10 +10,10 @@ from plain_coco import plain_ap
 from small_coco import annotations, prediction
 
 from ws_detectron.errors import DataError
-from ws_detectron.evaluation.benchmark import largest_difference
 from ws_detectron.evaluation.coco_eval import CATEGORY_FIGURES, FIGURES, evaluate
 from ws_detectron.evaluation.coco_files import load_annotations
-from ws_detectron.evaluation.perturb import Perturbation, perturbed_predictions
+from ws_detectron.lab.benchmark.coco_eval_timing import largest_difference
+from ws_detectron.lab.benchmark.perturb import Perturbation, perturbed_predictions
 
 BACKENDS = [pytest.param(False, id="fast"), pytest.param(True, id="reference")]
 FIRST, SECOND = (10, 10, 20, 20), (60, 50, 40, 40)

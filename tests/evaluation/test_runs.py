@@ -7,7 +7,7 @@ from small_coco import annotations, prediction
 from written_runs import write_run
 
 from ws_detectron.evaluation.coco_eval import evaluate
-from ws_detectron.evaluation.report import write_reports
+from ws_detectron.evaluation.coco_report import write_reports
 from ws_detectron.evaluation.runs import (
     Run,
     ap_key,

@@ -10,9 +10,8 @@ from detectron2.data import Metadata, MetadataCatalog
 from PIL import Image
 from small_coco import HEIGHT, WIDTH, prediction, rle
 
-from ws_detectron.data.preview import write_png
 from ws_detectron.errors import DataError, UserError
-from ws_detectron.evaluation.drawing import captioned, draw_sheet, records_by_id
+from ws_detectron.evaluation.drawing import captioned, draw_sheet, records_by_id, write_png
 from ws_detectron.evaluation.error_kinds import CORRECT, MISSED
 from ws_detectron.evaluation.inputs import open_video, read_frames
 from ws_detectron.evaluation.visualize import LEAST_SIDE, visualize_dataset, visualize_inputs

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ws_detectron.benchmark import classifier, operation
+from ws_detectron.lab.benchmark import classifier, operation
 
 
 def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 
-from ws_detectron.data import SceneSpec, ensure_scenes
+from ws_detectron.lab.scenes import SceneSpec, ensure_scenes
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_scenes.py"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ws_detectron.data import builtin_scenes, ensure_scenes
+from ws_detectron.lab.scenes import builtin_scenes, ensure_scenes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "COCO-InstanceSegmentation"

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ws_detectron.io import write_json, write_text
+from ws_detectron.utils.io import write_json, write_text
 
 from .measures import Measure
 

@@ -1,15 +1,27 @@
 """Weights from other systems: safe reading, conversion, and whether they fit a model."""
 
+from ws_detectron.errors import WeightsError
+
 from .checkpointer import WSCheckpointer
-from .convert import ConvertedWeights, convert_file, source_names
+from .convert_file import ConvertedWeights, convert_file, source_names
 from .describe import describe_model
-from .errors import WeightsError
 from .fit import Fit, check_fit
-from .metadata import METADATA_KEY, Preprocessing, WeightMetadata, WSForm
-from .names import PUBLISHED, PublishedWeights
-from .path_handler import FOLDER_VARIABLE, WSPathHandler, register_weight_names
+from .metadata import (
+    METADATA_KEY,
+    ConversionRecord,
+    KeyEntry,
+    Preprocessing,
+    WeightMetadata,
+    WSForm,
+)
+from .path_handler import (
+    FOLDER_VARIABLE,
+    PUBLISHED,
+    PublishedWeights,
+    WSPathHandler,
+    register_weight_names,
+)
 from .reading import read_weight_file
-from .report import ConversionRecord, KeyEntry
 from .sources import SOURCES, Source
 from .writing import write_detectron2, write_mmdet
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import WeightsError, list_some
+from ws_detectron.errors import WeightsError, list_some
 
 _BLOCKS = {
     18: (2, 2, 2, 2),

@@ -14,11 +14,10 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ws_detectron.errors import shown
-from ws_detectron.io import atomic_write
+from ws_detectron.errors import WeightsError, list_some, shown
+from ws_detectron.utils.io import atomic_write
 
 from .describe import describe_model
-from .errors import WeightsError, list_some
 from .fit import check_fit, fold_into, missing_weights, parts_of
 from .metadata import METADATA_KEY, WeightMetadata
 from .reading import read_weight_file

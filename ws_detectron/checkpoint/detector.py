@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
+from ws_detectron.errors import WeightsError
+
 from .architecture import ResNetArchitecture, infer_architecture
-from .errors import WeightsError
 from .layouts import BODY_PREFIX, strip_prefix
 
 _ANCHORS = 3

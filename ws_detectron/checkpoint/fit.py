@@ -9,10 +9,10 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from ws_detectron.errors import list_some
 from ws_detectron.layers import standardize_weight
 
 from .describe import describe_model
-from .errors import list_some
 from .metadata import Preprocessing, WeightMetadata, WSForm
 
 _BLOCK = re.compile(r"(?:^|\.)res(\d+)\.(\d+)\.")

@@ -11,10 +11,10 @@ from typing import Any
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import file_lock, get_cache_dir
 
-from ws_detectron.io import atomic_write
+from ws_detectron.errors import WeightsError
+from ws_detectron.utils.io import atomic_write
 
-from .convert import convert_file
-from .errors import WeightsError
+from .convert_file import convert_file
 from .names import PREFIX, PUBLISHED, PublishedWeights
 from .writing import write_detectron2
 

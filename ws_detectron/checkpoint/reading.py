@@ -8,9 +8,8 @@ import tarfile
 from pathlib import Path
 from typing import Any, Union
 
-from ws_detectron.errors import shown
+from ws_detectron.errors import WeightsError, shown
 
-from .errors import WeightsError
 from .safe_pickle import RefusedPickle, load_plain_pickle
 from .torch_files import read_legacy_torch, read_torch_zip
 

@@ -5,9 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Optional
 
-from ws_detectron.errors import shown
+from ws_detectron.errors import WeightsError, list_some, shown
 
-from .errors import WeightsError, list_some
 from .layouts import KeyMap, caffe2_body_key, mmdet_key, torchvision_body_key
 from .metadata import Preprocessing
 

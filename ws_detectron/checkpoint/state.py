@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ws_detectron.errors import shown
-
-from .errors import WeightsError, list_some
+from ws_detectron.errors import WeightsError, list_some, shown
 
 _WRAPPERS = ("state_dict", "model", "model_state", "blobs")
 

@@ -8,14 +8,13 @@ from typing import Any, Union
 
 import torch
 
-from ws_detectron.io import atomic_write, refuse_overwrite
+from ws_detectron.errors import WeightsError, list_some
+from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
-from .convert import OFFICIAL_WS, ConvertedWeights
-from .errors import WeightsError, list_some
+from .convert_file import OFFICIAL_WS, ConvertedWeights
 from .layouts import to_mmdet_key
-from .metadata import METADATA_KEY, WeightMetadata
+from .metadata import METADATA_KEY, ConversionRecord, KeyEntry, WeightMetadata
 from .reading import read_weight_file
-from .report import ConversionRecord, KeyEntry
 from .state import check_finite, is_allowed, unwrap_state
 
 # detectron2 stores these in some versions; mmdetection has them in its config.

@@ -13,7 +13,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
 from ws_detectron.errors import ConfigError, DataError, brief
-from ws_detectron.io import refuse_overwrite, write_json
+from ws_detectron.utils.io import refuse_overwrite, write_json
 
 from .validate import FIXED, NAMED_AT_MOST, finite, missing_images, read_json, validate
 

@@ -154,6 +154,8 @@ def check_datasets(key: str, names: Union[str, Sequence[str]], files: bool = Tru
         if name not in DatasetCatalog.list():
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
+            if name.startswith("scenes_"):
+                hint += "; `import ws_detectron.lab.scenes` registers the scenes that come with it"
             raise ConfigError(
                 f"{key} names {name!r}, which is not a registered data set{hint}"
                 "; DATASETS.REGISTER registers those of one's own"

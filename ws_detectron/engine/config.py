@@ -13,7 +13,7 @@ from ws_detectron import model_zoo
 from ws_detectron.config import add_ws_config
 from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, UserError
-from ws_detectron.yaml_files import check_integers, merge_config_file
+from ws_detectron.utils.yaml_files import check_integers, merge_config_file
 
 from .scaling import Change
 

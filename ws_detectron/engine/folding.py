@@ -10,8 +10,8 @@ from torch import nn
 
 from ws_detectron.checkpoint import METADATA_KEY, describe_model
 from ws_detectron.errors import ConfigError
-from ws_detectron.io import atomic_write, check_folder, refuse_overwrite
 from ws_detectron.modeling import WSSettings, is_stock_norm, registrations_in
+from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
 
 from .inference import load_model_for_inference
 

@@ -19,8 +19,8 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
-from ws_detectron.environment import cpu_model, package_version
-from ws_detectron.io import atomic_write
+from ws_detectron.utils.environment import cpu_model, package_version
+from ws_detectron.utils.io import atomic_write
 
 logger = logging.getLogger(__name__)
 

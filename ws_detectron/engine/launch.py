@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
-from ws_detectron.compat import create_local_process_group
 from ws_detectron.errors import UserError, find_user_error
+from ws_detectron.utils.compat import create_local_process_group
 
 TIMEOUT = timedelta(minutes=30)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Union
 
 from ws_detectron.errors import UserError
-from ws_detectron.locking import locked
+from ws_detectron.utils.locking import locked
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ws_detectron.errors import UserError, find_disk_error, write_error
-from ws_detectron.io import write_text
+from ws_detectron.utils.io import write_text
 
 from .checks import check_annotations, make_output_dir
 from .config import find_config

@@ -21,15 +21,11 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
-from ws_detectron.compat import (
-    distributed_on_cpu,
-    has_compiled_ops,
-    state_beside_the_trainer,
-)
 from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, DivergedError, UserError, find_user_error
-from ws_detectron.io import refuse_overwrite
 from ws_detectron.modeling import folded_copy
+from ws_detectron.utils.compat import distributed_on_cpu, has_compiled_ops, state_beside_the_trainer
+from ws_detectron.utils.io import refuse_overwrite
 
 from .accumulation import accumulated_step
 from .checks import (

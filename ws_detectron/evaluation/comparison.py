@@ -5,10 +5,10 @@ from typing import Any, Optional
 
 from tabulate import tabulate
 
-from ws_detectron.io import csv_text
+from ws_detectron.utils.io import csv_text
 
 from .coco_eval import FIGURES, TASKS
-from .report import TITLES, UNDEFINED, figure
+from .coco_report import TITLES, UNDEFINED, figure
 from .runs import Run, training_seconds
 
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws_detectron.data.preview import as_label
-from ws_detectron.io import atomic_write
+from ws_detectron.utils.io import atomic_write
 
 from .coco_eval import TASKS
-from .report import TITLES
+from .coco_report import TITLES
+from .drawing import as_label
 from .runs import Run, ap_key, series, training_seconds
 
 # Each run has its own dashes and marker besides its colour, so that a print in black and white can

@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+import cv2
 import matplotlib.font_manager
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
 from ws_detectron.data import check_files
 from ws_detectron.data.images import read_annotated
-from ws_detectron.data.preview import draw_objects, write_png
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
-from ws_detectron.io import refuse_overwrite
+from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
 from .coco_files import load_predictions
 
@@ -313,3 +314,61 @@ def _mask(segmentation: Any, height: int, width: int) -> Optional[np.ndarray]:
 @lru_cache(maxsize=4)
 def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), size)
+
+
+def draw_objects(
+    image: np.ndarray,
+    longer_side: int,
+    *,
+    boxes: np.ndarray,
+    masks: Sequence[Optional[np.ndarray]],
+    labels: Sequence[str],
+    colours: Sequence[Any],
+) -> np.ndarray:
+    """Draws boxes, masks and labels on an image that is scaled first, so that they stay readable.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        longer_side: of the picture, pixels.
+        boxes: (N, 4) float, x0, y0, x1, y1 in pixels of `image`.
+        masks: N masks of (H, W), non-zero inside; None where an object has none.
+        labels: N texts.
+        colours: N colours that matplotlib knows.
+
+    Returns:
+        (h, w, 3) uint8, RGB.
+    """
+    scale = longer_side / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    artist = Visualizer(cv2.resize(image, (width, height), interpolation=smooth))
+    for mask, colour in zip(masks, colours):
+        if mask is not None:
+            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+            artist.draw_binary_mask(mask, colour, alpha=0.35, area_threshold=0)
+    texts = [as_label(label) for label in labels]
+    artist.overlay_instances(boxes=boxes * scale, labels=texts, assigned_colors=colours, alpha=1.0)
+    return artist.output.get_image()[:height, :width]
+
+
+def as_label(text: str) -> str:
+    """The text for matplotlib, which would take what is between dollar signs for a formula."""
+    return shown(text).replace("$", r"\$")
+
+
+def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
+    """Writes an RGB picture as a PNG file, atomically.
+
+    Args:
+        path: ends in `.png`.
+        picture: (H, W, 3) uint8.
+
+    Raises:
+        UserError: the ending is another one, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"pictures are written as PNG files, so {path} must end in .png")
+    packed = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
+    with atomic_write(path, "wb") as file:
+        file.write(packed)

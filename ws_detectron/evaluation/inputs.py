@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from ws_detectron.errors import DataError, UserError, shown
-from ws_detectron.io import writing
+from ws_detectron.utils.io import writing
 
 logger = logging.getLogger(__name__)
 

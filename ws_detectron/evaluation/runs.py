@@ -12,10 +12,10 @@ from detectron2.config import CfgNode
 
 from ws_detectron.engine import as_flat_dict
 from ws_detectron.errors import UserError
-from ws_detectron.yaml_files import load_yaml_with_base
+from ws_detectron.utils.yaml_files import load_yaml_with_base
 
 from .coco_eval import FIGURES, TASKS, Figures
-from .report import FORMAT
+from .coco_report import FORMAT
 
 METRICS = "metrics.json"
 CONFIG = "config.yaml"

@@ -12,13 +12,13 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ws_detectron.data.images import read_rgb
-from ws_detectron.data.preview import write_png
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
-from ws_detectron.io import atomic_write, check_folder, refuse_overwrite, writing
+from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite, writing
 
 from .coco_eval import choose_tasks
 from .coco_files import check_ids, load_annotations
+from .coco_report import TITLES
 from .curves import write_figure
 from .drawing import (
     by_image_id,
@@ -28,11 +28,11 @@ from .drawing import (
     predicted_objects,
     records_by_id,
     tile,
+    write_png,
 )
 from .error_kinds import ERRORS, count_errors, draw_errors
 from .image_ap import image_ap
 from .inputs import find_inputs, is_video, open_video, output_names, read_frames
-from .report import TITLES
 
 logger = logging.getLogger(__name__)
 

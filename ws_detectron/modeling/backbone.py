@@ -12,9 +12,9 @@ from detectron2.modeling.backbone.fpn import (
 )
 from torch import nn
 
-from ws_detectron.compat import with_norms
 from ws_detectron.errors import ConfigError
 from ws_detectron.layers import standardize_alone, standardize_together
+from ws_detectron.utils.compat import with_norms
 
 from .norm import check_norm, get_norm
 from .parts import finish_part

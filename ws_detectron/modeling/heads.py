@@ -16,7 +16,7 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import nn
 
-from ws_detectron.compat import with_norms
+from ws_detectron.utils.compat import with_norms
 
 from .norm import Norm, check_norm, get_norm
 from .parts import finish_part

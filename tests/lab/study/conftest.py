@@ -1,0 +1,29 @@
+"""A small study whose cells a stand-in for tools/train_net.py runs."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from small_study import FAKE, write_study
+
+from ws_detectron.lab.study import Options, Study
+
+
+@pytest.fixture(scope="session", autouse=True)
+def looks_often() -> Iterator[None]:
+    """The cells of the stand-in end at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ws_detectron.lab.study.local.POLL_SECONDS", 0.02)
+        yield
+
+
+@pytest.fixture
+def make_study(tmp_path: Path) -> Callable[..., Study]:
+    """`write_study` in a folder of its own."""
+    return partial(write_study, tmp_path)
+
+
+@pytest.fixture
+def options() -> Options:
+    return Options(train_net=FAKE)

@@ -1,0 +1,342 @@
+"""Running cells: skipped, resumed, failing, side by side, stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Optional
+
+import pytest
+from small_study import FAKE
+
+from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.lab.study import (
+    Options,
+    StudyResults,
+    read_study_results,
+    run_study,
+    search_cells,
+    study_cells,
+)
+from ws_detectron.lab.study.cell_state import RUNNING, last_words, read_state, write_state
+from ws_detectron.lab.study.local import _ended_by_signals, slots, study_lock
+from ws_detectron.lab.study.process import command, run_cell
+from ws_detectron.lab.study.report import problems_of
+from ws_detectron.lab.study.run_study import _gpus, commands
+from ws_detectron.lab.study.slurm import JOB
+
+ONE = {"seeds": [1], "batches": [4]}
+
+
+def starts(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "starts.txt").read_text().splitlines()]
+
+
+def test_all_cells_run_and_finished_ones_are_skipped(make_study, options: Options) -> None:
+    study = make_study()
+    lines: list[str] = []
+    results = run_study(study, options, lines.append)
+    assert [result.word for result in results.cells] == ["finished"] * 8
+    folder = study.output / "cells" / "bn_4img_seed1"
+    assert starts(folder)[0]["resume"] and len(starts(folder)) == 1
+    assert any("[8/8]" in line and "finished in" in line for line in lines)
+
+    again: list[str] = []
+    run_study(study, options, again.append)
+    assert len(starts(folder)) == 1
+    assert any("8 of 8 cells are finished already" in line for line in again)
+
+
+def test_a_failing_cell_is_named_and_the_others_run(make_study, options: Options) -> None:
+    study = make_study(**ONE)
+    folder = study.output / "cells" / "bn_4img_seed1"
+    folder.mkdir(parents=True)
+    (folder / "fail").touch()
+    lines: list[str] = []
+    results = run_study(study, options, lines.append)
+    assert [result.word for result in results.cells] == ["failed", "finished"]
+    state = results.cells[0].state
+    assert state and state.reason == (
+        "training diverged at iteration 3: loss_mask is nan (exit status 3)"
+    )
+    assert any("bn_4img_seed1 FAILED: training diverged" in line for line in lines)
+
+    (folder / "fail").unlink()  # it is tried again
+    results = run_study(study, options, lines.append)
+    assert [result.word for result in results.cells] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: int) -> None:
+    """SIGTERM and SIGHUP take the cell along; after SIGKILL it lives on, and keeps the study
+    locked."""
+    study = make_study(**ONE)
+    (cell, other) = study_cells(study, {})
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "hang").touch()
+    script = (
+        "import sys\nfrom pathlib import Path\n"
+        "from ws_detectron.study import Options, read_study, run_study\n"
+        "run_study(read_study(sys.argv[1]), Options(Path(sys.argv[2])), print)\n"
+    )
+    job = [sys.executable, "-c", script, str(study.output.parent / "study.yaml")]
+    runner = subprocess.Popen([*job, str(options.train_net)], stdout=subprocess.DEVNULL)
+    try:
+        while not (cell.folder / "starts.txt").is_file():
+            assert runner.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(UserError, match="is being worked on"):
+            run_study(study, options, print)
+        runner.send_signal(number)
+        assert runner.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+        state = read_state(cell)
+        assert state and state.state == "running"
+        if number == signal.SIGKILL:
+            with pytest.raises(UserError, match="is being worked on"):
+                run_study(study, options, print)
+        else:  # nobody holds the lock that the cell has inherited
+            with study_lock(study.output):
+                pass
+    finally:
+        runner.kill()
+        (cell.folder / "hang").unlink()
+    while True:
+        try:
+            results = run_study(study, options, print)
+            break
+        except UserError:
+            time.sleep(0.05)  # the cell is about to end
+    assert [result.word for result in results.cells] == ["finished", "finished"]
+    assert len(starts(cell.folder)) == 2 and len(starts(other.folder)) == 1
+
+
+def test_nohup_keeps_a_study_from_ending() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _ended_by_signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_settings_in_the_same_folder_are_refused(make_study, options: Options) -> None:
+    run_study(make_study(**ONE), options, print)
+    with pytest.raises(ConfigError, match="SOLVER.WEIGHT_DECAY was 0.0001 and is 0.1"):
+        run_study(make_study(**ONE, overrides={"SOLVER.WEIGHT_DECAY": 0.1}), options, print)
+
+
+def test_cells_run_side_by_side(make_study, options: Options) -> None:
+    """Both hang until the other has begun: one after another they never would end."""
+    study = make_study(**ONE)
+    folders = [study.output / "cells" / f"{arm}_4img_seed1" for arm in ("bn", "gn")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "hang").touch()
+
+    def say(line: str) -> None:
+        if "gn_4img_seed1 begins" in line:
+            for folder in folders:
+                (folder / "hang").unlink()
+
+    results = run_study(study, replace(options, jobs=2), say)
+    assert [result.word for result in results.cells] == ["finished"] * 2
+
+
+def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options) -> None:
+    """The stand-in is best at 0.005 per image: 0.04 at the config's 8 images."""
+    search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
+    study = make_study(**ONE, search=search)
+    folder = study.output / "search" / "gn_4img_BASE_LR_0.04"
+    folder.mkdir(parents=True)
+    (folder / "fail").touch()  # so gn has to do without 0.04
+    results = run_study(study, options, print)
+    assert len(results.search) == 6
+    expected = {"bn": pytest.approx(0.02), "gn": pytest.approx(0.01)}
+    assert lrs(results) == expected
+
+    (folder / "fail").unlink()  # it has lost: cells with another LR are finished
+    results = run_study(study, options, print)
+    assert lrs(results) == expected and [r.word for r in results.cells] == ["finished"] * 2
+    assert len(starts(folder)) == 1
+
+
+def lrs(results: StudyResults) -> dict[str, float]:
+    return {result.cell.arm: result.cell.options["SOLVER.BASE_LR"] for result in results.cells}
+
+
+def test_a_search_all_of_which_failed_is_tried_again(make_study, options: Options) -> None:
+    search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4]}
+    study = make_study(**ONE, search=search)
+    folders = [study.output / "search" / f"gn_4img_BASE_LR_{lr}" for lr in (0.02, 0.04)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "fail").touch()
+    results = run_study(study, options, print)
+    assert [*lrs(results)] == ["bn"]
+    assert any("for gn at 4 images found nothing: all" in text for text in problems_of(results))
+    for folder in folders:
+        (folder / "fail").unlink()
+    assert [*lrs(run_study(study, options, print))] == ["bn", "gn"]
+
+
+def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Options) -> None:
+    search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4]}
+    study = make_study(**ONE, search=search)
+    run_study(study, options, print)
+    write_state(search_cells(study)[0], RUNNING)  # as if it had been killed
+    results = read_study_results(study)
+    assert [*lrs(results)] == ["gn"]
+    assert any("for bn at 4 images has not ended" in text for text in problems_of(results))
+    assert "# SOLVER.BASE_LR of bn: what the search will find" in commands(study, options)
+
+
+def test_only_what_was_asked_for_runs(make_study, options: Options) -> None:
+    study = make_study()
+    results = run_study(study, replace(options, arms=["gn"], batches=[1], seeds=[2]), print)
+    assert [r.cell.name for r in results.cells if r.state] == ["gn_1img_seed2"]
+    with pytest.raises(UserError, match="--arms has ln; the study has bn, gn"):
+        run_study(study, replace(options, arms=["ln"]), print)
+
+
+@pytest.mark.parametrize(
+    "keep, kept",
+    [
+        (None, {"model_final", "model_best"}),
+        ("all", {"model_0000004", "model_final", "model_best"}),
+        ("none", set()),
+    ],
+)
+def test_checkpoints_of_finished_cells(make_study, options: Options, keep: str, kept: set) -> None:
+    study = make_study(**ONE, checkpoints=keep)
+    failing = study.output / "cells" / "gn_4img_seed1"
+    failing.mkdir(parents=True)
+    (failing / "fail").touch()
+    (failing / "model_0000001.pth").touch()
+    run_study(study, options, print)
+    finished = study.output / "cells" / "bn_4img_seed1"
+    assert {path.stem for path in finished.glob("*.pth")} == kept
+    assert (finished / "last_checkpoint").exists() == bool(kept)
+    assert (failing / "model_0000001.pth").exists()
+
+
+@pytest.mark.parametrize("keep", ["last", "none"])
+def test_a_cell_is_finished_before_its_checkpoints_go(
+    make_study, options: Options, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    """Ctrl-C may come between any two of these steps."""
+    (cell, _) = study_cells(make_study(**ONE, checkpoints=keep), {})
+
+    def interrupt(path: Path) -> None:
+        assert not (path.parent / "last_checkpoint").exists() or keep == "last"
+        raise KeyboardInterrupt
+
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda p: interrupt(p) if p.suffix == ".pth" else unlink(p))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, options.train_net)
+    state = read_state(cell)
+    assert state and state.state == "finished"
+
+
+def test_a_cell_that_is_a_job_of_slurm_is_left_alone(make_study, options: Options) -> None:
+    study = make_study(**ONE)
+    (cell, _) = study_cells(study, {})
+    cell.folder.mkdir(parents=True)
+    (cell.folder / JOB).write_text("12345")
+    with pytest.raises(UserError, match="bn_4img_seed1 is job 12345 of an earlier --laun"):
+        run_study(study, options, print)
+    assert not [*study.output.glob("*/*/starts.txt")]
+
+
+def test_several_processes_are_asked_for(make_study, options: Options) -> None:
+    study = make_study(**ONE, processes=2)
+    run_study(study, options, print)
+    cell = study_cells(study, {})[0]
+    assert starts(cell.folder)[0]["processes"] == 2
+    line = command(cell, options.train_net)
+    assert line[line.index("--dist-url") + 1] == "auto"
+
+
+def test_cpu_cells_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    # two cells of 4 cores; train_net.py gives each of a cell's processes its share of them
+    assert slots(2, None, 2) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert slots(99, None, 1)[0] == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert slots(2, None, 1) == [{}, {}]
+
+
+def test_gpu_cells_get_their_own() -> None:
+    places = slots(2, ["4", "5", "6", "7"], 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["4,5", "6,7"]
+    with pytest.raises(UserError, match="--jobs 2 with 2 .* need 4 GPUs; there are 3 .*0, 1, 2"):
+        slots(2, ["0", "1", "2"], 2)
+    with pytest.raises(UserError, match="need 1 GPUs; there are 0 .*none"):
+        slots(1, [], 1)
+
+
+def test_small_cells_may_share_a_gpu_but_the_processes_of_one_may_not() -> None:
+    assert slots(3, ["0", "0", "1"], 1) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "001"]
+    assert len(slots(2, ["0", "1", "0", "1"], 2)) == 2
+    with pytest.raises(UserError, match="--gpus gives a cell 0, 0; its 2 processes need a GPU"):
+        slots(2, ["0", "1", "0", "0"], 2)
+
+
+@pytest.mark.parametrize(
+    "visible, asked, expected",
+    [
+        (None, None, ["0", "1"]),
+        ("4,5", None, ["4", "5"]),
+        ("GPU-8f,GPU-9c", None, ["GPU-8f", "GPU-9c"]),
+        ("4,5", [7], ["7"]),
+    ],
+)
+def test_visible_gpus_are_the_default(
+    make_study, monkeypatch: pytest.MonkeyPatch, visible: Optional[str], asked, expected: list[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _gpus(make_study(device="cuda"), Options(FAKE, gpus=asked)) == expected
+
+
+@pytest.mark.parametrize("jobs, told", [(1, True), (2, False)])
+def test_gpus_without_work_are_named(
+    make_study, options: Options, monkeypatch: pytest.MonkeyPatch, jobs: int, told: bool
+) -> None:
+    monkeypatch.setattr("ws_detectron.lab.study.run_study.check_cells", lambda cells: None)
+    lines: list[str] = []
+    study = make_study(**ONE, device="cuda", processes=2)
+    run_study(study, replace(options, gpus=[0, 1, 2, 3, 4], jobs=jobs), lines.append)
+    assert any("2 of 5 GPUs are used; --jobs 2 uses more" in line for line in lines) == told
+
+
+def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:
+    with pytest.raises(UserError, match="--gpus"):
+        run_study(make_study(), replace(options, gpus=[0]), print)
+
+
+def test_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
+    with study_lock(tmp_path / "study"):
+        with pytest.raises(UserError, match="is being worked on"), study_lock(tmp_path / "study"):
+            pass
+    with study_lock(tmp_path / "study"):
+        pass
+
+
+def test_last_words(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    assert last_words(path) == "it wrote nothing"
+    path.write_text("starting\nerror: no memory\nclean-up\n\n")
+    assert last_words(path) == "no memory"
+    path.write_text("starting\nRuntimeError: x\n\n")
+    assert last_words(path) == "RuntimeError: x"

@@ -1,0 +1,278 @@
+"""From a checkpoint to COCO predictions and figures, in one process or several."""
+
+import itertools
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ws_detectron.data import check_files
+from ws_detectron.engine import Trainer
+from ws_detectron.engine.checks import (
+    check_annotations,
+    check_datasets,
+    check_device,
+    check_weights,
+)
+from ws_detectron.engine.inference import load_model_for_inference
+from ws_detectron.errors import ConfigError, DataError
+from ws_detectron.utils.io import atomic_write, refuse_overwrite
+
+from .coco_eval import CocoResult, choose_tasks, evaluate
+from .coco_files import load_annotations
+from .coco_report import KEYPOINTS, as_text, check_reports, write_reports
+
+logger = logging.getLogger(__name__)
+
+RESULTS = "coco_instances_results.json"
+
+
+class PredictionCollector(DatasetEvaluator):
+    """Collects what a model finds as entries of a COCO results file.
+
+    detectron2's `COCOEvaluator` computes figures as soon as it has the predictions, with
+    pycocotools where it was built without its compiled operations; this one leaves that to
+    `evaluate`.
+
+    Args:
+        metadata: of the data set; class numbers become its category ids.
+    """
+
+    def __init__(self, metadata: Metadata) -> None:
+        self._category_ids = category_ids(metadata)
+        self._entries: list[dict[str, Any]] = []
+
+    def reset(self) -> None:
+        self._entries = []
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        for image, output in zip(inputs, outputs):
+            self._entries += coco_entries(output, image["image_id"], self._category_ids)
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """The entries of all processes in the order of the data set; none but on the main one."""
+        comm.synchronize()
+        gathered = comm.gather(self._entries, dst=0)
+        return list(itertools.chain.from_iterable(gathered))
+
+
+def category_ids(metadata: Metadata) -> Optional[dict[int, int]]:
+    """Class numbers of the model -> category ids of the data set's annotation file.
+
+    None where the data set does not say; the two are the same then.
+    """
+    mapping: Optional[Mapping[int, int]] = metadata.get("thing_dataset_id_to_contiguous_id")
+    return None if mapping is None else {number: id_ for id_, number in mapping.items()}
+
+
+def coco_entries(
+    output: dict[str, Any], image_id: Any, ids: Optional[Mapping[int, int]]
+) -> list[dict[str, Any]]:
+    """A model's output for one image as entries of a COCO results file.
+
+    Args:
+        output: of a detectron2 model in evaluation mode.
+        image_id: of the image.
+        ids: of `category_ids`.
+
+    Raises:
+        ConfigError: the model has more classes than the data set.
+    """
+    entries = instances_to_coco_json(output["instances"].to("cpu"), image_id)
+    if ids is None:
+        return entries
+    for entry in entries:
+        if entry["category_id"] not in ids:
+            raise ConfigError(
+                f"the model predicts class {entry['category_id']}, but the data set has the "
+                f"{len(ids)} classes 0 to {len(ids) - 1}: is MODEL.ROI_HEADS.NUM_CLASSES "
+                "(MODEL.RETINANET.NUM_CLASSES) that of another data set?"
+            )
+        entry["category_id"] = ids[entry["category_id"]]
+    return entries
+
+
+class ImagePredictor:
+    """Finds objects on single images that belong to no data set.
+
+    Args:
+        cfg: names weights, image size and channel order.
+        metadata: of the data set whose classes the model knows.
+
+    Raises:
+        UserError: the device or the weights cannot work.
+    """
+
+    def __init__(self, cfg: CfgNode, metadata: Metadata) -> None:
+        check_device(cfg, num_gpus=1)
+        check_weights(cfg)
+        self._model = load_model_for_inference(cfg)
+        self._ids = category_ids(metadata)
+        self._resize = T.ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+        )
+        self._bgr = cfg.INPUT.FORMAT == "BGR"
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> list[dict[str, Any]]:
+        """Entries of a COCO results file for an image of (H, W, 3) uint8, RGB; image id 0."""
+        height, width = image.shape[:2]
+        if self._bgr:
+            image = image[:, :, ::-1]
+        try:
+            resized = self._resize.get_transform(image).apply_image(image)
+        except ValueError as error:  # its shorter side would have no pixel
+            raise DataError(
+                f"an image of {width} x {height} pixels cannot be resized as INPUT.MIN_SIZE_TEST "
+                f"and INPUT.MAX_SIZE_TEST say: {error}"
+            ) from error
+        tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        output = self._model([{"image": tensor, "height": height, "width": width}])[0]
+        return coco_entries(output, 0, self._ids)
+
+
+def predict_dataset(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[dict[str, Any]]:
+    """What a model finds on a registered data set.
+
+    Args:
+        cfg: for the test loader.
+        model: of `load_model_for_inference`.
+        dataset_name: registered.
+
+    Returns:
+        Entries of a COCO results file; none on processes other than the main one.
+    """
+    loader = Trainer.build_test_loader(cfg, dataset_name)  # makes the data, where they are scenes
+    collector = PredictionCollector(MetadataCatalog.get(dataset_name))
+    return inference_on_dataset(model, loader, collector) or []
+
+
+def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> list[dict[str, Any]]:
+    """What MODEL.WEIGHTS find on a registered data set, also written to `folder`, in one process.
+
+    Raises:
+        UserError: weights or data cannot work.
+    """
+    check_device(cfg, num_gpus=1)
+    check_weights(cfg)
+    check_datasets("the data set to predict on", [dataset_name])
+    annotations = MetadataCatalog.get(dataset_name).get("json_file")
+    refuse_overwrite(folder / RESULTS, [annotations, cfg.MODEL.WEIGHTS])
+    check_files(dataset_name, folder)
+    entries = predict_dataset(cfg, load_model_for_inference(cfg), dataset_name)
+    _write_results(folder, entries)
+    return entries
+
+
+def _write_results(folder: Path, entries: list[dict[str, Any]]) -> Path:
+    path = folder / RESULTS
+    with atomic_write(path) as file:
+        json.dump(entries, file)
+    return path
+
+
+def set_up_logging() -> None:
+    """Logs of detectron2 and this package on the screen, but for the listing of the model."""
+    for name in ("detectron2", "ws_detectron"):
+        setup_logger(distributed_rank=comm.get_rank(), name=name)
+    logging.getLogger("detectron2.engine.defaults").setLevel(logging.WARNING)
+
+
+def evaluate_in_process(
+    cfg: CfgNode, tasks: Optional[Sequence[str]], reference: bool, output: Optional[str]
+) -> None:
+    """What each process of an evaluation job runs: `evaluate_checkpoint`, and tables in the log."""
+    set_up_logging()
+    results = evaluate_checkpoint(cfg, tasks, reference=reference, output=output)
+    for name, result in results.items():
+        logger.info("%s\n%s", name, as_text(result))
+
+
+def evaluate_checkpoint(
+    cfg: CfgNode,
+    tasks: Optional[Sequence[str]] = None,
+    *,
+    reference: bool = False,
+    output: Optional[str] = None,
+) -> dict[str, CocoResult]:
+    """Evaluates MODEL.WEIGHTS on every set of DATASETS.TEST and writes predictions and reports.
+
+    To be run in every process of a job.
+
+    Args:
+        cfg: a merged and checked config.
+        tasks: see `evaluate`.
+        reference: see `evaluate`.
+        output: folder of the files, with a folder for each data set where there are several;
+            OUTPUT_DIR/inference, where a training run evaluates too, by default.
+
+    Returns:
+        Data set -> result; empty on processes other than the main one.
+
+    Raises:
+        UserError: weights, data or tasks cannot work.
+    """
+    names = cfg.DATASETS.TEST
+    if not names:
+        raise ConfigError("DATASETS.TEST is empty; name the data sets to evaluate on")
+    for name in names:
+        if not MetadataCatalog.get(name).get("json_file"):
+            raise ConfigError(f"DATASETS.TEST names {name}, which has no COCO annotation file")
+    if cfg.MODEL.KEYPOINT_ON:
+        logger.warning(KEYPOINTS)
+    folders = {name: _results_folder(cfg, name, output) for name in names}
+    if comm.is_main_process():
+        for name, folder in folders.items():
+            inputs = MetadataCatalog.get(name).json_file, cfg.MODEL.WEIGHTS
+            check_reports(folder, *inputs)
+            refuse_overwrite(folder / RESULTS, inputs)
+    check_annotations(cfg, train=False, answers=True, masks=False)
+    truths = {}
+    for name in names if comm.is_main_process() else ():
+        path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
+        truths[name] = load_annotations(path)
+        choose_tasks(truths[name], (), tasks, path, "")  # before the predictions are made
+    model = load_model_for_inference(cfg)
+    results: dict[str, CocoResult] = {}
+    for name in names:
+        entries = predict_dataset(cfg, model, name)
+        if not comm.is_main_process():
+            continue
+        folder = folders[name]
+        written = _write_results(folder, entries)
+        path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
+        results[name] = evaluate(
+            truths[name],
+            entries,
+            tasks,
+            reference=reference,
+            annotations_name=path,
+            predictions_name=str(written),
+        )
+        write_reports(
+            results[name],
+            folder,
+            dataset=name,
+            weights=cfg.MODEL.WEIGHTS,
+            annotations_file=path,
+            predictions_file=str(written),
+        )
+    return results
+
+
+def _results_folder(cfg: CfgNode, dataset_name: str, output: Optional[str]) -> Path:
+    folder = Path(output or Path(cfg.OUTPUT_DIR, "inference"))
+    return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder

@@ -1,0 +1,1 @@
+"""Experiments with the plugin. Nothing of the plugin imports them."""

@@ -1,0 +1,25 @@
+"""Scenes: COCO data sets that are made on the spot. Importing this registers the built-in ones."""
+
+from .dataset import (
+    builtin_scenes,
+    ensure_scenes,
+    register_builtin_scenes,
+    register_scenes,
+    scene_folder,
+)
+from .scene import Scene, SceneObject, SceneSpec, make_scene, sprite_source
+
+register_builtin_scenes()
+
+__all__ = [
+    "Scene",
+    "SceneObject",
+    "SceneSpec",
+    "builtin_scenes",
+    "ensure_scenes",
+    "make_scene",
+    "register_builtin_scenes",
+    "register_scenes",
+    "scene_folder",
+    "sprite_source",
+]

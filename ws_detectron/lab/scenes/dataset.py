@@ -1,0 +1,402 @@
+"""Scenes on disk: a COCO JSON and PNG files, written once and reused.
+
+A set lies in a folder of its own, named after its parameters:
+
+    <root>/scenes/shapes_128_train_1a2b3c4d5e6f/
+        annotations.json     COCO instance annotations; masks as compressed RLE
+        images/000001.png    ...
+        fingerprint.json     the parameters, the generator's version, the size of every file, and
+                             a digest
+
+The digest is the SHA-256 of all pixels and annotations. The same parameters give the same digest on
+every machine, although the bytes of the PNG files may differ with the version of zlib.
+
+The folder gets its name when everything in it is written. A set whose files are missing or have
+another size than the fingerprint states is made again.
+
+Masks are RLE because polygons cannot be exact to the pixel and cannot hold the hole of a ring, so
+detectron2 must be told `INPUT.MASK_FORMAT: "bitmask"`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from iopath.common.file_io import file_lock
+from portalocker.exceptions import LockException
+from pycocotools import mask as mask_util
+
+from ws_detectron.errors import UserError
+from ws_detectron.lab.cache import CACHE_VARIABLE, cache_root
+
+from .scene import GENERATOR_VERSION, KINDS, SPLITS, Scene, SceneSpec, make_scene, sprite_source
+from .sprites import SpriteSource
+
+logger = logging.getLogger(__name__)
+
+ANNOTATIONS = "annotations.json"
+IMAGES = "images"
+FINGERPRINT = "fingerprint.json"
+# Fast compression; higher levels save 10 % of the space for 3 times the time.
+_PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)
+_REPORT_SECONDS = 10.0
+# Images per task when several processes share the work.
+_CHUNK = 50
+_LICENSES = {
+    "shapes": {"name": "Apache License 2.0", "url": "http://www.apache.org/licenses/LICENSE-2.0"},
+    "fashion": {
+        "name": "MIT License, Zalando SE (Fashion-MNIST)",
+        "url": "https://github.com/zalandoresearch/fashion-mnist/blob/master/LICENSE",
+    },
+}
+
+
+def scene_folder(spec: SceneSpec, root: Optional[Union[str, Path]] = None) -> Path:
+    """Where a set of scenes lies, made or not; every parameter has a part in the name.
+
+    Args:
+        spec: the scenes.
+        root: `cache_root()` by default.
+    """
+    text = json.dumps([GENERATOR_VERSION, spec.as_dict()], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    root = cache_root() if root is None else Path(os.path.expanduser(root)).absolute()
+    return root / "scenes" / f"{spec.kind}_{spec.image_size}_{spec.split}_{key}"
+
+
+def ensure_scenes(
+    spec: SceneSpec, root: Optional[Union[str, Path]] = None, workers: int = 1
+) -> Path:
+    """Makes a set of scenes unless it is there, and returns its folder.
+
+    Several processes may ask for the same set at once: one makes it, the others wait for it.
+
+    Args:
+        spec: the scenes.
+        root: `cache_root()` by default.
+        workers: number of processes that draw; the result does not depend on it.
+
+    Raises:
+        UserError: the folder cannot be written, or Fashion-MNIST is needed and not to be had.
+            Or `workers` is below 1.
+    """
+    if workers < 1:
+        raise UserError(f"scenes: workers must be at least 1, got {workers}")
+    folder = scene_folder(spec, root)
+    if find_damage(spec, folder) is None:
+        return folder
+    try:
+        with _locked(folder):
+            damage = find_damage(spec, folder)
+            if damage is not None:
+                if folder.exists():
+                    logger.warning("making %s again: %s", folder, damage)
+                _build(spec, folder, workers)
+    except OSError as error:
+        raise UserError(
+            f"cannot write scenes to {folder}: {error.strerror or error}. Set {CACHE_VARIABLE} to "
+            "a folder that can be written and has room."
+        ) from error
+    except LockException as error:
+        raise UserError(
+            f"cannot lock {folder}.lock: {error!r}. Another process may have held it for an hour, "
+            f"or the file system has no locks; {CACHE_VARIABLE} sets another folder."
+        ) from error
+    return folder
+
+
+def find_damage(spec: SceneSpec, folder: Path) -> Optional[str]:
+    """What keeps a folder from being the finished set of a spec, or None where nothing does.
+
+    Looks at the fingerprint and at the size of each file, which takes milliseconds; it does not
+    read the images.
+    """
+    path = folder / FINGERPRINT
+    try:
+        fingerprint = json.loads(path.read_text(encoding="utf-8"))
+        files = dict(fingerprint["files"])
+        made_from = fingerprint["generator_version"], fingerprint["spec"]
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} cannot be read ({error})"
+    if made_from != (GENERATOR_VERSION, spec.as_dict()):
+        return f"{path} names other parameters"
+    if len(files) != spec.num_images + 1:
+        return f"{path} lists {len(files)} files, expected {spec.num_images + 1}"
+    for name, size in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{folder / name} is missing"
+        if found != size:
+            return f"{folder / name} has {found} bytes, expected {size}"
+    return None
+
+
+def scene_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    """The COCO annotations of a scene, `category_id` from 1.
+
+    Two keys are ours: `full_area`, the pixels of the whole object, of which `area` are visible, and
+    for articles `source_index`, its index in its split of Fashion-MNIST.
+    """
+    annotations = []
+    for number, item in enumerate(scene.objects):
+        rle = mask_util.encode(np.asfortranarray(item.mask.astype(np.uint8)))
+        annotation = {
+            "id": first_id + number,
+            "image_id": image_id,
+            "category_id": item.category + 1,
+            "segmentation": {"size": list(item.mask.shape), "counts": rle["counts"].decode()},
+            "bbox": list(item.box),
+            "area": item.area,
+            "iscrowd": 0,
+            "full_area": item.full_area,
+        }
+        if item.source_index is not None:
+            annotation["source_index"] = item.source_index
+        annotations.append(annotation)
+    return annotations
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What remains of a scene when its image is on disk."""
+
+    index: int
+    file_size: int
+    pixels: str  # SHA-256 of the image
+    annotations: list[dict[str, Any]]  # ids not yet given
+
+
+def _image_name(index: int) -> str:
+    return f"{index + 1:06d}.png"
+
+
+def _write_image(spec: SceneSpec, folder: Path, index: int, source: SpriteSource) -> _Written:
+    scene = make_scene(spec, index, source)
+    done, packed = cv2.imencode(".png", scene.image[:, :, ::-1], _PNG)
+    if not done:
+        raise RuntimeError("OpenCV could not encode a PNG image")
+    (folder / IMAGES / _image_name(index)).write_bytes(packed.tobytes())
+    pixels = hashlib.sha256(scene.image.tobytes()).hexdigest()
+    return _Written(index, len(packed), pixels, scene_annotations(scene, index + 1, 0))
+
+
+def _write_chunk(spec: SceneSpec, folder: Path, start: int) -> list[_Written]:
+    source = sprite_source(spec)
+    stop = min(start + _CHUNK, spec.num_images)
+    return [_write_image(spec, folder, index, source) for index in range(start, stop)]
+
+
+def _write_all(spec: SceneSpec, folder: Path, workers: int) -> Iterator[_Written]:
+    # Made here in any case, so that missing data are reported, or downloaded, only once.
+    source = sprite_source(spec)
+    if workers == 1:
+        for index in range(spec.num_images):
+            yield _write_image(spec, folder, index, source)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        starts = range(0, spec.num_images, _CHUNK)
+        for written in pool.map(partial(_write_chunk, spec, folder), starts):
+            yield from written
+
+
+def _build(spec: SceneSpec, folder: Path, workers: int) -> None:
+    """Writes a set beside its place and moves it there; the caller holds the lock."""
+    for left_over in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        # mkdtemp makes folders private; give this one the usual permissions
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o777 & ~umask)
+        _write_set(spec, scratch, workers)
+        if folder.exists():
+            folder.rename(Path(tempfile.mkdtemp(prefix=scratch.name, dir=folder.parent)) / "old")
+        scratch.rename(folder)
+    finally:
+        for left_over in folder.parent.glob(f"{scratch.name}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _write_set(spec: SceneSpec, folder: Path, workers: int) -> None:
+    (folder / IMAGES).mkdir()
+    logger.info("making %d scenes (%s, %d pixels)", spec.num_images, spec.kind, spec.image_size)
+    begun = reported = time.monotonic()
+    results: list[_Written] = []
+    for written in _write_all(spec, folder, workers):
+        results.append(written)
+        now = time.monotonic()
+        if now - reported >= _REPORT_SECONDS:
+            reported = now
+            rate = len(results) / (now - begun)
+            left = (spec.num_images - len(results)) / rate
+            logger.info("%d of %d scenes, %.0f s to go", len(results), spec.num_images, left)
+
+    data = _coco(spec, results)
+    text = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    (folder / ANNOTATIONS).write_bytes(text)
+    content = [data["categories"], [r.pixels for r in results], data["annotations"]]
+    files = {f"{IMAGES}/{_image_name(r.index)}": r.file_size for r in results}
+    fingerprint = {
+        "generator_version": GENERATOR_VERSION,
+        "spec": spec.as_dict(),
+        "digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        "files": {ANNOTATIONS: len(text), **files},
+    }
+    (folder / FINGERPRINT).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+    logger.info("made %d scenes in %.1f s", spec.num_images, time.monotonic() - begun)
+
+
+def _coco(spec: SceneSpec, results: list[_Written]) -> dict[str, Any]:
+    annotations: list[dict[str, Any]] = []
+    for written in results:
+        for annotation in written.annotations:
+            annotations.append({**annotation, "id": len(annotations) + 1})
+    return {
+        "info": {
+            "description": f"ws_detectron scenes: {spec.kind}, {spec.split} split",
+            "version": str(GENERATOR_VERSION),
+            "contributor": "ws_detectron",
+            "spec": spec.as_dict(),
+        },
+        "licenses": [{"id": 1, **_LICENSES[spec.kind]}],
+        "categories": [
+            {"id": number, "name": name, "supercategory": spec.kind}
+            for number, name in enumerate(spec.classes, start=1)
+        ],
+        "images": [
+            {
+                "id": written.index + 1,
+                "file_name": _image_name(written.index),
+                "height": spec.image_size,
+                "width": spec.image_size,
+                "license": 1,
+            }
+            for written in results
+        ],
+        "annotations": annotations,
+    }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock file beside `folder`; the system frees it when a process dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(str(folder)):
+        yield
+
+
+BUILTIN_SIZES = (128, 256, 512, 800)
+
+
+def builtin_scenes() -> dict[str, SceneSpec]:
+    """The scenes that importing `ws_detectron` registers, by name."""
+    return {
+        f"scenes_{kind}_{size}_{split}": SceneSpec.for_size(kind, size, split)
+        for kind in KINDS
+        for size in BUILTIN_SIZES
+        for split in SPLITS
+    }
+
+
+def register_builtin_scenes(root: Optional[Union[str, Path]] = None) -> None:
+    """Registers every set of `builtin_scenes()`; see `register_scenes`."""
+    for name, spec in builtin_scenes().items():
+        register_scenes(name, spec, root)
+
+
+def register_scenes(name: str, spec: SceneSpec, root: Optional[Union[str, Path]] = None) -> None:
+    """Registers a set of scenes with detectron2 under `name`.
+
+    The set is made, if need be, by `DatasetCatalog.get(name)`, which building a data loader calls.
+    `json_file` in the metadata names the file from the start, so build the test loader before
+    `COCOEvaluator`, as `DefaultTrainer.test` does, or call `ensure_scenes` first.
+
+    The same call twice changes nothing. A name registered here before, for another spec or root, is
+    registered anew.
+
+    Args:
+        name: for `DATASETS.TRAIN` and `DATASETS.TEST`.
+        spec: the scenes.
+        root: where they are kept; `cache_root()`, read now, by default.
+
+    Raises:
+        ValueError: the name belongs to another data set.
+    """
+    folder = scene_folder(spec, root)
+    json_file, image_root = str(folder / ANNOTATIONS), str(folder / IMAGES)
+    if name in DatasetCatalog:
+        metadata = MetadataCatalog.get(name)
+        earlier = metadata.get("scene_spec")
+        if earlier is None:
+            raise ValueError(f"data set name {name!r} is taken by a data set that is not scenes")
+        if (earlier, metadata.get("json_file")) == (spec, json_file):
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    # the root is settled now, so that the metadata and the data stay in the same place
+    DatasetCatalog.register(name, partial(_load, name, spec, folder.parents[1]))
+    MetadataCatalog.get(name).set(
+        thing_classes=list(spec.classes),
+        thing_dataset_id_to_contiguous_id={n + 1: n for n in range(len(spec.classes))},
+        evaluator_type="coco",
+        json_file=json_file,
+        image_root=image_root,
+        scene_spec=spec,
+    )
+
+
+def _load(name: str, spec: SceneSpec, root: Path) -> list[dict[str, Any]]:
+    folder = ensure_scenes(spec, root)
+    return load_coco_json(str(folder / ANNOTATIONS), str(folder / IMAGES), name)
+
+
+def summarize(folder: Path) -> str:
+    """Counts, sizes and the digest of a set, several lines of text.
+
+    Args:
+        folder: a finished set, as `ensure_scenes` returns it.
+    """
+    data = json.loads((folder / ANNOTATIONS).read_text(encoding="utf-8"))
+    fingerprint = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+    annotations = data["annotations"]
+    per_image = Counter(a["image_id"] for a in annotations)
+    per_class = Counter(a["category_id"] for a in annotations)
+    sides = np.array([max(a["bbox"][2:]) for a in annotations])
+    visible = np.array([a["area"] / a["full_area"] for a in annotations])
+    small, middle, large = np.percentile(sides, (5, 50, 95))
+    classes = ", ".join(f"{c['name']} {per_class[c['id']]}" for c in data["categories"])
+    counts = per_image.values()
+    return "\n".join(
+        (
+            str(folder),
+            f"  images    {len(data['images'])}, {sum(fingerprint['files'].values()) / 1e6:.1f} MB",
+            f"  objects   {len(annotations)}: {min(counts)} to {max(counts)} per image, "
+            f"{len(annotations) / len(data['images']):.2f} on average",
+            f"  sides     {small:.0f} / {middle:.0f} / {large:.0f} pixels "
+            "(5 % / half / 95 % of the longer sides lie below)",
+            f"  visible   {visible.min():.0%} of an object at least, "
+            f"{np.mean(visible < 0.95):.0%} of the objects are hidden by more than 5 %",
+            f"  classes   {classes}",
+            f"  digest    {fingerprint['digest']}",
+        )
+    )

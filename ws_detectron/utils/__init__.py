@@ -1,0 +1,1 @@
+"""Reading and writing files, locks, the environment, and what differs between versions."""

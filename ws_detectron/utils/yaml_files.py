@@ -1,0 +1,271 @@
+"""YAML files, read without running what they ask for and in time bounded by their size.
+
+detectron2's own `CfgNode.merge_from_file` reads with `allow_unsafe=True`: a tag like
+`!!python/object/apply:os.system` runs. The same files of fvcore are read here, with `_BASE_`, but
+safely. Its default is left on for detectron2's own model zoo only, as `Base-RetinaNet.yaml` there
+computes its anchors in such a tag.
+"""
+
+import io
+import os
+import stat
+import sys
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Union
+
+import detectron2
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+
+from ws_detectron.errors import ConfigError, UserError, shown
+
+_MAX_DEPTH = 50
+_MAX_NODES = 10_000  # that aliases may add to those that are written
+_MAX_DIGITS = 400  # every finite float can be written with less
+_MAX_FILES = 200  # of one chain of `_BASE_`
+_STANDARD = "tag:yaml.org,2002:"
+_PYTHON = _STANDARD + "python/"
+_BASE = "_BASE_"
+
+# The files of the `_BASE_` chain that is being read, and the number of all that were read.
+_chain: ContextVar[tuple[tuple[str, ...], list[str]]] = ContextVar("_chain")
+
+
+def read_yaml(path: Union[str, Path], what: str = "config file") -> Any:
+    """What a YAML file holds.
+
+    Args:
+        path: a local file.
+        what: to call the file in errors.
+
+    Raises:
+        UserError: the file cannot be read or is not YAML.
+        ConfigError: it has a tag that builds or runs Python, a key twice, nests too deeply, or
+            expands to many times its size. Both name the file, and the line where there is one.
+    """
+    return _parsed(_text(str(path), what), f"{what} {path}")
+
+
+def merge_config_file(cfg: CfgNode, path: Union[str, Path]) -> None:
+    """`cfg.merge_from_file(path)`, safely.
+
+    Raises:
+        UserError, ConfigError: of `read_yaml`, for each file of the `_BASE_` chain, and where this
+            has a loop.
+        KeyError, ValueError, AssertionError: of detectron2, where keys or values do not fit `cfg`.
+    """
+    merged = _SafeCfgNode(cfg)
+    merged.merge_from_file(str(path), allow_unsafe=False)
+    cfg.clear()
+    cfg.update(CfgNode(merged))
+
+
+def load_yaml_with_base(path: Union[str, Path]) -> dict[str, Any]:
+    """fvcore's function of this name, safely; raises as `merge_config_file`."""
+    return _SafeCfgNode.load_yaml_with_base(str(path))
+
+
+class _SafeCfgNode(CfgNode):
+    """Decides for each file of a `_BASE_` chain how it is read."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        parents, read = _chain.get(((), []))
+        chain = (*parents, filename)
+        read.append(filename)
+        if os.path.realpath(filename) in map(os.path.realpath, parents):
+            raise ConfigError(f"config file {filename} is its own {_BASE}: {' -> '.join(chain)}")
+        if len(read) > _MAX_FILES:
+            raise ConfigError(f"config file {chain[0]} has more than {_MAX_FILES} {_BASE} files")
+        token = _chain.set((chain, read))
+        try:
+            return super().load_yaml_with_base(filename, allow_unsafe=_is_zoo_file(filename))
+        finally:
+            _chain.reset(token)
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        parents, _ = _chain.get(((filename,), []))
+        where = f"config file {filename}"
+        if len(parents) > 1:
+            where += f" ({_BASE} of {parents[-2]})"
+        text = _text(filename, "config file", where)
+        if not _is_zoo_file(filename):
+            _check_config(_parsed(text, where), where)
+        return io.StringIO(text)
+
+
+def _is_zoo_file(filename: str) -> bool:
+    """Whether it is a config inside the installed detectron2, links resolved."""
+    zoo = os.path.realpath(Path(detectron2.__file__).parent / "model_zoo" / "configs")
+    return os.path.realpath(filename).startswith(zoo + os.sep)
+
+
+def _text(path: str, what: str, where: str = "") -> str:
+    where = where or f"{what} {path}"
+    try:
+        if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{where} is a directory, device or pipe; name a YAML file")
+        with PathManager.open(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot read {where}: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not YAML in UTF-8: {error}; save it as UTF-8") from error
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        _check_events(text, where)
+        content = yaml.safe_load(text)
+        check_integers(content, where)
+        return content
+    except UserError:
+        raise
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {_one_line(error)}") from error
+    except Exception as error:  # PyYAML's constructors raise what a value leads to
+        raise UserError(f"{where} has a value that cannot be read: {_one_line(error)}") from error
+
+
+def _check_events(text: str, where: str) -> None:
+    """Tags, doubled keys, depth and aliases, before any value is made.
+
+    With the parser that fvcore uses: libyaml's, which is faster, differs in details.
+    """
+    open_nodes: list[_Node] = [_Node(None, False)]
+    sizes: dict[str, int] = {}  # of each anchor
+    written = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes and any(n.anchor == event.anchor for n in open_nodes):
+                raise ConfigError(f"{where}, line {line}: *{event.anchor} refers to itself")
+            open_nodes[-1].add(sizes.get(event.anchor, 0))
+        elif isinstance(event, yaml.NodeEvent):
+            written += 1
+            _check_tag(event, f"{where}, line {line}")
+            if isinstance(event, yaml.ScalarEvent):
+                _check_length(event, f"{where}, line {line}")
+                twice = open_nodes[-1].add(1, event.value)
+                if twice:
+                    raise ConfigError(
+                        f"{where}, line {line}: the key {shown(event.value, 80)} is there twice; "
+                        "YAML would take the last without a word. Keep one"
+                    )
+                sizes.update({event.anchor: 1} if event.anchor else {})
+            else:
+                open_nodes.append(_Node(event.anchor, isinstance(event, yaml.MappingStartEvent)))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            closed = open_nodes.pop()
+            open_nodes[-1].add(closed.size)
+            sizes.update({closed.anchor: closed.size} if closed.anchor else {})
+        if len(open_nodes) > _MAX_DEPTH:
+            raise ConfigError(f"{where}, line {line} is nested in more than {_MAX_DEPTH} others")
+        if open_nodes[-1].size > written + _MAX_NODES:
+            raise ConfigError(
+                f"{where}, line {line}: aliases expand it to more than {_MAX_NODES:,} values; "
+                "write them out"
+            )
+
+
+def _check_length(scalar: Any, where: str) -> None:
+    """PyYAML takes quadratic time for numbers, `1:30:00` among them."""
+    if (
+        scalar.implicit[0]
+        and len(scalar.value) > _MAX_DIGITS
+        and scalar.value[0] in "+-.0123456789"
+    ):
+        raise ConfigError(
+            f"{where}: a number of {len(scalar.value)} characters; put text in quotes"
+        )
+
+
+class _Node:
+    """A mapping or sequence that is being parsed, and the nodes in it with aliases expanded."""
+
+    def __init__(self, anchor: Any, mapping: bool) -> None:
+        self.anchor, self.size = anchor, 1
+        self._keys: set[str] = set()
+        self._mapping, self._key_is_next = mapping, True
+
+    def add(self, size: int, key: Any = None) -> bool:
+        """Adds a key, value or item; whether it is a key that was there."""
+        self.size += size
+        if not self._mapping:
+            return False
+        twice = self._key_is_next and key is not None and key != "<<" and key in self._keys
+        if self._key_is_next and key is not None:
+            self._keys.add(key)
+        self._key_is_next = not self._key_is_next
+        return twice
+
+
+def _check_tag(event: Any, where: str) -> None:
+    tag = event.tag
+    if tag is None or tag == "!":
+        return
+    known = tag[len(_STANDARD) :] if tag.startswith(_STANDARD) else ""
+    if f"{_STANDARD}{known}" in yaml.SafeLoader.yaml_constructors and known:
+        return
+    name = f"!!{known}" if known else tag
+    if tag == _PYTHON + "tuple":
+        remedy = "leave the tag out; a list does the same"
+    elif tag.startswith(_PYTHON):
+        remedy = (
+            "it would run or build Python, which only detectron2's own model zoo may; write the "
+            "number or the list of values out"
+        )
+    else:
+        remedy = "leave it out"
+    raise ConfigError(f"{where}: the tag {shown(name, 80)} is not allowed: {remedy}")
+
+
+def _check_config(content: Any, where: str) -> None:
+    """A mapping with text as keys, and with `_BASE_` a name or names."""
+    if not isinstance(content, dict):
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise ConfigError(f"{where} is {found}; allowed: a YAML mapping of config keys to values")
+    base = content.get(_BASE, [])
+    names = base if isinstance(base, list) else [base]
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(
+            f"{where}: {_BASE} is {shown(base, 80)}; allowed: a file, or a list of files"
+        )
+    _check_keys(content, where)
+
+
+def _check_keys(content: dict, where: str) -> None:
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: the key {shown(key, 80)} is no text; put it in quotes")
+        if isinstance(value, dict):
+            _check_keys(value, where)
+
+
+def check_integers(value: Any, where: str, key: str = "") -> None:
+    """Integers have 64 bits; larger ones fail wherever they are first used.
+
+    Args:
+        value: of a YAML file.
+        where: for the error.
+        key: of the value, with dots.
+
+    Raises:
+        ConfigError: one has more; names its key.
+    """
+    if isinstance(value, dict):
+        for name, item in value.items():
+            check_integers(item, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_integers(item, where, key)
+    elif isinstance(value, int) and abs(value) > sys.maxsize:
+        raise ConfigError(f"{where}: {key} is an integer of {value.bit_length()} bits; allowed: 64")
+
+
+def _one_line(error: Exception) -> str:
+    return shown(" ".join(str(error).split()) or type(error).__name__, 300)
