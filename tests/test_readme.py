@@ -37,6 +37,7 @@ def test_use_in_an_own_project(tmp_path: Path) -> None:
     script.write_text(
         "\n".join(
             [
+                "import ws_detectron.lab.scenes",
                 training,
                 "model = trainer.model",
                 "ws = sum(isinstance(m, ws_detectron.WSConv2d) for m in model.modules())",
