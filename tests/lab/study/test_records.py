@@ -12,9 +12,9 @@ import pytest
 
 from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.lab.study import Options, Study, read_study_results, run_study
-from ws_detectron.lab.study.cell_state import FAILED, FINISHED, RUNNING, is_finished, write_state
-from ws_detectron.lab.study.cells import search_cells, study_cells
+from ws_detectron.lab.study.plan import search_runs, study_runs
 from ws_detectron.lab.study.records import FILES
+from ws_detectron.lab.study.run_state import FAILED, FINISHED, RUNNING, is_finished, write_state
 from ws_detectron.lab.study.slurm import JOB
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4], "seed": 9}
@@ -25,7 +25,7 @@ Recorded = tuple[Study, Options, Path]
 
 @pytest.fixture
 def recorded(make_study, options: Options, tmp_path: Path) -> Recorded:
-    """A study of one cell for each arm that has run, the options that it ran with, its records."""
+    """A finished study of one run per variant, the options that it ran with, its records."""
     study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
     kept = Options(options.train_net, records=records)
     run_study(study, kept, print)
@@ -33,7 +33,7 @@ def recorded(make_study, options: Options, tmp_path: Path) -> Recorded:
 
 
 def report_of(results) -> list:
-    return [(r.cell.name, r.word, r.ap, r.record, len(r.run.rows)) for r in results.cells]
+    return [(r.run.name, r.word, r.ap, r.record, len(r.metrics.rows)) for r in results.runs]
 
 
 def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path: Path) -> None:
@@ -51,10 +51,10 @@ def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path
     shutil.rmtree(study.output)
     lines: list[str] = []
     everything = run_study(study, Options(options.train_net, records=records), lines.append)
-    assert any("4 finished cells taken from" in line for line in lines)
-    assert [result.word for result in everything.cells] == ["finished"] * 8
+    assert any("4 finished runs taken from" in line for line in lines)
+    assert [result.word for result in everything.runs] == ["finished"] * 8
     ran = {path.parent.name for path in study.output.glob("*/*/starts.txt")}
-    assert ran == {f"{arm}_{batch}img_seed2" for arm in ("bn", "gn") for batch in (1, 4)}
+    assert ran == {f"{variant}_{batch}img_seed2" for variant in ("bn", "gn") for batch in (1, 4)}
 
     shutil.rmtree(study.output)
     again = run_study(study, Options(options.train_net, records=records), print)
@@ -62,7 +62,7 @@ def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path
     assert not [*study.output.glob("*/*/starts.txt")]
 
 
-def test_failed_runs_of_a_search_are_recorded_and_failed_cells_are_not(
+def test_failed_runs_of_a_search_are_recorded_and_failed_runs_are_not(
     make_study, options: Options, tmp_path: Path
 ) -> None:
     study, records = make_study(search=SEARCH), tmp_path / "records"
@@ -78,7 +78,7 @@ def test_failed_runs_of_a_search_are_recorded_and_failed_cells_are_not(
     shutil.rmtree(study.output)
     again = run_study(study, kept, print)
     assert not (lost / "starts.txt").exists()
-    assert [r.cell.choice for r in again.cells] == [r.cell.choice for r in ran.cells]
+    assert [r.run.choice for r in again.runs] == [r.run.choice for r in ran.runs]
     assert (study.output / "cells" / "bn_4img_seed1" / "starts.txt").exists()
 
 
@@ -90,15 +90,15 @@ def test_data_may_lie_elsewhere_on_another_machine(
     for place in ("one", "other"):
         (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
-        cell = study_cells(study, {})[0]
-        assert cell.settings["DATASETS.REGISTER"][0][1] == str(tmp_path / place / "mine.json")
+        run = study_runs(study, {})[0]
+        assert run.settings["DATASETS.REGISTER"][0][1] == str(tmp_path / place / "mine.json")
         if place == "one":
-            write_state(cell, FINISHED)
-    assert is_finished(cell)
+            write_state(run, FINISHED)
+    assert is_finished(run)
 
 
 def test_another_device_is_no_other_setting(make_study) -> None:
-    on_cpu, on_gpu = (study_cells(make_study(device=d), {})[0] for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (study_runs(make_study(device=d), {})[0] for d in ("cpu", "cuda"))
     assert on_cpu.settings["MODEL.DEVICE"] == "cpu" != on_gpu.settings["MODEL.DEVICE"]
     write_state(on_cpu, FINISHED)
     assert is_finished(on_gpu)
@@ -108,7 +108,7 @@ def test_another_device_is_no_other_setting(make_study) -> None:
     write_state(on_cpu, FAILED, lost=True)  # is tried again, from its checkpoint
     with pytest.raises(ConfigError, match="MODEL.DEVICE"):
         is_finished(on_gpu)
-    on_cpu, on_gpu = (search_cells(make_study(search=SEARCH, device=d))[0] for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (search_runs(make_study(search=SEARCH, device=d))[0] for d in ("cpu", "cuda"))
     write_state(on_cpu, FAILED, lost=True)  # is not
     assert not is_finished(on_gpu)
 
@@ -124,16 +124,16 @@ def absolute(entries: Sequence[list[str]]) -> list[list[str]]:
 def test_a_run_of_a_search_that_did_not_diverge_has_not_lost(
     make_study, options: Options, tmp_path: Path, cause: str, reason: str
 ) -> None:
-    """Its arm waits for it: without it, another LR could be chosen."""
+    """Its variant waits for it: without it, another LR could be chosen."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
     killed = study.output / "search" / "gn_4img_BASE_LR_0.04"
     killed.mkdir(parents=True)
     (killed / cause).touch()
     kept = Options(options.train_net, records=records, seeds=[1])
     ran = run_study(study, kept, print)
-    assert {r.cell.arm for r in ran.cells} == {"bn"}
+    assert {r.run.variant for r in ran.runs} == {"bn"}
     assert f"search_{killed.name}" not in {path.name for path in records.iterdir()}
-    (state,) = [r.state for r in ran.search if r.cell.folder == killed]
+    (state,) = [r.state for r in ran.search if r.run.folder == killed]
     assert state and state.state == "failed" and reason in state.reason
 
     (killed / cause).unlink()
@@ -141,7 +141,7 @@ def test_a_run_of_a_search_that_did_not_diverge_has_not_lost(
     assert len((killed / "starts.txt").read_text().splitlines()) == 2
     assert [r.word for r in again.search] == ["finished"] * 4
     assert f"search_{killed.name}" in {path.name for path in records.iterdir()}
-    assert {r.cell.choice["SOLVER.BASE_LR"] for r in again.cells if r.cell.arm == "gn"} == {0.04}
+    assert {r.run.choice["SOLVER.BASE_LR"] for r in again.runs if r.run.variant == "gn"} == {0.04}
 
 
 def test_a_report_needs_nothing_but_the_records(
@@ -151,7 +151,7 @@ def test_a_report_needs_nothing_but_the_records(
     ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
     shutil.rmtree(study.output)
     found = read_study_results(study, records)
-    assert report_of(found) == report_of(ran) and found.cells[0].word == "finished"
+    assert report_of(found) == report_of(ran) and found.runs[0].word == "finished"
     assert [r.ap for r in found.search] == [r.ap for r in ran.search] != [{}] * 4
     assert not study.output.exists()
 
@@ -168,7 +168,7 @@ def tree(*folders: Path) -> dict[str, str]:
 def test_reading_changes_no_file(
     make_study, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With cells that are finished in both places, in one of them, running, or nowhere."""
+    """With runs that are finished in both places, in one of them, running, or nowhere."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
     ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
     running = study.output / "cells" / "bn_4img_seed1"
@@ -191,7 +191,7 @@ def test_reading_changes_no_file(
     assert tree(tmp_path) == before
 
 
-def test_cells_that_finished_before_are_recorded(
+def test_runs_that_finished_before_are_recorded(
     make_study, options: Options, tmp_path: Path
 ) -> None:
     study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
@@ -208,7 +208,7 @@ def test_a_record_takes_the_place_of_what_is_unfinished(recorded: Recorded) -> N
     (folder / "cell.json").write_text(json.dumps({**state, "state": "running"}))
     (folder / "metrics.json").write_text("")
     results = run_study(study, kept, print)
-    assert len(results.cells[0].run.rows) == 21 and not (folder / "starts.txt").exists()
+    assert len(results.runs[0].metrics.rows) == 21 and not (folder / "starts.txt").exists()
 
 
 def test_a_record_does_not_take_the_folder_of_a_queued_job(recorded: Recorded) -> None:

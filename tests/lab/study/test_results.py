@@ -1,4 +1,4 @@
-"""What is read of cells, on runs whose AP is known."""
+"""What is read of runs, on runs whose AP is known."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 from small_study import reach
 
 from ws_detectron.evaluation.runs import Run
-from ws_detectron.lab.study import study_cells
-from ws_detectron.lab.study.cell_state import FAILED, FINISHED, RUNNING, write_state
+from ws_detectron.lab.study import study_runs
 from ws_detectron.lab.study.results import final_ap, read_result, read_results
+from ws_detectron.lab.study.run_state import FAILED, FINISHED, RUNNING, write_state
 
 
-def test_only_finished_cells_count(make_study) -> None:
-    new, failed, running, *_ = study_cells(make_study(), {})
+def test_only_finished_runs_count(make_study) -> None:
+    new, failed, running, *_ = study_runs(make_study(), {})
     write_state(failed, FAILED, reason="it broke")
     reach(failed.folder, 50.0)
     write_state(running, RUNNING)
@@ -47,9 +47,9 @@ def test_never_evaluated_is_not_zero() -> None:
     assert ap == {} and "never evaluated" in notes[0]
 
 
-def test_resumed_cells_are_marked(make_study) -> None:
-    (cell, *_) = study_cells(make_study(), {})
-    write_state(cell, FINISHED)
-    reach(cell.folder, 5.0)
-    (cell.folder / "run_record.json").write_text(json.dumps({"starts": 3}))
-    assert read_result(cell).notes == ("resumed: 3 starts",)
+def test_resumed_runs_are_marked(make_study) -> None:
+    (run, *_) = study_runs(make_study(), {})
+    write_state(run, FINISHED)
+    reach(run.folder, 5.0)
+    (run.folder / "run_record.json").write_text(json.dumps({"starts": 3}))
+    assert read_result(run).notes == ("resumed: 3 starts",)

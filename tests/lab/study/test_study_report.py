@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from small_study import ARM, FAKE, write_study
+from small_study import FAKE, VARIANT, write_study
 
 from ws_detectron.errors import UserError
 from ws_detectron.lab.study import (
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> StudyResults:
-    """Both arms, batches and seeds after a search; gn of seed 2 at batch 1 failed."""
+    """Both variants, batches and seeds after a search; gn of seed 2 at batch 1 failed."""
     folder = tmp_path_factory.mktemp("study")
     study = write_study(folder, search=SEARCH, evaluations=2)
     failing = study.output / "cells" / "gn_1img_seed2"
@@ -102,10 +102,10 @@ def test_search_is_reported_with_its_choice(report: Path) -> None:
     assert [lr for _, lr, mean in found if mean.startswith("**")] == ["0.04", "0.04"]
 
 
-def test_search_is_listed_in_the_order_of_arms_and_upwards(make_study) -> None:
+def test_search_is_listed_in_the_order_of_variants_and_upwards(make_study) -> None:
     grid = {"SOLVER.BASE_LR": [0.04, 0.08, 0.02], "MODEL.RESNETS.NORM": ["GN", "BN"]}
-    arms = {name: ARM.format(name) for name in ("gn", "bn")}
-    study = make_study(arms=arms, search={**SEARCH, "grid": grid})
+    variants = {name: VARIANT.format(name) for name in ("gn", "bn")}
+    study = make_study(variants=variants, search={**SEARCH, "grid": grid})
     (table,) = (
         block
         for block in report_blocks(read_study_results(study), [])
@@ -129,14 +129,14 @@ def test_page_is_sound_and_needs_nothing_else(report: Path) -> None:
 
 
 def test_csv_files_are_for_programs(report: Path) -> None:
-    cells = rows(report / "cells.csv")
-    assert len(cells) == 6 + 8
-    failed = next(row for row in cells if row["cell"] == "gn_1img_seed2")
+    runs = rows(report / "cells.csv")
+    assert len(runs) == 6 + 8
+    failed = next(row for row in runs if row["run"] == "gn_1img_seed2")
     assert (failed["state"], failed["bbox/AP"]) == ("failed", "")
-    sound = next(row for row in cells if row["cell"] == "bn_4img_seed2")
+    sound = next(row for row in runs if row["run"] == "bn_4img_seed2")
     assert float(sound["segm/AP"]) == 51 and float(sound["SOLVER.BASE_LR"]) == 0.02
     assert float(sound["training_seconds"]) == 20 * 0.25
-    means = {(r["arm"], r["batch"], r["task"]): r for r in rows(report / "summary.csv")}
+    means = {(r["variant"], r["batch"], r["task"]): r for r in rows(report / "summary.csv")}
     assert len(means) == 8 and means["gn", "1", "bbox"]["cells"] == "1"
     assert means["gn", "1", "bbox"]["deviation"] == ""
     differences = rows(report / "differences.csv")
@@ -164,7 +164,7 @@ def test_folder_that_cannot_be_written(ran: StudyResults, tmp_path: Path) -> Non
 
 
 def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
-    box, mask = draw_ap_over_batch(ran.study, ran.cells).axes
+    box, mask = draw_ap_over_batch(ran.study, ran.runs).axes
     assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP (per cent)", "mask AP (per cent)")
     (line, _, (bars,)) = box.containers[0]
     assert [*line.get_ydata()] == [101.5, 101.5]
@@ -173,19 +173,19 @@ def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
     assert ends == pytest.approx([101.5 - 0.5**0.5, 101.5 + 0.5**0.5])
 
 
-def test_arms_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
-    box, _ = draw_ap_over_batch(replace(ran.study, batches=(4,)), ran.cells).axes
+def test_variants_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
+    box, _ = draw_ap_over_batch(replace(ran.study, batches=(4,)), ran.runs).axes
     low, high = box.get_xlim()
     places = [container[0].get_xdata()[0] for container in box.containers]
     assert len(places) == 2 and places[1] - places[0] < (high - low) / 10
 
 
-def test_legend_of_many_arms_is_not_cut_off(ran: StudyResults) -> None:
-    arms = [replace(ran.study.arms[0], name=f"{n}_of_many_arms") for n in range(8)]
-    study = replace(ran.study, arms=arms, batches=[1])
-    (seen, *_) = (c for c in ran.cells if c.word == "finished" and c.cell.batch == 1)
-    cells = [replace(seen, cell=replace(seen.cell, arm=arm.name)) for arm in arms]
-    figure = draw_study_curves(study, cells)
+def test_legend_of_many_variants_is_not_cut_off(ran: StudyResults) -> None:
+    variants = [replace(ran.study.variants[0], name=f"{n}_of_eight_all") for n in range(8)]
+    study = replace(ran.study, variants=variants, batches=[1])
+    (seen, *_) = (c for c in ran.runs if c.word == "finished" and c.run.batch == 1)
+    runs = [replace(seen, run=replace(seen.run, variant=variant.name)) for variant in variants]
+    figure = draw_study_curves(study, runs)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 8
@@ -194,7 +194,7 @@ def test_legend_of_many_arms_is_not_cut_off(ran: StudyResults) -> None:
 
 
 def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResults) -> None:
-    panels = draw_study_curves(ran.study, ran.cells).axes
+    panels = draw_study_curves(ran.study, ran.runs).axes
     loss_1, loss_4 = panels[:2]
     assert (loss_1.get_title(), loss_4.get_title()) == ("1 image per step", "4 images per step")
     np.testing.assert_array_equal(loss_1.lines[0].get_xdata(), np.arange(1, 81))
@@ -205,22 +205,22 @@ def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResult
     np.testing.assert_allclose(box_4.lines[0].get_ydata(), [101.5])
 
 
-def test_curves_are_of_finished_cells_and_may_lack_a_place(ran: StudyResults) -> None:
+def test_curves_are_of_finished_runs_and_may_lack_a_place(ran: StudyResults) -> None:
     """gn of seed 2 at batch 1 failed; bn of seed 2 at batch 4 lost what it had at 40 images."""
-    cells = [*ran.cells]
-    number = next(i for i, r in enumerate(cells) if r.cell.name == "bn_4img_seed2")
-    rows = [row for row in cells[number].run.rows if row["iteration"] != 9]
-    cells[number] = replace(cells[number], run=replace(cells[number].run, rows=rows))
-    loss_1, loss_4 = draw_study_curves(ran.study, cells).axes[:2]
+    runs = [*ran.runs]
+    number = next(i for i, r in enumerate(runs) if r.run.name == "bn_4img_seed2")
+    rows = [row for row in runs[number].metrics.rows if row["iteration"] != 9]
+    runs[number] = replace(runs[number], metrics=replace(runs[number].metrics, rows=rows))
+    loss_1, loss_4 = draw_study_curves(ran.study, runs).axes[:2]
     (gn,) = (line for line in loss_1.lines if line.get_label() == "gn")
     assert len(gn.get_xdata()) == 80
     np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
     assert np.isfinite(loss_4.lines[0].get_ydata()).all()
 
-    number = next(i for i, r in enumerate(cells) if r.cell.name == "gn_1img_seed2")
+    number = next(i for i, r in enumerate(runs) if r.run.name == "gn_1img_seed2")
     diverged = [{"iteration": 0, "total_loss": 1000.0}]
-    cells[number] = replace(cells[number], run=replace(cells[number].run, rows=diverged))
-    (gn,) = (x for x in draw_study_curves(ran.study, cells).axes[0].lines if x.get_label() == "gn")
+    runs[number] = replace(runs[number], metrics=replace(runs[number].metrics, rows=diverged))
+    (gn,) = (x for x in draw_study_curves(ran.study, runs).axes[0].lines if x.get_label() == "gn")
     assert len(gn.get_xdata()) == 80 and max(gn.get_ydata()) < 10
 
 

@@ -1,8 +1,8 @@
-"""Records of finished cells: their small files, kept where the runs themselves are not.
+"""Records of finished runs: their small files, kept where the runs themselves are not.
 
 A study may take longer than one sitting, and its folder may lie on a machine that is given back. A
-record is what the report and a search need of a cell, in a folder of its name: its state with all
-settings, its config, its metrics and on what it ran. Finished cells are recorded, and those of a
+record is what the report and a search need of a run, in a folder of its name: its state with all
+settings, its config, its metrics and on what it ran. Finished runs are recorded, and those of a
 search that have lost, as it has its result from them, too.
 """
 
@@ -16,9 +16,9 @@ from ws_detectron.errors import UserError
 from ws_detectron.evaluation.runs import CONFIG, METRICS
 from ws_detectron.utils.io import write_text
 
-from .cell_state import FINISHED, STATE, CellState, has_lost, read_state
-from .cells import Cell
+from .plan import StudyRun
 from .results import RECORD
+from .run_state import FINISHED, STATE, RunState, has_lost, read_state
 from .slurm import JOB
 
 _NOTHING = 2  # rank of what is not recorded
@@ -27,11 +27,11 @@ _NOTHING = 2  # rank of what is not recorded
 FILES = (METRICS, CONFIG, RECORD, STATE)
 
 
-def keep_record(cell: Cell, state: CellState, folder: Path, what: str) -> None:
-    """Copies the small files of a cell that is to be recorded to `folder`/<name of the cell>.
+def keep_record(run: StudyRun, state: RunState, folder: Path, what: str) -> None:
+    """Copies the small files of a run that is to be recorded to `folder`/<name of the run>.
 
     Args:
-        cell: of the "study", or of its "search".
+        run: of the "study", or of its "search".
         state: where it stands.
         folder: of the records.
         what: which of the two it is.
@@ -40,65 +40,65 @@ def keep_record(cell: Cell, state: CellState, folder: Path, what: str) -> None:
         UserError: a file cannot be read or written.
     """
     if _rank(state, what) < _NOTHING:
-        _copy(cell.folder, folder / cell.name)
+        _copy(run.folder, folder / run.name)
 
 
-def recorded_cells(
-    cells: Sequence[Cell], folder: Optional[Path], what: str = "study"
-) -> list[Cell]:
-    """The cells, to be read: one whose record is further than its folder has the record's folder.
+def recorded_runs(
+    runs: Sequence[StudyRun], folder: Optional[Path], what: str = "study"
+) -> list[StudyRun]:
+    """The runs, to be read: one whose record is further than its folder has the record's folder.
 
     Args:
-        cells: all of the study, or of its search.
+        runs: all of the study, or of its search.
         folder: of the records; None for none.
         what: "study" or "search", as for `keep_record`.
 
     Raises:
-        ConfigError: a record is of other settings than its cell; names them.
+        ConfigError: a record is of other settings than its run; names them.
     """
     if folder is None:
-        return list(cells)
+        return list(runs)
     found = []
-    for cell in cells:
-        source = folder / cell.name
-        ours, recorded = (_rank(read_state(cell, place), what) for place in (None, source))
-        found.append(replace(cell, folder=source) if recorded < ours else cell)
+    for run in runs:
+        source = folder / run.name
+        ours, recorded = (_rank(read_state(run, place), what) for place in (None, source))
+        found.append(replace(run, folder=source) if recorded < ours else run)
     return found
 
 
-def exchange_records(cells: Sequence[Cell], folder: Path, what: str = "study") -> int:
-    """Gives cells what was recorded of them, and records those that are further than that.
+def exchange_records(runs: Sequence[StudyRun], folder: Path, what: str = "study") -> int:
+    """Gives runs what was recorded of them, and records those that are further than that.
 
-    What an unfinished run left in the folder of a cell with a record is deleted, but where a job of
+    What an unfinished run left in the folder of a run with a record is deleted, but where a job of
     Slurm is queued for the folder or trains in it.
 
     Args:
-        cells: all of the study, or of its search.
+        runs: all of the study, or of its search.
         folder: of the records.
         what: "study" or "search", as for `keep_record`.
 
     Returns:
-        How many cells were taken from their records.
+        How many runs were taken from their records.
 
     Raises:
         UserError: a file cannot be read or written.
-        ConfigError: a record is of other settings than its cell; names them.
+        ConfigError: a record is of other settings than its run; names them.
     """
     restored = 0
-    for cell in cells:
-        source = folder / cell.name
-        ours, recorded = (_rank(read_state(cell, place), what) for place in (None, source))
+    for run in runs:
+        source = folder / run.name
+        ours, recorded = (_rank(read_state(run, place), what) for place in (None, source))
         if ours < recorded:
-            _copy(cell.folder, source)
-        elif recorded < ours and not (cell.folder / JOB).exists():
-            shutil.rmtree(cell.folder, ignore_errors=True)
-            _copy(source, cell.folder)
+            _copy(run.folder, source)
+        elif recorded < ours and not (run.folder / JOB).exists():
+            shutil.rmtree(run.folder, ignore_errors=True)
+            _copy(source, run.folder)
             restored += 1
     return restored
 
 
-def _rank(state: Optional[CellState], what: str) -> int:
-    """0 of a finished cell, 1 of one that has lost in a search, else `_NOTHING`."""
+def _rank(state: Optional[RunState], what: str) -> int:
+    """0 of a finished run, 1 of one that has lost in a search, else `_NOTHING`."""
     if state is not None and state.state == FINISHED:
         return 0
     return 1 if what == "search" and has_lost(state) else _NOTHING

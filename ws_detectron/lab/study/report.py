@@ -11,11 +11,11 @@ from ws_detectron.utils.io import csv_text, write_text
 
 from .blocks import Block, Heading, Picture, Problems, Text, as_html, as_markdown
 from .choice import choose, has_ended
-from .csv_rows import cell_rows, difference_rows, summary_rows
+from .csv_rows import difference_rows, run_rows, summary_rows
 from .figures import draw_ap_over_batch, draw_study_curves
-from .results import CellResult, StudyResults, tasks_of
+from .results import RunResult, StudyResults, tasks_of
 from .sections import search_blocks, settings_blocks
-from .tables import ap_table, cell_table, difference_table, images
+from .tables import ap_table, difference_table, images, run_table
 
 
 def write_report(results: StudyResults, folder: Path) -> list[Path]:
@@ -33,7 +33,7 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
         texts = {
             "index.html": as_html(results.study.title, blocks),
             "report.md": as_markdown(results.study.title, blocks),
-            "cells.csv": csv_text(cell_rows(results)),
+            "cells.csv": csv_text(run_rows(results)),
             "summary.csv": csv_text(summary_rows(results)),
             "differences.csv": csv_text(difference_rows(results)),
         }
@@ -47,7 +47,7 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
 def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Block]:
     """All that the report says, in order."""
     blocks: list[Block] = [Text(_what_was_run(results))]
-    environments = _environments(results.cells)
+    environments = _environments(results.runs)
     if environments:
         blocks.append(Text("Measured on " + "; ".join(environments) + "."))
     searched = _environments(results.search)
@@ -63,7 +63,7 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
             "cent at the end of training, not the best of it."
         ),
     ]
-    for task in tasks_of(results.cells):
+    for task in tasks_of(results.runs):
         blocks.append(ap_table(results, task))
     blocks += pictures[:1]
     if results.study.comparisons:
@@ -88,7 +88,7 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
         blocks += search_blocks(results)
     blocks += settings_blocks(results)
     blocks += [
-        Heading("Cells"),
+        Heading("Runs"),
         Text(
             "Training time is that of the training steps (median of 20 iterations); per image it "
             "is divided by the images of one GPU or process. Wall time includes start-up, "
@@ -96,64 +96,64 @@ def report_blocks(results: StudyResults, pictures: Sequence[Picture]) -> list[Bl
             "process: on a GPU what torch allocated there, on the CPU all that is resident, "
             "libraries included."
         ),
-        cell_table(results.cells),
+        run_table(results.runs),
     ]
     return blocks
 
 
 def problems_of(results: StudyResults) -> list[str]:
-    """Cells that are not finished, with the reason, and arms for which a search has no result.
+    """Runs that are not finished, with the reason, and variants for which a search has no result.
 
-    Cells that were never started share a line: a study made in several sittings has many.
+    Runs that were never started share a line: a study made in several sittings has many.
     """
     problems = []
-    every = [*results.search, *results.cells]
-    waiting = [result.cell.name for result in every if result.state is None]
+    every = [*results.search, *results.runs]
+    waiting = [result.run.name for result in every if result.state is None]
     if waiting:
         problems.append(f"{len(waiting)} of {len(every)} not started: {', '.join(waiting)}")
     for result in every:
         if result.state is not None and result.word != "finished":
             reason = f": {result.state.reason}" if result.state.reason else ""
-            problems.append(f"{result.cell.name} is {result.word}{reason}")
-    for (arm, batch), choice in choose(results.study, results.search).items():
+            problems.append(f"{result.run.name} is {result.word}{reason}")
+    for (variant, batch), choice in choose(results.study, results.search).items():
         if choice is None:
-            runs = [r for r in results.search if (r.cell.arm, r.cell.batch) == (arm, batch)]
+            runs = [r for r in results.search if (r.run.variant, r.run.batch) == (variant, batch)]
             why = (
                 "found nothing: all its runs failed"
                 if all(has_ended(run) for run in runs)
                 else "has not ended, and what follows from it is not shown"
             )
-            problems.append(f"the search for {arm} at {images(batch)} {why}")
+            problems.append(f"the search for {variant} at {images(batch)} {why}")
     return problems
 
 
 def _what_was_run(results: StudyResults) -> str:
     study = results.study
-    images = sorted({result.cell.images for result in results.cells})
+    images = sorted({result.run.images for result in results.runs})
     seen = " or ".join(f"{count:,}" for count in images) or "no"
     data = " and ".join(
-        ", ".join(sorted({str(_setting(r, key)) for r in results.cells})) or UNDEFINED
+        ", ".join(sorted({str(_setting(r, key)) for r in results.runs})) or UNDEFINED
         for key in ("DATASETS.TRAIN", "DATASETS.TEST")
     )
     return (
-        f"{len(study.arms)} arms ({', '.join(arm.name for arm in study.arms)}) at "
+        f"{len(study.variants)} variants ({', '.join(v.name for v in study.variants)}) at "
         f"{', '.join(map(str, sorted(study.batches)))} {study.unit}"
         + (f" ({study.processes} of them)" if study.processes > 1 else "")
         + f", seeds {', '.join(map(str, study.seeds))}. "
-        f"Every cell sees {seen} training images: LR is proportional to the batch, warm-up and "
+        f"Every run sees {seen} training images: LR is proportional to the batch, warm-up and "
         f"schedule are counted in images. Trained and evaluated on {data}."
     )
 
 
-def _setting(result: CellResult, key: str) -> str:
-    value = result.cell.settings[key]
+def _setting(result: RunResult, key: str) -> str:
+    value = result.run.settings[key]
     return "+".join(value) if isinstance(value, list) else str(value)
 
 
-def _environments(cells: Sequence[CellResult]) -> list[str]:
+def _environments(runs: Sequence[RunResult]) -> list[str]:
     """Machines, versions and dates, each as often as they differ."""
     found: dict[str, set[str]] = {}
-    for result in cells:
+    for result in runs:
         record = result.record
         if "device" in record:
             versions = ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())
@@ -170,11 +170,11 @@ def _environments(cells: Sequence[CellResult]) -> list[str]:
 def _draw(results: StudyResults, folder: Path) -> tuple[list[Picture], list[Path]]:
     pictures, paths = [], []
     drawings = (
-        ("ap_over_batch", draw_ap_over_batch, "AP of each arm over the batch"),
-        ("learning_curves", draw_study_curves, "Loss and AP of each arm over the images seen"),
+        ("ap_over_batch", draw_ap_over_batch, "AP of each variant over the batch"),
+        ("learning_curves", draw_study_curves, "Loss and AP of each variant over the images seen"),
     )
     for name, draw, caption in drawings:
-        figure = draw(results.study, results.cells)
+        figure = draw(results.study, results.runs)
         png, svg = (write_figure(figure, folder / f"{name}{end}") for end in (".png", ".svg"))
         pictures.append(Picture(name, caption, svg.read_text("utf-8")))
         paths += [png, svg]

@@ -1,4 +1,4 @@
-"""What the cells of a study reached."""
+"""What the runs of a study reached."""
 
 import json
 import math
@@ -10,36 +10,36 @@ from typing import Any, Optional
 from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.evaluation.runs import Run, ap_key, read_run
 
-from .cell_state import FAILED, FINISHED, CellState, read_state
-from .cells import Cell
+from .plan import StudyRun
+from .run_state import FAILED, FINISHED, RunState, read_state
 from .spec import Study
 
 RECORD = "run_record.json"
 
 
 @dataclass(frozen=True)
-class CellResult:
-    """A cell and what is in its folder.
+class RunResult:
+    """A run and what is in its folder.
 
     Args:
-        cell: the cell.
+        run: the run.
         state: None if it was never started.
-        run: its config and metrics, as far as they go; the name is the cell's.
+        metrics: its config and metrics, as far as they go; the name is that of the run.
         ap: task -> AP in per cent at the end of training; empty unless it finished.
         record: of the training engine's `RunRecord`; empty where there is none.
         notes: what a reader has to know of these figures.
     """
 
-    cell: Cell
-    state: Optional[CellState]
-    run: Run
+    run: StudyRun
+    state: Optional[RunState]
+    metrics: Run
     ap: dict[str, float] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def word(self) -> str:
-        """The state in a word; "running" includes cells that were interrupted."""
+        """The state in a word; "running" includes runs that were interrupted."""
         return self.state.state if self.state else "not started"
 
 
@@ -49,48 +49,49 @@ class StudyResults:
 
     Args:
         study: the study.
-        cells: of the study proper, all that were asked for, in order.
+        runs: of the study proper, all that were asked for, in order.
         search: of its search; empty without one.
     """
 
     study: Study
-    cells: Sequence[CellResult]
-    search: Sequence[CellResult]
+    runs: Sequence[RunResult]
+    search: Sequence[RunResult]
 
 
-def read_results(cells: Sequence[Cell]) -> list[CellResult]:
-    """Results in the order of the cells."""
-    return [read_result(cell) for cell in cells]
+def read_results(runs: Sequence[StudyRun]) -> list[RunResult]:
+    """Results in the order of the runs."""
+    return [read_result(run) for run in runs]
 
 
-def read_result(cell: Cell) -> CellResult:
-    """What a cell has reached, also where it was never started or has failed.
+def read_result(run: StudyRun) -> RunResult:
+    """What a run has reached, also where it was never started or has failed.
 
     Raises:
         ConfigError: its folder holds a run of other settings.
     """
-    state = read_state(cell)
+    state = read_state(run)
     if state is None:
-        return CellResult(cell, None, Run(cell.name, cell.folder))
-    run = read_run(cell.folder, cell.name)
+        return RunResult(run, None, Run(run.name, run.folder))
+    metrics = read_run(run.folder, run.name)
     notes = [f"FAILED: {state.reason}"] if state.state == FAILED else []
     ap: dict[str, float] = {}
     if state.state == FINISHED:
-        ap, more = final_ap(run, ["bbox", "segm"] if cell.settings["MODEL.MASK_ON"] else ["bbox"])
+        tasks = TASKS[: 2 if run.settings["MODEL.MASK_ON"] else 1]
+        ap, more = final_ap(metrics, tasks)
         notes += more
-    record = read_record(cell.folder)
-    if not record and (cell.folder / RECORD).is_file():
+    record = read_record(run.folder)
+    if not record and (run.folder / RECORD).is_file():
         notes.append(f"{RECORD} is damaged: machine, time and memory are unknown")
     if record.get("starts", 1) > 1:
         notes.append(f"resumed: {record['starts']} starts")
-    return CellResult(cell, state, run, ap, record, tuple(notes))
+    return RunResult(run, state, metrics, ap, record, tuple(notes))
 
 
 def final_ap(run: Run, tasks: Sequence[str]) -> tuple[dict[str, float], list[str]]:
     """AP of the last evaluation, and notes on it.
 
     A detector that finds nothing at all has no AP in detectron2's metrics. By COCO's rules it is 0,
-    and left out it would make the mean of its arm look better than it is, so it counts as 0.
+    and left out it would make the mean of its variant look better than it is, so it counts as 0.
     """
     box = ap_key(run, TASKS[0])
     evaluations = [row for row in run.rows if box in row]
@@ -111,6 +112,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def tasks_of(results: Sequence[CellResult]) -> list[str]:
+def tasks_of(results: Sequence[RunResult]) -> list[str]:
     """Tasks of which there is any AP; box AP where there is none yet."""
     return [task for task in TASKS if any(task in result.ap for result in results)] or [TASKS[0]]

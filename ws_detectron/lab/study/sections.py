@@ -9,10 +9,10 @@ from ws_detectron.evaluation.runs import Run
 
 from .blocks import Block, Heading, Table, Text
 from .choice import at_the_edge, choose, score
-from .results import CellResult, StudyResults, tasks_of
+from .results import RunResult, StudyResults, tasks_of
 from .tables import images
 
-# Where two cells of one study differ without that being a setting of the arm
+# Where two runs of one study differ without that being a setting of the variant
 NOT_SETTINGS = {"OUTPUT_DIR", "SEED"}
 
 
@@ -24,31 +24,31 @@ def search_blocks(results: StudyResults) -> list[Block]:
     choices = choose(study, results.search)
     rows = []
     for result in _searched_in_order(results):
-        chosen = choices[result.cell.arm, result.cell.batch] == result.cell.choice
+        chosen = choices[result.run.variant, result.run.batch] == result.run.choice
         reached = "failed" if result.word == "failed" else figure(score(result))
         rows.append(
             (
-                result.cell.arm,
-                str(result.cell.batch),
-                *(str(result.cell.choice[key]) for key in keys),
+                result.run.variant,
+                str(result.run.batch),
+                *(str(result.run.choice[key]) for key in keys),
                 *(figure(result.ap.get(task)) for task in tasks),
                 f"**{reached}**" if chosen else reached,
             )
         )
-    headers = ("arm", study.unit, *(f"`{k}`" for k in keys))
+    headers = ("variant", study.unit, *(f"`{k}`" for k in keys))
     headers += (*(f"{TITLES[task]} AP" for task in tasks), "mean")
     edges = [
-        f"{arm} at {batch}: {', '.join(f'`{key}`' for key in at_the_edge(study, choice))}"
-        for (arm, batch), choice in choices.items()
+        f"{variant} at {batch}: {', '.join(f'`{key}`' for key in at_the_edge(study, choice))}"
+        for (variant, batch), choice in choices.items()
         if choice is not None and at_the_edge(study, choice)
     ]
     blocks: list[Block] = [
         Heading("Search"),
         Text(
-            f"Each arm got the same {len(results.search) // len(study.arms)} runs of "
+            f"Each variant got the same {len(results.search) // len(study.variants)} runs of "
             f"{study.search.images:,} images (seed {study.search.seed}); values are at the "
-            "reference batch of the arm's config. **Bold**: chosen, by the mean of box and mask "
-            "AP. A cell takes what was found at the nearest searched batch."
+            "reference batch of the variant's config. **Bold**: chosen, by the mean of box and "
+            "mask AP. A run takes what was found at the nearest searched batch."
         ),
         Table(headers, tuple(rows)),
     ]
@@ -59,41 +59,41 @@ def search_blocks(results: StudyResults) -> list[Block]:
     return blocks
 
 
-def _searched_in_order(results: StudyResults) -> list[CellResult]:
-    """Arms as the study lists them, and numbers upwards, in whatever order the grid has them."""
-    arms = [arm.name for arm in results.study.arms]
+def _searched_in_order(results: StudyResults) -> list[RunResult]:
+    """Variants as the study lists them, and numbers upwards, however the grid orders them."""
+    variants = [variant.name for variant in results.study.variants]
 
-    def place(result: CellResult) -> tuple[Any, ...]:
-        values = result.cell.choice.values()
+    def place(result: RunResult) -> tuple[Any, ...]:
+        values = result.run.choice.values()
         numbers = (v if isinstance(v, (int, float)) else 0 for v in values)
-        return (arms.index(result.cell.arm), result.cell.batch, *numbers)
+        return (variants.index(result.run.variant), result.run.batch, *numbers)
 
     return sorted(results.search, key=place)
 
 
 def settings_blocks(results: StudyResults) -> list[Block]:
-    """Config keys that differ between arms at one batch, and between batches of one arm."""
-    cells = results.cells
+    """Config keys that differ between variants at one batch, and between batches of one variant."""
+    runs = results.runs
     blocks: list[Block] = [Heading("Where the configs differ")]
     batch = max(results.study.batches)
-    arms = _first_of(cells, lambda r: r.cell.arm, lambda r: r.cell.batch == batch)
-    arm = results.study.arms[0].name
-    batches = _first_of(cells, lambda r: str(r.cell.batch), lambda r: r.cell.arm == arm)
-    blocks += _settings_table(f"Between arms, at {images(batch)}:", arms)
-    blocks += _settings_table(f"Between batches, for {arm}:", batches)
+    variants = _first_of(runs, lambda r: r.run.variant, lambda r: r.run.batch == batch)
+    variant = results.study.variants[0].name
+    batches = _first_of(runs, lambda r: str(r.run.batch), lambda r: r.run.variant == variant)
+    blocks += _settings_table(f"Between variants, at {images(batch)}:", variants)
+    blocks += _settings_table(f"Between batches, for {variant}:", batches)
     return blocks
 
 
 def _first_of(
-    results: Sequence[CellResult],
-    name: Callable[[CellResult], str],
-    wanted: Callable[[CellResult], bool],
+    results: Sequence[RunResult],
+    name: Callable[[RunResult], str],
+    wanted: Callable[[RunResult], bool],
 ) -> list[Run]:
-    """The first cell of each name as a run with the config that it has or would have."""
+    """The first run of each name as a run with the config that it has or would have."""
     found: dict[str, Run] = {}
     for result in results:
         if wanted(result):
-            run = Run(name(result), result.cell.folder, config=result.cell.settings)
+            run = Run(name(result), result.run.folder, config=result.run.settings)
             found.setdefault(name(result), run)
     return [*found.values()]
 

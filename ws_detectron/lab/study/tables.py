@@ -1,4 +1,4 @@
-"""Tables of a report: AP, differences between arms, and what each cell took."""
+"""Tables of a report: AP, differences between variants, and what each run took."""
 
 from collections.abc import Sequence
 from typing import Optional
@@ -9,66 +9,66 @@ from ws_detectron.evaluation.statistics import Difference, Summary
 
 from .blocks import Table
 from .differences import (
-    arm_difference,
     change_of_difference,
     overall_difference,
     pairs_of_batches,
     summary,
+    variant_difference,
 )
-from .results import CellResult, StudyResults, tasks_of
+from .results import RunResult, StudyResults, tasks_of
 
 
 def ap_table(results: StudyResults, task: str) -> Table:
     batches = sorted(results.study.batches)
     rows = [
         (
-            arm.name,
-            *(_summary(summary(results.cells, arm.name, batch, task)) for batch in batches),
+            variant.name,
+            *(_summary(summary(results.runs, variant.name, batch, task)) for batch in batches),
         )
-        for arm in results.study.arms
+        for variant in results.study.variants
     ]
     headers = (f"{TITLES[task]} AP", *(images(batch) for batch in batches))
     return Table(headers, tuple(rows))
 
 
 def difference_table(results: StudyResults, pair: tuple[str, str]) -> Table:
-    tasks = tasks_of(results.cells)
+    tasks = tasks_of(results.runs)
     rows = [
         (
             images(batch),
-            *(_difference(arm_difference(results.cells, pair, batch, task)) for task in tasks),
+            *(_difference(variant_difference(results.runs, pair, batch, task)) for task in tasks),
         )
         for batch in sorted(results.study.batches)
     ]
     everything = [
-        _difference(overall_difference(results.cells, pair, results.study.batches, task))
+        _difference(overall_difference(results.runs, pair, results.study.batches, task))
         for task in tasks
     ]
     if len(rows) > 1:
         rows.append(("all batches", *everything))
     for batches in pairs_of_batches(results.study.batches):
-        changed = [change_of_difference(results.cells, pair, batches, task) for task in tasks]
+        changed = [change_of_difference(results.runs, pair, batches, task) for task in tasks]
         here, there = map(images, batches)
         rows.append((f"more at {here} than at {there}", *map(_difference, changed)))
     headers = (f"{pair[0]} - {pair[1]}", *(f"{TITLES[task]} AP" for task in tasks))
     return Table(headers, tuple(rows))
 
 
-def cell_table(cells: Sequence[CellResult]) -> Table:
-    tasks = tasks_of(cells)
+def run_table(runs: Sequence[RunResult]) -> Table:
+    tasks = tasks_of(runs)
     rows = []
-    for result in cells:
-        cell = result.cell
-        iterations, seconds = effort(result.run)
-        per_image = seconds / (iterations * cell.batch) if iterations and seconds else None
+    for result in runs:
+        run = result.run
+        iterations, seconds = effort(result.metrics)
+        per_image = seconds / (iterations * run.batch) if iterations and seconds else None
         memory = result.record.get("peak_memory_bytes")
         rows.append(
             (
-                cell.name,
+                run.name,
                 result.word,
                 *(figure(result.ap.get(task)) for task in tasks),
-                f"{cell.options['SOLVER.BASE_LR']:.4g}",
-                f"{iterations or 0} / {cell.iterations}",
+                f"{run.options['SOLVER.BASE_LR']:.4g}",
+                f"{iterations or 0} / {run.iterations}",
                 duration(seconds),
                 duration(result.state.seconds if result.state else None),
                 figure(per_image, 3),
@@ -76,7 +76,7 @@ def cell_table(cells: Sequence[CellResult]) -> Table:
                 "; ".join(result.notes),
             )
         )
-    headers = ("cell", "state", *(f"{TITLES[task]} AP" for task in tasks), "LR", "iterations")
+    headers = ("run", "state", *(f"{TITLES[task]} AP" for task in tasks), "LR", "iterations")
     headers += ("training time", "wall time", "s per image", "peak memory", "notes")
     return Table(headers, tuple(rows))
 

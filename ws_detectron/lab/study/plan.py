@@ -1,4 +1,4 @@
-"""From a study to its cells: one training run each, matched by the linear rule."""
+"""From a study to its runs: one training each, matched by the linear rule."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ from ws_detectron.engine.config import find_config
 from ws_detectron.engine.scaling import ITERATIONS, PERIODS, before_end, scale_to_batch
 from ws_detectron.errors import ConfigError
 
-from .spec import Arm, Search, Study
+from .spec import Search, Study, Variant
 
 Values = dict[str, Any]
 
@@ -37,14 +37,14 @@ SCALED = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyRun:
     """One training run.
 
     Args:
         name: of the run and of its folder.
-        arm, batch, seed: what it belongs to; batch is images per process and step.
+        variant, batch, seed: what it belongs to; batch is images per process and step.
         folder: OUTPUT_DIR.
-        config: path of the arm's config file.
+        config: path of the variant's config file.
         options: config key -> value that the command line overrides, OUTPUT_DIR included.
         processes: of the run.
         images: that it sees.
@@ -55,7 +55,7 @@ class Cell:
     """
 
     name: str
-    arm: str
+    variant: str
     batch: int
     seed: int
     folder: Path
@@ -73,32 +73,32 @@ class Cell:
         return self.options["SOLVER.MAX_ITER"]
 
 
-def study_cells(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]) -> list[Cell]:
-    """The cells of the study proper, batch by batch from the largest, which are the fastest.
+def study_runs(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]) -> list[StudyRun]:
+    """The runs of the study proper, batch by batch from the largest, which are the fastest.
 
     Args:
         study: of `read_study`.
-        choices: (arm, searched batch) -> what the search found, of `choice.choose`; None where it
-            found nothing, and those cells are left out. Empty without a search.
+        choices: (variant, searched batch) -> what the search found, of `choice.choose`; None where
+            it found nothing: those runs are left out. Empty without a search.
 
     Raises:
         ConfigError: a config or override cannot work; names it.
     """
-    cells = []
-    for seed, batch, arm in itertools.product(
-        study.seeds, sorted(study.batches, reverse=True), study.arms
+    runs = []
+    for seed, batch, variant in itertools.product(
+        study.seeds, sorted(study.batches, reverse=True), study.variants
     ):
         choice: Optional[Values] = {}
         if study.search and choices:
-            choice = choices[arm.name, nearest(batch, study.search.batches)]
+            choice = choices[variant.name, nearest(batch, study.search.batches)]
         if choice is not None:
-            name = f"{arm.name}_{batch}img_seed{seed}"
-            cells.append(_cell(study, arm, batch, seed, f"cells/{name}", choice))
-    return cells
+            name = f"{variant.name}_{batch}img_seed{seed}"
+            runs.append(_run(study, variant, batch, seed, f"cells/{name}", choice))
+    return runs
 
 
-def search_cells(study: Study) -> list[Cell]:
-    """The runs of the search: every combination of the grid for every arm and searched batch.
+def search_runs(study: Study) -> list[StudyRun]:
+    """The runs of the search: every combination of the grid for every variant and searched batch.
 
     They are evaluated once, at their end.
 
@@ -118,8 +118,10 @@ def search_cells(study: Study) -> list[Cell]:
     if len(choices) < len(combinations(search)):
         raise ConfigError(f"search: `grid` has a value twice: {search.grid}")
     return [
-        _cell(terms, arm, batch, search.seed, f"search/{arm.name}_{batch}img_{name}", choice)
-        for batch, arm in itertools.product(sorted(search.batches, reverse=True), study.arms)
+        _run(terms, variant, batch, search.seed, f"search/{variant.name}_{batch}img_{name}", choice)
+        for batch, variant in itertools.product(
+            sorted(search.batches, reverse=True), study.variants
+        )
         for name, choice in choices.items()
     ]
 
@@ -144,15 +146,17 @@ def nearest(batch: int, batches: Sequence[int]) -> int:
     return min(batches, key=lambda other: (max(batch / other, other / batch), other))
 
 
-def _cell(study: Study, arm: Arm, batch: int, seed: int, place: str, choice: Values) -> Cell:
+def _run(
+    study: Study, variant: Variant, batch: int, seed: int, place: str, choice: Values
+) -> StudyRun:
     name = place.replace("cells/", "").replace("/", "_")
-    at_reference = {**study.overrides, **arm.overrides, **choice}
-    reference, _ = scale_to_batch(load_config(arm.config, words(at_reference)))
+    at_reference = {**study.overrides, **variant.overrides, **choice}
+    reference, _ = scale_to_batch(load_config(variant.config, words(at_reference)))
     per_step = batch * study.processes
     seen = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
     if seen % per_step:
         raise ConfigError(
-            f"cell {name}: {seen} images are no whole number of steps of {per_step} images; give "
+            f"run {name}: {seen} images are no whole number of steps of {per_step} images; give "
             "the study a number of `images` that every batch (times `processes`) divides"
         )
     scaled = _scaled(reference, per_step, seen, study.evaluations)
@@ -161,14 +165,14 @@ def _cell(study: Study, arm: Arm, batch: int, seed: int, place: str, choice: Val
     options = {key: value for key, value in at_reference.items() if key not in SCALED}
     options.update({key: flat[key] for key in SCALED})
     options.update({"SEED": seed, "MODEL.DEVICE": study.device, "OUTPUT_DIR": str(folder)})
-    cfg = load_config(arm.config, words(options))
-    return Cell(
+    cfg = load_config(variant.config, words(options))
+    return StudyRun(
         name=name,
-        arm=arm.name,
+        variant=variant.name,
         batch=batch,
         seed=seed,
         folder=folder,
-        config=find_config(arm.config),
+        config=find_config(variant.config),
         options=options,
         processes=study.processes,
         images=seen,
@@ -179,24 +183,24 @@ def _cell(study: Study, arm: Arm, batch: int, seed: int, place: str, choice: Val
     )
 
 
-def check_cells(cells: Sequence[Cell]) -> None:
-    """What a user can get wrong, for all cells before the first is started.
+def check_runs(runs: Sequence[StudyRun]) -> None:
+    """What a user can get wrong, for all runs before the first is started.
 
-    The device is left out: another machine may run the cell.
+    The device is left out: another machine may train it.
 
     Raises:
-        UserError: a cell cannot run; names it and the reason.
+        UserError: a run cannot work; names it and the reason.
     """
-    for cell in cells:
-        cfg = load_config(cell.config, words(cell.options))
+    for run in runs:
+        cfg = load_config(run.config, words(run.options))
         try:
             check_weights(cfg)
             check_registered(cfg)
             check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
             check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-            check_batch(cfg, cell.processes)
+            check_batch(cfg, run.processes)
         except ConfigError as error:
-            raise ConfigError(f"cell {cell.name}: {error}") from error
+            raise ConfigError(f"run {run.name}: {error}") from error
 
 
 def words(values: Values) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is known of a cell, in its folder: `cell.json`, and the output of its process."""
+"""What is known of a run, in its folder: `cell.json`, and the output of its process."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any, Optional
 from ws_detectron.errors import ConfigError
 from ws_detectron.utils.io import write_json
 
-from .cells import Cell
+from .plan import StudyRun
 
 # What another start of the same run may change without another result: on another machine, data
 # lie elsewhere
@@ -23,8 +23,8 @@ RUNNING, FINISHED, FAILED = "running", "finished", "failed"
 
 
 @dataclass(frozen=True)
-class CellState:
-    """Where a cell stands.
+class RunState:
+    """Where a run stands.
 
     Args:
         state: "running" also where its process was killed: it then goes on from its checkpoint.
@@ -42,30 +42,30 @@ class CellState:
     lost: bool = True
 
 
-def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]:
-    """What `write_state` wrote; None for a cell that was never started.
+def read_state(run: StudyRun, folder: Optional[Path] = None) -> Optional[RunState]:
+    """What `write_state` wrote; None for a run that was never started.
 
     Args:
-        cell: whose state it should be.
-        folder: where it lies; None: the cell's own.
+        run: whose state it should be.
+        folder: where it lies; None: the run's own.
 
     Raises:
-        ConfigError: the folder holds a cell of other settings; names the keys.
+        ConfigError: the folder holds a run of other settings; names the keys.
     """
-    folder = folder or cell.folder
+    folder = folder or run.folder
     path = folder / STATE
     try:
-        state = CellState(**json.loads(path.read_text("utf-8")))
+        state = RunState(**json.loads(path.read_text("utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is broken: {error}; delete the folder to run it anew") from error
     # Keys that only one of them has are new or gone with a version of detectron2.
-    ended = state.state == FINISHED or (cell.searching and has_lost(state))
+    ended = state.state == FINISHED or (run.searching and has_lost(state))
     free = (*FREE, *FREE_AT_THE_END) if ended else FREE
     differing = {
         key: f"{key} was {state.settings[key]!r} and is {value!r}"
-        for key, value in cell.settings.items()
+        for key, value in run.settings.items()
         if key in state.settings and state.settings[key] != value and key not in free
     }
     if differing:
@@ -81,28 +81,28 @@ def read_state(cell: Cell, folder: Optional[Path] = None) -> Optional[CellState]
     return state
 
 
-def is_finished(cell: Cell) -> bool:
+def is_finished(run: StudyRun) -> bool:
     """Raises as `read_state` does."""
-    state = read_state(cell)
+    state = read_state(run)
     return state is not None and state.state == FINISHED
 
 
-def has_lost(state: Optional[CellState]) -> bool:
+def has_lost(state: Optional[RunState]) -> bool:
     """Whether it failed, and by itself."""
     return state is not None and state.state == FAILED and state.lost
 
 
 def write_state(
-    cell: Cell,
+    run: StudyRun,
     state: str,
     *,
     reason: str = "",
     seconds: Optional[float] = None,
     lost: bool = True,
-) -> CellState:
-    """Writes and returns a cell's state."""
-    written = CellState(state, cell.settings, reason, seconds, lost)
-    write_json(cell.folder / STATE, asdict(written))
+) -> RunState:
+    """Writes and returns a run's state."""
+    written = RunState(state, run.settings, reason, seconds, lost)
+    write_json(run.folder / STATE, asdict(written))
     return written
 
 
