@@ -1,4 +1,4 @@
-"""Runs a study: variants x batch sizes x seeds, each run a training, then a report of all."""
+"""Runs a study: trains variants x batch sizes x seeds, then writes a report of all runs."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ from ws_detectron.lab.study import (
 
 EXAMPLES = """
 examples:
-  # all of it, on the CPU; the same again goes on where it was stopped
+  # all of it, on the CPU; the same command resumes it
   python tools/run_study.py configs/studies/fashion_scenes.yaml
 
   # two runs at a time; only what the commands are; only a report of what is there
@@ -26,7 +26,7 @@ examples:
   python tools/run_study.py configs/studies/fashion_scenes.yaml --dry-run
   python tools/run_study.py configs/studies/fashion_scenes.yaml --report-only
 
-  # in several sittings: finished runs are recorded, recorded ones are not run again
+  # in several sittings: finished runs are recorded, and not trained again
   python tools/run_study.py configs/studies/fashion_scenes.yaml --records records --seeds 1
 
   # small runs on one GPU, four at a time
@@ -57,15 +57,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these")
     parser.add_argument(
-        "--records", metavar="DIR", type=Path, help="take finished runs from here, and keep them"
-    )
+        "--records", metavar="DIR", type=Path,
+        help="keep runs.jsonl and metrics.csv of finished runs here, and do not train them again",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument(
         "--report-only", action="store_true", help="run nothing, change nothing but the report"
     )
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="default: `report` in the study's output"
+        "--report", metavar="DIR", type=Path, help="default: that of --records, else OUTPUT/report"
     )
+    parser.add_argument("--html", action="store_true", help="write report.html, one page, as well")
     args = parser.parse_args()
     with exit_on_user_error():
         study = read_study(args.study)
@@ -88,7 +90,8 @@ def main() -> None:
             results = read_study_results(study, args.records)
         else:
             results = run_study(study, options, _say)
-        problems = report_study(results, args.report or study.output / "report", _say)
+        folder = args.report or args.records or study.output / "report"
+        problems = report_study(results, folder, _say, page=args.html)
     if problems:
         print("missing or failed:", *problems, sep="\n  ", file=sys.stderr)
         sys.exit(1)

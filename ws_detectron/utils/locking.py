@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 import portalocker
 
@@ -18,12 +18,12 @@ class AlreadyLocked(UserError):
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[IO[Any]]:
-    """Locks a file, without waiting for it; a killed process holds nothing.
+def locked(path: Path, busy: Optional[str]) -> Iterator[IO[Any]]:
+    """Locks a file; a killed process holds nothing.
 
     Args:
         path: of the lock, an empty file; made where there is none, with its folders.
-        busy: what to tell the user where another process holds it.
+        busy: what to tell the user where another process holds it; None: wait for it.
 
     Yields:
         The open file. A process that inherits it keeps the lock until it ends, too. Where the file
@@ -40,9 +40,11 @@ def locked(path: Path, busy: str) -> Iterator[IO[Any]]:
         raise write_error(error, path) from error
     with file:
         try:
-            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+            portalocker.lock(
+                file, portalocker.LOCK_EX | (portalocker.LOCK_NB if busy is not None else 0)
+            )
         except portalocker.AlreadyLocked as error:
-            raise AlreadyLocked(busy) from error
+            raise AlreadyLocked(busy or str(path)) from error
         except portalocker.LockException as error:
             logger.warning(
                 "%s cannot be locked (%s): nothing stops a second process from working there",

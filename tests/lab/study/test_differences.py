@@ -12,8 +12,7 @@ from ws_detectron.lab.study.differences import (
     summary,
     variant_difference,
 )
-from ws_detectron.lab.study.results import read_results
-from ws_detectron.lab.study.run_state import FINISHED, write_state
+from ws_detectron.lab.study.records import FINISHED, read_results, write_state
 
 # seed 1, seed 2
 BOX = {("bn", 1): (10.0, 12.0), ("bn", 4): (40.0, 44.0), ("gn", 1): (40.0, 42.0)}
@@ -26,7 +25,7 @@ def results(make_study) -> list:
     for run in runs:
         write_state(run, FINISHED, seconds=10.0)
         reach(run.folder, BOX[run.variant, run.batch][run.seed - 1])
-    return read_results(runs)
+    return read_results(runs, {})
 
 
 def test_means_over_seeds(results: list) -> None:

@@ -24,8 +24,8 @@ from ws_detectron.lab.study import (
 )
 from ws_detectron.lab.study.local import _ended_by_signals, slots, study_lock
 from ws_detectron.lab.study.process import command, train
+from ws_detectron.lab.study.records import RUNNING, last_words, read_state, write_state
 from ws_detectron.lab.study.report import problems_of
-from ws_detectron.lab.study.run_state import RUNNING, last_words, read_state, write_state
 from ws_detectron.lab.study.runner import _gpus, commands
 from ws_detectron.lab.study.slurm import JOB
 
@@ -40,8 +40,8 @@ def test_all_runs_run_and_finished_ones_are_skipped(make_study, options: Options
     study = make_study()
     lines: list[str] = []
     results = run_study(study, options, lines.append)
-    assert [result.word for result in results.runs] == ["finished"] * 8
-    folder = study.output / "cells" / "bn_4img_seed1"
+    assert [result.status for result in results.runs] == ["finished"] * 8
+    folder = study.output / "runs" / "bn_4img_seed1"
     assert starts(folder)[0]["resume"] and len(starts(folder)) == 1
     assert any("[8/8]" in line and "finished in" in line for line in lines)
 
@@ -53,21 +53,21 @@ def test_all_runs_run_and_finished_ones_are_skipped(make_study, options: Options
 
 def test_a_failing_run_is_named_and_the_others_run(make_study, options: Options) -> None:
     study = make_study(**ONE)
-    folder = study.output / "cells" / "bn_4img_seed1"
+    folder = study.output / "runs" / "bn_4img_seed1"
     folder.mkdir(parents=True)
     (folder / "fail").touch()
     lines: list[str] = []
     results = run_study(study, options, lines.append)
-    assert [result.word for result in results.runs] == ["failed", "finished"]
+    assert [result.status for result in results.runs] == ["diverged", "finished"]
     state = results.runs[0].state
     assert state and state.reason == (
         "training diverged at iteration 3: loss_mask is nan (exit status 3)"
     )
-    assert any("bn_4img_seed1 FAILED: training diverged" in line for line in lines)
+    assert any("bn_4img_seed1 DIVERGED: training diverged" in line for line in lines)
 
     (folder / "fail").unlink()  # it is tried again
     results = run_study(study, options, lines.append)
-    assert [result.word for result in results.runs] == ["finished", "finished"]
+    assert [result.status for result in results.runs] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
@@ -110,7 +110,7 @@ def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: i
             break
         except UserError:
             time.sleep(0.05)  # the run is about to end
-    assert [result.word for result in results.runs] == ["finished", "finished"]
+    assert [result.status for result in results.runs] == ["finished", "finished"]
     assert len(starts(run.folder)) == 2 and len(starts(other.folder)) == 1
 
 
@@ -135,7 +135,7 @@ def test_other_settings_in_the_same_folder_are_refused(make_study, options: Opti
 def test_runs_run_side_by_side(make_study, options: Options) -> None:
     """Both hang until the other has begun: one after another they never would end."""
     study = make_study(**ONE)
-    folders = [study.output / "cells" / f"{variant}_4img_seed1" for variant in ("bn", "gn")]
+    folders = [study.output / "runs" / f"{variant}_4img_seed1" for variant in ("bn", "gn")]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "hang").touch()
@@ -146,7 +146,7 @@ def test_runs_run_side_by_side(make_study, options: Options) -> None:
                 (folder / "hang").unlink()
 
     results = run_study(study, replace(options, jobs=2), say)
-    assert [result.word for result in results.runs] == ["finished"] * 2
+    assert [result.status for result in results.runs] == ["finished"] * 2
 
 
 def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options) -> None:
@@ -161,9 +161,9 @@ def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options
     expected = {"bn": pytest.approx(0.02), "gn": pytest.approx(0.01)}
     assert lrs(results) == expected
 
-    (folder / "fail").unlink()  # it has lost: runs with another LR are finished
+    (folder / "fail").unlink()  # it diverged: runs with another LR are finished
     results = run_study(study, options, print)
-    assert lrs(results) == expected and [r.word for r in results.runs] == ["finished"] * 2
+    assert lrs(results) == expected and [r.status for r in results.runs] == ["finished"] * 2
     assert len(starts(folder)) == 1
 
 
@@ -215,12 +215,12 @@ def test_only_what_was_asked_for_runs(make_study, options: Options) -> None:
 )
 def test_checkpoints_of_finished_runs(make_study, options: Options, keep: str, kept: set) -> None:
     study = make_study(**ONE, checkpoints=keep)
-    failing = study.output / "cells" / "gn_4img_seed1"
+    failing = study.output / "runs" / "gn_4img_seed1"
     failing.mkdir(parents=True)
     (failing / "fail").touch()
     (failing / "model_0000001.pth").touch()
     run_study(study, options, print)
-    finished = study.output / "cells" / "bn_4img_seed1"
+    finished = study.output / "runs" / "bn_4img_seed1"
     assert {path.stem for path in finished.glob("*.pth")} == kept
     assert (finished / "last_checkpoint").exists() == bool(kept)
     assert (failing / "model_0000001.pth").exists()

@@ -14,7 +14,7 @@ from ws_detectron.model_zoo import get_config_file
 
 ROOT = Path(__file__).resolve().parents[3]
 STUDIES = ROOT / "configs" / "studies"
-RECORDS = ROOT / "results" / "batch_size_study" / "cells"
+RECORDS = ROOT / "results" / "batch_size_study"
 SEARCH = {
     "grid": {"SOLVER.BASE_LR": [0.08, 0.16], "SOLVER.WEIGHT_DECAY": [0.0001, 0.001, 0.01]},
     "images": 40,

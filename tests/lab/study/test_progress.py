@@ -6,7 +6,7 @@ import pytest
 
 from ws_detectron.lab.study import study_runs
 from ws_detectron.lab.study.progress import Progress
-from ws_detectron.lab.study.run_state import FAILED, FINISHED, write_state
+from ws_detectron.lab.study.records import FAILED, FINISHED, read_results, write_state
 
 
 @pytest.fixture
@@ -14,8 +14,8 @@ def clock() -> list[float]:
     return [0.0]
 
 
-def progress(runs: list, clock: list[float], side_by_side: Optional[int] = 1) -> Progress:
-    return Progress(runs, side_by_side, lambda line: None, now=lambda: clock[0])
+def progress(runs: list, clock: list[float], workers: Optional[int] = 1) -> Progress:
+    return Progress(read_results(runs, {}), workers, lambda line: None, now=lambda: clock[0])
 
 
 def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list[float]) -> None:
@@ -34,8 +34,8 @@ def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list
     assert watched.seconds_left() == pytest.approx(3 * 40 + 2 * 160 + 60)
     clock[0] += 1000
     assert watched.seconds_left() == pytest.approx(3 * 40 + 2 * 160)
-    assert progress(runs, clock, side_by_side=2).seconds_left() == pytest.approx(300)
-    assert progress(runs, clock, side_by_side=None).seconds_left() is None
+    assert progress(runs, clock, workers=2).seconds_left() == pytest.approx(300)
+    assert progress(runs, clock, workers=None).seconds_left() is None
 
 
 def test_failed_runs_teach_nothing_and_are_not_awaited(make_study, clock: list[float]) -> None:
@@ -60,7 +60,7 @@ def test_resumed_runs_teach_nothing(make_study, clock: list[float]) -> None:
 def test_a_sign_of_life_says_how_far_each_run_is(make_study, clock: list[float]) -> None:
     lines: list[str] = []
     (run, *_) = runs = study_runs(make_study(), {})
-    watched = Progress(runs, 1, lines.append, now=lambda: clock[0])
+    watched = Progress(read_results(runs, {}), 1, lines.append, now=lambda: clock[0])
     run.folder.mkdir(parents=True)
     (run.folder / "metrics.json").write_text('{"iteration": 7, "total_loss": 1.0}\n')
     watched.began(run)

@@ -10,8 +10,7 @@ import pytest
 from ws_detectron.errors import UserError
 from ws_detectron.lab.study import Options, run_study, study_runs
 from ws_detectron.lab.study.progress import Progress
-from ws_detectron.lab.study.results import read_results
-from ws_detectron.lab.study.run_state import FINISHED, RUNNING, write_state
+from ws_detectron.lab.study.records import FINISHED, RUNNING, read_results, write_state
 from ws_detectron.lab.study.slurm import JOB, RunJob, _outcome, run_on_slurm
 
 submitit = pytest.importorskip("submitit", reason="--launcher slurm needs the package submitit")
@@ -25,7 +24,7 @@ def submit(study, options: Options, cluster: str = "local") -> list[str]:
         options.train_net,
         study.slurm,
         study.output / "submitit",
-        Progress(runs, 1, lines.append),
+        Progress(read_results(runs, {}), 1, lines.append),
         cluster=cluster,
         poll_seconds=0.1,
     )
@@ -38,15 +37,15 @@ def test_runs_are_jobs_and_a_failing_one_is_named(make_study, options: Options) 
     bn.folder.mkdir(parents=True)
     (bn.folder / "fail").touch()
     lines = submit(study, options)
-    failed, finished = read_results([bn, gn])
+    failed, finished = read_results([bn, gn], {})
     assert finished.ap["bbox"] == pytest.approx(101)
     assert failed.state and "diverged" in failed.state.reason
-    assert any("bn_4img_seed1 FAILED" in line for line in lines)
+    assert any("bn_4img_seed1 DIVERGED" in line for line in lines)
     assert not (gn.folder / JOB).exists()
 
     (bn.folder / "fail").unlink()
     submit(study, options)
-    assert [result.word for result in read_results([bn, gn])] == ["finished", "finished"]
+    assert [result.status for result in read_results([bn, gn], {})] == ["finished", "finished"]
     assert len((gn.folder / "starts.txt").read_text().splitlines()) == 1
 
 
@@ -114,7 +113,7 @@ def test_a_finished_run_stays_so_when_its_job_fails_afterwards(
     write_state(gn, RUNNING)
     assert _outcome(bn, Lost()).state == FINISHED
     outcome = _outcome(gn, Lost())
-    assert outcome.reason == "job 12345 has no result" and not outcome.lost
+    assert outcome.reason == "job 12345 has no result" and outcome.state == "failed"
 
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="needs a machine without Slurm")

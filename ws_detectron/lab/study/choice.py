@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from .plan import Values
-from .results import RunResult
-from .run_state import FINISHED, has_lost
+from .records import DIVERGED, FINISHED, RunResult
 from .spec import Study
 
 
@@ -18,8 +17,8 @@ def score(result: RunResult) -> Optional[float]:
 def choose(study: Study, results: Sequence[RunResult]) -> dict[tuple[str, int], Optional[Values]]:
     """(variant, searched batch) -> the combination with the highest mean of box and mask AP.
 
-    A run whose training failed (a high LR may diverge) loses; None where all did, and as long as
-    not all have ended. The earlier in the grid wins a tie.
+    A run that diverged, as a high LR may, is never chosen; None where all did, and as long as not
+    all have ended. The earlier in the grid wins a tie.
     """
     choices: dict[tuple[str, int], Optional[Values]] = {}
     if study.search is None:
@@ -34,8 +33,8 @@ def choose(study: Study, results: Sequence[RunResult]) -> dict[tuple[str, int], 
 
 
 def has_ended(result: RunResult) -> bool:
-    """Whether it is finished or has lost; another failure is tried again."""
-    return result.word == FINISHED or has_lost(result.state)
+    """Whether it is finished or diverged; another failure is tried again."""
+    return result.status in (FINISHED, DIVERGED)
 
 
 def _rank(result: RunResult) -> float:

@@ -11,7 +11,7 @@ from ws_detectron.evaluation.statistics import (
     summarize,
 )
 
-from .results import RunResult
+from .records import RunResult
 
 
 def values_of(

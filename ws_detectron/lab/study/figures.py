@@ -13,8 +13,7 @@ from ws_detectron.evaluation.curves import line_style
 from ws_detectron.evaluation.runs import ap_key, series
 
 from .differences import summary
-from .results import RunResult, tasks_of
-from .run_state import FINISHED
+from .records import FINISHED, RunResult, tasks_of
 from .spec import Study
 
 LEGEND_WIDTH = 1.7
@@ -70,7 +69,7 @@ def draw_study_curves(study: Study, results: Sequence[RunResult]) -> Figure:
         for panel, batch in zip(row, batches):
             for number, variant in enumerate(study.variants):
                 runs = [r for r in results if (r.run.variant, r.run.batch) == (variant.name, batch)]
-                done = [run for run in runs if run.word == FINISHED]
+                done = [run for run in runs if run.status == FINISHED]
                 images, values = _curves(done or runs, key)
                 if len(images):
                     style = line_style(number)
@@ -92,7 +91,7 @@ def draw_study_curves(study: Study, results: Sequence[RunResult]) -> Figure:
 
 
 def _curves(runs: Sequence[RunResult], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images seen, and values (runs, places) where any run has one; NaN for those that have none.
+    """Images seen, and values (runs, positions) where any run has one; NaN where a run has none.
 
     A run that was killed in an evaluation lacks it: it resumes behind it.
     """
@@ -104,9 +103,9 @@ def _curves(runs: Sequence[RunResult], key: str) -> tuple[np.ndarray, np.ndarray
         # a last evaluation is written one iteration after the last step
         last = result.run.iterations
         curves.append({min(i + 1, last) * per_step: value for i, value in zip(iterations, values)})
-    places = sorted({place for curve in curves for place in curve})
-    table = [[curve.get(place, math.nan) for place in places] for curve in curves]
-    return np.array(places), np.array(table)
+    positions = sorted({position for curve in curves for position in curve})
+    table = [[curve.get(position, math.nan) for position in positions] for curve in curves]
+    return np.array(positions), np.array(table)
 
 
 def _finish(figure: Figure, panels: Sequence[Axes]) -> None:

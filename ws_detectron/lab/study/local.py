@@ -15,7 +15,7 @@ from ws_detectron.utils.locking import locked
 from .plan import StudyRun
 from .process import RunProcess
 from .progress import Progress
-from .run_state import is_finished
+from .records import is_finished
 
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 600.0
@@ -60,39 +60,39 @@ def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict
 def run_locally(
     runs: Sequence[StudyRun],
     train_net: Path,
-    places: Sequence[dict[str, str]],
+    workers: Sequence[dict[str, str]],
     progress: Progress,
     lock: IO[Any],
 ) -> None:
     """Trains all runs that are not finished; one that fails does not stop the others.
 
-    Runs that were killed go on from their last checkpoint, and failed ones are tried again.
+    Runs that were killed resume from their last checkpoint, and failed ones are tried again.
 
     Args:
         runs: in the order in which they start.
         train_net: path of tools/train_net.py.
-        places: an environment for each worker, from `slots`.
+        workers: an environment for each worker, from `slots`.
         progress: is told of every start and end.
         lock: of `study_lock`; the runs keep it, so that the study stays locked as long as one of
             them lives, even if this process is killed.
     """
     waiting = [run for run in runs if not is_finished(run)]
     waiting.reverse()
-    free = list(reversed(range(len(places))))
+    free = list(reversed(range(len(workers))))
     running: dict[int, RunProcess] = {}
     beat = time.monotonic()
     with _ended_by_signals():
         try:
             while waiting or running:
                 while waiting and free:
-                    place, run = free.pop(), waiting.pop()
+                    worker, run = free.pop(), waiting.pop()
                     progress.began(run)
-                    running[place] = RunProcess(
-                        run, train_net, places[place], pass_fds=[lock.fileno()]
+                    running[worker] = RunProcess(
+                        run, train_net, workers[worker], pass_fds=[lock.fileno()]
                     )
-                for place in [place for place, process in running.items() if process.poll()]:
-                    process = running.pop(place)
-                    free.append(place)
+                for worker in [worker for worker, process in running.items() if process.poll()]:
+                    process = running.pop(worker)
+                    free.append(worker)
                     progress.ended(process.run, process.finish())
                 if time.monotonic() - beat > BEAT_SECONDS:
                     beat = time.monotonic()

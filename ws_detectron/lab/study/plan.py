@@ -93,7 +93,7 @@ def study_runs(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]
             choice = choices[variant.name, nearest(batch, study.search.batches)]
         if choice is not None:
             name = f"{variant.name}_{batch}img_seed{seed}"
-            runs.append(_run(study, variant, batch, seed, f"cells/{name}", choice))
+            runs.append(_run(study, variant, batch, seed, f"runs/{name}", choice))
     return runs
 
 
@@ -147,9 +147,9 @@ def nearest(batch: int, batches: Sequence[int]) -> int:
 
 
 def _run(
-    study: Study, variant: Variant, batch: int, seed: int, place: str, choice: Values
+    study: Study, variant: Variant, batch: int, seed: int, path: str, choice: Values
 ) -> StudyRun:
-    name = place.replace("cells/", "").replace("/", "_")
+    name = path.replace("runs/", "").replace("/", "_")
     at_reference = {**study.overrides, **variant.overrides, **choice}
     reference, _ = scale_to_batch(load_config(variant.config, words(at_reference)))
     per_step = batch * study.processes
@@ -160,7 +160,7 @@ def _run(
             "the study a number of `images` that every batch (times `processes`) divides"
         )
     scaled = _scaled(reference, per_step, seen, study.evaluations)
-    folder = study.output / place
+    folder = study.output / path
     flat = as_flat_dict(scaled)
     options = {key: value for key, value in at_reference.items() if key not in SCALED}
     options.update({key: flat[key] for key in SCALED})
@@ -179,7 +179,7 @@ def _run(
         checkpoints=study.checkpoints,
         settings={key: _plain(value) for key, value in as_flat_dict(cfg).items()},
         choice=choice,
-        searching=place.startswith("search/"),
+        searching=path.startswith("search/"),
     )
 
 

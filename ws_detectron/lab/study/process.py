@@ -12,14 +12,14 @@ from pathlib import Path
 from ws_detectron.errors import DivergedError
 
 from .plan import StudyRun, words
-from .run_state import FAILED, FINISHED, OUTPUT, RUNNING, RunState, last_words, write_state
+from .records import DIVERGED, FAILED, FINISHED, OUTPUT, RUNNING, RunState, last_words, write_state
 
 # How long a run may take to end when it is asked to
 PATIENCE = 20.0
 
 
 def command(run: StudyRun, train_net: Path) -> list[str]:
-    """The command line of a run; given once more, it goes on where the run stopped.
+    """The command line of a run; given once more, it resumes the run.
 
     Without a checkpoint in the folder, `--resume` starts from the beginning.
     """
@@ -38,7 +38,7 @@ def shown(command: Sequence[str]) -> str:
 class RunProcess:
     """A run that trains.
 
-    Starting it makes its folder, notes that it runs, and begins its log anew.
+    Starting it makes its folder, notes that it runs, and starts a new log.
 
     Args:
         run: to run.
@@ -59,7 +59,7 @@ class RunProcess:
         write_state(run, RUNNING)
         self._start = time.perf_counter()
         self._log = run.folder / OUTPUT
-        # Written anew: what an earlier process said must not pass for the last words of this one.
+        # A new one: what an earlier process said must not pass for the last words of this one.
         # All of them are in detectron2's log.txt.
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
@@ -81,14 +81,14 @@ class RunProcess:
         status = self._process.wait()
         seconds = time.perf_counter() - self._start
         if status == 0:
-            # in this order, as without checkpoints a run that is not finished would start anew
+            # in this order: without checkpoints, a run that is not finished starts from the beginning
             state = write_state(self.run, FINISHED, seconds=seconds)
             drop_checkpoints(self.run)
             return state
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         reason = f"{last_words(self._log)} ({how})"
-        lost = status == DivergedError.exit_status
-        return write_state(self.run, FAILED, reason=reason, seconds=seconds, lost=lost)
+        failure = DIVERGED if status == DivergedError.exit_status else FAILED
+        return write_state(self.run, failure, reason=reason, seconds=seconds)
 
     def stop(self) -> None:
         """Ends it and its children; its state stays "running", so that it is resumed."""

@@ -1,69 +1,67 @@
 """What is printed while a study runs: what began, what ended, how long the rest will take."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Optional
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Optional
 
 from ws_detectron.evaluation.coco_report import TITLES, UNDEFINED
 from ws_detectron.evaluation.comparison import duration
 from ws_detectron.evaluation.runs import METRICS, Run, read_run
 
 from .plan import StudyRun
-from .results import read_record
-from .run_state import FINISHED, RunState, read_state
+from .records import FINISHED, OUTPUT, RunResult, RunState, read_run_record
 
 
 class Progress:
     """Prints a line for each start and each end of a run, with the time left.
 
-    The time left is reckoned from the seconds per image of the runs that have finished: those of
+    The time left is estimated from the seconds per image of the runs that have finished: those of
     the same batch where there are any, else all.
 
     Args:
-        runs: all that are to be run, finished ones included.
-        side_by_side: how many run at a time; None if that is not ours to say, as in a queue, and
-            then nothing is reckoned.
+        results: of all runs that are wanted, finished ones included.
+        workers: how many runs train at a time; None where that is unknown, as in a queue, and
+            then nothing is estimated.
         say: takes a line.
         now: a clock in seconds.
-        keep: is called with each run that has ended and its state, before it is said.
+        keep: is called with each run that has ended and its state, before the line is printed.
     """
 
     def __init__(
         self,
-        runs: Sequence[StudyRun],
-        side_by_side: Optional[int],
+        results: Sequence[RunResult],
+        workers: Optional[int],
         say: Callable[[str], None],
         now: Callable[[], float] = time.monotonic,
         keep: Optional[Callable[[StudyRun, RunState], None]] = None,
     ) -> None:
-        self._runs, self._side_by_side = runs, side_by_side
+        self._runs, self._workers = [result.run for result in results], workers
         self._say, self._now, self._keep = say, now, keep
         self._begun: dict[str, float] = {}
         self._ended: set[str] = set()
         self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
-        for run in runs:
-            state = read_state(run)
-            if state is not None and state.state == FINISHED:
-                self._ended.add(run.name)
-                self._learn(run, state)
+        for result in results:
+            if result.state is not None and result.status == FINISHED:
+                self._ended.add(result.run.name)
+                self._learn(result.run, result.state, result.run_record)
         if self._ended:
-            say(f"{len(self._ended)} of {len(runs)} runs are finished already")
+            say(f"{len(self._ended)} of {len(results)} runs are finished already")
 
     def began(self, run: StudyRun) -> None:
         self._begun[run.name] = self._now()
         done = steps_done(run)
         again = f" again, its metrics end at {done} of {run.iterations} iterations" if done else ""
-        self._say(f"{self._position()} {run.name} begins{again}; log: {run.folder}/cell.log")
+        self._say(f"{self._position()} {run.name} begins{again}; log: {run.folder}/{OUTPUT}")
 
     def ended(self, run: StudyRun, state: RunState) -> None:
         self._ended.add(run.name)
-        self._learn(run, state)
+        self._learn(run, state, read_run_record(run.folder))
         if self._keep is not None:
             self._keep(run, state)
         if state.state == FINISHED:
-            what = f"finished in {duration(state.seconds)}: {figures(read_run(run.folder, ''))}"
+            what = f"finished in {duration(state.seconds)}: {ap_text(read_run(run.folder, ''))}"
         else:
-            what = f"FAILED: {state.reason}"
+            what = f"{state.state.upper()}: {state.reason}"
         self._say(f"{self._position()} {run.name} {what}; {self.left()}")
 
     def beat(self, running: Iterable[StudyRun]) -> None:
@@ -79,7 +77,7 @@ class Progress:
     def seconds_left(self) -> Optional[float]:
         """None before any run has finished, and for a queue."""
         everything = [speed for speeds in self._speeds.values() for speed in speeds]
-        if not everything or self._side_by_side is None:
+        if not everything or self._workers is None:
             return None
         total = 0.0
         for run in self._runs:
@@ -88,11 +86,11 @@ class Progress:
                 whole = run.images * sum(known) / len(known)
                 begun = self._begun.get(run.name)
                 total += max(0.0, whole - (self._now() - begun)) if begun is not None else whole
-        return total / self._side_by_side
+        return total / self._workers
 
-    def _learn(self, run: StudyRun, state: RunState) -> None:
+    def _learn(self, run: StudyRun, state: RunState, run_record: Mapping[str, Any]) -> None:
         # `seconds` are of the last start, which for a resumed run is a part of its images
-        whole = read_record(run.folder).get("starts", 1) == 1
+        whole = run_record.get("starts", 1) == 1
         if state.state == FINISHED and state.seconds and whole:
             self._speeds.setdefault(run.batch, []).append(state.seconds / run.images)
 
@@ -108,7 +106,7 @@ def steps_done(run: StudyRun) -> int:
     return steps[-1] if steps else 0
 
 
-def figures(run: Run) -> str:
+def ap_text(run: Run) -> str:
     """Box and mask AP of a run, in words."""
     found = [
         f"{title} AP {UNDEFINED if value is None else format(value, '.1f')}"

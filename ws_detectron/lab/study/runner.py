@@ -1,7 +1,7 @@
 """A whole study: search, runs, report."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,22 @@ from .local import run_locally, slots, study_lock
 from .plan import StudyRun, check_runs, search_runs, study_runs
 from .process import command, drop_checkpoints, shown
 from .progress import Progress
-from .records import exchange_records, keep_record, recorded_runs
+from .records import (
+    DIVERGED,
+    FINISHED,
+    Record,
+    RunResult,
+    RunState,
+    StudyResults,
+    add_records,
+    folder_record,
+    is_finished,
+    is_recorded,
+    read_records,
+    read_results,
+    refuse_old_form,
+)
 from .report import problems_of, write_report
-from .results import StudyResults, read_results
-from .run_state import has_lost, is_finished, read_state
 from .slurm import JOB, run_on_slurm
 from .spec import Study
 
@@ -30,14 +42,14 @@ class Options:
 
     Args:
         train_net: path of tools/train_net.py.
-        jobs: how many runs run side by side.
+        jobs: how many runs train at a time.
         gpus: numbers of the GPUs to use, one as often as runs may share it; None for all visible
             ones on "cuda", for none on "cpu".
         launcher: "local" or "slurm".
         cluster: submitit's name for the cluster of "slurm".
         variants, batches, seeds: run only these; None for all. The report is of all.
-        records: folder in which runs that have ended are recorded, and from which recorded ones
-            are taken instead of being run; None for none.
+        records: folder in which runs that have ended are recorded, and whose recorded runs are not
+            trained again; None for none.
     """
 
     train_net: Path
@@ -52,74 +64,100 @@ class Options:
 
 
 def run_study(study: Study, options: Options, say: Say) -> StudyResults:
-    """Runs what is not finished: the search first, then the runs with what it chose.
+    """Trains what is not finished: the search first, then the runs with what it chose.
 
-    Runs that failed are tried again. A run of a search whose training failed has lost, and is left
-    at that, as its choice must not change under runs that are finished; only where all runs of an
-    variant have lost, they are tried again. One that was ended from outside has not lost.
+    Runs that failed are tried again. A run of a search that diverged is not, as its choice must not
+    change under runs that are finished; only where all runs of a variant diverged, they are.
 
     Raises:
-        UserError: a run cannot run on any machine, or the folder is being worked on.
+        UserError: a run cannot work on any machine, or the folder is being worked on.
     """
     check_runs([*search_runs(study), *study_runs(study, {})])
+    refuse_old_form(study.output / "cells")
     with study_lock(study.output) as lock:
-        _run(study, "search", search_runs(study), options, say, lock)
-        _run(study, "study", study_runs(study, _choices(study)), options, say, lock)
-    return read_study_results(study)
+        _train(study, "search", search_runs(study), options, say, lock)
+        choices = _choices(study, read_records(options.records))
+        _train(study, "study", study_runs(study, choices), options, say, lock)
+    return read_study_results(study, options.records)
 
 
-def _run(
+def _train(
     study: Study, what: str, runs: Sequence[StudyRun], options: Options, say: Say, lock: IO[Any]
 ) -> None:
-    """Runs those of the runs that were asked for and are not finished."""
-    keep = None
-    if options.records is not None:
-        _exchange(what, runs, options.records, say)
-        keep = partial(keep_record, folder=options.records, what=what)
-    wanted = _selected(study, runs, options)
+    """Trains those of the runs that were asked for and are not finished."""
+    results = _recorded(study, what, runs, options.records, say)
+    asked = {run.name for run in _selected(study, runs, options)}
+    results = [result for result in results if result.run.name in asked]
     if what == "search":
-        wanted = _not_lost(wanted)
-    if not wanted:
+        results = _not_diverged(results)
+    if not results:
         return
-    for run in wanted:
-        if is_finished(run):  # its process may have been killed before it came to that
-            drop_checkpoints(run)
-    say(f"{what}: {len(wanted)} runs in {study.output}")
+    for result in results:
+        if is_finished(result.run):  # its process may have been killed before it came to that
+            drop_checkpoints(result.run)
+    wanted = [r.run for r in results if r.status != FINISHED or is_finished(r.run)]
+    say(f"{what}: {len(results)} runs in {study.output}")
+    progress = Progress(
+        results,
+        options.jobs if options.launcher == "local" else None,
+        say,
+        keep=partial(_keep, study, options.records),
+    )
     if options.launcher == "slurm":
         run_on_slurm(
             wanted,
             options.train_net,
             study.slurm,
             study.output / "submitit",
-            Progress(wanted, None, say, keep=keep),
+            progress,
             cluster=options.cluster,
         )
         return
     _check_not_queued(wanted)
     gpus = _gpus(study, options)
-    places = slots(options.jobs, gpus, study.processes)
+    workers = slots(options.jobs, gpus, study.processes)
     if gpus is not None and options.jobs < len(gpus) // study.processes:
-        what = "GPUs" if len(set(gpus)) == len(gpus) else "places on GPUs"
+        what = "GPUs" if len(set(gpus)) == len(gpus) else "workers on GPUs"
         say(
             f"{options.jobs * study.processes} of {len(gpus)} {what} are used; "
             f"--jobs {len(gpus) // study.processes} uses more of them, for runs side by side"
         )
-    progress = Progress(wanted, options.jobs, say, keep=keep)
-    run_locally(wanted, options.train_net, places, progress, lock)
+    run_locally(wanted, options.train_net, workers, progress, lock)
 
 
-def _exchange(what: str, runs: Sequence[StudyRun], records: Path, say: Say) -> None:
-    restored = exchange_records(runs, records, what)
-    say(f"{what}: {restored} finished runs taken from {records}")
+def _recorded(
+    study: Study, what: str, runs: Sequence[StudyRun], folder: Optional[Path], say: Say
+) -> list[RunResult]:
+    """Results of all runs; those that ended without a record get one."""
+    records = read_records(folder)
+    results = read_results(runs, records)
+    if folder is not None:
+        say(f"{what}: {sum(run.name in records for run in runs)} runs taken from {folder}")
+        new = {
+            result.run.name: Record(result.state, result.metrics.rows, result.run_record)
+            for result in results
+            if result.state is not None and is_recorded(result.run, result.state)
+        }
+        add_records(
+            folder,
+            study.title,
+            {k: v for k, v in new.items() if k not in records or records[k].state != v.state},
+        )
+    return results
 
 
-def _not_lost(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    """Runs of a search without those that lost, where another of the variant and batch did not."""
-    states = {run.name: read_state(run) for run in runs}
+def _keep(study: Study, folder: Optional[Path], run: StudyRun, state: RunState) -> None:
+    """Records a run that has ended."""
+    if folder is not None and is_recorded(run, state):
+        add_records(folder, study.title, {run.name: folder_record(run, state)})
 
-    lost = {run.name for run in runs if has_lost(states[run.name])}
-    open_ones = {(run.variant, run.batch) for run in runs if run.name not in lost}
-    return [c for c in runs if not (c.name in lost and (c.variant, c.batch) in open_ones)]
+
+def _not_diverged(results: Sequence[RunResult]) -> list[RunResult]:
+    """Without the diverged runs of a search, where another of the variant and batch did not."""
+    open_ones = {(r.run.variant, r.run.batch) for r in results if r.status != DIVERGED}
+    return [
+        r for r in results if r.status != DIVERGED or (r.run.variant, r.run.batch) not in open_ones
+    ]
 
 
 def read_study_results(study: Study, records: Optional[Path] = None) -> StudyResults:
@@ -132,15 +170,16 @@ def read_study_results(study: Study, records: Optional[Path] = None) -> StudyRes
     Raises:
         ConfigError: a folder or record is of other settings than its run; names them.
     """
-    searching = recorded_runs(search_runs(study), records, "search")
-    searched = read_results(searching)
+    refuse_old_form(study.output / "cells")
+    recorded = read_records(records)
+    searched = read_results(search_runs(study), recorded)
     runs = study_runs(study, choose(study, searched))
-    return StudyResults(study, read_results(recorded_runs(runs, records)), searched)
+    return StudyResults(study, read_results(runs, recorded), searched)
 
 
-def report_study(results: StudyResults, folder: Path, say: Say) -> list[str]:
+def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = False) -> list[str]:
     """Writes the report and says where; returns what is missing or failed."""
-    paths = write_report(results, folder)
+    paths = write_report(results, folder, page=page)
     say(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
     return problems_of(results)
 
@@ -153,7 +192,7 @@ def commands(study: Study, options: Options) -> list[str]:
     """
     lines = []
     searching = search_runs(study)
-    choices = _choices(study)
+    choices = _choices(study, read_records(options.records))
     if searching:
         lines.append("# search")
         lines += _commands(_selected(study, searching, options), options)
@@ -171,8 +210,8 @@ def _commands(runs: Sequence[StudyRun], options: Options) -> list[str]:
     return [shown(command(run, options.train_net)) for run in runs]
 
 
-def _choices(study: Study) -> dict:
-    return choose(study, read_results(search_runs(study)))
+def _choices(study: Study, records: Mapping[str, Record]) -> dict:
+    return choose(study, read_results(search_runs(study), records))
 
 
 def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[StudyRun]:
@@ -189,13 +228,12 @@ def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[
                 f"--{name} has {', '.join(map(str, sorted(unknown)))}; the study has "
                 f"{', '.join(map(str, values))}"
             )
-    searching = {run.name for run in search_runs(study)}
     return [
         run
         for run in runs
         if (options.variants is None or run.variant in options.variants)
         and (
-            run.name in searching
+            run.searching
             or (
                 (options.batches is None or run.batch in options.batches)
                 and (options.seeds is None or run.seed in options.seeds)

@@ -11,7 +11,7 @@ from ws_detectron.utils.io import write_text
 from .plan import StudyRun
 from .process import train
 from .progress import Progress
-from .run_state import FAILED, FINISHED, RunState, is_finished, read_state, write_state
+from .records import FAILED, FINISHED, RunState, is_finished, read_state, write_state
 
 JOB = "submitit_job.txt"
 POLL_SECONDS = 10.0
@@ -26,7 +26,7 @@ class RunJob:
         return train(run, train_net)
 
     def checkpoint(self, run: StudyRun, train_net: Path) -> Any:
-        """submitit asks for what to submit: the same, as a run goes on from its checkpoint."""
+        """submitit asks for what to submit: the same, as a run resumes from its checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, run, train_net)
@@ -83,7 +83,7 @@ def run_on_slurm(
                 job = executor.submit(RunJob(), run, train_net)
             except RuntimeError as error:  # of sbatch: submitit's own errors are of this kind
                 raise UserError(
-                    f"{run.name} could not be submitted: {error}. The same command goes on with "
+                    f"{run.name} could not be submitted: {error}. The same command continues with "
                     "what is submitted already"
                 ) from error
             write_text(run.folder / JOB, job.job_id)
@@ -107,7 +107,7 @@ def _outcome(run: StudyRun, job: Any) -> RunState:
         return state
     lines = str(error).strip().splitlines()
     reason = lines[-1] if lines else type(error).__name__
-    return write_state(run, FAILED, reason=reason, lost=False)
+    return write_state(run, FAILED, reason=reason)
 
 
 def _earlier_job(submitit: Any, cluster: str, run: StudyRun, folder: Path) -> Any:

@@ -12,7 +12,7 @@ from ws_detectron.utils.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
-# What the study itself decides for every run; an override of it would be lost or break the match.
+# What the study itself decides for every run; an override would have no effect or break the match.
 DECIDED = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.REFERENCE_IMS_PER_BATCH",
