@@ -81,7 +81,7 @@ class RunProcess:
         status = self._process.wait()
         seconds = time.perf_counter() - self._start
         if status == 0:
-            # in this order: without checkpoints, a run that is not finished starts from the beginning
+            # in this order: without checkpoints, an unfinished run starts from the beginning
             state = write_state(self.run, FINISHED, seconds=seconds)
             drop_checkpoints(self.run)
             return state
