@@ -32,7 +32,7 @@ from ws_detectron.layers import (
     standardize_together,
     ws_conv,
 )
-from ws_detectron.layers.standardize import in_graph_capture, in_one_piece
+from ws_detectron.layers.standardize import has_contiguous_filters, in_graph_capture
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -79,7 +79,7 @@ def use_stand_in(patch: pytest.MonkeyPatch) -> list[int]:
         return plain(weights, *args)
 
     def runs(weight: torch.Tensor) -> bool:
-        return weight.dtype == torch.float32 and in_one_piece(weight)
+        return weight.dtype == torch.float32 and has_contiguous_filters(weight)
 
     patch.setattr(kernels, "standardize", counting)
     patch.setattr(standardize, "_kernels", lambda: kernels)
