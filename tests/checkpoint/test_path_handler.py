@@ -86,7 +86,7 @@ def test_download_that_breaks_off(
 
     half = published.read_bytes()[:1000]
     monkeypatch.setattr(path_handler.urllib.request, "urlopen", lambda url, timeout: Response(half))
-    with pytest.raises(WeightsError, match="1000 bytes came of"):
+    with pytest.raises(WeightsError, match="received 1000 of"):
         PathManager.get_local_path(NAME)
     assert not list((tmp_path / "cache").rglob("*resnet50*.pth"))
 
