@@ -74,7 +74,7 @@ def test_usable_detectron2_stays_untouched(
     found = ("0.6", "/somewhere/detectron2")
     monkeypatch.setattr(installer, "usable_detectron2", lambda: found)
     assert installer.main([]) == 0
-    assert "using detectron2 0.6 at /somewhere/detectron2, untouched" in capsys.readouterr().out
+    assert "using detectron2 0.6 at /somewhere/detectron2, unchanged" in capsys.readouterr().out
     assert calls == []
 
 
