@@ -92,7 +92,7 @@ def test_saved_file_says_what_it_needs(ws_model: nn.Module, ws_file: Path) -> No
     assert metadata["norm"] == "GN"
     assert metadata["gn_groups"] == 32
     assert metadata["preprocessing"]["input_format"] == "RGB"
-    # R-18 has no bottlenecks, so the key has no meaning
+    # R-18 has no bottlenecks, so the key does not apply
     assert metadata["stride_in_1x1"] is None
 
 

@@ -26,7 +26,7 @@ NAME = "ws://jhu/resnet50_gn_ws"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache of its own, and no network."""
+    """A separate cache, and no network."""
 
     def no_network(url: str, timeout: float) -> Any:
         raise urllib.error.URLError("no network in tests")
@@ -40,7 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture
 def published(save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file in the layout of the published one, entered with its hash."""
+    """A file in the layout of a published one, registered with its hash."""
     path = save(as_state(torchvision_keys(ResNetArchitecture(18), "gn")), "raw.pth")
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     weights = PUBLISHED["jhu/resnet50_gn_ws"]

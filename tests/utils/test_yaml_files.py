@@ -28,7 +28,7 @@ RUNS = {
 
 @pytest.fixture
 def proof(tmp_path: Path) -> Path:
-    """Exists once code of a file has run."""
+    """Exists if code in a file has run."""
     return tmp_path / "code_was_run"
 
 
@@ -38,7 +38,7 @@ def refusal(path: Path, error: type = ConfigError) -> str:
         load_config(str(path))
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1000
-    assert time.perf_counter() - start < 5  # what is refused here would take minutes or for ever
+    assert time.perf_counter() - start < 5  # otherwise it would take minutes or forever
     return message
 
 
@@ -88,7 +88,7 @@ def test_detectron2_s_own_retinanet_is_read(tmp_path: Path) -> None:
         assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == expected.MODEL.ANCHOR_GENERATOR.SIZES
         assert type(cfg) is CfgNode and type(cfg.MODEL.RPN) is CfgNode
     assert cfg.SOLVER.BASE_LR == 0.5
-    # a copy, or a file that a link makes look like one of the zoo's, is no file of the zoo
+    # neither a copy nor a link inside the zoo to another file is trusted
     base = Path(get_config_file("Base-RetinaNet.yaml"))
     (tmp_path / "copy.yaml").write_text(base.read_text())
     assert "!!python/object/apply:eval" in refusal(tmp_path / "copy.yaml")
@@ -187,7 +187,7 @@ def test_other_encodings(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     assert "UTF-8" in refusal(path, UserError)
-    path.write_bytes(b"\xef\xbb\xbfSEED: 5\n")  # a mark that some editors write is no mistake
+    path.write_bytes(b"\xef\xbb\xbfSEED: 5\n")  # a byte order mark, as some editors write it
     assert load_config(str(path)).SEED == 5
 
 
@@ -222,7 +222,7 @@ def test_old_configs_are_upgraded_and_a_refused_one_changes_nothing(tmp_path: Pa
 
 
 def test_every_config_of_the_package_has_each_key_once() -> None:
-    """Those of the model zoo's function are read by the same rules."""
+    """Configs named through the model zoo follow the same rules."""
     name = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
     assert get_config(name).MODEL.BACKBONE.NAME == "build_ws_resnet_fpn_backbone"
     for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")):
