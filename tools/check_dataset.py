@@ -9,7 +9,7 @@ from typing import Any
 
 from ws_detectron.data.images import image_findings
 from ws_detectron.data.validate import ERROR, FIXED, WARNING, read_json, validate
-from ws_detectron.errors import brief, exit_on_user_error
+from ws_detectron.errors import exit_on_user_error, shown
 from ws_detectron.utils.environment import package_version
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
@@ -105,7 +105,7 @@ def describe(content: dict[str, Any]) -> str:
         (c.get("name", c["id"]), per_class[c["id"]])
         for c in sorted(content["categories"], key=lambda c: -per_class[c["id"]])
     ]
-    named = ", ".join(f"{brief(name)[1:-1]} {count}" for name, count in classes[:20])
+    named = ", ".join(f"{shown(name, 60)} {count}" for name, count in classes[:20])
     return "\n".join(
         (
             f"  images    {len(content['images'])}, {len(content['images']) - len(used)} of them "

@@ -16,11 +16,11 @@ class PublishedWeights:
     """One published file.
 
     Attributes:
-        name: what follows `ws://`.
-        url: where it is.
-        source: its format, a name of `SOURCES`.
+        name: without `ws://`.
+        url: of the download.
+        source: its format, a name in `SOURCES`.
         architecture: of its ResNet.
-        box_ap, mask_ap: on COCO val2017, as its publishers report it; None for a ResNet alone.
+        box_ap, mask_ap: on COCO val2017, as published; None where not applicable.
     """
 
     name: str
@@ -32,17 +32,17 @@ class PublishedWeights:
 
     @property
     def filename(self) -> str:
-        """The last part of the address."""
+        """The last part of the URL."""
         return self.url.rsplit("/", 1)[1]
 
     @property
     def sha256_prefix(self) -> str:
-        """The first eight digits of the SHA-256 of the file."""
+        """The first eight hexadecimal digits of the file's SHA-256."""
         return self.filename.rsplit("-", 1)[1][:8]
 
 
 def find_by_sha256(sha256: str) -> Optional[PublishedWeights]:
-    """The published file with this SHA-256, if it is one."""
+    """The published file with this SHA-256, or None."""
     for weights in PUBLISHED.values():
         if sha256.startswith(weights.sha256_prefix):
             return weights

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.errors import ConfigError, DataError, brief
+from ws_detectron.errors import ConfigError, DataError, list_some
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
 from .validate import FIXED, NAMED_AT_MOST, finite, missing_images, read_json, validate
@@ -139,9 +139,7 @@ def _keypoints_in(path: str) -> list[str]:
         )
     names = found[0]
     if not isinstance(names, list) or len(set(map(str, names))) < len(names):
-        raise DataError(
-            f"{path}: `keypoints` is {brief(names)}; allowed: a list of different names"
-        )
+        raise DataError(f"{path}: `keypoints` is {names!r:.60}; allowed: a list of different names")
     for annotation in annotations or ():
         points = annotation.get("keypoints") if isinstance(annotation, dict) else None
         if (
@@ -150,7 +148,7 @@ def _keypoints_in(path: str) -> list[str]:
             or None in map(finite, points)
         ):
             raise DataError(
-                f"{path}: `keypoints` of annotation {_id(annotation)} is {brief(points)}; allowed: "
+                f"{path}: `keypoints` of annotation {_id(annotation)} is {points!r:.60}; allowed: "
                 f"{3 * len(names)} numbers x, y, v for the {len(names)} keypoints {names} "
                 "(zeros for an object without)"
             )
@@ -238,11 +236,9 @@ def check_coco_set(
 def _check_images(images: Sequence[dict[str, Any]], root: str, path: str) -> None:
     missing = missing_images(images, root)
     if missing:
-        more = len(missing) - NAMED_AT_MOST
         raise DataError(
             f"annotations {path} name {len(missing)} of {len(images)} images that are not in "
-            f"{root}: {', '.join(map(brief, missing[:NAMED_AT_MOST]))}"
-            + (f" and {more} more" if more > 0 else "")
+            f"{root}: {list_some(list(map(repr, missing)), NAMED_AT_MOST)}"
         )
 
 

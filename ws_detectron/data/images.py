@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image, UnidentifiedImageError
 
-from ws_detectron.errors import DataError, brief, shown
+from ws_detectron.errors import DataError, shown
 
 from .validate import ERROR, Finding, Findings, missing_images
 
@@ -62,7 +62,7 @@ def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -
     found = Findings()
     missing = set(missing_images(images, folder))
     for number, image in enumerate(images):
-        where = f"images[{number}] ({brief(image['file_name'])})"
+        where = f"images[{number}] ({image['file_name']!r:.60})"
         if image["file_name"] in missing:
             found.add(ERROR, "images are not in the folder", where)
             continue

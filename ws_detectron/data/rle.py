@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ws_detectron.errors import DataError, brief
+from ws_detectron.errors import DataError
 
 BATCH = 512  # masks checked at once; larger numpy arrays leave the caches
 
@@ -140,12 +140,12 @@ def _shape_problem(rle: Any, size: Optional[tuple[int, int]]) -> str:
         )
     sides = rle.get("size")
     if not isinstance(sides, list) or len(sides) != 2 or set(map(type, sides)) != {int}:
-        return f"size must be [height, width] in whole numbers, found {brief(sides)}"
+        return f"size must be [height, width] in whole numbers, found {sides!r:.60}"
     if size is not None and sides != [*size]:
         return f"size is {rle.get('size')}, but height and width of the image are {[*size]}"
     return ""
 
 
 def _message(name: str, number: int, entry: dict[str, Any], problem: str) -> str:
-    where = f"entry {number} (image id {brief(entry['image_id'])})"
+    where = f"entry {number} (image id {entry['image_id']!r:.60})"
     return f"predictions {name}, {where}: malformed RLE: {problem}"

@@ -20,7 +20,7 @@ from typing import Any, Optional, Union
 import numpy as np
 from pycocotools import mask as mask_util
 
-from ws_detectron.errors import DataError, brief
+from ws_detectron.errors import DataError
 
 from .rle import first_malformed
 
@@ -67,7 +67,7 @@ class Findings(dict[tuple[str, str], Finding]):
         finding = self.setdefault((level, what), Finding(level, what))
         finding.count += 1
         if where and len(finding.examples) < NAMED_AT_MOST:
-            finding.examples.append(where if value is ... else f"{where} has {brief(value)}")
+            finding.examples.append(where if value is ... else f"{where} has {value!r:.60}")
 
 
 @dataclass
@@ -326,7 +326,7 @@ class _Validator:
                 if self._load:
                     self._found.add(ERROR, "name must be text", where, category.get("name"))
             categories.append(category)
-        for name, count in Counter(brief(c.get("name")) for c in categories).items():
+        for name, count in Counter(f"{c.get('name')!r:.60}" for c in categories).items():
             if count > 1 and name != "None":
                 self._found.add(WARNING, "categories share a name", name)
         if not categories and self._load:
@@ -392,7 +392,7 @@ class _Validator:
         entry = self._lists["annotations"][number]
         if not isinstance(entry, dict):
             return f"annotations[{number}]"
-        return f"annotations[{number}] (id {brief(entry.get('id'))})"
+        return f"annotations[{number}] (id {entry.get('id')!r:.60})"
 
     def _error(self, what: str, value: Any = ...) -> None:
         self._bad.add(self._number)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from ws_detectron.data.validate import finite, read_json, validate
-from ws_detectron.errors import DataError, brief
+from ws_detectron.errors import DataError, list_some
 
 NAMED_AT_MOST = 5
 
@@ -86,22 +86,20 @@ def _problem_of(entry: Any) -> str:
             return f"has no {key!r}"
     for key in ("image_id", "category_id"):
         if type(entry[key]) not in (int, str, float):
-            return f"{key} must be a number or text, found {brief(entry[key])}"
+            return f"{key} must be a number or text, found {entry[key]!r:.60}"
     if finite(entry["score"]) is None:
-        return f"score must be a finite number, found {brief(entry['score'])}"
+        return f"score must be a finite number, found {entry['score']!r:.60}"
     if entry.get("bbox") is None and entry.get("segmentation") is None:
         return "has neither 'bbox' nor 'segmentation'"
     box = entry.get("bbox")
     if box is not None:
         if not isinstance(box, list) or len(box) != 4 or None in map(finite, box):
-            return f"bbox must be four finite numbers x, y, width, height; found {brief(box)}"
+            return f"bbox must be four finite numbers x, y, width, height; found {box!r:.60}"
         if box[2] < 0 or box[3] < 0:
-            return f"bbox has a negative width or height: {brief(box)}"
+            return f"bbox has a negative width or height: {box!r:.60}"
     return ""
 
 
 def _some(values: Iterable[Any]) -> str:
     """The first few values, and how many more there are."""
-    ordered = sorted(values, key=str)
-    first, more = ordered[:NAMED_AT_MOST], len(ordered) - NAMED_AT_MOST
-    return ", ".join(map(brief, first)) + (f" and {more} more" if more > 0 else "")
+    return list_some([repr(value) for value in sorted(values, key=str)], NAMED_AT_MOST)

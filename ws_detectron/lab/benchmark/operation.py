@@ -206,7 +206,7 @@ def _kernels_replaced(values: int) -> Iterator[None]:
         (F, "conv2d", lambda x, weight, *args: _PassOn.apply(x, weight)),
         (torch, "cat", flat),
         (standardize, "_kernels", lambda: kernels),
-        (standardize, "_runs_in_triton", standardize.in_one_piece),
+        (standardize, "_runs_in_triton", standardize.has_contiguous_filters),
         (standardize, "_triton_is_ready", lambda: True),
     )
     with ExitStack() as stack:
