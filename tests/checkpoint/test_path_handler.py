@@ -128,5 +128,4 @@ def test_names_are_consistent() -> None:
         assert weights.name == name
         assert len(weights.sha256_prefix) == 8
         assert int(weights.sha256_prefix, 16) >= 0
-        assert (weights.source == "mmdet") == (weights.box_ap is not None)
-        assert (weights.mask_ap is not None) == ("mask_rcnn" in name)
+        assert (weights.source == "mmdet") == name.startswith("mmdet/")

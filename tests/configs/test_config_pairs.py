@@ -42,6 +42,9 @@ DETECTRON2_PAIRS = {
         OUR_SOLVER | OUR_START | OUR_HEAD
     ),
     ("Misc/mask_rcnn_R_50_FPN_3x_gn", "mask_rcnn_R_50_FPN_3x_gn_2img"): OUR_SOLVER,
+    ("Misc/scratch_mask_rcnn_R_50_FPN_3x_gn", "scratch_mask_rcnn_R_50_FPN_3x_gn_2img"): (
+        OUR_SOLVER | INPUT
+    ),
     ("COCO-PanopticSegmentation/panoptic_fpn_R_50_1x", "panoptic_R_50_FPN_1x_gn_ws_2img"): (
         OUR_SOLVER | OUR_START | OUR_HEAD | NORM | WS | {"MODEL.SEM_SEG_HEAD.NAME"}
     ),
