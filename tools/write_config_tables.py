@@ -19,7 +19,7 @@ LEAF = re.compile(
 )
 # rows of configs, by the start of their names, that were trained here
 MEASURED = {
-    "mask_rcnn_R_18_FPN_shapes_gn_ws": "[yes](README.md#install)",
+    "mask_rcnn_R_18_FPN_shapes_gn_ws": "[yes](README.md)",
     "mask_rcnn_R_18_FPN_coco_gn_ws": "[yes](results/coco_128_images/README.md)",
     "mask_rcnn_R_18_FPN_fashion": "[in studies](docs/studies.md)",
 }
