@@ -14,7 +14,6 @@ from ws_detectron.lab.fashion_mnist.variants import ARMS as CLASSIFIER_VARIANTS
 EXAMPLES = """
 examples (on an idle machine; step, variants and inference need COCO in DETECTRON2_DATASETS):
   python tools/benchmark.py gpu --budget 8m
-  python tools/benchmark.py operation
   python tools/benchmark.py step --modes channels_last autocast
   python tools/benchmark.py step --modes compile --variants gn gn_ws --rounds 6 --warmup 1
   python tools/benchmark.py variants --batches 1 2 4 8 16 --device cpu --rounds 4 --warmup 0 \\
@@ -30,7 +29,6 @@ them, because all variants get the same proposals.
 
 TIMED = "device warmup rounds output"
 STEP = f"variants arms modes batches short-side {TIMED} opts"
-DATA = "annotations num-images background seed"
 COMMANDS = {
     "operation": (30, f"depth {TIMED}", "WS over all filters of a ResNet"),
     "group_norm": (30, TIMED, "GN over all features of R-50-FPN, torch's and ours"),
@@ -38,12 +36,11 @@ COMMANDS = {
     "variants": (10, STEP, "training step with BN, FrozenBN, SyncBN, GN and GN+WS"),
     "inference": (10, f"short-side {TIMED} opts", "inference: GN, GN+WS folded and not"),
     "classifier": (10, f"variants arms modes batches {TIMED}", "an epoch of Fashion-MNIST"),
-    "coco_eval": (5, f"{DATA} rounds output", "COCO evaluation: faster-coco-eval, pycocotools"),
+    "coco_eval": (5, "annotations num-images background seed rounds output", "COCO evaluators"),
     "gpu": (20, "budget warmup rounds output", f"on a GPU {', '.join(GPU)}, one by one"),
 }
 """What is measured -> rounds, options, help."""
-NAMES = {"classifier": (tuple(CLASSIFIER_VARIANTS), ("plain", "compile"))}
-"""What has others than `VARIANTS` and `MODES` -> its variants and modes."""
+OF_CLASSIFIER = tuple(CLASSIFIER_VARIANTS), ("plain", "compile")
 USUAL = {
     "step": ["gn", "gn_ws", "bn"],
     "variants": ["bn", "frozen_bn", "sync_bn", "gn", "gn_ws"],
@@ -80,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         aliases = ["arms"] if name == "variants" else []
         command = commands.add_parser(name, help=text, description=text, aliases=aliases)
         command.set_defaults(what=name)  # not the alias
-        variants, modes = NAMES.get(name, (VARIANTS, MODES))
+        variants, modes = OF_CLASSIFIER if name == "classifier" else (VARIANTS, MODES)
         several: Any = {"nargs": "+", "action": "extend", "choices": [*variants, *modes]}
         known: dict[str, dict[str, Any]] = {
             "device": {"choices": ["cpu", "cuda"], "default": gpu, "help": default},
@@ -97,13 +94,11 @@ def build_parser() -> argparse.ArgumentParser:
             "num-images": {**number, "default": 5000, "help": default},
             "background": {"type": float, "default": 30, "help": f"per image; {default}"},
             "seed": {**number, "default": 0, "help": default},
-            "budget": {"type": duration, "help": "begin nothing after it, such as 8m or 90s"},
+            "budget": {"type": duration, "help": "start nothing after it, such as 8m or 90s"},
+            "opts": {"nargs": "*", "help": "KEY VALUE overrides of the configs"},
         }  # fmt: skip
         for option in options.split():
-            if option == "opts":
-                command.add_argument("opts", nargs="*", help="KEY VALUE overrides of the configs")
-            else:
-                command.add_argument(f"--{option}", **known[option])
+            command.add_argument(option if option == "opts" else f"--{option}", **known[option])
     page = commands.add_parser("page", help="write the tables into docs/performance.md")
     page.add_argument("--results", dest="folder", default="results/benchmark", metavar="DIR")
     page.add_argument("--output", dest="page", default="docs/performance.md", metavar="MD")

@@ -1,5 +1,6 @@
 """tools/benchmark.py as a user runs it; times are not judged here."""
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,7 +59,10 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def stand_in(what: str) -> Callable[..., Iterator[dict[str, Any]]]:
+        signature = inspect.signature(measurements.MEASUREMENTS[what])
+
         def measure(**options: Any) -> Iterator[dict[str, Any]]:
+            signature.bind(**options)
             calls.append((what, options))
             seconds = {operation.COPY: [1.0], operation.OURS["official"]: [2.0]}
             yield {"facts": {"images": 1}, "seconds": seconds}
@@ -102,6 +106,14 @@ def test_variants_and_modes(
     ((_, used),) = stand_ins
     assert (used["variants"], used["modes"], used["rounds"]) == (variants, modes, 3)
     assert [path.stem for path in tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("what", measurements.MEASUREMENTS)
+def test_every_measurement_gets_its_options(call_tool, stand_ins, tmp_path: Path, what) -> None:
+    needed = ["--annotations", "x.json"] if what == "coco_eval" else []
+    status, output, errors = call_tool("benchmark.py", what, *needed, "--output", tmp_path)
+    assert status == 0, errors
+    assert [name for name, _ in stand_ins] == [what] and "1 rounds; images 1." in output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

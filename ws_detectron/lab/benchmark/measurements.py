@@ -72,7 +72,7 @@ def measure_gpu(
 
     Args:
         output: as for `measure`.
-        budget: seconds after which nothing is begun.
+        budget: seconds after which nothing is started.
         options: of every measurement.
 
     Yields:
@@ -83,9 +83,9 @@ def measure_gpu(
     """
     if not torch.cuda.is_available():
         raise UserError("gpu needs a CUDA device, and torch sees none; see `operation` and `step`")
-    begin = time.monotonic()
+    start = time.monotonic()
     for what, more in GPU.items():
-        spent = time.monotonic() - begin
+        spent = time.monotonic() - start
         if budget is not None and spent > budget:
             yield f"{what} is skipped: {spent:.0f} s of {budget:.0f} s are spent"
         else:
