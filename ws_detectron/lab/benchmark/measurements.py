@@ -56,6 +56,7 @@ def measure(what: str, output: Union[str, Path], **options: Any) -> str:
     about = {
         **environment(PACKAGES),
         "threads": torch.get_num_threads(),
+        "seed": options.get("seed", 0),
         "command": f"python tools/benchmark.py {shlex.join(sys.argv[1:])}",
     }
     content: dict[str, Any] = {"about": about, "kind": what, "parts": []}
