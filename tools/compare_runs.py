@@ -11,7 +11,7 @@ from ws_detectron.evaluation.runs import read_runs
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 
 TABLES = ("comparison.md", "comparison.csv")
-CURVES = {"learning_curves": draw_learning_curves, "ap_curves": draw_ap_curves}
+CURVES = {"learning_curves.png": draw_learning_curves, "ap_curves.png": draw_ap_curves}
 
 EXAMPLES = """
 examples:
@@ -20,9 +20,9 @@ examples:
   # names of one's own; results of tools/evaluate_coco.py instead of run folders
   python tools/compare_runs.py "BN=bn/coco_evaluation.json" "GN+WS=gn_ws/coco_evaluation.json"
 
-The first run is the baseline. Written: comparison.md, comparison.csv, and as PNG and SVG
-learning_curves and ap_curves. Exit status 1 where a run is missing or broken; it is named, and the
-others are compared.
+The first run is the baseline. Written: comparison.md, comparison.csv,
+learning_curves.png and ap_curves.png. Exit status 1 where a run is missing or broken; it is
+named, and the others are compared.
 """
 
 
@@ -51,8 +51,7 @@ def compare(arguments: list[str], output: Path) -> list[str]:
     """Writes everything; returns what was missing or broken."""
     runs = read_runs(arguments)
     check_folder(output)
-    curves = [f"{name}{ending}" for name in CURVES for ending in (".png", ".svg")]
-    outputs = [output / name for name in (*TABLES, *curves)]
+    outputs = [output / name for name in (*TABLES, *CURVES)]
     refuse_overwrite(outputs, [run.path for run in runs if run.path.is_file()])
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     if not any(run.rows or run.figures for run in runs):

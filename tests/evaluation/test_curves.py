@@ -58,13 +58,13 @@ def test_a_run_keeps_its_style_in_every_panel(runs: list[Run]) -> None:
 
 
 def test_figures_are_written_twice_the_same(runs: list[Run], tmp_path: Path) -> None:
-    first = write_figure(draw_learning_curves(runs), tmp_path / "new" / "a")
-    second = write_figure(draw_learning_curves(runs), tmp_path / "b")
-    assert [path.name for path in first] == ["a.png", "a.svg"]
-    for one, other in zip(first, second):
+    for suffix in (".png", ".svg"):
+        one = write_figure(draw_learning_curves(runs), tmp_path / suffix / f"a{suffix}")
+        other = write_figure(draw_learning_curves(runs), tmp_path / f"b{suffix}")
+        assert [path.name for path in one.parent.iterdir()] == [f"a{suffix}"]
         assert one.read_bytes() == other.read_bytes()
-    assert cv2.imread(str(first[0])).std() > 5
-    assert ElementTree.parse(first[1]).getroot().tag.endswith("svg")
+    assert cv2.imread(str(tmp_path / "b.png")).std() > 5
+    assert ElementTree.parse(other).getroot().tag.endswith("svg")
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:

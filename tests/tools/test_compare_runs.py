@@ -45,7 +45,7 @@ def test_runs_are_compared_and_broken_ones_named(run_tool, tmp_path: Path) -> No
     assert [row["training_seconds"] for row in rows[:2]] == ["40.0", "40.0"]
     for name in ("learning_curves", "ap_curves"):
         assert cv2.imread(str(output / f"{name}.png")) is not None
-        assert (output / f"{name}.svg").read_text().startswith("<?xml")
+    assert not list(output.glob("*.svg"))
 
 
 def test_sound_runs_end_well_and_nothing_to_compare_does_not(call_tool, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_help(call_tool) -> None:
 
 def test_inputs_are_not_written_over(call_tool, tmp_path: Path) -> None:
     metrics = write_run(tmp_path / "bn", "BN", 40.0) / "metrics.json"
-    for name in ("comparison.csv", "ap_curves.svg"):
+    for name in ("comparison.csv", "ap_curves.png"):
         copy = tmp_path / name
         copy.write_bytes(metrics.read_bytes())
         status, _, errors = call_tool(TOOL, metrics, f"mine={copy}", "--output", tmp_path)

@@ -58,17 +58,15 @@ def draw_ap_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def write_figure(figure: Figure, path: Union[str, Path]) -> tuple[Path, Path]:
-    """Writes `<path>.png` and `<path>.svg`, atomically; the same data give the same bytes."""
-    paths = Path(f"{path}.png"), Path(f"{path}.svg")
-    metadata: tuple[dict[str, Any], dict[str, Any]] = ({"Software": None}, {"Date": None})
+def write_figure(figure: Figure, path: Union[str, Path]) -> Path:
+    """Writes `path`, a `.png` or `.svg`, atomically; the same data give the same bytes."""
+    path, packed = Path(path), io.BytesIO()
+    metadata: dict[str, Any] = {"Date" if path.suffix == ".svg" else "Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "ws_detectron", "svg.fonttype": "path"}):
-        for target, about in zip(paths, metadata):
-            packed = io.BytesIO()
-            figure.savefig(packed, format=target.suffix[1:], dpi=120, metadata=about)
-            with atomic_write(target, "wb") as file:
-                file.write(packed.getvalue())
-    return paths
+        figure.savefig(packed, format=path.suffix[1:], dpi=120, metadata=metadata)
+    with atomic_write(path, "wb") as file:
+        file.write(packed.getvalue())
+    return path
 
 
 def _draw_row(

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 NAMED_AT_MOST = 10
 SHEETS_AND_COUNTS = [
     *("first.png", "best.png", "worst.png", "image_ap.csv"),
-    *("errors.png", "errors.svg", "errors.json"),
+    *("errors.png", "errors.json"),
 ]
 # Pictures are at least this long, so that labels can be read on the smallest images.
 LEAST_SIDE = 448
@@ -61,9 +61,9 @@ def visualize_dataset(
     """Draws predictions beside ground truth, and says what is wrong with them.
 
     Written to `output`: `first.png`, `best.png` and `worst.png`, sheets of the first images and of
-    those with the highest and lowest AP (see `image_ap`); `image_ap.csv`; `errors.png`, `.svg` and
-    `.json`, the kinds of errors counted (see `error_kinds`); with `each`, `images/` with a picture
-    of every image.
+    those with the highest and lowest AP (see `image_ap`); `image_ap.csv`; `errors.png` and
+    `errors.json`, the kinds of errors counted (see `error_kinds`); with `each`, `images/` with a
+    picture of every image.
 
     Args:
         dataset_name: registered, in COCO format.
@@ -136,7 +136,7 @@ def visualize_dataset(
     counts = count_errors(annotations, predictions, task, score_threshold)
     title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
     with writing(output):
-        write_figure(draw_errors(counts, title), output / "errors")
+        write_figure(draw_errors(counts, title), output / "errors.png")
     errors = output / "errors.json"
     with atomic_write(errors) as file:
         about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}

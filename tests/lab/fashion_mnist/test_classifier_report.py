@@ -56,8 +56,7 @@ def test_report_holds_everything(runs: Path, datasets_root: Path, tmp_path: Path
     paths = write_report(runs, out, datasets_root)
     assert {path.name for path in out.iterdir()} == {path.name for path in paths} == {
         "README.md", "table.csv", "runs.json", "misclassified.png",
-        "learning_curves.png", "learning_curves.svg",
-        "accuracy_over_batch.png", "accuracy_over_batch.svg",
+        "learning_curves.png", "accuracy_over_batch.png",
     }  # fmt: skip
     text = paths[0].read_text()
     assert text.count("    python tools/train_fashion_mnist.py --all\n") == 1

@@ -55,8 +55,8 @@ def write_report(runs_folder: Path, folder: Path, data_dir: Optional[Path] = Non
     write_text(paths[0], report_text(cells))
     write_text(paths[1], _csv(cells))
     write_json(paths[2], [run.as_record() for run in runs])
-    paths += write_figure(draw_learning_curves(cells), folder / "learning_curves")
-    paths += write_figure(draw_accuracy_over_batch(cells), folder / "accuracy_over_batch")
+    paths.append(write_figure(draw_learning_curves(cells), folder / "learning_curves.png"))
+    paths.append(write_figure(draw_accuracy_over_batch(cells), folder / "accuracy_over_batch.png"))
     chosen = _to_be_looked_at(cells)
     if chosen is None:  # an earlier report's sheet, if any, stays
         return paths
@@ -69,9 +69,7 @@ def write_report(runs_folder: Path, folder: Path, data_dir: Optional[Path] = Non
         logits,
         FASHION_CLASSES,
     )
-    paths += write_figure(figure, folder / "misclassified")[:1]
-    paths[-1].with_suffix(".svg").unlink()  # it would hold the same pixels, larger
-    return paths
+    return [*paths, write_figure(figure, folder / "misclassified.png")]
 
 
 def _to_be_looked_at(cells: Sequence[Cell]) -> Optional[tuple[Cell, FinishedRun, np.ndarray]]:
@@ -114,7 +112,7 @@ seeds, none of a single one; that {held_out:,} images were drawn for the test le
 {error:.2f} points of standard error in an accuracy of {best:.1f} %, which all rows share in part.
 The time is the median of all training epochs, without validation, "compiled" with
 `--compile`; what runs at the same time on the machine changes it, so times of different rows are to
-be compared by `tools/benchmark.py classifier`, which measures in turns. The report is that of
+be compared by `tools/benchmark.py classifier`, interleaved. The report is that of
 Ehling and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
 
 {difference_text(cells)}

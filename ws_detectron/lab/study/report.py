@@ -174,7 +174,8 @@ def _draw(results: StudyResults, folder: Path) -> tuple[list[Picture], list[Path
         ("learning_curves", draw_study_curves, "Loss and AP of each arm over the images seen"),
     )
     for name, draw, caption in drawings:
-        png, svg = write_figure(draw(results.study, results.cells), folder / name)
+        figure = draw(results.study, results.cells)
+        png, svg = (write_figure(figure, folder / f"{name}{end}") for end in (".png", ".svg"))
         pictures.append(Picture(name, caption, svg.read_text("utf-8")))
         paths += [png, svg]
     return pictures, paths
