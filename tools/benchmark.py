@@ -22,7 +22,7 @@ from ws_detectron.lab.benchmark.detector_step import (
 )
 from ws_detectron.lab.benchmark.operation import measure_group_norm, measure_operation
 from ws_detectron.lab.fashion_mnist.variants import ARMS as CLASSIFIER_ARMS
-from ws_detectron.utils.command_line import refuse_options_without_effect
+from ws_detectron.utils.command_line import add_overrides, refuse_options_without_effect
 from ws_detectron.utils.environment import environment
 
 PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", "timm", "mmcv-lite")
@@ -102,7 +102,7 @@ def main() -> None:
         help="for gpu: begin nothing after this time, such as 8m or 90s",
     )  # fmt: skip
     parser.add_argument("--output", default="results/benchmark", metavar="DIR")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE overrides of the configs")
+    add_overrides(parser, nargs="*")
     args = parser.parse_intermixed_args()  # KEY VALUE may stand behind options
     with exit_on_user_error():
         check(parser, args)

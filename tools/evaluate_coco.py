@@ -10,6 +10,7 @@ from ws_detectron.evaluation.coco_eval import TASKS, evaluate
 from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
 from ws_detectron.evaluation.coco_report import KEYPOINTS, as_text, check_reports, write_reports
 from ws_detectron.evaluation.evaluate import evaluate_in_process
+from ws_detectron.utils.command_line import add_overrides
 
 EXAMPLES = """
 examples:
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0)
     parser.add_argument("--dist-url", default="auto", help="where processes meet")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    add_overrides(parser)
     args = parser.parse_args()
     files = bool(args.predictions) + bool(args.annotations)
     if (files, bool(args.config_file)) not in ((2, False), (0, True)):

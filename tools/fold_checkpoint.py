@@ -9,6 +9,7 @@ import os
 from ws_detectron.engine import load_config
 from ws_detectron.engine.folding import write_folded
 from ws_detectron.errors import exit_on_user_error
+from ws_detectron.utils.command_line import add_overrides
 from ws_detectron.utils.io import refuse_overwrite
 
 EXAMPLES = """
@@ -29,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--config-file", required=True, help="the config of the trained model")
     parser.add_argument("--output", required=True, metavar="PTH", help="a .yaml is put beside it")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    add_overrides(parser)
     args = parser.parse_args()
     with exit_on_user_error():
         refuse_overwrite(

@@ -13,6 +13,7 @@ from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.drawing import draw_sheet
 from ws_detectron.evaluation.runs import read_run
 from ws_detectron.model_zoo import get_config_file
+from ws_detectron.utils.command_line import add_overrides
 
 CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
 EXAMPLES = r"""
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output-dir", default="output/quickstart", help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="resume the run in the output folder")
     parser.add_argument("--overwrite", action="store_true", help="delete it and train anew")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    add_overrides(parser)
     args = parser.parse_args()
     args.config_file = args.config_file or get_config_file(CONFIG)
     args.eval_only = False

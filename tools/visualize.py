@@ -18,6 +18,7 @@ from ws_detectron.evaluation.evaluate import (
     set_up_logging,
 )
 from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
+from ws_detectron.utils.command_line import add_overrides
 from ws_detectron.utils.io import check_folder
 
 EXAMPLES = """
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=8, help="per sheet; default: %(default)s")
     parser.add_argument("--task", choices=TASKS, help="of AP and errors; default: segm if possible")
     parser.add_argument("--each", action="store_true", help="also a picture of every image")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
+    add_overrides(parser)
     args = parser.parse_args()
     if args.predictions and (args.input or not args.dataset):
         parser.error("--predictions needs --dataset; --input needs --config-file")
