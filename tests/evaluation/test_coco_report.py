@@ -6,7 +6,7 @@ import pytest
 from small_coco import annotations, prediction
 
 from ws_detectron.errors import UserError
-from ws_detectron.evaluation.coco_eval import FIGURES, CocoResult, evaluate
+from ws_detectron.evaluation.coco_eval import COCO_METRICS, CocoResult, evaluate
 from ws_detectron.evaluation.coco_report import as_text, write_reports
 
 BOX = (10, 10, 20, 20)
@@ -35,14 +35,14 @@ def test_files_hold_full_precision_and_null(result: CocoResult, tmp_path: Path) 
     json_path, csv_path = write_reports(result, tmp_path / "new", weights="model.pth")
     content = json.loads(json_path.read_text())
     assert content["weights"] == "model.pth"
-    assert content["bbox"] == result.figures["bbox"] and content["bbox"]["APl"] is None
+    assert content["bbox"] == result.metrics["bbox"] and content["bbox"]["APl"] is None
     assert content["categories"][1]["segm"]["AP"] is None
     rows = list(csv.DictReader(csv_path.read_text().splitlines()))
     assert [(row["task"], row["category"]) for row in rows] == [
         (task, name) for task in ("bbox", "segm") for name in ("all", "kind 1", "kind 2")
     ]
-    assert float(rows[0]["AP"]) == result.figures["bbox"]["AP"]
-    assert [rows[2][name] for name in FIGURES] == [""] * 12  # no object of the second kind
+    assert float(rows[0]["AP"]) == result.metrics["bbox"]["AP"]
+    assert [rows[2][name] for name in COCO_METRICS] == [""] * 12  # no object of the second kind
     assert [row["objects"] for row in rows[:3]] == ["1", "1", "0"]
 
 

@@ -30,7 +30,7 @@ from .drawing import (
     tile,
     write_png,
 )
-from .error_kinds import ERRORS, count_errors, draw_errors
+from .error_types import ERRORS, count_errors, draw_errors
 from .image_ap import image_ap
 from .inputs import find_inputs, is_video, open_video, output_names, read_frames
 
@@ -62,7 +62,7 @@ def visualize_dataset(
 
     Written to `output`: `first.png`, `best.png` and `worst.png`, sheets of the first images and of
     those with the highest and lowest AP (see `image_ap`); `image_ap.csv`; `errors.png`, `.svg` and
-    `.json`, the kinds of errors counted (see `error_kinds`); with `each`, `images/` with a picture
+    `.json`, the kinds of errors counted (see `error_types`); with `each`, `images/` with a picture
     of every image.
 
     Args:

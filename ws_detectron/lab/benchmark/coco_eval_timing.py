@@ -81,8 +81,8 @@ def largest_difference(one: CocoResult, other: CocoResult) -> float:
     """The largest difference of two results' figures, categories included; infinite where one is
     undefined and the other is not."""
     pairs = [
-        (values[name], other.figures[task][name])
-        for task, values in one.figures.items()
+        (values[name], other.metrics[task][name])
+        for task, values in one.metrics.items()
         for name in values
     ]
     pairs += [
