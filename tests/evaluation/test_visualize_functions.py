@@ -133,7 +133,7 @@ def test_thresholds_are_scores(threshold: float, dataset: str, tmp_path: Path) -
         ),
         lambda: draw_sheet(dataset, "none.json", "out.png", score_threshold=threshold),
     ):
-        with pytest.raises(UserError, match="score threshold is .*; allowed: 0 to 1"):
+        with pytest.raises(UserError, match="confidence threshold is .*; allowed: 0 to 1"):
             draw()
     for number in (0, -1):
         with pytest.raises(UserError, match=f"number of images is {number}; allowed: 1 or more"):
