@@ -60,7 +60,7 @@ def test_a_wrong_area_is_found_and_measured() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "hold no run"),
+        ("", "counts are empty"),
         ("1é", "not ASCII"),
         ("1 2", "character ' '"),
         ("12p", "character 'p'"),

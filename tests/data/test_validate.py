@@ -1,4 +1,4 @@
-"""One sound file, and each thing that files in the field have wrong."""
+"""A valid file, and each error found in real files."""
 
 import copy
 import json
@@ -90,24 +90,28 @@ def test_a_sound_file_has_no_finding_and_is_used_as_it_is(content: Content) -> N
         ("segmentation", [{"x": 1}], "a polygon must be"),
         ("segmentation", [None], "a polygon must be"),
         ("segmentation", [[1, 2, 3, 4, 5, 1e9]], "far outside"),
-        ("segmentation", [[1, 2, 3, 4, 5, 6, 7]], "corner without y"),
-        ("segmentation", "text", "list of polygons, or an RLE"),
-        ("segmentation", {"counts": "5"}, "list of polygons, or an RLE"),
+        ("segmentation", [[1, 2, 3, 4, 5, 6, 7]], "odd number of coordinates"),
+        ("segmentation", "text", "list of polygons or an RLE"),
+        ("segmentation", {"counts": "5"}, "list of polygons or an RLE"),
         ("segmentation", {"size": [1, 1], "counts": "1"}, "size of the RLE"),
-        ("segmentation", {"size": [HEIGHT, WIDTH], "counts": [5, 6]}, "run lengths of all pixels"),
+        (
+            "segmentation",
+            {"size": [HEIGHT, WIDTH], "counts": [5, 6]},
+            "run lengths that cover all pixels",
+        ),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": [-1, 7681]}, "run lengths"),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": [0.5, 7679.5]}, "run lengths"),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": "5"}, "cover 5 pixels"),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": 3}, "a list or text"),
-        ("image_id", 99, "image_id is none that the file describes"),
-        ("image_id", None, "image_id is none"),
-        ("image_id", [1], "image_id is none"),
-        ("image_id", True, "image_id is none"),
-        ("category_id", 7, "category_id is none"),
+        ("image_id", 99, "image_id is not an id in the file"),
+        ("image_id", None, "image_id is not an id"),
+        ("image_id", [1], "image_id is not an id"),
+        ("image_id", True, "image_id is not an id"),
+        ("category_id", 7, "category_id is not an id"),
         ("keypoints", "text", "keypoints must be"),
         ("keypoints", [1, 2], "keypoints must be"),
         ("keypoints", [1, 2, math.nan], "keypoints must be"),
-        ("ignore", 1, "no key of COCO's format"),
+        ("ignore", 1, "not a key of the COCO format"),
     ],
 )
 def test_what_cannot_be_used_is_named(content: Content, key: str, value: Any, words: str) -> None:
@@ -194,7 +198,7 @@ def test_ids_of_annotations_are_replaced(content: Content, ids: list[Any]) -> No
 
 
 @pytest.mark.parametrize(("value", "read"), [(96.0, 96), ("96", 96), ("96.0", 96)])
-def test_sizes_are_read_as_whole_numbers(content: Content, value: Any, read: int) -> None:
+def test_sizes_are_converted_to_integers(content: Content, value: Any, read: int) -> None:
     for image in content["images"]:
         image["width"] = value
     result = checked(content)
@@ -207,11 +211,11 @@ def test_sizes_are_read_as_whole_numbers(content: Content, value: Any, read: int
 @pytest.mark.parametrize(
     ("where", "key", "value", "words"),
     [
-        ("images", "width", None, "whole numbers"),
-        ("images", "width", 95.5, "whole numbers"),
-        ("images", "width", 0, "whole numbers"),
-        ("images", "height", 10**9, "whole numbers"),
-        ("images", "height", [3], "whole numbers"),
+        ("images", "width", None, "must be integers"),
+        ("images", "width", 95.5, "must be integers"),
+        ("images", "width", 0, "must be integers"),
+        ("images", "height", 10**9, "must be integers"),
+        ("images", "height", [3], "must be integers"),
         ("images", "file_name", None, "file_name must be text"),
         ("images", "file_name", 3, "file_name must be text"),
         ("images", "id", None, "need an id"),
@@ -235,13 +239,13 @@ def test_images_and_categories_are_checked(
                checked(content).of(ERROR))  # fmt: skip
 
 
-def test_figures_alone_need_no_file_names_and_no_sizes(content: Content) -> None:
+def test_metrics_need_no_file_names_and_no_sizes(content: Content) -> None:
     for image in content["images"]:
         del image["file_name"], image["width"], image["height"]
     assert validate(content, "a.json").findings == []
     assert {e.what for e in validate(content, "a.json", load=True).of(ERROR)} == {
         "file_name must be text",
-        "height and width must be whole numbers from 1 to 200000",
+        "height and width must be integers from 1 to 200000",
     }
 
 
@@ -269,7 +273,7 @@ def test_boxes_are_no_fractions_and_no_corners(content: Content) -> None:
         image["width"] = image["height"] = 120
     assert "corners [x1, y1, x2, y2]" in checked(corners).of(ERROR)[0].what
     corners["annotations"][0]["bbox"] = [30, 30, 20, 10]  # one that cannot be corners
-    assert "6 boxes reach beyond" in checked(corners).of(WARNING)[0].what
+    assert "6 boxes exceed" in checked(corners).of(WARNING)[0].what
 
 
 def test_what_is_left_out_of_a_training_is_counted(content: Content) -> None:
@@ -335,9 +339,9 @@ def test_content_without_the_lists_is_refused(broken: Any, words: str) -> None:
         validate(broken, "a.json")
 
 
-def test_without_answers_annotations_may_be_missing(content: Content) -> None:
+def test_annotations_may_be_missing_if_not_required(content: Content) -> None:
     del content["annotations"]
-    assert validate(content, "a.json", load=True, answers=False).findings == []
+    assert validate(content, "a.json", load=True, require_annotations=False).findings == []
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations", "categories"])

@@ -67,7 +67,7 @@ def test_images_are_looked_at(call_tool: Call, content: dict, tmp_path: Path) ->
     status, output, _ = call_tool(TOOL, path, "--images", tmp_path)
     assert status == 1 and "errors: 4" in output
     assert f"1 images are not in the folder: images[0] ('{names[0]}')" in output
-    assert "(files 48 x 64)" in output
+    assert "(images 48 x 64)" in output
     assert "2 images cannot be read: images[1]" in output and "16" in output
 
 
