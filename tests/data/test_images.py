@@ -1,4 +1,4 @@
-"""Images of every kind, made with other libraries than the one that reads them, or by hand."""
+"""Images in many formats, written by hand or by other libraries than the one that reads them."""
 
 import logging
 import os

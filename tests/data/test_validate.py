@@ -53,21 +53,21 @@ def content() -> Content:
 
 
 def checked(content: Content, **options: Any) -> Validated:
-    """Validated for a training with masks, with the input left alone."""
+    """Validated for a training with masks, with an unmodified input."""
     before = copy.deepcopy(content)
     result = validate(content, "a.json", **{"train": True, "masks": True, **options})
     assert repr(content) == repr(before)  # NaN is not equal to itself
     return result
 
 
-def test_a_sound_file_has_no_finding_and_is_used_as_it_is(content: Content) -> None:
+def test_a_valid_file_has_no_finding_and_is_used_unchanged(content: Content) -> None:
     result = checked(content)
     assert result.findings == [] and result.broken == []
     assert all(a is b for a, b in zip(result.usable()["annotations"], content["annotations"]))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "message"),
     [
         ("iscrowd", 2, "iscrowd must be 0 or 1"),
         ("iscrowd", [1], "iscrowd must be 0 or 1"),
@@ -114,11 +114,11 @@ def test_a_sound_file_has_no_finding_and_is_used_as_it_is(content: Content) -> N
         ("ignore", 1, "not a key of the COCO format"),
     ],
 )
-def test_what_cannot_be_used_is_named(content: Content, key: str, value: Any, words: str) -> None:
+def test_what_cannot_be_used_is_named(content: Content, key: str, value: Any, message: str) -> None:
     content["annotations"][2][key] = value
     result = checked(content)
     (error,) = result.of(ERROR)
-    assert words in str(error) and error.count == 1
+    assert message in str(error) and error.count == 1
     assert result.broken == [2]
     with pytest.raises(DataError) as caught:
         result.usable()
@@ -209,7 +209,7 @@ def test_sizes_are_converted_to_integers(content: Content, value: Any, read: int
 
 
 @pytest.mark.parametrize(
-    ("where", "key", "value", "words"),
+    ("where", "key", "value", "message"),
     [
         ("images", "width", None, "must be integers"),
         ("images", "width", 95.5, "must be integers"),
@@ -229,13 +229,13 @@ def test_sizes_are_converted_to_integers(content: Content, value: Any, read: int
     ],
 )
 def test_images_and_categories_are_checked(
-    content: Content, where: str, key: str, value: Any, words: str
+    content: Content, where: str, key: str, value: Any, message: str
 ) -> None:
     content[where][0][key] = value
     content["annotations"] = content["annotations"][2:]
     for entry in content["annotations"]:
         entry["category_id"] = 2
-    assert any(words in error.what and f"{where}[" in str(error) for error in
+    assert any(message in error.what and f"{where}[" in str(error) for error in
                checked(content).of(ERROR))  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def test_metrics_need_no_file_names_and_no_sizes(content: Content) -> None:
     }
 
 
-def test_ids_may_be_text_in_one_list_alone(content: Content) -> None:
+def test_ids_may_be_text_in_one_list_only(content: Content) -> None:
     """As the VIA annotation tool exports them."""
     for image in content["images"]:
         image["id"] = str(image["id"])
@@ -325,7 +325,7 @@ def test_several_errors_make_a_list(content: Content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("broken", "message"),
     [
         ([], "the lists images, annotations, categories are missing; it is a list.*swapped"),
         ("text", "not in COCO format"),
@@ -334,8 +334,8 @@ def test_several_errors_make_a_list(content: Content) -> None:
         ({"images": [], "annotations": {}, "categories": []}, "annotations are missing"),
     ],
 )
-def test_content_without_the_lists_is_refused(broken: Any, words: str) -> None:
-    with pytest.raises(DataError, match=f"a.json .*{words}"):
+def test_content_without_the_lists_is_refused(broken: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"a.json .*{message}"):
         validate(broken, "a.json")
 
 
@@ -369,16 +369,16 @@ ENCODINGS: list[tuple[Callable[[str], bytes], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("encode", "words"), ENCODINGS)
+@pytest.mark.parametrize(("encode", "message"), ENCODINGS)
 def test_encodings_of_files(
-    content: Content, tmp_path: Path, encode: Callable[[str], bytes], words: str
+    content: Content, tmp_path: Path, encode: Callable[[str], bytes], message: str
 ) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(encode(json.dumps(content, ensure_ascii=False)))
-    if not words:
+    if not message:
         assert read_json(path, "annotations") == content
         return
-    with pytest.raises(DataError, match=f"annotations .*a.json are .*{words}"):
+    with pytest.raises(DataError, match=f"annotations .*a.json are .*{message}"):
         read_json(path, "annotations")
 
 

@@ -69,9 +69,9 @@ def test_metrics_worked_out_by_hand(reference: bool) -> None:
         assert own[2] == own[3] == dict.fromkeys(CATEGORY_METRICS)
     assert (result.images, result.predictions, result.images_without_predictions) == (2, 2, 0)
     assert [(c.id, c.name, c.objects) for c in result.categories] == [
-        (1, "kind 1", 2),
-        (2, "kind 2", 0),
-        (3, "kind 3", 0),
+        (1, "class 1", 2),
+        (2, "class 2", 0),
+        (3, "class 3", 0),
     ]
 
 
@@ -113,7 +113,7 @@ def test_an_object_with_id_zero_can_be_found(reference: bool) -> None:
 
 @pytest.mark.parametrize("reference", BACKENDS)
 def test_area_of_a_detection_is_that_of_its_mask(reference: bool) -> None:
-    """An unmatched detection with a large box and a small mask hurts small objects alone."""
+    """An unmatched detection with a large box and a small mask lowers only mask APs."""
     truth = annotations([(1, 1, FIRST)])
     wrong = {**prediction(2, 1, FIRST, 0.9), "bbox": [0, 0, 110, 95]}
     result = evaluate(truth, [wrong, prediction(1, 1, FIRST, 0.5)], reference=reference)
@@ -122,7 +122,7 @@ def test_area_of_a_detection_is_that_of_its_mask(reference: bool) -> None:
 
 
 @pytest.mark.parametrize("reference", BACKENDS)
-def test_arguments_are_left_alone(reference: bool) -> None:
+def test_arguments_are_not_modified(reference: bool) -> None:
     truth = annotations([(1, 1, FIRST)], crowds=[(1, 1, SECOND)])
     found = [prediction(1, 1, FIRST, 0.9)]
     before = copy.deepcopy((truth, found))

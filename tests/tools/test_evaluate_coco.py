@@ -89,9 +89,9 @@ def test_bad_input_gets_one_message(call_tool, evaluation_files, tmp_path: Path)
         "score must be a finite number": [{**good[0], "score": None}],
         "swapped": {"images": [], "annotations": [], "categories": []},
     }
-    for words, predictions in cases.items():
+    for message, predictions in cases.items():
         status, text = evaluate(predictions)
-        assert status == 2 and words in text and "Traceback" not in text
+        assert status == 2 and message in text and "Traceback" not in text
         assert text.startswith("error: ") and str(bad) in text
     status, text = evaluate([])
     assert status == 0 and read(tmp_path)["bbox"]["AP"] == 0

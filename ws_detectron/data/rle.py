@@ -140,7 +140,7 @@ def _shape_problem(rle: Any, size: Optional[tuple[int, int]]) -> str:
         )
     sides = rle.get("size")
     if not isinstance(sides, list) or len(sides) != 2 or set(map(type, sides)) != {int}:
-        return f"size must be [height, width] in whole numbers, found {brief(sides)}"
+        return f"size must be [height, width] in integers, found {brief(sides)}"
     if size is not None and sides != [*size]:
         return f"size is {rle.get('size')}, but height and width of the image are {[*size]}"
     return ""

@@ -232,7 +232,7 @@ def _is_area(value: Any) -> bool:
     return (number := finite(value)) is not None and number >= 0
 
 
-def _whole(value: Any) -> Optional[int]:
+def _as_integer(value: Any) -> Optional[int]:
     """The integer for 96, 96.0, "96", "96.0" or True; None for anything else."""
     if isinstance(value, str):
         try:
@@ -255,7 +255,7 @@ class _Ids:
     def find(self, value: Any) -> Any:
         """The id that a reference means, text for a number allowed; None if there is none."""
         if type(value) is float:
-            value = _whole(value)
+            value = _as_integer(value)
         if type(value) not in (int, str):
             return None
         return value if value in self._known else self._by_text.get(str(value))
@@ -275,7 +275,7 @@ class _Validator:
     ) -> None:
         self._lists, self._name = lists, name
         self._load, self._train, self._masks = load, train, masks
-        self._polygons_alone = mask_format == "polygon"
+        self._polygons_only = mask_format == "polygon"
         self._found = Findings()
         self._sizes: dict[Any, Optional[tuple[int, int]]] = {}
         self._strings: list[tuple[int, str, int]] = []  # compressed RLEs: index, counts, pixels
@@ -301,7 +301,7 @@ class _Validator:
         images = []
         for image, where in self._with_ids("images"):
             given = [image.get(side) for side in ("height", "width")]
-            height, width = map(_whole, given)
+            height, width = map(_as_integer, given)
             if height and width and 0 < min(height, width) <= max(height, width) <= LONGEST_SIDE:
                 self._sizes[image["id"]] = (height, width)
                 if any(type(side) is not int for side in given):
@@ -342,11 +342,11 @@ class _Validator:
                 self._found.add(ERROR, f"{key} must be objects", where, entry)
                 continue
             own = entry.get("id")
-            if type(own) is float and _whole(own) is not None:
+            if type(own) is float and _as_integer(own) is not None:
                 self._found.add(
                     FIXED, f"ids of {key} are floats; converted to integers", where, own
                 )
-                entry = {**entry, "id": _whole(own)}
+                entry = {**entry, "id": _as_integer(own)}
             elif type(own) is not str and not (type(own) is int and abs(own) < 2**63):
                 what = f"{key} need an id: text or a 64-bit integer"
                 self._found.add(ERROR, what, where, own)
@@ -406,7 +406,7 @@ class _Validator:
     def _crowd(self, entry: dict[str, Any], fixes: dict[str, Any]) -> None:
         crowd = entry.get("iscrowd")
         if type(crowd) is not int or crowd not in (0, 1):
-            number = 0 if crowd is None else _whole(crowd)
+            number = 0 if crowd is None else _as_integer(crowd)
             if number not in (0, 1):
                 self._error("iscrowd must be 0 or 1", crowd)
                 return
@@ -474,7 +474,7 @@ class _Validator:
                 self._error("the RLE of the mask is malformed", problem[1])
         else:
             self._error("counts of the RLE must be a list or text", counts)
-        if self._polygons_alone and not crowd:
+        if self._polygons_only and not crowd:
             self._error("the mask is an RLE, but INPUT.MASK_FORMAT is polygon; set it to bitmask")
 
     def _polygons(self, mask: list[Any], fixes: dict[str, Any], size: tuple[int, int]) -> None:
