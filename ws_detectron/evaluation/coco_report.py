@@ -1,14 +1,18 @@
 """COCO metrics as text tables, as JSON and as CSV."""
 
-import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from tabulate import tabulate
 
-from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
+from ws_detectron.utils.io import (
+    check_folder,
+    csv_text,
+    refuse_overwrite,
+    write_json,
+    write_text,
+)
 
 from .coco_eval import CATEGORY_METRICS, COCO_METRICS, CocoResult
 
@@ -107,11 +111,8 @@ def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) ->
         UserError: a file cannot be written.
     """
     paths = _report_paths(folder)
-    with atomic_write(paths[0]) as file:
-        json.dump(as_dict(result, **about), file, indent=2)
-        file.write("\n")
-    with atomic_write(paths[1]) as file:
-        csv.writer(file, lineterminator="\n").writerows(_csv_rows(result))
+    write_json(paths[0], as_dict(result, **about), indent=2)
+    write_text(paths[1], csv_text(_csv_rows(result)))
     return paths
 
 

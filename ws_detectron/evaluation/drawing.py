@@ -21,6 +21,7 @@ from pycocotools import mask as mask_util
 from ws_detectron.data import check_files
 from ws_detectron.data.images import read_annotated
 from ws_detectron.data.rle import check_masks
+from ws_detectron.data.validate import as_rle
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
@@ -72,7 +73,8 @@ def annotated_objects(record: dict[str, Any], metadata: Metadata) -> Objects:
         crowd = annotation.get("iscrowd", 0)
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         objects.boxes.append(box)
-        objects.masks.append(_mask(annotation.get("segmentation"), *size))
+        mask = annotation.get("segmentation")
+        objects.masks.append(mask_util.decode(as_rle(mask, size)) if mask else None)
         objects.labels.append(class_name(metadata, category) + (" (crowd)" if crowd else ""))
         objects.colours.append(CROWD_COLOUR if crowd else class_colour(category))
     return objects
@@ -298,17 +300,6 @@ def by_image_id(
         if entry["score"] >= score_threshold:
             grouped[entry["image_id"]].append(entry)
     return grouped
-
-
-def _mask(segmentation: Any, height: int, width: int) -> Optional[np.ndarray]:
-    """Polygons or RLE as (height, width) uint8; None if there is no mask."""
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(segmentation, height, width)))
-    if isinstance(segmentation["counts"], list):
-        segmentation = mask_util.frPyObjects(segmentation, height, width)
-    return mask_util.decode(segmentation)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,5 @@
 """Draws predictions: beside ground truth on a data set, or on any images and videos."""
 
-import csv
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +12,14 @@ from detectron2.utils.file_io import PathManager
 from ws_detectron.data.images import read_rgb
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
-from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite, writing
+from ws_detectron.utils.io import (
+    check_folder,
+    csv_text,
+    refuse_overwrite,
+    write_json,
+    write_text,
+    writing,
+)
 
 from .coco_eval import choose_tasks
 from .coco_files import check_ids, load_annotations
@@ -129,16 +134,15 @@ def visualize_dataset(
     sheets = {"first": list(records), "best": ranked, "worst": worst}
     for name, image_ids in sheets.items():
         _write_sheet(output / f"{name}.png", image_ids, num_images, draw)
-    _write_image_ap(output / "image_ap.csv", ranked, scores, records)
+    rows = [(i, shown(records[i]["file_name"]), f"{scores[i]:.4f}") for i in ranked]
+    write_text(output / "image_ap.csv", csv_text([("image_id", "file_name", "AP"), *rows]))
 
     counts = count_errors(annotations, predictions, task, score_threshold)
     title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
     with writing(output):
         write_figure(draw_errors(counts, title), output / "errors")
-    errors = output / "errors.json"
-    with atomic_write(errors) as file:
-        about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
-        json.dump({**about, "counts": counts}, file, indent=2)
+    about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
+    write_json(output / "errors.json", {**about, "counts": counts}, indent=2)
     if each:
         for image_id, name in zip(records, names):
             picture = draw(image_id)
@@ -179,16 +183,6 @@ def _write_sheet(
             else f"{path.name}: no image has an object"
         )
     write_png(path, tile(pictures, columns=2))
-
-
-def _write_image_ap(
-    path: Path, ranked: Sequence[Any], scores: dict[Any, float], records: dict[Any, dict[str, Any]]
-) -> None:
-    with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image_id", "file_name", "AP"])
-        rows = ([i, shown(records[i]["file_name"]), f"{scores[i]:.4f}"] for i in ranked)
-        writer.writerows(rows)
 
 
 def visualize_inputs(
