@@ -37,9 +37,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all possible")
     parser.add_argument("--reference", action="store_true", help="use pycocotools, which is slower")
     parser.add_argument("--output", metavar="DIR", help="folder for the metrics")
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, help="GPUs (or CPU processes) per machine"
-    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs or processes per machine")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0)
     parser.add_argument("--dist-url", default="auto", help="init URL of torch.distributed")

@@ -29,9 +29,8 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default=None, help=f"default: {CONFIG}")
-    parser.add_argument("--output", default="output/quickstart", help="default: %(default)s")
-    parser.add_argument(  # the former name
-        "--output-dir", dest="output", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    parser.add_argument(  # --output-dir is the former name
+        "--output", "--output-dir", default="output/quickstart", help="default: %(default)s"
     )
     parser.add_argument("--resume", action="store_true", help="resume the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete that run and train again")

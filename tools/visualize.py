@@ -47,25 +47,13 @@ def main() -> None:
     parser.add_argument("--dataset", metavar="NAME", help="registered data set")
     parser.add_argument("--input", nargs="+", help="images, videos, folders, patterns")
     parser.add_argument("--output", required=True, type=Path, help="folder, or video file")
-    parser.add_argument(
-        "--confidence-threshold",
-        type=float,
-        default=0.5,
-        metavar="SCORE",
+    parser.add_argument(  # --score-threshold is the former name
+        "--confidence-threshold", "--score-threshold", type=float, default=0.5, metavar="SCORE",
         help="minimum score of drawn predictions; default: %(default)s",
-    )
+    )  # fmt: skip
     parser.add_argument("--num-images", type=int, default=8, help="per sheet; default: %(default)s")
-    parser.add_argument(
-        "--task", choices=TASKS, help="for AP and errors; default: segm if possible"
-    )
+    parser.add_argument("--task", choices=TASKS, help="to evaluate; default: segm if possible")
     parser.add_argument("--each", action="store_true", help="also draw every image separately")
-    parser.add_argument(  # the former name
-        "--score-threshold",
-        dest="confidence_threshold",
-        type=float,
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
     add_overrides(parser)
     args = parser.parse_args()
     if args.predictions and (args.input or not args.dataset):
