@@ -1,4 +1,4 @@
-"""COCO annotations and predictions of a few rectangles, to work figures out by hand."""
+"""COCO annotations and predictions of a few rectangles, to compute metrics by hand."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -46,7 +46,7 @@ def annotations(
             for n in range(1, images + 1)
         ],
         "annotations": entries,
-        "categories": [{"id": n, "name": f"kind {n}"} for n in range(1, categories + 1)],
+        "categories": [{"id": n, "name": f"class {n}"} for n in range(1, categories + 1)],
     }
 
 

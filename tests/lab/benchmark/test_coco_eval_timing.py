@@ -32,10 +32,10 @@ def test_differences_of_results_are_found() -> None:
     truth = annotations([(1, 1, BOX)])
     one = evaluate(truth, [prediction(1, 1, BOX, 0.9)])
     assert largest_difference(one, one) == 0
-    figures = {**one.figures, "bbox": {**one.figures["bbox"], "AP75": 99.5}}
-    assert largest_difference(one, replace(one, figures=figures)) == pytest.approx(0.5)
-    figures["bbox"] = {**one.figures["bbox"], "AP75": None}
-    assert largest_difference(one, replace(one, figures=figures)) == float("inf")
+    metrics = {**one.metrics, "bbox": {**one.metrics["bbox"], "AP75": 99.5}}
+    assert largest_difference(one, replace(one, metrics=metrics)) == pytest.approx(0.5)
+    metrics["bbox"] = {**one.metrics["bbox"], "AP75": None}
+    assert largest_difference(one, replace(one, metrics=metrics)) == float("inf")
     own = {1: {**one.per_category["segm"][1], "APs": 98.0}}
     by_category = {**one.per_category, "segm": {**one.per_category["segm"], **own}}
     assert largest_difference(one, replace(one, per_category=by_category)) == pytest.approx(2)

@@ -104,6 +104,6 @@ def largest_difference(one: CocoResult, other: CocoResult) -> float:
 
 
 def _groups(one: CocoResult, other: CocoResult) -> Iterator[tuple[dict, dict]]:
-    yield one.figures, other.figures
+    yield one.metrics, other.metrics
     for task, by_category in one.per_category.items():
         yield by_category, other.per_category[task]

@@ -1,9 +1,9 @@
-"""What is wrong with predictions, sorted into kinds.
+"""Types of detection errors, counted.
 
-The kinds are those of D. Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
-Errors", ECCV 2020, arXiv:2008.08115, section 2.2, decided in the order of the authors' code
-(github.com/dbolya/tide). TIDE weighs kinds by the AP that mending them would win; here they are
-counted, among predictions above a score.
+The types are those of D. Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
+Errors", ECCV 2020, arXiv:2008.08115, section 2.2, assigned in the order of the authors' code
+(github.com/dbolya/tide). TIDE weights a type by the AP gained by fixing it; this module counts the
+errors among predictions above a score threshold.
 """
 
 from collections import Counter, defaultdict
@@ -15,22 +15,19 @@ from matplotlib.figure import Figure
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from .coco_eval import Numbers, coco_truth
+from .coco_eval import IdMap, coco_truth
 
-FOREGROUND = 0.5  # IoU from which on a prediction has found an object; t_f in the paper
-BACKGROUND = 0.1  # IoU up to which it has nothing to do with one; t_b
+FOREGROUND = 0.5  # minimum IoU of a match; t_f in the paper
+BACKGROUND = 0.1  # maximum IoU of a prediction on background; t_b
 MAX_DETECTIONS = 100
 
 CORRECT, IGNORED = "correct", "ignored"
 MISSED, DUPLICATE, WRONG_CLASS = "missed", "duplicate", "wrong class"
-LOCALIZATION, BOTH, ON_BACKGROUND = (
-    "poor localization",
-    "wrong class and localization",
-    "background",
-)
+LOCALIZATION, BOTH = "poor localization", "wrong class and localization"
+ON_BACKGROUND = "background"
 ERRORS = {
-    MISSED: "objects that nothing found, not even in poor localization or as another class",
-    DUPLICATE: f"IoU of at least {FOREGROUND} with an object that a higher score has found",
+    MISSED: "objects without a correct, poorly localized or wrong-class prediction",
+    DUPLICATE: f"IoU of at least {FOREGROUND} with an object that a higher score has matched",
     WRONG_CLASS: f"IoU of at least {FOREGROUND} with an object of another class",
     LOCALIZATION: f"IoU of {BACKGROUND} to {FOREGROUND} with an object of the class",
     BOTH: f"IoU of {BACKGROUND} to {FOREGROUND} with an object of another class",
@@ -38,55 +35,55 @@ ERRORS = {
 }
 
 
-def sort_out(
+def classify_predictions(
     ious: np.ndarray, same_class: np.ndarray, on_crowd: np.ndarray
 ) -> tuple[list[str], np.ndarray]:
-    """The kind of each prediction for an image, and which objects were missed.
+    """The error type of each prediction for an image, and the missed objects.
 
-    A prediction is correct where it is on an object of its class that no higher score has found; of
-    those it takes the one with the highest IoU. The others are, in this order: ignored, where they
-    are on a crowd of their class; poor localization; wrong class; duplicate; background; both. An
-    object is missed where nothing found it and no prediction of poor localization or wrong class
-    has its highest IoU with it.
+    A prediction is correct if it has an IoU of at least `FOREGROUND` with an object of its class
+    that no higher score has matched; it matches the object with the highest IoU. The others are, in
+    this order: ignored, if they are on a crowd of their class; poor localization; wrong class;
+    duplicate; background; both. An object is missed if it is unmatched and no prediction of type
+    poor localization or wrong class has its highest IoU with it.
 
     Args:
-        ious: (D, G) of predictions, highest score first, and objects that are no crowds.
+        ious: (D, G) IoU of the predictions, highest score first, and the objects except crowds.
         same_class: (D, G) bool.
-        on_crowd: (D,) bool, whether a prediction lies on a crowd of its class.
+        on_crowd: (D,) bool, whether a prediction is on a crowd of its class.
 
     Returns:
-        D kinds, and (G,) bool.
+        D error types, `CORRECT` and `IGNORED` included, and (G,) bool, true for missed objects.
     """
     free = np.ones(ious.shape[1], dtype=bool)
     own, other = np.where(same_class, ious, 0.0), np.where(same_class, 0.0, ious)
-    kinds = []
+    types = []
     for overlaps in own:
         candidates = np.where(free, overlaps, 0.0)
         hit = bool(candidates.size) and candidates.max() >= FOREGROUND
         if hit:
             free[candidates.argmax()] = False
-        kinds.append(CORRECT if hit else "")
+        types.append(CORRECT if hit else "")
     touched = ~free
-    for number, kind in enumerate(kinds):
-        if kind:
+    for number, error_type in enumerate(types):
+        if error_type:
             continue
         best_own = own[number].max(initial=0.0)
         best_other = other[number].max(initial=0.0)
         if on_crowd[number]:
-            kinds[number] = IGNORED
+            types[number] = IGNORED
         elif BACKGROUND <= best_own < FOREGROUND:
-            kinds[number] = LOCALIZATION
+            types[number] = LOCALIZATION
             touched[own[number].argmax()] = True
         elif best_other >= FOREGROUND:
-            kinds[number] = WRONG_CLASS
+            types[number] = WRONG_CLASS
             touched[other[number].argmax()] = True
         elif best_own >= FOREGROUND:
-            kinds[number] = DUPLICATE
+            types[number] = DUPLICATE
         elif best_other <= BACKGROUND:
-            kinds[number] = ON_BACKGROUND
+            types[number] = ON_BACKGROUND
         else:
-            kinds[number] = BOTH
-    return kinds, ~touched
+            types[number] = BOTH
+    return types, ~touched
 
 
 def count_errors(
@@ -95,24 +92,24 @@ def count_errors(
     task: str,
     score_threshold: float,
 ) -> dict[str, int]:
-    """How many predictions are correct, and how many errors of each kind there are.
+    """Counts correct predictions and the errors of each type.
 
     Args:
-        annotations: of `load_annotations`.
-        predictions: of `load_predictions`, checked.
-        task: whether IoU is that of boxes ("bbox") or of masks ("segm").
-        score_threshold: predictions below it are left out, of the others the best
-            `MAX_DETECTIONS` of an image are taken.
+        annotations: as returned by `load_annotations`.
+        predictions: as returned by `load_predictions`, with ids and masks checked.
+        task: "bbox" for the IoU of boxes, "segm" for that of masks.
+        score_threshold: predictions below it are skipped; of the others, the best
+            `MAX_DETECTIONS` of an image are used.
 
     Returns:
-        `CORRECT`, then those of `ERRORS` in their order -> count.
+        `CORRECT`, then each of `ERRORS` in order -> count.
     """
-    numbers = Numbers.of(annotations)
-    truth = coco_truth(COCO, annotations, numbers, masks=task == "segm")
+    ids = IdMap.from_annotations(annotations)
+    truth = coco_truth(COCO, annotations, ids, masks=task == "segm")
     found: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in predictions:
         if entry["score"] >= score_threshold:
-            found[numbers.images[entry["image_id"]]].append(numbers.apply(entry))
+            found[ids.images[entry["image_id"]]].append(ids.renumber(entry))
 
     counts: Counter[str] = Counter()
     for image in truth.dataset["images"]:
@@ -120,16 +117,16 @@ def count_errors(
         crowds = [a for a in truth.imgToAnns[image["id"]] if a.get("iscrowd")]
         single = [a for a in truth.imgToAnns[image["id"]] if not a.get("iscrowd")]
         on_crowd = (_ious(best, crowds, task) > FOREGROUND) & _same_class(best, crowds)
-        kinds, missed = sort_out(
+        types, missed = classify_predictions(
             _ious(best, single, task), _same_class(best, single), on_crowd.any(axis=1)
         )
-        counts.update(kinds)
+        counts.update(types)
         counts[MISSED] += int(missed.sum())
-    return {kind: counts[kind] for kind in (CORRECT, *ERRORS)}
+    return {name: counts[name] for name in (CORRECT, *ERRORS)}
 
 
 def draw_errors(counts: dict[str, int], title: str) -> Figure:
-    """A bar for each kind of error, and one for what is correct, with their counts."""
+    """A bar chart of the counts: correct predictions and each error type."""
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     axes = figure.subplots()
     names = list(counts)
@@ -153,7 +150,7 @@ def draw_errors(counts: dict[str, int], title: str) -> Figure:
 def _ious(
     predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]], task: str
 ) -> np.ndarray:
-    """(D, G) of masks or boxes; of crowds, the share of the prediction that is on them."""
+    """(D, G) IoU of masks or boxes; for crowds, the fraction of the prediction on the crowd."""
     if not predictions or not objects:
         return np.zeros((len(predictions), len(objects)))
     crowd = [int(bool(annotation.get("iscrowd"))) for annotation in objects]

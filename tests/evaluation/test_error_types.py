@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from small_coco import annotations, prediction
 
-from ws_detectron.evaluation.error_kinds import (
+from ws_detectron.evaluation.error_types import (
     BOTH,
     CORRECT,
     DUPLICATE,
@@ -12,9 +12,9 @@ from ws_detectron.evaluation.error_kinds import (
     MISSED,
     ON_BACKGROUND,
     WRONG_CLASS,
+    classify_predictions,
     count_errors,
     draw_errors,
-    sort_out,
 )
 
 BOX = (10, 10, 20, 20)
@@ -43,11 +43,11 @@ FAR = (80, 60, 20, 20)
         ([(1, BOX, 0.9), (2, NEARLY, 0.8)], {CORRECT: 1, WRONG_CLASS: 1}),
     ],
 )
-def test_every_kind_is_recognized(task: str, found: list, expected: dict) -> None:
+def test_every_error_type_is_recognized(task: str, found: list, expected: dict) -> None:
     truth = annotations([(1, 1, BOX)], images=1)
     counts = count_errors(truth, [prediction(1, *entry) for entry in found], task, 0.5)
     assert list(counts) == [CORRECT, *ERRORS]
-    assert {kind: count for kind, count in counts.items() if count} == expected
+    assert {name: count for name, count in counts.items() if count} == expected
 
 
 def test_images_are_kept_apart_and_added_up() -> None:
@@ -66,17 +66,17 @@ def test_crowds_are_neither_missed_nor_errors() -> None:
 
 def test_a_prediction_takes_the_free_object_with_the_highest_iou() -> None:
     ious = np.array([[0.6, 0.9], [0.7, 0.8], [0.6, 0.6]])
-    kinds, missed = sort_out(ious, np.ones((3, 2), bool), np.zeros(3, bool))
-    assert kinds == [CORRECT, CORRECT, DUPLICATE] and not missed.any()
+    types, missed = classify_predictions(ious, np.ones((3, 2), bool), np.zeros(3, bool))
+    assert types == [CORRECT, CORRECT, DUPLICATE] and not missed.any()
 
 
 def test_thresholds_are_met_from_above() -> None:
     same, no_crowd = np.ones((1, 1), bool), np.zeros(1, bool)
-    for iou, kind in ((0.5, CORRECT), (0.4999, LOCALIZATION), (0.1, LOCALIZATION)):
-        assert sort_out(np.array([[iou]]), same, no_crowd)[0] == [kind]
-    assert sort_out(np.array([[0.0999]]), same, no_crowd)[0] == [ON_BACKGROUND]
-    assert sort_out(np.array([[0.1]]), ~same, no_crowd)[0] == [ON_BACKGROUND]
-    assert sort_out(np.array([[0.3]]), same, ~no_crowd)[0] == [IGNORED]
+    for iou, error_type in ((0.5, CORRECT), (0.4999, LOCALIZATION), (0.1, LOCALIZATION)):
+        assert classify_predictions(np.array([[iou]]), same, no_crowd)[0] == [error_type]
+    assert classify_predictions(np.array([[0.0999]]), same, no_crowd)[0] == [ON_BACKGROUND]
+    assert classify_predictions(np.array([[0.1]]), ~same, no_crowd)[0] == [ON_BACKGROUND]
+    assert classify_predictions(np.array([[0.3]]), same, ~no_crowd)[0] == [IGNORED]
 
 
 def test_at_most_100_predictions_of_an_image_are_taken() -> None:
@@ -87,7 +87,7 @@ def test_at_most_100_predictions_of_an_image_are_taken() -> None:
 
 
 def test_the_chart_shows_every_count() -> None:
-    counts = {kind: number for number, kind in enumerate((CORRECT, *ERRORS), start=1)}
+    counts = {name: number for number, name in enumerate((CORRECT, *ERRORS), start=1)}
     figure = draw_errors(counts, "title")
     [axes] = figure.axes
     assert [bar.get_width() for bar in axes.patches] == list(counts.values())
