@@ -112,7 +112,7 @@ seeds, none of a single one; that {held_out:,} images were drawn for the test le
 {error:.2f} points of standard error in an accuracy of {best:.1f} %, which all rows share in part.
 The time is the median of all training epochs, without validation, "compiled" with
 `--compile`; what runs at the same time on the machine changes it, so times of different rows are to
-be compared by `tools/benchmark.py classifier`, which measures in turns. The report is that of
+be compared by `tools/benchmark.py classifier`, interleaved. The report is that of
 Ehling and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
 
 {difference_text(cells)}

@@ -10,7 +10,7 @@ from typing import Any, Optional
 from tabulate import tabulate
 
 from ws_detectron.errors import UserError
-from ws_detectron.evaluation.coco_report import TITLES, UNDEFINED, figure
+from ws_detectron.evaluation.coco_report import TITLES, UNDEFINED, format_metric
 from ws_detectron.evaluation.comparison import differing_keys, duration, effort
 from ws_detectron.evaluation.curves import write_figure
 from ws_detectron.evaluation.runs import Run
@@ -219,12 +219,12 @@ def run_table(results: Sequence[RunResult]) -> str:
             [
                 run.name,
                 result.status,
-                *(figure(result.ap.get(task)) for task in tasks),
+                *(format_metric(result.ap.get(task)) for task in tasks),
                 f"{run.options['SOLVER.BASE_LR']:.4g}",
                 f"{iterations or 0} / {run.iterations}",
                 duration(seconds),
                 duration(result.state.seconds if result.state else None),
-                figure(per_image, 3),
+                format_metric(per_image, 3),
                 UNDEFINED if memory is None else f"{memory / 2**20:,.0f} MiB",
                 _plain("; ".join(result.notes)),
             ]
@@ -255,13 +255,13 @@ def _search_section(results: StudyResults) -> list[str]:
         run = result.run
         chosen = choices[run.variant, run.batch] == run.choice
         failed = result.status in (DIVERGED, FAILED)
-        reached = result.status if failed else figure(score(result))
+        reached = result.status if failed else format_metric(score(result))
         rows.append(
             [
                 run.variant,
                 str(run.batch),
                 *(str(run.choice[key]) for key in keys),
-                *(figure(result.ap.get(task)) for task in tasks),
+                *(format_metric(result.ap.get(task)) for task in tasks),
                 f"**{reached}**" if chosen else reached,
             ]
         )
