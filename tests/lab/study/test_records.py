@@ -311,17 +311,19 @@ def test_a_kill_between_writes_leaves_whole_records(
 
 def test_processes_that_record_at_once_wait_for_each_other(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\n"
+        "import sys, time\nfrom pathlib import Path\n"
         "from ws_detectron.lab.study.records import Record, RunState, add_records\n"
-        "for i in range(10):\n"
-        "    name = f'{sys.argv[2]}{i}'\n"
+        "folder, mine, other = Path(sys.argv[1]), *sys.argv[2:]\n"
+        "(folder / mine).touch()\n"
+        "while not (folder / other).exists(): time.sleep(0.001)\n"
+        "for i in range(20):\n"
         "    record = Record(RunState('finished', {'SEED': i}), [{'iteration': i}])\n"
-        "    add_records(Path(sys.argv[1]), 't', {name: record})\n"
+        "    add_records(folder, 't', {f'{mine}{i}': record})\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    writers = [subprocess.Popen([*command, name]) for name in "ab"]
+    writers = [subprocess.Popen([*command, *names]) for names in ("ab", "ba")]
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert read_records(tmp_path).keys() == {f"{name}{i}" for name in "ab" for i in range(10)}
+    assert read_records(tmp_path).keys() == {f"{name}{i}" for name in "ab" for i in range(20)}
 
 
 @pytest.mark.parametrize(
