@@ -10,6 +10,7 @@ from ws_detectron.errors import exit_on_user_error
 from ws_detectron.lab.study import (
     Options,
     commands,
+    draw_studies,
     read_study,
     read_study_results,
     report_study,
@@ -37,6 +38,11 @@ examples:
   python tools/run_study.py configs/studies/coco_8gpu.yaml --gpus 0 1 2 3 4 5 6 7
   python tools/run_study.py configs/studies/coco_8gpu.yaml --launcher slurm --seeds 1
 
+  # one figure of two studies, at their batches
+  python tools/run_study.py configs/studies/fashion_scenes_6400_1img.yaml \\
+      configs/studies/fashion_scenes_6400_8img.yaml --figure ap.png \\
+      --records results/batch_size_study_6400_1img results/batch_size_study_6400_8img
+
 Exit status 1 where a run failed or is missing; it is named, and the others are reported.
 """
 
@@ -45,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", help="a study file")
+    parser.add_argument("study", nargs="+", help="a study file; several with --figure")
     parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the study file's")
     parser.add_argument(
@@ -57,7 +63,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these")
     parser.add_argument(
-        "--records", metavar="DIR", type=Path,
+        "--records", metavar="DIR", type=Path, nargs="+", default=[],
         help="keep runs.jsonl and metrics.csv of finished runs here, and do not train them again",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
@@ -67,10 +73,19 @@ def main() -> None:
     parser.add_argument(
         "--report", metavar="DIR", type=Path, help="default: that of --records, else OUTPUT/report"
     )
+    parser.add_argument(
+        "--figure", metavar="PNG", type=Path,
+        help="only draw box AP of each variant, a panel per study and batch, from the records",
+    )  # fmt: skip
     parser.add_argument("--html", action="store_true", help="write report.html, one page, as well")
     args = parser.parse_args()
     with exit_on_user_error():
-        study = read_study(args.study)
+        if args.figure:
+            draw_studies(args.study, args.records, args.batches, args.figure)
+            return
+        if len(args.study) > 1 or len(args.records) > 1:
+            parser.error("one study at a time, with one folder of records; several with --figure")
+        study, records = read_study(args.study[0]), next(iter(args.records), None)
         if args.device:
             study = replace(study, device=args.device)
         options = Options(
@@ -81,16 +96,16 @@ def main() -> None:
             variants=args.variants,
             batches=args.batches,
             seeds=args.seeds,
-            records=args.records,
+            records=records,
         )
         if args.dry_run:
             print(*commands(study, options), sep="\n")
             return
         if args.report_only:
-            results = read_study_results(study, args.records)
+            results = read_study_results(study, records)
         else:
             results = run_study(study, options, _say)
-        folder = args.report or args.records or study.output / "report"
+        folder = args.report or records or study.output / "report"
         problems = report_study(results, folder, _say, page=args.html)
     if problems:
         print("missing or failed:", *problems, sep="\n  ", file=sys.stderr)

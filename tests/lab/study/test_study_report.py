@@ -16,11 +16,17 @@ from ws_detectron.errors import UserError
 from ws_detectron.lab.study import (
     Options,
     StudyResults,
+    draw_studies,
     read_study_results,
     run_study,
     write_report,
 )
-from ws_detectron.lab.study.figures import draw_ap_over_batch, draw_study_curves
+from ws_detectron.lab.study.figures import (
+    draw_ap_by_variant,
+    draw_ap_over_batch,
+    draw_batches,
+    draw_study_curves,
+)
 from ws_detectron.lab.study.report import as_page, problems_of, report_text, table
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
@@ -228,3 +234,28 @@ def test_what_a_log_says_is_no_markup(ran: StudyResults, tmp_path: Path) -> None
     assert row.rstrip(" |").endswith("FAILED: &lt;class 'x'&gt; &amp; a\\|b")
     assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "text", tmp_path)
     assert "h|1" not in table(["a"], [["h|1"]])
+
+
+def test_one_batch_is_drawn_by_variant(ran: StudyResults) -> None:
+    study = replace(ran.study, batches=(4,))
+    box, mask = draw_ap_by_variant(study, ran.runs).axes
+    assert [label.get_text() for label in box.get_yticklabels()] == ["BN", "GN"]
+    # the stand-in reaches 101 and 102 with its two seeds: t(0.975, 1) = 12.706, s = 0.7071
+    half = 12.7062 * 0.70711 / 2**0.5
+    seeds, interval, mean = box.lines[:3]
+    assert sorted(seeds.get_xdata()) == [101, 102] and list(mean.get_xdata()) == [101.5]
+    assert interval.get_xdata() == pytest.approx([101.5 - half, 101.5 + half], rel=1e-4)
+    assert box.get_xlabel() == "box AP, mean and 95% interval" and "mask" in mask.get_xlabel()
+
+
+def test_panels_of_several_studies(ran: StudyResults) -> None:
+    only_gn = replace(ran.study, variants=ran.study.variants[1:], batches=(4,))
+    figure = draw_batches([ran, replace(ran, study=only_gn)], batches=[4])
+    both, alone = figure.axes
+    assert "4 images per step\n" in both.get_title() and "images" in alone.get_title()
+    assert both.lines[3].get_color() == alone.lines[0].get_color() != both.lines[0].get_color()
+
+
+def test_figure_of_studies_is_drawn_from_their_records(ran: StudyResults, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 studies need as many --records; got 1"):
+        draw_studies(["a.yaml", "b.yaml"], [tmp_path], None, tmp_path / "figure.png")

@@ -3,7 +3,7 @@
 from .plan import StudyRun, search_runs, study_runs
 from .records import StudyResults
 from .report import write_report
-from .runner import Options, commands, read_study_results, report_study, run_study
+from .runner import Options, commands, draw_studies, read_study_results, report_study, run_study
 from .spec import Search, Study, Variant, read_study
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Study",
     "StudyResults",
     "commands",
+    "draw_studies",
     "read_study",
     "read_study_results",
     "report_study",

@@ -1,8 +1,8 @@
-"""AP over batch size, and learning curves of all variants at each batch."""
+"""AP over batch size or of each variant at one batch, and learning curves."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Optional
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from ws_detectron.evaluation.coco_report import TITLES
 from ws_detectron.evaluation.curves import line_style
 from ws_detectron.evaluation.runs import ap_key, series
+from ws_detectron.evaluation.statistics import LEVEL, mean_with_interval
 
-from .differences import summary
-from .records import FINISHED, RunResult, tasks_of
+from .differences import summary, values_of
+from .records import FINISHED, RunResult, StudyResults, tasks_of
 from .spec import Study
 
+VARIANTS = {"bn": "BN", "gn": "GN", "bn_ws": "BN+WS", "gn_ws": "GN+WS"}
 LEGEND_WIDTH = 1.7
 """Inches for a column of the legend: its line, and a name like bn_ws_decay."""
 
@@ -52,6 +54,79 @@ def draw_ap_over_batch(study: Study, results: Sequence[RunResult]) -> Figure:
         panel.set_ylabel(f"{TITLES[task]} AP (per cent)")
     _finish(figure, panels)
     return figure
+
+
+def draw_ap_by_variant(study: Study, results: Sequence[RunResult]) -> Figure:
+    """AP of each variant at a study's one batch: mean, 95 % interval, seeds; a panel per task."""
+    (batch,) = study.batches
+    tasks = tasks_of(results)
+    figure = Figure(
+        figsize=(1 + 4.2 * len(tasks), 1.2 + 0.45 * len(study.variants)), layout="constrained"
+    )
+    for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        _draw_variants(panel, study, results, batch, task, [v.name for v in study.variants])
+    return figure
+
+
+def draw_batches(
+    studies: Sequence[StudyResults], batches: Optional[Collection[int]] = None
+) -> Figure:
+    """Box AP of each variant as `draw_ap_by_variant` draws it; a panel per study and batch.
+
+    Args:
+        studies: in the order of the panels.
+        batches: of which panels are drawn; None for all.
+    """
+    shown = [
+        (results, batch)
+        for results in studies
+        for batch in sorted(results.study.batches)
+        if batches is None or batch in batches
+    ]
+    rows = max(len(results.study.variants) for results, _ in shown)
+    colours = [*dict.fromkeys(v.name for results, _ in shown for v in results.study.variants)]
+    figure = Figure(figsize=(1 + 4.2 * len(shown), 1.5 + 0.45 * rows), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False, sharex=True)[0]
+    for panel, (results, batch) in zip(panels, shown):
+        _draw_variants(panel, results.study, results.runs, batch, "bbox", colours)
+        unit = results.study.unit if batch > 1 else results.study.unit.replace("images", "image")
+        images = sorted({result.run.images for result in results.runs})
+        seen = " or ".join(f"{count:,}" for count in images)
+        panel.set_title(f"{batch} {unit}\n{seen} images", fontsize=10)
+    return figure
+
+
+def _draw_variants(
+    panel: Axes,
+    study: Study,
+    results: Sequence[RunResult],
+    batch: int,
+    task: str,
+    colours: Sequence[str],
+) -> None:
+    """A row for each variant, the first on top; `colours` names variants in their order."""
+    for row, variant in enumerate(study.variants):
+        values = [*values_of(results, variant.name, batch, task).values()]
+        reached = mean_with_interval(values)
+        if reached is None:
+            continue
+        colour = line_style(colours.index(variant.name))["color"]
+        panel.plot(values, [row] * len(values), "|", color=colour, markersize=9, alpha=0.7)
+        ends = (reached.low, reached.high)
+        low, high = (reached.mean if end is None else end for end in ends)
+        panel.plot([low, high], [row, row], color=colour, linewidth=5, alpha=0.25)
+        panel.plot(reached.mean, row, "o", color=colour, markersize=6)
+        panel.annotate(
+            f"{reached.mean:.1f}", (reached.mean, row), (0, 7), textcoords="offset points",
+            ha="center", fontsize=9,
+        )  # fmt: skip
+    names = [variant.name for variant in study.variants]
+    panel.set_yticks(range(len(names)), [VARIANTS.get(name, name) for name in names])
+    panel.set_ylim(len(names) - 0.4, -0.7)
+    panel.set_xlabel(f"{TITLES[task]} AP, mean and {LEVEL:.0%} interval")
+    panel.grid(True, axis="x", linewidth=0.4, color="0.8")
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
 
 
 def draw_study_curves(study: Study, results: Sequence[RunResult]) -> Figure:

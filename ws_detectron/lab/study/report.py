@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from ws_detectron.errors import UserError
@@ -25,16 +26,12 @@ from .differences import (
     summary,
     variant_difference,
 )
-from .figures import draw_ap_over_batch, draw_study_curves
+from .figures import draw_ap_by_variant, draw_ap_over_batch, draw_study_curves
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults, tasks_of
+from .spec import Study
 
 # Where two runs of one study differ without that being a setting of the variant
 NOT_SETTINGS = {"OUTPUT_DIR", "SEED"}
-
-FIGURES = {
-    "ap_over_batch.png": (draw_ap_over_batch, "AP of each variant over the batch"),
-    "learning_curves.png": (draw_study_curves, "Loss and AP of each variant over the images seen"),
-}
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -69,7 +66,7 @@ def write_report(results: StudyResults, folder: Path, *, page: bool = False) -> 
     try:
         figures = [
             write_figure(draw(results.study, results.runs), folder / name)
-            for name, (draw, _) in FIGURES.items()
+            for name, draw, _ in figures_of(results.study)
         ]
         paths = [folder / "report.md", *figures]
         write_text(paths[0], text)
@@ -79,6 +76,16 @@ def write_report(results: StudyResults, folder: Path, *, page: bool = False) -> 
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}") from error
     return paths
+
+
+def figures_of(study: Study) -> list[tuple[str, Callable[..., Figure], str]]:
+    """File name, how it is drawn, and caption."""
+    return [
+        ("ap_over_batch.png", draw_ap_over_batch, "AP of each variant over the batch")
+        if len(study.batches) > 1
+        else ("ap_by_variant.png", draw_ap_by_variant, "AP of each variant"),
+        ("learning_curves.png", draw_study_curves, "Loss and AP of each variant over images seen"),
+    ]
 
 
 def as_page(title: str, text: str, folder: Path) -> str:
@@ -108,7 +115,7 @@ def as_page(title: str, text: str, folder: Path) -> str:
 def report_text(results: StudyResults) -> str:
     """The report as Markdown."""
     study, runs = results.study, results.runs
-    images_of_figures = [f"![{caption}]({name})" for name, (_, caption) in FIGURES.items()]
+    images_of_figures = [f"![{caption}]({name})" for name, _, caption in figures_of(study)]
     parts = [f"# {study.title}", _what_was_run(results)]
     for verb, some in (("Measured", runs), ("Searched", results.search)):
         environments = _environments(some)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import IO, Any, Optional
 
 from ws_detectron.errors import UserError
+from ws_detectron.evaluation.curves import write_figure
 
 from .choice import choose
+from .figures import draw_batches
 from .local import run_locally, slots, study_lock
 from .plan import StudyRun, check_runs, search_runs, study_runs
 from .process import command, drop_checkpoints, shown
@@ -31,7 +33,7 @@ from .records import (
 )
 from .report import problems_of, write_report
 from .slurm import JOB, run_on_slurm
-from .spec import Study
+from .spec import Study, read_study
 
 Say = Callable[[str], None]
 
@@ -182,6 +184,33 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
     paths = write_report(results, folder, page=page)
     say(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
     return problems_of(results)
+
+
+def draw_studies(
+    files: Sequence[str], records: Sequence[Path], batches: Optional[Collection[int]], figure: Path
+) -> None:
+    """Draws box AP of each variant of several studies, see `draw_batches`.
+
+    Args:
+        files: study files.
+        records: a folder of records for each of them, or none at all.
+        batches: of which panels are drawn; None for all.
+        figure: a `.png` or `.svg`.
+
+    Raises:
+        UserError: another number of folders, no such batch, or the figure cannot be written.
+    """
+    if records and len(records) != len(files):
+        raise UserError(f"{len(files)} studies need as many --records; got {len(records)}")
+    folders: Sequence[Optional[Path]] = [*records] or [None] * len(files)
+    results = [read_study_results(read_study(f), r) for f, r in zip(files, folders)]
+    known = sorted({batch for result in results for batch in result.study.batches})
+    if batches is not None and not set(batches) <= set(known):
+        raise UserError(f"--batches has {[*batches]}; the studies have {known}")
+    try:
+        write_figure(draw_batches(results, batches), figure)
+    except OSError as error:
+        raise UserError(f"cannot write {figure}: {error.strerror}") from error
 
 
 def commands(study: Study, options: Options) -> list[str]:
