@@ -1,7 +1,7 @@
 import numpy as np
 
 from ws_detectron.lab.scenes.draws import Draws
-from ws_detectron.lab.scenes.textures import draw_texture
+from ws_detectron.lab.scenes.raster import draw_texture
 
 
 def test_textures_of_all_kinds_appear_and_fill_the_frame() -> None:
