@@ -21,7 +21,7 @@ from ws_detectron.lab.benchmark.detector_step import (
     measure_steps,
 )
 from ws_detectron.lab.benchmark.operation import measure_group_norm, measure_operation
-from ws_detectron.lab.fashion_mnist.variants import ARMS as CLASSIFIER_ARMS
+from ws_detectron.lab.fashion_mnist.training_settings import VARIANTS as CLASSIFIER_ARMS
 from ws_detectron.utils.command_line import refuse_options_without_effect
 from ws_detectron.utils.environment import environment
 

@@ -97,11 +97,14 @@ def test_truncated_file_is_named(raw_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a whole gzip file|not an idx file"),
-        (b"not gzip", "not a whole gzip file"),
-        (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8)))[:-9], "not a whole gzip file"),
+        (b"", "not a complete gzip file|not an idx file"),
+        (b"not gzip", "not a complete gzip file"),
+        (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8)))[:-9], "not a complete gzip file"),
         (gzip.compress(b"\0\0\x0d\x01" + bytes(8)), "not an idx file of unsigned bytes"),
-        (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8))[:-1]), "states .3, 4. .*holds 11"),
+        (
+            gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8))[:-1]),
+            "holds 11 values, but .* .3, 4.",
+        ),
         (gzip.compress(b"\0\0\x08\x03\0\0"), "ends within its header, after 6"),
     ],
     ids=["empty", "text", "cut short", "other type", "too few values", "header alone"],
