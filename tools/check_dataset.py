@@ -1,4 +1,4 @@
-"""Checks a COCO annotation file and its images, and says what is in them."""
+"""Checks a COCO annotation file and its images, and summarizes their content."""
 
 import argparse
 import sys
@@ -9,23 +9,23 @@ from typing import Any
 
 from ws_detectron.data.images import image_findings
 from ws_detectron.data.validate import ERROR, FIXED, WARNING, read_json, validate
-from ws_detectron.errors import brief, exit_on_user_error
+from ws_detectron.errors import exit_on_user_error, shown
 from ws_detectron.utils.environment import package_version
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
 EXAMPLES = """
 examples:
-  # the file alone; with its images, whose headers are read
+  # only the file; also its images, of which only the headers are read
   python tools/check_dataset.py instances.json
   python tools/check_dataset.py instances.json --images photos
 
-  # objects with boxes alone, whatever masks there are
+  # only boxes, ignoring masks
   python tools/check_dataset.py instances.json --task bbox
 
-  # a file with what can be fixed, and without the annotations that cannot
+  # write a fixed file, without the annotations that cannot be fixed
   python tools/check_dataset.py instances.json --output fixed.json
 
-Exit status 1 where the file or an image cannot be used. The rules are in docs/data.md; every tool
+Exit status 1 if the file or an image cannot be used. The rules are in docs/data.md; every tool
 applies them before it starts.
 """
 
@@ -37,9 +37,9 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="COCO annotations (JSON)")
     parser.add_argument("--images", metavar="FOLDER", type=Path, help="folder of the images")
     parser.add_argument(
-        "--task", choices=("bbox", "segm"), help="default: segm where an object has a mask"
+        "--task", choices=("bbox", "segm"), help="default: segm if any object has a mask"
     )
-    parser.add_argument("--output", metavar="JSON", type=Path, help="write a file that can be used")
+    parser.add_argument("--output", metavar="JSON", type=Path, help="write a fixed file")
     args = parser.parse_args()
     with exit_on_user_error():
         usable = check(args)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace) -> bool:
-    """Prints the report; whether everything can be used."""
+    """Prints the report; returns whether everything can be used."""
     if args.output:
         refuse_overwrite([args.output], [args.file])
     start = time.perf_counter()
@@ -80,20 +80,19 @@ def check(args: argparse.Namespace) -> bool:
         fixed = {**result.content, "annotations": kept}
         validate(fixed, str(args.output), train=True, masks=masks).usable(log=False)
         write_json(args.output, fixed, indent=None)
-        print(f"{args.output}: {len(kept)} annotations, {len(broken)} left out")
+        print(f"{args.output}: {len(kept)} annotations, {len(broken)} removed")
     return not any(finding.level == ERROR for finding in findings)
 
 
 def describe(content: dict[str, Any]) -> str:
-    """Counts of images, objects, masks and classes, several lines of text.
+    """The numbers of images, objects, masks and classes, as several lines of text.
 
     Args:
-        content: of a COCO file, checked; entries with errors are not counted where they lack
-            what is counted.
+        content: of a validated COCO file, without broken annotations.
     """
     objects = [a for a in content["annotations"] if not a.get("iscrowd")]
     crowds = len(content["annotations"]) - len(objects)
-    masks = Counter(_kind_of_mask(a.get("segmentation")) for a in objects)
+    masks = Counter(_mask_type(a.get("segmentation")) for a in objects)
     per_class = Counter(a["category_id"] for a in objects)
     used = {a["image_id"] for a in objects}
     # COCO's limits, https://cocodataset.org/#detection-eval
@@ -105,7 +104,7 @@ def describe(content: dict[str, Any]) -> str:
         (c.get("name", c["id"]), per_class[c["id"]])
         for c in sorted(content["categories"], key=lambda c: -per_class[c["id"]])
     ]
-    named = ", ".join(f"{brief(name)[1:-1]} {count}" for name, count in classes[:20])
+    named = ", ".join(f"{shown(name, 60)} {count}" for name, count in classes[:20])
     return "\n".join(
         (
             f"  images    {len(content['images'])}, {len(content['images']) - len(used)} of them "
@@ -118,7 +117,7 @@ def describe(content: dict[str, Any]) -> str:
     )
 
 
-def _kind_of_mask(mask: Any) -> str:
+def _mask_type(mask: Any) -> str:
     return "none" if not mask else "polygons" if isinstance(mask, list) else "RLE"
 
 

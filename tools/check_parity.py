@@ -1,7 +1,7 @@
-"""Runs mmdetection's, the WS authors', torchvision's and timm's models beside ours.
+"""Compares our models with those of mmdetection, the WS authors, torchvision and timm.
 
 Both get the same weights, through the converter, and the same COCO images; every layer and the
-final detections must agree. Exit status 1 if they do not.
+final detections must agree. The exit status is 1 if they do not.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from ws_detectron.errors import UserError, exit_on_user_error
 
 EXAMPLES = """examples:
-  # once: an environment of its own for mmdetection (6 GB; needs the package index only)
+  # once: a virtual environment with mmdetection (6 GB, from the package index)
   python tools/check_parity.py --make-environment parity-venv
 
   # the comparison, with DETECTRON2_DATASETS naming the folder that holds coco/
@@ -25,12 +25,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--make-environment", metavar="DIR", type=Path)
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("results/parity"))
-    parser.add_argument("--images", type=int, default=3, help="how many COCO val2017 images")
-    parser.add_argument("--short-side", type=int, default=256, help="of the images, pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument(
+        "--make-environment", metavar="DIR", type=Path, help="create the virtual environment"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("results/parity"),
+        help="folder of the report (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, default=3, help="number of COCO val2017 images")
+    parser.add_argument("--short-side", type=int, default=256, help="image size in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--only", default="", help="only models whose name contains this")
     return parser
 
 
@@ -44,7 +49,7 @@ def main() -> None:
     try:
         import mmdet  # noqa: F401
     except ImportError:
-        raise UserError("no mmdetection here; see --make-environment in --help") from None
+        raise UserError("mmdetection is not installed; see --make-environment in --help") from None
     from parity.detectors import CONFIGS, compare_detector
     from parity.images import load_images, resizing_difference
     from parity.report import all_hold, write_report

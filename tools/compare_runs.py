@@ -1,4 +1,4 @@
-"""Compares training runs: figures with differences to a baseline, configs, curves."""
+"""Compares training runs: metrics with differences to a baseline, configs, curves."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ EXAMPLES = """
 examples:
   python tools/compare_runs.py output/bn_1img output/gn_ws_1img --output comparison
 
-  # names of one's own; results of tools/evaluate_coco.py instead of run folders
+  # with custom names; results of tools/evaluate_coco.py instead of run folders
   python tools/compare_runs.py "BN=bn/coco_evaluation.json" "GN+WS=gn_ws/coco_evaluation.json"
 
 The first run is the baseline. Written: comparison.md, comparison.csv,
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def compare(arguments: list[str], output: Path) -> list[str]:
-    """Writes everything; returns what was missing or broken."""
+    """Writes tables and curves; returns what is missing or broken."""
     runs = read_runs(arguments)
     check_folder(output)
     outputs = [output / name for name in (*TABLES, *CURVES)]

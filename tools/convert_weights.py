@@ -1,6 +1,6 @@
-"""Converts weights of mmdetection, the WS authors, torchvision and timm for detectron2, and back.
+"""Converts weights of mmdetection, the WS authors, torchvision and timm to detectron2, and back.
 
-Nothing in the input file is executed. Every key is accounted for: an unexpected one is an error.
+Nothing in the input file is executed, and unexpected keys are errors.
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ws_detectron.checkpoint import convert_file, source_names, write_detectron2, write_mmdet
 from ws_detectron.errors import UserError, exit_on_user_error
-from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
+from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 
 EXAMPLES = """examples:
   # a mmdetection detector, then its AP (the published files have names: docs/weights.md)
@@ -32,21 +32,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("input", help="the file to convert")
     parser.add_argument("output", help="the file to write; .pth, or .pkl for detectron2")
     parser.add_argument(
-        "--source", choices=source_names(), default="auto", help="what the input is (default: auto)"
+        "--source",
+        choices=source_names(),
+        default="auto",
+        help="format of the input (default: auto)",
     )
-    parser.add_argument("--to", choices=("detectron2", "mmdet"), default="detectron2")
+    parser.add_argument(
+        "--to", choices=("detectron2", "mmdet"), default="detectron2", help="format of the output"
+    )
     ws = parser.add_mutually_exclusive_group()
-    ws.add_argument("--ws", action="store_true", default=None, help="it was trained with WS")
-    ws.add_argument("--no-ws", dest="ws", action="store_false", help="it was trained without")
+    ws.add_argument("--ws", action="store_true", default=None, help="trained with WS")
+    ws.add_argument("--no-ws", dest="ws", action="store_false", help="trained without WS")
     parser.add_argument(
         "--allow",
         nargs="+",
         default=[],
         metavar="KEY",
-        help="unexpected keys to leave out, or settings of its config to take care of yourself; "
-        "* stands for anything",
+        help="unexpected keys to leave out, or settings in its config that you set in yours; "
+        "* matches anything",
     )
-    parser.add_argument("--report", metavar="FILE", help="write what became of each key, as TSV")
+    parser.add_argument(
+        "--report", metavar="FILE", help="write a TSV table of what became of each key"
+    )
     return parser
 
 
@@ -69,8 +76,7 @@ def main() -> None:
         print(f"{ws}, norm {metadata.norm or 'not recorded'}, {metadata.preprocessing}")
     print(record.summary())
     if args.report:
-        with atomic_write(Path(args.report)) as file:
-            file.write(record.table())
+        write_text(args.report, record.table())
     print(f"wrote {args.output}")
 
 

@@ -1,4 +1,4 @@
-"""COCO figures for boxes and masks, of a checkpoint or of a results file."""
+"""Computes COCO metrics for boxes and masks, of a checkpoint or a results file."""
 
 import argparse
 from pathlib import Path
@@ -10,6 +10,7 @@ from ws_detectron.evaluation.coco_eval import TASKS, evaluate
 from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
 from ws_detectron.evaluation.coco_report import KEYPOINTS, as_text, check_reports, write_reports
 from ws_detectron.evaluation.evaluate import evaluate_in_process
+from ws_detectron.utils.command_line import add_overrides
 
 EXAMPLES = """
 examples:
@@ -21,8 +22,8 @@ examples:
   python tools/evaluate_coco.py --config-file output/config.yaml --num-gpus 2 \\
       MODEL.WEIGHTS output/model_final.pth
 
-coco_evaluation.json and coco_evaluation.csv are written beside the predictions, those of a
-checkpoint to OUTPUT_DIR/inference. Keypoints are evaluated by tools/train_net.py --eval-only.
+Writes coco_evaluation.json and coco_evaluation.csv beside the results file, or for a checkpoint to
+OUTPUT_DIR/inference. For keypoints use tools/train_net.py --eval-only.
 """
 
 
@@ -31,22 +32,22 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--predictions", metavar="JSON", help="COCO results file")
-    parser.add_argument("--annotations", metavar="JSON", help="COCO annotations for it")
+    parser.add_argument("--annotations", metavar="JSON", help="COCO annotations of its data set")
     parser.add_argument("--config-file", metavar="YAML", help="config of the checkpoint")
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all possible")
     parser.add_argument("--reference", action="store_true", help="use pycocotools, which is slower")
-    parser.add_argument("--output", metavar="DIR", help="folder of the reports")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
+    parser.add_argument("--output", metavar="DIR", help="folder for the metrics")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs or processes per machine")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--dist-url", default="auto", help="where processes meet")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    parser.add_argument("--dist-url", default="auto", help="init URL of torch.distributed")
+    add_overrides(parser)
     args = parser.parse_args()
     files = bool(args.predictions) + bool(args.annotations)
     if (files, bool(args.config_file)) not in ((2, False), (0, True)):
         parser.error("give both --predictions and --annotations, or --config-file")
     if files and args.opts:
-        parser.error(f"without --config-file there is nothing to override: {args.opts}")
+        parser.error(f"config overrides need --config-file: {' '.join(args.opts)}")
     with exit_on_user_error():
         evaluate_config(args) if args.config_file else evaluate_files(args)
 

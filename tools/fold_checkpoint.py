@@ -1,6 +1,6 @@
-"""Writes a trained GN+WS model for stock detectron2: folded weights, and a config to build it.
+"""Exports a trained GN+WS model to stock detectron2: folded weights, and a config to build it.
 
-Where they are used, ws_detectron need not be installed.
+Using them does not need ws_detectron.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import os
 from ws_detectron.engine import load_config
 from ws_detectron.engine.folding import write_folded
 from ws_detectron.errors import exit_on_user_error
+from ws_detectron.utils.command_line import add_overrides
 from ws_detectron.utils.io import refuse_overwrite
 
 EXAMPLES = """
@@ -28,8 +29,13 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="the config of the trained model")
-    parser.add_argument("--output", required=True, metavar="PTH", help="a .yaml is put beside it")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="PTH",
+        help="weights to write; the config is written beside them as .yaml",
+    )
+    add_overrides(parser)
     args = parser.parse_args()
     with exit_on_user_error():
         refuse_overwrite(

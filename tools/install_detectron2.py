@@ -1,10 +1,10 @@
-"""Installs detectron2 where there is none, as a pure-Python build of v0.5.
+"""Installs a pure-Python build of detectron2 v0.5 if no detectron2 is installed.
 
-An importable detectron2 >= 0.5 is used untouched. Otherwise the source distribution
-`detectron2-cdo==0.5` is downloaded through pip (your index settings hold) and checked against its
-sha256. It carries the Python files of detectron2 v0.5 but not the C++ ones, so it cannot be built
-as it is: the patches in `detectron2_build/patches.py` are applied, and a wheel of version
-0.5+purepy is built and installed. torch, torchvision, setuptools and wheel must be there before.
+An importable detectron2 >= 0.5 is left unchanged. Otherwise the source distribution
+`detectron2-cdo==0.5` is downloaded by pip (with your index settings) and its SHA-256 is checked.
+It contains the Python files of detectron2 v0.5 but not the C++ ones. So the patches in
+`detectron2_build/patches.py` are applied, and a wheel of version 0.5+purepy is built and
+installed. Install torch, torchvision, setuptools and wheel first.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from detectron2_build.wheel import (
     pack,
 )
 
-# Empty and relative entries of sys.path would let a folder called detectron2 in the current
-# directory (a clone of its repository, say) pass for the installed package.
+# Without empty and relative entries of sys.path, which would find a folder named detectron2 in the
+# current directory, such as a clone of its repository.
 PROBE = """
 import json, os, sys
 sys.path = [p for p in sys.path if os.path.isabs(p)]
@@ -49,17 +49,17 @@ else:
 
 
 class InstallError(Exception):
-    """What stops the installation; its message is all the user sees."""
+    """The installation failed; the user sees only the message."""
 
 
 def version_number(version: str) -> tuple[int, int]:
-    """The first two numbers of a version; `(0, 0)` where there are none."""
+    """The first two numbers of a version, `(0, 0)` if there are none."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def own_build() -> Optional[str]:
-    """METADATA of the installed detectron2 if this script built it, else None."""
+    """METADATA of the installed detectron2 if this script built it, otherwise None."""
     try:
         installed = importlib.metadata.distribution("detectron2")
     except importlib.metadata.PackageNotFoundError:
@@ -68,10 +68,10 @@ def own_build() -> Optional[str]:
 
 
 def find_detectron2() -> Optional[tuple[str, str]]:
-    """The version and folder of the importable detectron2, None where there is none.
+    """Version and folder of the installed detectron2, None if there is none.
 
     Raises:
-        InstallError: a detectron2 is there but cannot be imported or is older than 0.5.
+        InstallError: the installed detectron2 cannot be imported or is older than 0.5.
     """
     probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     remedy = "Repair it, or remove it with `python -m pip uninstall detectron2` and run this again."
@@ -88,7 +88,7 @@ def find_detectron2() -> Optional[tuple[str, str]]:
 
 
 def usable_detectron2() -> Optional[tuple[str, str]]:
-    """Like `find_detectron2`, but None also where a build of this script is to be made anew."""
+    """Like `find_detectron2`, but None also if a build of this script must be replaced."""
     build = own_build()
     if build is not None and fingerprint() not in build:
         print(f"detectron2 {VERSION} was built with other patches: building it again")
@@ -103,9 +103,10 @@ def usable_detectron2() -> Optional[tuple[str, str]]:
 
 
 def check_prerequisites() -> None:
-    """
+    """Checks what the build needs.
+
     Raises:
-        InstallError: a package needed to build is missing, or torch is too old.
+        InstallError: a package is missing, or torch is too old.
     """
     try:
         importlib.metadata.version("pip")
@@ -124,7 +125,7 @@ def check_prerequisites() -> None:
 
 
 def pip(*arguments: str, folder: Optional[Path] = None) -> None:
-    """Runs pip of this interpreter, or the pip in `folder`; its output goes to the terminal.
+    """Runs this interpreter's pip, or the one in `folder`, with output to the terminal.
 
     Raises:
         InstallError: pip failed.
@@ -140,8 +141,8 @@ def pip(*arguments: str, folder: Optional[Path] = None) -> None:
 
 def download(folder: Path) -> Path:
     """Downloads the source distribution into `folder` and returns its path."""
-    # With a hash in the requirement pip checks the file before it runs the setup.py in it, which
-    # `pip download` does to read the metadata. That setup.py imports torch, hence no isolation.
+    # `pip download` runs setup.py to read the metadata; with a hash in the requirement, it checks
+    # the file first. setup.py imports torch, so build isolation is off.
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n")
     older_pip = None
@@ -165,7 +166,7 @@ def build_and_install(wheel_dir: Optional[Path], constraint: Optional[Path]) -> 
     """Builds the wheel, keeps it in `wheel_dir` if given, and installs it.
 
     Args:
-        wheel_dir: where to keep the wheel, None to discard it.
+        wheel_dir: folder to keep the wheel in, None to discard it.
         constraint: pip constraints file for the dependencies.
     """
     check_prerequisites()
@@ -176,11 +177,11 @@ def build_and_install(wheel_dir: Optional[Path], constraint: Optional[Path]) -> 
         pack(tree, output)
         requirements = list(REQUIREMENTS)
         if importlib.util.find_spec("cv2") is None:
-            # Four distributions provide cv2; this one needs no libGL and works on servers.
+            # Of the four distributions with cv2, this one works without libGL, as on servers.
             requirements.append("opencv-python-headless")
         constraints = ["--constraint", str(constraint)] if constraint else []
         pip("install", *constraints, *requirements)
-        # Never from an index: nobody owns the name detectron2 there.
+        # Never from an index, where anyone could register the name detectron2.
         pip(
             *("install", "--no-deps", "--no-index", "--force-reinstall"),
             *("--find-links", str(output), f"detectron2=={VERSION}"),
@@ -201,7 +202,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         found = usable_detectron2()
         if found is not None:
-            print(f"using detectron2 {found[0]} at {found[1]}, untouched")
+            print(f"using detectron2 {found[0]} at {found[1]}, unchanged")
             return 0
         build_and_install(options.wheel_dir, options.constraint)
         version, folder = find_detectron2() or ("", "")

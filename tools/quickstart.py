@@ -1,6 +1,6 @@
-"""Trains a small GN+WS Mask R-CNN on drawn shapes, evaluates it and draws what it sees.
+"""Trains and evaluates a small GN+WS Mask R-CNN on drawn shapes, and draws its predictions.
 
-Needs no download, no GPU and five to ten minutes on two cores.
+Needs no download and no GPU; takes five to ten minutes on two cores.
 """
 
 import argparse
@@ -13,12 +13,13 @@ from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.drawing import draw_sheet
 from ws_detectron.evaluation.runs import read_run
 from ws_detectron.model_zoo import get_config_file
+from ws_detectron.utils.command_line import add_overrides
 
 CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
 EXAMPLES = r"""
 examples:
   python tools/quickstart.py
-  python tools/quickstart.py --output-dir /tmp/first_run \
+  python tools/quickstart.py --output /tmp/first_run \
       SOLVER.MAX_ITER 300 TEST.EXPECTED_RESULTS "[]"
 """
 
@@ -28,21 +29,23 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", default=None, help=f"default: {CONFIG}")
-    parser.add_argument("--output-dir", default="output/quickstart", help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="resume the run in the output folder")
-    parser.add_argument("--overwrite", action="store_true", help="delete it and train anew")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    parser.add_argument(  # --output-dir is the former name
+        "--output", "--output-dir", default="output/quickstart", help="default: %(default)s"
+    )
+    parser.add_argument("--resume", action="store_true", help="resume the run in --output")
+    parser.add_argument("--overwrite", action="store_true", help="delete that run and train again")
+    add_overrides(parser)
     args = parser.parse_args()
     args.config_file = args.config_file or get_config_file(CONFIG)
     args.eval_only = False
     with exit_on_user_error():
-        cfg = load_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output_dir])
+        cfg = load_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
         check_run(cfg, num_gpus=1, world_size=1, eval_only=False)
-        output = Path(args.output_dir)
+        output = Path(args.output)
         status = 0
         try:
             run(cfg, args)
-        except SystemExit as end:  # not TEST.EXPECTED_RESULTS: pictures may show why
+        except SystemExit as end:  # misses TEST.EXPECTED_RESULTS; pictures may show why
             status = int(end.code or 0)
         predictions = output / "inference" / "coco_instances_results.json"
         picture = output / "predictions.png"
@@ -50,14 +53,14 @@ def main() -> None:
     print(summary(output, picture))
     if status:
         print(
-            f"error: expected were (task, figure, value, tolerance) {cfg.TEST.EXPECTED_RESULTS}",
+            f"error: expected (task, metric, value, tolerance): {cfg.TEST.EXPECTED_RESULTS}",
             file=sys.stderr,
         )
         sys.exit(status)
 
 
 def summary(output: Path, picture: Path) -> str:
-    """What was reached and where everything is."""
+    """Final AP and the paths of all outputs."""
     final = [row for row in read_run(output, "quickstart").rows if "bbox/AP" in row][-1]
     return f"""
 GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} on the val scenes

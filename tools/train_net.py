@@ -5,6 +5,7 @@ from detectron2.engine import default_argument_parser
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, run, start
 from ws_detectron.errors import exit_on_user_error
+from ws_detectron.utils.command_line import add_overrides
 
 EXAMPLES = """
 examples:
@@ -38,6 +39,7 @@ def main() -> None:
         help="delete metrics, checkpoints and events of the run in OUTPUT_DIR and train anew; "
         "without this or --resume, a folder that holds a run is refused",
     )
+    add_overrides(parser, nargs=None)
     args = parser.parse_args()
     with exit_on_user_error():
         cfg = load_config(args.config_file, args.opts or [])

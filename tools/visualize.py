@@ -18,21 +18,22 @@ from ws_detectron.evaluation.evaluate import (
     set_up_logging,
 )
 from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
+from ws_detectron.utils.command_line import add_overrides
 from ws_detectron.utils.io import check_folder
 
 EXAMPLES = """
 examples:
-  # a results file beside ground truth: first, best and worst images, kinds of errors
+  # a results file beside ground truth: first, best and worst images, error types
   python tools/visualize.py --dataset coco_2017_val --output pictures \\
       --predictions output/inference/coco_instances_results.json
 
-  # the same with a checkpoint, on the first set of DATASETS.TEST
+  # the same with a checkpoint, on the first data set of DATASETS.TEST
   python tools/visualize.py --config-file output/config.yaml --output pictures \\
-      --opts MODEL.WEIGHTS output/model_final.pth
+      MODEL.WEIGHTS output/model_final.pth
 
   # any images and videos: files, folders, patterns
-  python tools/visualize.py --config-file output/config.yaml --input photos "clips/*.mp4" \\
-      --output pictures --opts MODEL.WEIGHTS output/model_final.pth MODEL.DEVICE cpu
+  python tools/visualize.py --config-file output/config.yaml --output pictures \\
+      --input photos "clips/*.mp4" --opts MODEL.WEIGHTS output/model_final.pth MODEL.DEVICE cpu
 """
 
 
@@ -42,21 +43,24 @@ def main() -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--predictions", metavar="JSON", help="COCO results file")
-    source.add_argument("--config-file", metavar="YAML", help="config of a checkpoint")
-    parser.add_argument("--dataset", metavar="NAME", help="a registered data set")
+    source.add_argument("--config-file", metavar="YAML", help="config of the checkpoint")
+    parser.add_argument("--dataset", metavar="NAME", help="registered data set")
     parser.add_argument("--input", nargs="+", help="images, videos, folders, patterns")
-    parser.add_argument("--output", required=True, type=Path, help="a folder, or a video")
-    parser.add_argument("--score-threshold", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--output", required=True, type=Path, help="folder, or video file")
+    parser.add_argument(  # --score-threshold is the former name
+        "--confidence-threshold", "--score-threshold", type=float, default=0.5, metavar="SCORE",
+        help="minimum score of drawn predictions; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--num-images", type=int, default=8, help="per sheet; default: %(default)s")
-    parser.add_argument("--task", choices=TASKS, help="of AP and errors; default: segm if possible")
-    parser.add_argument("--each", action="store_true", help="also a picture of every image")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
+    parser.add_argument("--task", choices=TASKS, help="to evaluate; default: segm if possible")
+    parser.add_argument("--each", action="store_true", help="also draw every image separately")
+    add_overrides(parser)
     args = parser.parse_args()
     if args.predictions and (args.input or not args.dataset):
         parser.error("--predictions needs --dataset; --input needs --config-file")
     set_up_logging()
     with exit_on_user_error():
-        check_options(args.score_threshold, args.num_images)  # before a model takes its time
+        check_options(args.confidence_threshold, args.num_images)  # before predicting
         print(draw_inputs(args) if args.input else draw_dataset(args))
 
 
@@ -70,13 +74,13 @@ def draw_dataset(args: argparse.Namespace) -> str:
         cfg = load_config(args.config_file, args.opts)
         args.dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
         if not args.dataset:
-            raise ConfigError("DATASETS.TEST is empty; name the data set to draw: --dataset NAME")
+            raise ConfigError("DATASETS.TEST is empty; choose a data set: --dataset NAME")
         predictions = predict_with_checkpoint(cfg, args.dataset, args.output)
     return visualize_dataset(
         args.dataset,
         predictions,
         args.output,
-        score_threshold=args.score_threshold,
+        score_threshold=args.confidence_threshold,
         num_images=args.num_images,
         each=args.each,
         task=args.task,
@@ -91,7 +95,7 @@ def draw_inputs(args: argparse.Namespace) -> str:
     metadata = classes_of(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
     predict = ImagePredictor(cfg, metadata)
     return visualize_inputs(
-        args.input, args.output, predict, metadata, score_threshold=args.score_threshold
+        args.input, args.output, predict, metadata, score_threshold=args.confidence_threshold
     )
 
 

@@ -1,7 +1,7 @@
-"""Says what is installed, what is missing or broken, and how to mend it.
+"""Reports what is installed, what is missing or broken, and how to fix it.
 
 Run as `python -m ws_detectron.doctor`. It must work where torch or detectron2 is missing or
-broken, so it imports nothing but the standard library before it looks.
+broken, so only the standard library is imported at module level.
 """
 
 import argparse
@@ -27,7 +27,7 @@ INSTALL_TORCH = "install matching torch and torchvision as https://pytorch.org/g
 class Finding:
     """One line of the report.
 
-    `remedy` marks a problem: training cannot work. `note` is advice that does not stop training.
+    `remedy` marks a problem that prevents training; `note` is advice.
     """
 
     subject: str
@@ -109,13 +109,12 @@ def check_detectron2() -> Iterator[Finding]:
         return
     version = str(getattr(detectron2, "__version__", "unknown version"))
     file = getattr(detectron2, "__file__", None)  # a clone in the current folder has none
-    place = os.path.dirname(file) if file else "a folder without __init__.py"
-    found = f"{version} at {place}"
+    folder = os.path.dirname(file) if file else "a folder without __init__.py"
+    found = f"{version} at {folder}"
     if not (0, 5) <= _number(version):
         yield Finding("detectron2", f"{found}, needs 0.5 or newer", INSTALL_DETECTRON2)
         return
-    # `import detectron2` alone loads almost nothing; what breaks with a new torch, NumPy or
-    # Pillow breaks in these.
+    # `import detectron2` loads almost nothing; a mismatch with torch, NumPy or Pillow shows here.
     for name in ("detectron2.modeling", "detectron2.engine", "detectron2.evaluation"):
         _, problem = _import(name, f"it does not fit torch, NumPy or Pillow: {INSTALL_DETECTRON2}")
         if problem is not None:
@@ -160,7 +159,7 @@ def check_libraries() -> Iterator[Finding]:
 
 
 def check_package() -> Iterator[Finding]:
-    remedy = "mend the problems above, then run `pip install -e .` in the repository"
+    remedy = "fix the problems above, then run `pip install -e .` in the repository"
     for name in ("ws_detectron.modeling", "ws_detectron.config", "ws_detectron.model_zoo"):
         module, problem = _import(name, remedy)
         if problem is not None:
@@ -214,25 +213,25 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 def examine(
     checks: Sequence[Callable[[], Iterator[Finding]]] = CHECKS,
 ) -> Iterator[Finding]:
-    """Runs the checks; one that fails in itself becomes a problem, and the next one runs."""
+    """Runs the checks; an exception in one becomes a problem, and the next one runs."""
     for check in checks:
         try:
             yield from check()
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-            yield Finding(check.__name__, f"{_describe(error)} ({place})", "see the message")
+            location = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+            yield Finding(check.__name__, f"{_describe(error)} ({location})", "see the message")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Prints the report.
 
     Returns:
-        the exit status: 1 if training cannot work, 0 otherwise.
+        The exit status: 1 if training cannot work, 0 otherwise.
     """
     parser = argparse.ArgumentParser(
         prog="python -m ws_detectron.doctor",
-        description="Says what is installed, what is missing or broken, and how to mend it. "
+        description="Reports what is installed, what is missing or broken, and how to fix it. "
         "The exit status is 1 if training cannot work.",
         epilog="example: DETECTRON2_DATASETS=~/datasets python -m ws_detectron.doctor",
     )
@@ -253,7 +252,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def _import(name: str, remedy: str) -> tuple[Any, Optional[Finding]]:
-    """The module, or the problem that importing it meets."""
+    """The module, or None and the problem with importing it."""
     try:
         return importlib.import_module(name), None
     except ModuleNotFoundError as error:

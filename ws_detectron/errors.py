@@ -1,24 +1,19 @@
-"""The exception whose message is meant for the person at the keyboard."""
+"""Exceptions with one clear message for the user, and how tools and libraries turn into them."""
 
 import errno
-import reprlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxtuple = 5
-_SHORT.maxlevel = 3
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+from typing import Optional
 
 
 def shown(text: object, limit: Optional[int] = None) -> str:
-    """Text of a file as it can be shown: on a terminal, control characters could do anything.
+    """Text from a file, safe to print: control characters could do anything to a terminal.
 
     Args:
-        text: is turned into a string; all but printable characters and line feeds are escaped.
-        limit: of characters; None for none.
+        text: converted to a string; all but printable characters and line feeds are escaped. Pass
+            `repr(value)` for a value whose type matters to the reader.
+        limit: maximum number of characters to show; None for no limit.
     """
     text = str(text)
     if limit is not None and len(text) > limit:
@@ -31,59 +26,58 @@ def shown(text: object, limit: Optional[int] = None) -> str:
 class UserError(Exception):
     """A mistake that the user can fix.
 
-    Its message stands alone: it names the config key or file, what was found there and what is
-    allowed. The command-line tools print it without a traceback and end with `exit_status`. Text
-    from files in it is escaped, see `shown`.
+    The message is complete: it names the config key or file, what was found there and what is
+    allowed. The command-line tools print it without a traceback and exit with `exit_status`.
+    Control characters in it are escaped, see `shown`.
     """
 
-    exit_status = 2  # argparse's own for a wrong command line
+    exit_status = 2  # as argparse for a wrong command line
 
     def __str__(self) -> str:
         return shown(super().__str__())
 
 
 class ConfigError(UserError, ValueError):
-    """A config key whose value cannot work.
+    """A config key has a value that is not allowed.
 
-    Also a `ValueError`, which is what callers that know nothing of this package expect.
+    Also a `ValueError`, for callers that do not know this package.
     """
 
 
 class DivergedError(UserError):
-    """A training whose loss became infinite or NaN, as it would again on any machine."""
+    """The loss of a training became infinite or NaN; running it again would not help."""
 
     exit_status = 3
 
 
 class DataError(UserError):
-    """An image or annotation that cannot be read; names the file."""
+    """An image or annotation cannot be read; names the file."""
 
     def __str__(self) -> str:
-        # A data-loading worker hands its error over as text with the traceback before it.
+        # A data-loading worker passes its error on as text, after the traceback.
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
-def brief(value: Any) -> str:
-    """A value that comes from a file, for a message: escaped and shortened."""
-    return _SHORT.repr(value)
+class WeightsError(UserError):
+    """A weight file cannot be read, is refused, or does not fit the model."""
 
 
 class WriteError(UserError, OSError):
-    """A file that cannot be written, as on a full disk or in a read-only folder."""
+    """A file cannot be written, for example on a full disk or in a read-only folder."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # an OSError shows its number
+        return str(self.args[0])  # without the errno that OSError prepends
 
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def find_user_error(error: BaseException) -> Optional[UserError]:
-    """The user error behind an exception, if there is one.
+    """The user error that explains an exception, or None.
 
-    That is the exception itself, or a full or read-only disk in what led to it: torch raises a
-    `RuntimeError` where its file takes no more bytes, and hooks that write at the end of a training
-    raise errors of their own after the first.
+    It is the exception itself, or a full or read-only disk among its causes: torch raises a
+    `RuntimeError` on a full disk, and hooks that write at the end of a training raise further
+    errors after the first.
     """
     if isinstance(error, UserError):
         return error
@@ -94,7 +88,7 @@ def find_user_error(error: BaseException) -> Optional[UserError]:
 
 
 def find_disk_error(error: Optional[BaseException]) -> Optional[OSError]:
-    """A full or read-only disk in an exception or in what led to it."""
+    """The error of a full or read-only disk among an exception and its causes, or None."""
     while error is not None:
         if isinstance(error, WriteError):
             return error
@@ -105,7 +99,7 @@ def find_disk_error(error: Optional[BaseException]) -> Optional[OSError]:
 
 
 def write_error(error: OSError, path: object) -> WriteError:
-    """The error of a file that cannot be written, from that of the system."""
+    """Converts the system's error on writing `path`, empty if unknown, into a `WriteError`."""
     if isinstance(error, WriteError):
         return error
     reason = error.strerror or str(error)
@@ -120,9 +114,9 @@ def write_error(error: OSError, path: object) -> WriteError:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the process with one message and a status when the body raises a `UserError`.
+    """Exits with one message and a status when the body raises a `UserError`.
 
-    A full or read-only disk is one, whatever the library that meets it.
+    A full or read-only disk counts as one, whichever library reports it.
     """
     try:
         yield
@@ -134,15 +128,8 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(known.exit_status)
 
 
-class WeightsError(UserError):
-    """A weight file that cannot be read, is not allowed, or does not fit.
-
-    The message names the file, what was found in it and what would be right.
-    """
-
-
 def list_some(items: list[str], limit: int = 6) -> str:
-    """Joins the first `limit` items, cut to a line, for a message and counts the rest."""
+    """For a message: the first `limit` items, each shortened, and the number of the others."""
     rest = len(items) - limit
     first = ", ".join(shown(item, 100) for item in items[:limit])
     return first + (f" and {rest} more" if rest > 0 else "")

@@ -27,7 +27,7 @@ from ws_detectron.checkpoint import (
     write_detectron2,
 )
 from ws_detectron.layers import WSConv2d
-from ws_detectron.modeling import fold_ws
+from ws_detectron.modeling import REGISTRATIONS, fold_ws
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_saved_file_says_what_it_needs(ws_model: nn.Module, ws_file: Path) -> No
     assert metadata["norm"] == "GN"
     assert metadata["gn_groups"] == 32
     assert metadata["preprocessing"]["input_format"] == "RGB"
-    # R-18 has no bottlenecks, so the key has no meaning
+    # R-18 has no bottlenecks, so the key does not apply
     assert metadata["stride_in_1x1"] is None
 
 
@@ -105,6 +105,7 @@ def test_plain_weights_in_a_ws_model(ws_model: nn.Module, plain_file: Path) -> N
 def test_ws_weights_in_a_plain_model(plain_model: nn.Module, ws_file: Path) -> None:
     message = refusal(plain_model, ws_file)
     assert "29 convs were trained with WS and are plain in the model" in message
+    assert all(row.key in message for row in REGISTRATIONS)
 
 
 def test_ws_weights_are_folded_on_request(
@@ -216,8 +217,8 @@ def test_bn_weights_in_a_gn_model_and_back(
 ) -> None:
     bn_model = small_model(ws=False, norm="BN")
     bn_file = saved(bn_model, tmp_path)
-    assert "model with BN" in refusal(plain_model, bn_file)
-    assert "model with GN" in refusal(bn_model, plain_file)
+    assert "the file has BN statistics" in refusal(plain_model, bn_file)
+    assert "were trained with GN" in refusal(bn_model, plain_file)
 
 
 def test_nan_weights(ws_model: nn.Module, ws_file: Path) -> None:
@@ -385,7 +386,7 @@ def test_detector_of_another_library(
     content = {"model": {f"module.{key}": value for key, value in state.items()}}
     torch.save(content if wrapped else state, tmp_path / "x.pth")
     message = refusal(plain_model, tmp_path / "x.pth")
-    assert f"x.pth is a {library.split()[0]} detector (told from its key" in message
+    assert f"x.pth is a {library.split()[0]} detector (recognized by its key" in message
 
 
 def test_names_of_other_libraries_are_allowed_where_the_model_has_them(tmp_path: Path) -> None:
@@ -421,7 +422,7 @@ def test_whole_model_is_needed_on_request(
     with pytest.raises(WeightsError) as caught:
         WSCheckpointer(copy.deepcopy(plain_model), whole=True).load(str(plain_file))
     message = str(caught.value)
-    assert "not a checkpoint of the whole model" in message and "\n" not in message
+    assert "does not contain the whole model" in message and "\n" not in message
     assert all(part in message for part in parts), message
 
 
@@ -448,7 +449,7 @@ def test_resume_with_other_classes_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         other.resume_or_load("", resume=True)
     message = str(caught.value)
-    assert f"{tmp_path}/model_0000004.pth is not a checkpoint of the whole model" in message
+    assert f"{tmp_path}/model_0000004.pth does not contain the whole model" in message
     assert "box_predictor.cls_score.weight is (81, 32) in the file and (5, 32) in the" in message
     assert "(check MODEL.ROI_HEADS.NUM_CLASSES)" in message
     other.resume_or_load(str(tmp_path / "model_0000004.pth"), resume=False)  # fine-tuning may
@@ -459,7 +460,7 @@ def test_resume_with_other_classes_names_the_key(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b" \n", "is empty"),
-        (b"model_0000009.pth", "names 'model_0000009.pth', which is not there"),
+        (b"model_0000009.pth", "names 'model_0000009.pth', which does not exist"),
         (b"\xff\x00\x1b[2J", "names "),
         (b"../", "names '../'"),
     ],

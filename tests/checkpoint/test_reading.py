@@ -1,4 +1,4 @@
-"""Hostile and broken files: each must be refused with its name, and run nothing."""
+"""Hostile and broken files: each is refused by name, and runs nothing."""
 
 import collections
 import os
@@ -112,7 +112,7 @@ def test_structured_dtype_is_refused(tmp_path: Path) -> None:
 
 def test_forged_dtype_state_is_refused(tmp_path: Path) -> None:
     class Forged:
-        """dtype('f4') whose state claims fields."""
+        """dtype('f4') with fields in its state."""
 
         def __reduce__(self) -> tuple[Any, ...]:
             state = (3, "<", None, ("a",), {"a": 1}, 4, 1, 0)
@@ -132,7 +132,7 @@ def test_array_shape_beyond_its_bytes(tmp_path: Path) -> None:
 
 
 def test_small_files_that_expand_or_lie(tmp_path: Path) -> None:
-    """In a process that may take 5 seconds and 256 MB: loaded by torch, many end in none."""
+    """In a process limited to 5 seconds and 256 MB, which torch exceeds on many of them."""
     files = all_files()
     paths = {}
     for number, (name, content) in enumerate(files.items()):
@@ -275,7 +275,7 @@ def test_finite_check_of_an_expanded_tensor_takes_its_memory_only() -> None:
 
 
 def test_huge_memo_index_takes_no_memory(tmp_path: Path) -> None:
-    # LONG_BINPUT: the C unpickler reserves room for 2^31 entries here.
+    # LONG_BINPUT: the C unpickler would allocate 2^31 entries here.
     path = tmp_path / "weights.pkl"
     path.write_bytes(b"\x80\x02}r" + struct.pack("<I", 2**31 - 1) + b".")
     assert read_weight_file(path) == {}

@@ -1,4 +1,4 @@
-"""State dicts with full shapes that take no room, and small models of every kind."""
+"""State dicts with full shapes that need little memory, and small models."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def torchvision_keys(architecture: ResNetArchitecture, letters: str) -> dict[str
 
 
 def as_state(keys: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Tensors of these shapes; each has a value of its own."""
+    """Tensors of these shapes, each with a different value."""
     return {key: constant(1 + i, shape) for i, (key, shape) in enumerate(keys.items())}
 
 

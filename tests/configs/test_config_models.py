@@ -5,20 +5,13 @@ from collections import Counter
 import pytest
 from detectron2.layers import FrozenBatchNorm2d
 from fvcore.nn.precise_bn import get_bn_modules
-from leaves import BACKBONES, LEAVES, Name, build
+from leaves import BACKBONES, LEAVES, VARIANTS, Name, build
 from torch import nn
 
 from ws_detectron import WSConv2d
 from ws_detectron.layers import GroupNorm
 
-NORM_CLASSES = {
-    "bn": nn.BatchNorm2d,
-    "bn_ws": nn.BatchNorm2d,
-    "sync_bn": nn.SyncBatchNorm,
-    "frozen_bn": FrozenBatchNorm2d,
-    "gn": nn.GroupNorm,
-    "gn_ws": GroupNorm,  # of the WS builders
-}
+NORM_CLASSES = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm, "FrozenBN": FrozenBatchNorm2d}
 FROZEN_STAGES = {"backbone.bottom_up.stem", "backbone.bottom_up.res2"}
 # What no norm follows, and what WS must therefore leave alone.
 RPN_CONVS = {
@@ -70,7 +63,7 @@ def test_ws_is_on_every_conv_before_a_norm_and_on_no_other(leaf: str) -> None:
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if not Name.parse(leaf).ws])
-def test_plain_arms_have_no_ws(leaf: str) -> None:
+def test_leaves_without_ws_have_no_ws_conv(leaf: str) -> None:
     assert not convs_of(build(leaf), standardized=True)
 
 
@@ -94,7 +87,7 @@ def test_norms_of_the_towers_are_gn_behind_each_conv_or_none(leaf: str) -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_norm_layers_are_those_of_the_arm(leaf: str) -> None:
+def test_norm_layers_are_those_of_the_variant(leaf: str) -> None:
     name = Name.parse(leaf)
     norms = {
         path: module
@@ -105,15 +98,17 @@ def test_norm_layers_are_those_of_the_arm(leaf: str) -> None:
     assert in_backbone == BACKBONES[name.backbone][3]
     elsewhere = HEAD_CONVS[name.detector] + FPN_CONVS[name.detector]
     elsewhere += SEM_SEG_CONVS.get(name.detector, 0)
-    assert len(norms) - in_backbone == (0 if name.arm == "frozen_bn" else elsewhere)
+    variant = VARIANTS[name.variant]
+    assert len(norms) - in_backbone == (elsewhere if variant.elsewhere else 0)
+    group_norm = GroupNorm if name.ws else nn.GroupNorm  # the WS builders have their own
     for path, module in norms.items():
-        expected = NORM_CLASSES[name.arm]
+        expected = NORM_CLASSES.get(variant.backbone, group_norm)
         frozen = name.weights and path.startswith(tuple(FROZEN_STAGES))
         if frozen and issubclass(expected, nn.modules.batchnorm._BatchNorm):
             expected = FrozenBatchNorm2d  # how detectron2 freezes BN
         assert type(module) is expected, path
         if isinstance(module, nn.GroupNorm):
-            assert module.num_groups == 32, path
+            assert module.num_groups == variant.keys.get("MODEL.WS.GN_GROUPS", 32), path
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -128,7 +123,7 @@ def test_frozen_are_stem_and_res2_or_nothing(leaf: str) -> None:
 
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_precise_bn_acts_on_trained_bn_only(leaf: str) -> None:
-    trains_bn = Name.parse(leaf).arm in ("bn", "bn_ws", "sync_bn")
+    trains_bn = VARIANTS[Name.parse(leaf).variant].backbone in ("BN", "SyncBN")
     assert bool(get_bn_modules(build(leaf))) == trains_bn
 
 

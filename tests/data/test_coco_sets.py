@@ -1,4 +1,4 @@
-"""Data sets of one's own, registered by a config."""
+"""Custom data sets, registered by a config."""
 
 import json
 import math
@@ -201,7 +201,7 @@ def test_left_and_right_are_exchanged(one: str, other: str) -> None:
         (with_keypoints(ENDS, keypoints=[1, 2, 2, 4, math.nan, 1]), "annotation 5 is .*nan"),
         ({**with_keypoints(ENDS), "annotations": ["mine"]}, "annotation mine is None; allowed"),
         (with_keypoints(ENDS, num_keypoints="missing"), "annotation 5 has no `num_keypoints`"),
-        (with_keypoints(ENDS, keypoints=[0] * 6), "no annotation has a keypoint with v > 0"),
+        (with_keypoints(ENDS, keypoints=[0] * 6), "no annotation has a labelled keypoint"),
         ([], "cannot read the keypoints"),
         ({"categories": [3]}, "cannot read the keypoints"),
         ({}, "cannot read the keypoints .*KeyError"),

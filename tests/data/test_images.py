@@ -1,4 +1,4 @@
-"""Images of every kind, made with other libraries than the one that reads them, or by hand."""
+"""Images in many formats, written by hand or by other libraries than the one that reads them."""
 
 import logging
 import os
@@ -81,7 +81,7 @@ def test_of_several_frames_the_first_is_read_and_that_is_said_once(
         for name in ("pages.tif", "frames.png"):
             np.testing.assert_array_equal(read_rgb(tmp_path / name), COLOUR)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'pages.tif'} has 3 frames or pages; of each file the first is used"
+        f"{tmp_path / 'pages.tif'} has 3 frames or pages; the first of each file is used"
     ]
 
 
@@ -94,14 +94,14 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-100])
     (tmp_path / "\x1b[31mred\n.png").touch()
     reasons = {
-        "empty.png": "it is empty or no image",
-        "text.jpg": "it is empty or no image",
+        "empty.png": "it is empty or not an image",
+        "text.jpg": "it is empty or not an image",
         "folder.png": "not a regular file",
         "pipe.png": "not a regular file",
         "cut.jpg": "runcated",
         "none.jpg": "No such file",
         "a\0b.png": "null byte",
-        "\x1b[31mred\n.png": "it is empty or no image",
+        "\x1b[31mred\n.png": "it is empty or not an image",
     }
     for name, reason in reasons.items():
         with pytest.raises(DataError, match=reason) as caught:
@@ -132,7 +132,7 @@ def test_the_size_is_that_of_the_record(tmp_path: Path) -> None:
     Image.fromarray(COLOUR).save(path, exif=exif)  # stored as 64 x 48, seen as 48 x 64
     assert read_annotated({"file_name": path, "width": 48, "height": 64}).shape == (64, 48, 3)
     assert read_annotated({"file_name": path}).shape == (64, 48, 3)
-    with pytest.raises(DataError, match=r"a.jpg is 48 x 64 .* width 64 and height 48 .*EXIF"):
+    with pytest.raises(DataError, match=r"a.jpg has 48 x 64 .* width 64 and height 48 .*EXIF"):
         read_annotated({"file_name": path, "width": 64, "height": 48})
     with pytest.raises(DataError, match=r"width 10 and height 48; correct"):
         read_annotated({"file_name": path, "width": 10, "height": 48})

@@ -40,7 +40,7 @@ def decoded(text: str) -> list[int]:
     return counts
 
 
-def test_what_pycocotools_encodes_is_sound() -> None:
+def test_what_pycocotools_encodes_is_valid() -> None:
     masks = random_masks(60)
     strings, areas = [encoded(mask) for mask in masks], [mask.size for mask in masks]
     assert first_malformed(strings, areas) is None
@@ -58,9 +58,9 @@ def test_a_wrong_area_is_found_and_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
-        ("", "hold no run"),
+        ("", "counts are empty"),
         ("1é", "not ASCII"),
         ("1 2", "character ' '"),
         ("12p", "character 'p'"),
@@ -69,20 +69,20 @@ def test_a_wrong_area_is_found_and_measured() -> None:
         ("5", "cover 5 pixels"),
     ],
 )
-def test_each_fault_is_named(text: str, words: str) -> None:
-    sound = encoded(np.ones((3, 4)))
-    found = first_malformed([sound, text, sound], [12, 12, 12])
-    assert found is not None and found[0] == 1 and words in found[1], found
+def test_each_error_is_named(text: str, message: str) -> None:
+    valid = encoded(np.ones((3, 4)))
+    found = first_malformed([valid, text, valid], [12, 12, 12])
+    assert found is not None and found[0] == 1 and message in found[1], found
 
 
-def test_the_first_of_several_faults_is_reported() -> None:
+def test_the_first_of_several_errors_is_reported() -> None:
     good = encoded(np.ones((3, 4)))
     assert first_malformed([good, "5", "1 2", ""], [12] * 4)[0] == 1
     assert first_malformed(["1 2", "5"], [12, 12])[0] == 0
     assert first_malformed([good, "", "5"], [12] * 3)[0] == 1
 
 
-def test_random_damage_is_judged_as_by_the_slow_reading() -> None:
+def test_random_damage_is_detected_as_by_the_slow_decoder() -> None:
     draw = np.random.default_rng(5)
     for mask in random_masks(60):
         text = list(encoded(mask))
@@ -90,13 +90,13 @@ def test_random_damage_is_judged_as_by_the_slow_reading() -> None:
         damaged = "".join(text)
         try:
             runs = decoded(damaged)
-            sound = min(runs) >= 0 and sum(runs) == mask.size
+            valid = min(runs) >= 0 and sum(runs) == mask.size
         except IndexError:
-            sound = False
-        assert (first_malformed([damaged], [mask.size]) is None) == sound, damaged
+            valid = False
+        assert (first_malformed([damaged], [mask.size]) is None) == valid, damaged
 
 
-def test_errors_name_file_entry_image_and_fault() -> None:
+def test_errors_name_file_entry_image_and_problem() -> None:
     good = {"size": [3, 4], "counts": encoded(np.ones((3, 4)))}
     entries = [{"image_id": 7, "segmentation": good} for _ in range(600)]
     check_masks(entries, {7: (3, 4)}, "a.json")
@@ -106,7 +106,7 @@ def test_errors_name_file_entry_image_and_fault() -> None:
         "frPyObjects": {"size": [3, 4], "counts": [0, 12]},
         "must be": "text",
     }
-    for words, mask in cases.items():
+    for message, mask in cases.items():
         broken = [*entries, {"image_id": 7, "segmentation": mask}]
-        with pytest.raises(DataError, match=rf"a\.json, entry 600 \(image id 7\).*{words}"):
+        with pytest.raises(DataError, match=rf"a\.json, entry 600 \(image id 7\).*{message}"):
             check_masks(broken, {7: (3, 4)}, "a.json")

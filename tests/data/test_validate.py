@@ -1,4 +1,4 @@
-"""One sound file, and each thing that files in the field have wrong."""
+"""A valid file, and each error found in real files."""
 
 import copy
 import json
@@ -53,21 +53,21 @@ def content() -> Content:
 
 
 def checked(content: Content, **options: Any) -> Validated:
-    """Validated for a training with masks, with the input left alone."""
+    """Validated for a training with masks, with an unmodified input."""
     before = copy.deepcopy(content)
     result = validate(content, "a.json", **{"train": True, "masks": True, **options})
     assert repr(content) == repr(before)  # NaN is not equal to itself
     return result
 
 
-def test_a_sound_file_has_no_finding_and_is_used_as_it_is(content: Content) -> None:
+def test_a_valid_file_has_no_finding_and_is_used_unchanged(content: Content) -> None:
     result = checked(content)
     assert result.findings == [] and result.broken == []
     assert all(a is b for a, b in zip(result.usable()["annotations"], content["annotations"]))
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "message"),
     [
         ("iscrowd", 2, "iscrowd must be 0 or 1"),
         ("iscrowd", [1], "iscrowd must be 0 or 1"),
@@ -90,31 +90,35 @@ def test_a_sound_file_has_no_finding_and_is_used_as_it_is(content: Content) -> N
         ("segmentation", [{"x": 1}], "a polygon must be"),
         ("segmentation", [None], "a polygon must be"),
         ("segmentation", [[1, 2, 3, 4, 5, 1e9]], "far outside"),
-        ("segmentation", [[1, 2, 3, 4, 5, 6, 7]], "corner without y"),
-        ("segmentation", "text", "list of polygons, or an RLE"),
-        ("segmentation", {"counts": "5"}, "list of polygons, or an RLE"),
+        ("segmentation", [[1, 2, 3, 4, 5, 6, 7]], "odd number of coordinates"),
+        ("segmentation", "text", "list of polygons or an RLE"),
+        ("segmentation", {"counts": "5"}, "list of polygons or an RLE"),
         ("segmentation", {"size": [1, 1], "counts": "1"}, "size of the RLE"),
-        ("segmentation", {"size": [HEIGHT, WIDTH], "counts": [5, 6]}, "run lengths of all pixels"),
+        (
+            "segmentation",
+            {"size": [HEIGHT, WIDTH], "counts": [5, 6]},
+            "run lengths that cover all pixels",
+        ),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": [-1, 7681]}, "run lengths"),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": [0.5, 7679.5]}, "run lengths"),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": "5"}, "cover 5 pixels"),
         ("segmentation", {"size": [HEIGHT, WIDTH], "counts": 3}, "a list or text"),
-        ("image_id", 99, "image_id is none that the file describes"),
-        ("image_id", None, "image_id is none"),
-        ("image_id", [1], "image_id is none"),
-        ("image_id", True, "image_id is none"),
-        ("category_id", 7, "category_id is none"),
+        ("image_id", 99, "image_id is not an id in the file"),
+        ("image_id", None, "image_id is not an id"),
+        ("image_id", [1], "image_id is not an id"),
+        ("image_id", True, "image_id is not an id"),
+        ("category_id", 7, "category_id is not an id"),
         ("keypoints", "text", "keypoints must be"),
         ("keypoints", [1, 2], "keypoints must be"),
         ("keypoints", [1, 2, math.nan], "keypoints must be"),
-        ("ignore", 1, "no key of COCO's format"),
+        ("ignore", 1, "not a key of the COCO format"),
     ],
 )
-def test_what_cannot_be_used_is_named(content: Content, key: str, value: Any, words: str) -> None:
+def test_what_cannot_be_used_is_named(content: Content, key: str, value: Any, message: str) -> None:
     content["annotations"][2][key] = value
     result = checked(content)
     (error,) = result.of(ERROR)
-    assert words in str(error) and error.count == 1
+    assert message in str(error) and error.count == 1
     assert result.broken == [2]
     with pytest.raises(DataError) as caught:
         result.usable()
@@ -194,7 +198,7 @@ def test_ids_of_annotations_are_replaced(content: Content, ids: list[Any]) -> No
 
 
 @pytest.mark.parametrize(("value", "read"), [(96.0, 96), ("96", 96), ("96.0", 96)])
-def test_sizes_are_read_as_whole_numbers(content: Content, value: Any, read: int) -> None:
+def test_sizes_are_converted_to_integers(content: Content, value: Any, read: int) -> None:
     for image in content["images"]:
         image["width"] = value
     result = checked(content)
@@ -205,13 +209,13 @@ def test_sizes_are_read_as_whole_numbers(content: Content, value: Any, read: int
 
 
 @pytest.mark.parametrize(
-    ("where", "key", "value", "words"),
+    ("where", "key", "value", "message"),
     [
-        ("images", "width", None, "whole numbers"),
-        ("images", "width", 95.5, "whole numbers"),
-        ("images", "width", 0, "whole numbers"),
-        ("images", "height", 10**9, "whole numbers"),
-        ("images", "height", [3], "whole numbers"),
+        ("images", "width", None, "must be integers"),
+        ("images", "width", 95.5, "must be integers"),
+        ("images", "width", 0, "must be integers"),
+        ("images", "height", 10**9, "must be integers"),
+        ("images", "height", [3], "must be integers"),
         ("images", "file_name", None, "file_name must be text"),
         ("images", "file_name", 3, "file_name must be text"),
         ("images", "id", None, "need an id"),
@@ -225,27 +229,27 @@ def test_sizes_are_read_as_whole_numbers(content: Content, value: Any, read: int
     ],
 )
 def test_images_and_categories_are_checked(
-    content: Content, where: str, key: str, value: Any, words: str
+    content: Content, where: str, key: str, value: Any, message: str
 ) -> None:
     content[where][0][key] = value
     content["annotations"] = content["annotations"][2:]
     for entry in content["annotations"]:
         entry["category_id"] = 2
-    assert any(words in error.what and f"{where}[" in str(error) for error in
+    assert any(message in error.what and f"{where}[" in str(error) for error in
                checked(content).of(ERROR))  # fmt: skip
 
 
-def test_figures_alone_need_no_file_names_and_no_sizes(content: Content) -> None:
+def test_metrics_need_no_file_names_and_no_sizes(content: Content) -> None:
     for image in content["images"]:
         del image["file_name"], image["width"], image["height"]
     assert validate(content, "a.json").findings == []
     assert {e.what for e in validate(content, "a.json", load=True).of(ERROR)} == {
         "file_name must be text",
-        "height and width must be whole numbers from 1 to 200000",
+        "height and width must be integers from 1 to 200000",
     }
 
 
-def test_ids_may_be_text_in_one_list_alone(content: Content) -> None:
+def test_ids_may_be_text_in_one_list_only(content: Content) -> None:
     """As the VIA annotation tool exports them."""
     for image in content["images"]:
         image["id"] = str(image["id"])
@@ -269,7 +273,7 @@ def test_boxes_are_no_fractions_and_no_corners(content: Content) -> None:
         image["width"] = image["height"] = 120
     assert "corners [x1, y1, x2, y2]" in checked(corners).of(ERROR)[0].what
     corners["annotations"][0]["bbox"] = [30, 30, 20, 10]  # one that cannot be corners
-    assert "6 boxes reach beyond" in checked(corners).of(WARNING)[0].what
+    assert "6 boxes exceed" in checked(corners).of(WARNING)[0].what
 
 
 def test_what_is_left_out_of_a_training_is_counted(content: Content) -> None:
@@ -321,7 +325,7 @@ def test_several_errors_make_a_list(content: Content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("broken", "message"),
     [
         ([], "the lists images, annotations, categories are missing; it is a list.*swapped"),
         ("text", "not in COCO format"),
@@ -330,14 +334,14 @@ def test_several_errors_make_a_list(content: Content) -> None:
         ({"images": [], "annotations": {}, "categories": []}, "annotations are missing"),
     ],
 )
-def test_content_without_the_lists_is_refused(broken: Any, words: str) -> None:
-    with pytest.raises(DataError, match=f"a.json .*{words}"):
+def test_content_without_the_lists_is_refused(broken: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"a.json .*{message}"):
         validate(broken, "a.json")
 
 
-def test_without_answers_annotations_may_be_missing(content: Content) -> None:
+def test_annotations_may_be_missing_if_not_required(content: Content) -> None:
     del content["annotations"]
-    assert validate(content, "a.json", load=True, answers=False).findings == []
+    assert validate(content, "a.json", load=True, require_annotations=False).findings == []
 
 
 @pytest.mark.parametrize("kind", ["images", "annotations", "categories"])
@@ -365,16 +369,16 @@ ENCODINGS: list[tuple[Callable[[str], bytes], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("encode", "words"), ENCODINGS)
+@pytest.mark.parametrize(("encode", "message"), ENCODINGS)
 def test_encodings_of_files(
-    content: Content, tmp_path: Path, encode: Callable[[str], bytes], words: str
+    content: Content, tmp_path: Path, encode: Callable[[str], bytes], message: str
 ) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(encode(json.dumps(content, ensure_ascii=False)))
-    if not words:
+    if not message:
         assert read_json(path, "annotations") == content
         return
-    with pytest.raises(DataError, match=f"annotations .*a.json are .*{words}"):
+    with pytest.raises(DataError, match=f"annotations .*a.json are .*{message}"):
         read_json(path, "annotations")
 
 

@@ -1,6 +1,6 @@
 """COCO's box AP in plain Python, after https://cocodataset.org/#detection-eval.
 
-Slow and short. It compares ids with `==` alone, so that any kind of id will do.
+Slow and short. It compares ids with `==` alone, so that ids of any type will do.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ from plain_coco import plain_ap
 from small_coco import annotations, prediction
 
 from ws_detectron.errors import DataError
-from ws_detectron.evaluation.coco_eval import CATEGORY_FIGURES, FIGURES, evaluate
+from ws_detectron.evaluation.coco_eval import CATEGORY_METRICS, COCO_METRICS, evaluate
 from ws_detectron.evaluation.coco_files import load_annotations
 from ws_detectron.lab.benchmark.coco_eval_timing import largest_difference
 from ws_detectron.lab.benchmark.perturb import Perturbation, perturbed_predictions
@@ -25,8 +25,8 @@ def test_both_libraries_agree_on_coco(coco_root: Path, seed: int) -> None:
     assert any(annotation["iscrowd"] for annotation in truth["annotations"])
     found = perturbed_predictions(truth, seed, Perturbation(jitter=0.03 * (1 + seed)))
     fast, reference = (evaluate(truth, found, reference=value) for value in (False, True))
-    assert set(fast.figures) == {"bbox", "segm"}
-    assert 5 < fast.figures["segm"]["AP"] < 95  # neither all right nor all wrong
+    assert set(fast.metrics) == {"bbox", "segm"}
+    assert 5 < fast.metrics["segm"]["AP"] < 95  # neither all right nor all wrong
     assert largest_difference(fast, reference) < 1e-9
     assert fast.backend.startswith("faster-coco-eval ")
     assert reference.backend.startswith("pycocotools ")
@@ -43,7 +43,7 @@ def test_both_libraries_agree_on_ties_crowds_and_empty_images() -> None:
 
 
 @pytest.mark.parametrize("reference", BACKENDS)
-def test_figures_worked_out_by_hand(reference: bool) -> None:
+def test_metrics_worked_out_by_hand(reference: bool) -> None:
     """Of two objects the first is found, then there is a false positive.
 
     Precision is 1 up to recall 1/2, so 51 of the 101 recalls 0, 0.01, ..., 0.50 have precision 1
@@ -56,22 +56,22 @@ def test_figures_worked_out_by_hand(reference: bool) -> None:
     result = evaluate(truth, found, reference=reference)
     half = 100 * 51 / 101
     for task in ("bbox", "segm"):
-        figures = result.figures[task]
-        assert figures["AP50"] == figures["AP75"] == pytest.approx(half)
-        assert figures["AP"] == pytest.approx(0.7 * half)
-        assert figures["APs"] == pytest.approx(70) and figures["APm"] == 0
-        assert figures["APl"] is None and figures["ARl"] is None
-        assert figures["AR1"] == figures["AR100"] == pytest.approx(0.7 * 50)
-        assert tuple(figures) == FIGURES
+        metrics = result.metrics[task]
+        assert metrics["AP50"] == metrics["AP75"] == pytest.approx(half)
+        assert metrics["AP"] == pytest.approx(0.7 * half)
+        assert metrics["APs"] == pytest.approx(70) and metrics["APm"] == 0
+        assert metrics["APl"] is None and metrics["ARl"] is None
+        assert metrics["AR1"] == metrics["AR100"] == pytest.approx(0.7 * 50)
+        assert tuple(metrics) == COCO_METRICS
         own = result.per_category[task]
         assert own[1]["AP"] == pytest.approx(0.7 * half)
         assert own[1]["AR100"] == pytest.approx(35)
-        assert own[2] == own[3] == dict.fromkeys(CATEGORY_FIGURES)
+        assert own[2] == own[3] == dict.fromkeys(CATEGORY_METRICS)
     assert (result.images, result.predictions, result.images_without_predictions) == (2, 2, 0)
     assert [(c.id, c.name, c.objects) for c in result.categories] == [
-        (1, "kind 1", 2),
-        (2, "kind 2", 0),
-        (3, "kind 3", 0),
+        (1, "class 1", 2),
+        (2, "class 2", 0),
+        (3, "class 3", 0),
     ]
 
 
@@ -81,7 +81,7 @@ def test_classes_without_objects_are_not_averaged(reference: bool) -> None:
     truth = annotations([(1, 1, FIRST), (2, 2, FIRST)])
     found = [prediction(1, 1, FIRST, 0.9), prediction(1, 3, FIRST, 0.9)]
     result = evaluate(truth, found, reference=reference)
-    assert result.figures["bbox"]["AP"] == pytest.approx(50)
+    assert result.metrics["bbox"]["AP"] == pytest.approx(50)
     assert result.per_category["bbox"][2]["AP"] == 0
     assert result.per_category["bbox"][3]["AP"] is None
     assert result.images_without_predictions == 1
@@ -92,7 +92,7 @@ def test_no_predictions_are_ap_zero(reference: bool) -> None:
     truth = annotations([(1, 1, FIRST), (2, 2, SECOND)])
     result = evaluate(truth, [], reference=reference)
     for task in ("bbox", "segm"):
-        assert result.figures[task]["AP"] == 0 and result.figures[task]["AR100"] == 0
+        assert result.metrics[task]["AP"] == 0 and result.metrics[task]["AR100"] == 0
         assert result.per_category[task][1]["AP"] == 0
         assert result.per_category[task][3]["AP"] is None
 
@@ -100,7 +100,7 @@ def test_no_predictions_are_ap_zero(reference: bool) -> None:
 @pytest.mark.parametrize("reference", BACKENDS)
 def test_nothing_to_find_is_undefined(reference: bool) -> None:
     result = evaluate(annotations([]), [prediction(1, 1, FIRST, 0.9)], reference=reference)
-    assert set(result.figures["bbox"].values()) == {None}
+    assert set(result.metrics["bbox"].values()) == {None}
 
 
 @pytest.mark.parametrize("reference", BACKENDS)
@@ -108,21 +108,21 @@ def test_an_object_with_id_zero_can_be_found(reference: bool) -> None:
     truth = annotations([(1, 1, FIRST)])
     truth["annotations"][0]["id"] = 0
     result = evaluate(truth, [prediction(1, 1, FIRST, 0.9)], reference=reference)
-    assert result.figures["bbox"]["AP"] == pytest.approx(100)
+    assert result.metrics["bbox"]["AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize("reference", BACKENDS)
 def test_area_of_a_detection_is_that_of_its_mask(reference: bool) -> None:
-    """An unmatched detection with a large box and a small mask hurts small objects alone."""
+    """An unmatched detection with a large box and a small mask lowers only mask APs."""
     truth = annotations([(1, 1, FIRST)])
     wrong = {**prediction(2, 1, FIRST, 0.9), "bbox": [0, 0, 110, 95]}
     result = evaluate(truth, [wrong, prediction(1, 1, FIRST, 0.5)], reference=reference)
-    assert result.figures["bbox"]["APs"] == pytest.approx(100)
-    assert result.figures["segm"]["APs"] == pytest.approx(50)
+    assert result.metrics["bbox"]["APs"] == pytest.approx(100)
+    assert result.metrics["segm"]["APs"] == pytest.approx(50)
 
 
 @pytest.mark.parametrize("reference", BACKENDS)
-def test_arguments_are_left_alone(reference: bool) -> None:
+def test_arguments_are_not_modified(reference: bool) -> None:
     truth = annotations([(1, 1, FIRST)], crowds=[(1, 1, SECOND)])
     found = [prediction(1, 1, FIRST, 0.9)]
     before = copy.deepcopy((truth, found))
@@ -135,17 +135,17 @@ def test_tasks_are_those_with_boxes_and_masks(caplog: pytest.LogCaptureFixture) 
     boxes: list[dict[str, Any]] = [prediction(1, 1, FIRST, 0.9)]
     del boxes[0]["segmentation"]
     with caplog.at_level(logging.WARNING):
-        assert set(evaluate(truth, boxes, predictions_name="p.json").figures) == {"bbox"}
+        assert set(evaluate(truth, boxes, predictions_name="p.json").metrics) == {"bbox"}
     assert "task segm is skipped: predictions p.json have no masks" in caplog.text
     with pytest.raises(DataError, match="segm needs masks everywhere: entry 0 of predictions p.js"):
         evaluate(truth, boxes, ["segm"], predictions_name="p.json")
     masks = [prediction(1, 1, FIRST, 0.9)]
     del masks[0]["bbox"]
-    assert set(evaluate(truth, masks).figures) == {"segm"}
+    assert set(evaluate(truth, masks).metrics) == {"segm"}
     with pytest.raises(DataError, match="task bbox needs boxes everywhere: entry 0"):
         evaluate(truth, masks, ["bbox"])
     del truth["annotations"][0]["segmentation"]
-    assert set(evaluate(truth, []).figures) == {"bbox"}
+    assert set(evaluate(truth, []).metrics) == {"bbox"}
     with pytest.raises(DataError, match="entry 0 of annotations a.json has none"):
         evaluate(truth, [], ["segm"], annotations_name="a.json")
     with pytest.raises(DataError, match="no task can be evaluated: task bbox .*; task segm"):
@@ -163,14 +163,14 @@ def test_one_entry_without_a_mask_does_not_silence_mask_ap(empty: Any) -> None:
             entries[1]["segmentation"] = empty
         with pytest.raises(DataError, match=f"segm needs .*: entry 1 of {where}.*--task bbox"):
             evaluate(truth, found, annotations_name="a", predictions_name="p")
-        alone = evaluate(truth, found, ["bbox"]).figures
+        alone = evaluate(truth, found, ["bbox"]).metrics
         assert set(alone) == {"bbox"} and alone["bbox"]["AP"] == pytest.approx(100)
         entries[1]["segmentation"] = whole
-    assert set(evaluate(truth, found).figures) == {"bbox", "segm"}
+    assert set(evaluate(truth, found).metrics) == {"bbox", "segm"}
 
 
-def ids_of_a_kind(kind: str, count: int, rng: np.random.Generator) -> list[Any]:
-    """Different ids of a kind that JSON allows, in no order; many look alike."""
+def ids_of_type(id_type: str, count: int, rng: np.random.Generator) -> list[Any]:
+    """Different ids of a type that JSON allows, unordered; many look alike."""
     near = [int(n) for n in rng.permutation(4 * count)[:count]]
     made: list[Any] = {
         "small": near,
@@ -178,18 +178,20 @@ def ids_of_a_kind(kind: str, count: int, rng: np.random.Generator) -> list[Any]:
         "large": [2**53 + n for n in near],
         "text": [("1_23", "12_3", "01", "1", "1 ")[n % 5] + "x" * (n // 5) for n in near],
         "mixed": [n if n % 2 else str(n + 1) for n in near],
-    }[kind]
+    }[id_type]
     assert len({repr(i) for i in made}) == count
     return made
 
 
 @pytest.mark.parametrize("reference", BACKENDS)
-@pytest.mark.parametrize("kind", ["small", "negative", "large", "text", "mixed"])
-def test_ids_of_any_kind_give_the_figures_of_a_plain_reference(kind: str, reference: bool) -> None:
+@pytest.mark.parametrize("id_type", ["small", "negative", "large", "text", "mixed"])
+def test_ids_of_any_type_give_the_metrics_of_a_plain_reference(
+    id_type: str, reference: bool
+) -> None:
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        images = ids_of_a_kind(kind, 4, rng)
-        categories = ids_of_a_kind(kind, 3, rng)
+        images = ids_of_type(id_type, 4, rng)
+        categories = ids_of_type(id_type, 3, rng)
         truth = annotations([], images=4)
         truth["images"] = [{**i, "id": n} for i, n in zip(truth["images"], images)]
         truth["categories"] = [{"id": n, "name": f"class {n!r}"} for n in categories]
@@ -215,9 +217,9 @@ def test_ids_of_any_kind_give_the_figures_of_a_plain_reference(kind: str, refere
             # scores of one image differ, as the order of equal ones is the library's
             found.append({**at, "bbox": moved, "score": 0.9 - 0.01 * number})
         expected = plain_ap(truth, found)
-        figures = evaluate(truth, found, reference=reference).figures["bbox"]
+        metrics = evaluate(truth, found, reference=reference).metrics["bbox"]
         for name, value in expected.items():
-            assert figures[name] == (value if value is None else pytest.approx(value)), name
+            assert metrics[name] == (value if value is None else pytest.approx(value)), name
 
 
 @pytest.mark.parametrize("reference", BACKENDS)
@@ -229,7 +231,7 @@ def test_text_ids_that_look_alike_are_different_images(reference: bool) -> None:
             image["id"] = entry["image_id"] = own
         found = [{**prediction(1, 1, FIRST, score), "image_id": pair[0]} for score in (0.9, 0.8)]
         result = evaluate(truth, found, reference=reference)
-        assert result.figures["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
+        assert result.metrics["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
         assert result.images_without_predictions == 1
 
 
@@ -239,7 +241,7 @@ def test_broken_masks_are_found_before_the_library_reads_them() -> None:
     broken["segmentation"]["counts"] = broken["segmentation"]["counts"][:-1]
     with pytest.raises(DataError, match=r"p.json, entry 0 \(image id 1\): malformed RLE"):
         evaluate(truth, [broken], predictions_name="p.json")
-    assert evaluate(truth, [broken], ["bbox"]).figures["bbox"]["AP"] == pytest.approx(100)
+    assert evaluate(truth, [broken], ["bbox"]).metrics["bbox"]["AP"] == pytest.approx(100)
 
 
 def test_without_the_fast_library_the_other_is_used(

@@ -20,7 +20,7 @@ def written(path: Path, content: Any) -> Path:
     return path
 
 
-def test_sound_files_are_read_as_they_are(tmp_path: Path) -> None:
+def test_valid_files_are_read_unchanged(tmp_path: Path) -> None:
     truth, found = annotations([(1, 1, BOX)]), [prediction(1, 1, BOX, 0.5)]
     assert load_annotations(written(tmp_path / "a.json", truth)) == truth
     assert load_predictions(written(tmp_path / "p.json", found)) == found
@@ -28,7 +28,7 @@ def test_sound_files_are_read_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"score": float("nan")}, "score must be a finite number"),
         ({"score": "high"}, "score must be a finite number, found 'high'"),
@@ -39,11 +39,11 @@ def test_sound_files_are_read_as_they_are(tmp_path: Path) -> None:
         ({"bbox": None, "segmentation": None}, "neither 'bbox' nor 'segmentation'"),
     ],
 )
-def test_malformed_predictions_are_named(tmp_path: Path, change: dict, words: str) -> None:
+def test_malformed_predictions_are_named(tmp_path: Path, change: dict, message: str) -> None:
     good = prediction(1, 1, BOX, 0.5)
     broken = {**good, **change}
     broken = {key: value for key, value in broken.items() if value is not None}
-    with pytest.raises(DataError, match=f"p.json, entry 1: .*{words}"):
+    with pytest.raises(DataError, match=f"p.json, entry 1: .*{message}"):
         load_predictions(written(tmp_path / "p.json", [good, broken]))
 
 

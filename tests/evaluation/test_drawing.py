@@ -31,7 +31,7 @@ BOX = (60, 20, 40, 40)
 def test_ground_truth_has_classes_masks_and_crowds(dataset: str, tmp_path: Path) -> None:
     records = records_by_id(dataset, tmp_path)
     objects = annotated_objects(records[3], MetadataCatalog.get(dataset))
-    assert objects.labels == ["kind 1", "kind 2", "kind 3", "kind 1 (crowd)"]
+    assert objects.labels == ["class 1", "class 2", "class 3", "class 1 (crowd)"]
     assert objects.colours[3] == CROWD_COLOUR and objects.colours[0] == class_colour(0)
     np.testing.assert_array_equal(objects.boxes[1], [60, 20, 100, 60])
     for mask, area in zip(objects.masks, (600, 1600, 600, 750)):
@@ -48,7 +48,7 @@ def test_predictions_have_classes_scores_and_the_colours_of_the_truth(
     only_box = prediction(1, 1, BOX, 0.9)
     del only_box["segmentation"]
     objects = predicted_objects([only_mask, only_box], metadata)
-    assert objects.labels == ["kind 3 46", "kind 1 90"]
+    assert objects.labels == ["class 3 46", "class 1 90"]
     assert objects.colours == [class_colour(2), class_colour(0)]
     np.testing.assert_array_equal(objects.boxes, [[60, 20, 100, 60]] * 2)
     assert objects.masks[0].sum() == 1600 and objects.masks[1] is None

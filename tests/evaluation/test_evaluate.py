@@ -95,8 +95,8 @@ class FindBright(torch.nn.Module):
 def test_a_checkpoint_is_evaluated_and_everything_written(cfg: CfgNode, tmp_path: Any) -> None:
     [(name, result)] = evaluate_checkpoint(cfg).items()
     assert name == cfg.DATASETS.TEST[0] and result.predictions == 3
-    # of three objects of kind 1, the one that is alone on its image is found
-    assert result.figures["segm"]["AR100"] == pytest.approx(100 / 9)
+    # of three objects of class 1, the one that is alone on its image is found
+    assert result.metrics["segm"]["AR100"] == pytest.approx(100 / 9)
     folder = tmp_path / "run" / "inference"
     assert [e["image_id"] for e in load_predictions(folder / evaluate.RESULTS)] == [1, 2, 3]
     assert (folder / "coco_evaluation.json").is_file()

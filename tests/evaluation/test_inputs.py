@@ -35,14 +35,14 @@ def test_files_folders_and_patterns_are_found(folder: Path) -> None:
     assert names(find_inputs([str(folder)])) == ["a.JPG", "b.png", "clip.mp4", "c.jpeg"]
     assert names(find_inputs([str(folder / "*.png")])) == ["b.png"]
     assert names(find_inputs([str(folder / "**" / "*.j*")])) == ["c.jpeg"]
-    # what is named itself is taken, whatever its ending; nothing is taken twice
+    # what is named itself is taken, whatever its suffix; nothing is taken twice
     files = [str(folder / "notes.txt"), str(folder / "b.png"), str(folder / "[ab].*")]
     assert names(find_inputs(files)) == ["notes.txt", "b.png", "a.JPG"]
 
 
 def test_what_names_nothing_is_refused(folder: Path, tmp_path: Path) -> None:
     for argument in (tmp_path / "none.png", folder / "*.gif"):
-        with pytest.raises(UserError, match="names no file"):
+        with pytest.raises(UserError, match="matches no file"):
             find_inputs([str(folder), str(argument)])
     with pytest.raises(UserError, match="--input is empty"):
         find_inputs([""])
@@ -136,9 +136,9 @@ def frames() -> list[np.ndarray]:
     return pictures
 
 
-@pytest.mark.parametrize("ending", VIDEO_CODES)
-def test_a_video_is_read_as_it_was_written(ending: str, tmp_path: Path) -> None:
-    path = tmp_path / "new" / f"clip{ending}"
+@pytest.mark.parametrize("suffix", VIDEO_CODES)
+def test_a_video_is_read_as_it_was_written(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / f"clip{suffix}"
     with open_video(path, 8.0) as append:
         for frame in frames():
             append(frame)
@@ -181,8 +181,8 @@ def test_a_video_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
         append(frames()[0])
 
 
-def test_unknown_endings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="allowed endings are .mp4"):
+def test_unknown_suffixes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="allowed suffixes are .mp4"):
         with open_video(tmp_path / "clip.gif", 8.0):
             pass
 

@@ -12,7 +12,7 @@ from small_coco import HEIGHT, WIDTH, prediction, rle
 
 from ws_detectron.errors import DataError, UserError
 from ws_detectron.evaluation.drawing import captioned, draw_sheet, records_by_id, write_png
-from ws_detectron.evaluation.error_kinds import CORRECT, MISSED
+from ws_detectron.evaluation.error_types import CORRECT, MISSED
 from ws_detectron.evaluation.inputs import open_video, read_frames
 from ws_detectron.evaluation.visualize import LEAST_SIDE, visualize_dataset, visualize_inputs
 
@@ -21,7 +21,7 @@ BOXES = [(10, 10, 30, 20), (60, 20, 40, 40), (15, 60, 20, 30)]
 FOUND = [prediction(1, 1, BOXES[0], 0.9), prediction(2, 1, BOXES[0], 0.9)]
 
 
-def test_a_data_set_is_drawn_and_judged(dataset: str, tmp_path: Path) -> None:
+def test_a_data_set_is_drawn_and_evaluated(dataset: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     summary = visualize_dataset(dataset, FOUND, output, num_images=1, each=True)
     assert f"{CORRECT} 2" in summary and f"{MISSED} 4" in summary
@@ -40,7 +40,7 @@ def test_a_data_set_is_drawn_and_judged(dataset: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(cv2.imread(str(output / "first.png")), each[0])
 
 
-def test_boxes_alone_can_be_drawn(dataset: str, tmp_path: Path) -> None:
+def test_predictions_without_masks_are_drawn(dataset: str, tmp_path: Path) -> None:
     boxes = [{k: v for k, v in entry.items() if k != "segmentation"} for entry in FOUND]
     visualize_dataset(dataset, boxes, tmp_path, num_images=2)
     assert json.loads((tmp_path / "errors.json").read_text())["task"] == "bbox"
@@ -71,25 +71,25 @@ def test_one_prediction_without_a_mask_leaves_boxes_to_be_asked_for(
     assert summary.startswith("Box predictions")
 
 
-@pytest.mark.parametrize("kind", ["turned", "resized", "deep"])
-def test_images_that_are_not_what_the_annotations_say_are_skipped_and_named(
-    kind: str, dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("change", ["rotated", "resized", "deep"])
+def test_images_that_differ_from_the_annotations_are_skipped_and_named(
+    change: str, dataset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(records_by_id(dataset, tmp_path)[1]["file_name"])
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    if kind == "turned":  # AP would be 100, with masks stretched over the upright image
+    if change == "rotated":  # AP would be 100, with masks stretched over the upright image
         exif = Image.Exif()
         exif[274] = 6
         Image.fromarray(pixels).save(path, format="JPEG", exif=exif)
-    elif kind == "resized":
+    elif change == "resized":
         cv2.imwrite(str(path), pixels[:50])
     else:
         cv2.imwrite(str(path), np.full((HEIGHT, WIDTH), 1000, np.uint16))
     with caplog.at_level(logging.WARNING):
         summary = visualize_dataset(dataset, FOUND, tmp_path / "out", num_images=1, each=True)
     assert summary.endswith(f"\n1 could not be read and were skipped: {path}")
-    reason = {"turned": "EXIF", "resized": "correct the annotations", "deep": "more than 8 bits"}
-    assert caplog.text.count(str(path)) == 1 and reason[kind] in caplog.text
+    reason = {"rotated": "EXIF", "resized": "correct the annotations", "deep": "more than 8 bits"}
+    assert caplog.text.count(str(path)) == 1 and reason[change] in caplog.text
     assert {p.name for p in (tmp_path / "out" / "images").iterdir()} == {"2.png", "3.png"}
     second = (tmp_path / "out" / "images" / "2.png").read_bytes()
     assert (tmp_path / "out" / "best.png").read_bytes() == second
@@ -133,7 +133,7 @@ def test_thresholds_are_scores(threshold: float, dataset: str, tmp_path: Path) -
         ),
         lambda: draw_sheet(dataset, "none.json", "out.png", score_threshold=threshold),
     ):
-        with pytest.raises(UserError, match="score threshold is .*; allowed: 0 to 1"):
+        with pytest.raises(UserError, match="confidence threshold is .*; allowed: 0 to 1"):
             draw()
     for number in (0, -1):
         with pytest.raises(UserError, match=f"number of images is {number}; allowed: 1 or more"):

@@ -1,4 +1,4 @@
-"""`GroupNorm` by the reduction that is meant for a GPU, forced here on the CPU, against torch's."""
+"""`GroupNorm` with the reduction for GPUs, forced on the CPU, compared with torch's."""
 
 import copy
 import io
@@ -39,7 +39,7 @@ def test_equals_torch(shape: tuple[int, ...], affine: bool, groups: int) -> None
 
 
 @pytest.mark.parametrize("only", [0, 1, 2])
-def test_gradients_that_nobody_needs_are_left_out(only: int) -> None:
+def test_unneeded_gradients_are_not_computed(only: int) -> None:
     tensors = [t.detach() for t in inputs((2, 6, 5, 7))]
     tensors[only].requires_grad_()
     for function in (split_group_norm, F.group_norm):
@@ -65,8 +65,8 @@ def test_derivatives(affine: bool) -> None:
 
 
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (0.0, 1e-3), (1000.0, 1.0)])
-def test_as_exact_as_torch(mean: float, deviation: float) -> None:
-    """Twice torch's own error is allowed, as sums are taken in another order."""
+def test_is_as_exact_as_torch(mean: float, deviation: float) -> None:
+    """Twice torch's own error is allowed, because the summation order differs."""
     exact, weight, bias = (t.detach() for t in inputs((2, 64, 40, 50)))
     exact = (exact * deviation + mean).float().double()  # the very values of the float32 input
     wanted = F.group_norm(exact, 32, weight.float().double(), bias.float().double())
@@ -78,7 +78,7 @@ def test_as_exact_as_torch(mean: float, deviation: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     x, weight, bias = inputs((2, 6, 5, 7), dtype)
     result = split_group_norm(x, 3, weight, bias)
     result.sum().backward()
@@ -89,7 +89,7 @@ def test_half_types_are_computed_in_float32(dtype: torch.dtype) -> None:
         assert split_group_norm(x, 3, weight.float(), bias.float()).dtype == torch.float32
 
 
-def test_is_torchs_layer_everywhere_else() -> None:
+def test_uses_torchs_kernels_everywhere_else() -> None:
     stock, ours = nn.GroupNorm(3, 6), GroupNorm(3, 6)
     assert repr(ours) == repr(stock) and isinstance(ours, nn.GroupNorm)
     assert ours.load_state_dict(stock.state_dict()).missing_keys == []
@@ -109,7 +109,7 @@ def test_is_torchs_layer_everywhere_else() -> None:
         torch.testing.assert_close(copied(x), stock(x))
 
 
-def test_a_stock_model_takes_it() -> None:
+def test_use_group_norm_converts_a_stock_model() -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(3, 6), nn.BatchNorm2d(6))
     state = copy.deepcopy(model.state_dict())
     assert use_group_norm(model) is model
@@ -119,7 +119,7 @@ def test_a_stock_model_takes_it() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_splits_on_a_gpu_where_it_is_told_to(memory_format: torch.memory_format) -> None:
+def test_splits_on_a_gpu_below_the_limit(memory_format: torch.memory_format) -> None:
     norm, stock = GroupNorm(32, 64).cuda(), nn.GroupNorm(32, 64).cuda()
     norm.split_below = 2 * 32 + 1
     for images, splits in ((2, memory_format is torch.contiguous_format), (3, False)):

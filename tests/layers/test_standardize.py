@@ -1,4 +1,4 @@
-"""The WS operation against a reference of plain Python loops in float64."""
+"""The WS operation, compared with plain Python loops in float64."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_equals_the_formula(mode: str, shape: tuple, scale: float, eps: float) -
 
 
 def test_modes_are_the_variants_of_the_literature() -> None:
-    """One filter with deviation 0.003: the place of eps changes it by tens of per cent."""
+    """At deviation 0.003, the position of eps changes a filter by tens of %."""
     weight = 0.003 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).view(1, 4, 1, 1)
     largest = {mode: standardize_weight(weight, 1e-5, mode).max().item() for mode in WS_MODES}
     assert largest["paper"] == pytest.approx(0.003 / 0.00301)
@@ -56,8 +56,8 @@ def test_modes_are_the_variants_of_the_literature() -> None:
     assert largest["bit"] == pytest.approx(0.003 / math.sqrt(9e-6 + 1e-5))
 
 
-def test_a_further_mode_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The unbiased variance with eps under the root, by the fused form and by the formula."""
+def test_a_new_mode_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unbiased variance with eps under the root, in the fused form and the formula."""
     table = {**standardize.ws_modes(), "new": (True, True)}
     monkeypatch.setattr(standardize, "ws_modes", lambda: table)
     monkeypatch.setattr(standardize, "WS_MODES", tuple(table))
@@ -94,7 +94,7 @@ def test_gradients_in_float64(mode: str, shape: tuple) -> None:
 
 
 @pytest.mark.parametrize("mode", WS_MODES)
-def test_gradient_is_blind_to_mean_and_scale(mode: str) -> None:
+def test_gradient_is_orthogonal_to_shift_and_scale(mode: str) -> None:
     """W -> a*W + b leaves W_hat as it is (up to eps), so the gradient is orthogonal to both."""
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(weight)
@@ -203,12 +203,12 @@ def test_refuses_an_unknown_mode() -> None:
 
 
 @pytest.mark.parametrize("weight", [torch.randn(3), torch.ones(2, 3, dtype=torch.int64)])
-def test_refuses_what_is_no_filter_bank(weight: torch.Tensor) -> None:
+def test_refuses_what_is_not_a_weight(weight: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="floating-point weight"):
         standardize_weight(weight)
 
 
-def test_weight_of_a_linear_layer_is_a_filter_bank_too() -> None:
+def test_weight_of_a_linear_layer() -> None:
     weight = nn.Linear(6, 3).weight
     torch.testing.assert_close(
         standardize_weight(weight), standardize_weight(weight.view(3, 6, 1, 1)).view(3, 6)
@@ -218,7 +218,7 @@ def test_weight_of_a_linear_layer_is_a_filter_bank_too() -> None:
 @pytest.mark.parametrize("mode", WS_MODES)
 @pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-3, 1e-5])
 def test_gradient_of_the_fused_path_equals_that_of_the_formula(mode: str, scale: float) -> None:
-    """Down to deviations of eps itself, where its place in the formula matters most."""
+    """Down to deviations of eps, where its position in the formula matters most."""
     weight = (torch.randn(6, 5, 3, 3, dtype=torch.float64) + 0.3) * scale
     upstream = torch.randn_like(weight)
     first, second = (weight.clone().requires_grad_() for _ in range(2))

@@ -1,7 +1,7 @@
-"""Convs of a part that standardize together: as each conv alone would, whatever happens between.
+"""Convs of a part that are standardized together: results are as for each conv alone.
 
-On the CPU by torch's kernels and by the code for Triton's with a stand-in for these; on a GPU with
-them; with the variable TRITON_INTERPRET=1 set, on the CPU with them, too, interpreted.
+The tests run on the CPU with torch's kernels, on the CPU with the Triton path and replaced kernels,
+and on a GPU with the Triton kernels. TRITON_INTERPRET=1 makes the CPU interpret these.
 """
 
 import copy
@@ -32,7 +32,7 @@ from ws_detectron.layers import (
     standardize_together,
     ws_conv,
 )
-from ws_detectron.layers.standardize import in_graph_capture, in_one_piece
+from ws_detectron.layers.standardize import has_contiguous_filters, in_graph_capture
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -62,12 +62,12 @@ class StandIn:
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """In the order in which it lies in memory."""
+    """In memory order."""
     return (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).flatten()
 
 
 def use_stand_in(patch: pytest.MonkeyPatch) -> list[int]:
-    """Returns a list that is told how many weights each launch of a forward is of."""
+    """Returns a list to which each launch in a forward appends its number of weights."""
     kernels: Any = StandIn
     if INTERPRETED:
         from ws_detectron.layers import triton_kernels as kernels
@@ -79,7 +79,7 @@ def use_stand_in(patch: pytest.MonkeyPatch) -> list[int]:
         return plain(weights, *args)
 
     def runs(weight: torch.Tensor) -> bool:
-        return weight.dtype == torch.float32 and in_one_piece(weight)
+        return weight.dtype == torch.float32 and has_contiguous_filters(weight)
 
     patch.setattr(kernels, "standardize", counting)
     patch.setattr(standardize, "_kernels", lambda: kernels)
@@ -106,7 +106,7 @@ def device(kernels: str) -> str:
 
 
 class Net(nn.Module):
-    """Three convs, of which calls may be left out or repeated."""
+    """Three convs, whose calls can be skipped or repeated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ CALLS = [
 @pytest.mark.parametrize("calls", CALLS, ids=["all", "repeated", "left out"])
 @pytest.mark.parametrize("mode", WS_MODES)
 def test_trains_as_each_conv_alone(net: Net, device: str, calls: list[str], mode: str) -> None:
-    """A conv that is not called keeps `grad` None: zeros would let weight decay act."""
+    """`grad` of an unused conv stays None; with zeros, weight decay would apply."""
     for conv in (net.a, net.b, net.c):
         conv.ws_mode = mode
     other = alone(net)
@@ -201,7 +201,7 @@ def test_large_parts_take_several_launches(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Towers(nn.Module):
-    """Two towers on the levels of an FPN, as RetinaNet's head has them."""
+    """Two towers on the levels of an FPN, as in RetinaNet's head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,7 +287,7 @@ def test_accumulating_and_two_forwards_before_the_backwards(net: Net, device: st
 
 
 def test_steps_between_backwards_of_one_launch(net: Net, device: str) -> None:
-    """A weight may be written to once its own gradient has been computed."""
+    """A weight may be modified after its own gradient has been computed."""
 
     class Separate(Net):
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -377,7 +377,7 @@ def test_never_stale(net: Net, device: str, change: Any, when: str) -> None:
 
 
 def test_changes_of_a_shared_conv_within_a_call(net: Net, device: str) -> None:
-    """What autograd can see."""
+    """Only changes that autograd can see."""
 
     class Twice(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -421,7 +421,7 @@ def test_no_gradient_is_computed_for_frozen_filters(net: Net, device: str) -> No
 
 
 def test_gradients_are_asked_for_in_the_middle(net: Net, device: str) -> None:
-    """A call that begins without gradients, or with a frozen conv, may train a conv after all."""
+    """A call may enable gradients or unfreeze a conv after it has started."""
 
     class Middle(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -450,7 +450,7 @@ def test_other_settings_and_tied_weights(net: Net, device: str) -> None:
 
 
 def test_views_of_one_memory(net: Net, device: str) -> None:
-    """As flattened optimizers make of the weights."""
+    """As with optimizers that flatten parameters."""
     other = alone(net)
     for model in (net, other):
         weights = list(model.parameters())
@@ -465,7 +465,7 @@ def test_views_of_one_memory(net: Net, device: str) -> None:
 
 
 def test_memory_that_moves_between_forward_and_backward(net: Net, device: str) -> None:
-    """As the weights of sharded training do; what they held before is overwritten."""
+    """As in sharded training; the old memory is overwritten."""
     other = alone(net)
     (x,) = inputs(device, 1)
     for model in (net, other):
@@ -605,7 +605,7 @@ def test_other_formats(net: Net, device: str, change: Any) -> None:
 
 
 def test_inference_mode(device: str) -> None:
-    """Also of a model that was made in it."""
+    """Also for a model created in inference mode."""
     with torch.inference_mode():
         net = standardize_together(Net().to(device))
         (x,) = inputs(device, 1)
@@ -618,7 +618,7 @@ def test_inference_mode(device: str) -> None:
 def test_activation_checkpointing(
     device: str, kernels: str, reentrant: bool, what: str, first_all: bool
 ) -> None:
-    """Of a conv inside a part, or of a part; backwards after each forward, or after all."""
+    """Of a conv in a part, or of a whole part; backward after each forward, or after all."""
 
     class Checkpointed(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -657,7 +657,7 @@ def test_twice_differentiable(net: Net, device: str) -> None:
 
 
 def test_copies(net: Net, device: str) -> None:
-    """Also between forward and backward, and while a call is under way, as evaluation may do it."""
+    """Also between forward and backward, and during a call, as evaluation may do it."""
     images = inputs(device, 2)
     copies = [net]
     handle = net.b.norm.register_forward_hook(lambda *_: copies.append(copy.deepcopy(net)))
@@ -704,8 +704,8 @@ def test_functional_weights(net: Net, device: str, parameters: bool) -> None:
     torch.testing.assert_close(torch.func.functional_call(net, swapped, (x,)), other(x))
 
 
-def test_computed_weights_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are another tensor at every access."""
+def test_computed_weights_are_standardized_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They return a new tensor at every access."""
     launches = use_stand_in(monkeypatch)
     net = standardize_together(Net())
     torch.nn.utils.parametrizations.weight_norm(net.b)
@@ -714,7 +714,7 @@ def test_computed_weights_stay_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weights_are_computed_no_more_often_than_alone(net: Net, device: str) -> None:
-    """Spectral norm takes a step of its power iteration at every access."""
+    """Spectral norm does a step of power iteration at every access."""
     torch.nn.utils.parametrizations.spectral_norm(net.b)
     other = alone(net)
     for model in (net, other):
@@ -750,7 +750,7 @@ def test_scripts_keep_the_annotations_of_a_class() -> None:
     torch.testing.assert_close(torch.jit.script(part)(x), part(x))
 
 
-def test_looks_like_its_class(net: Net, device: str) -> None:
+def test_keeps_name_and_docs_of_its_class(net: Net, device: str) -> None:
     assert isinstance(net, Net) and repr(net) == repr(alone(net))
     assert type(net).__name__ == "Net" and standardize_together(net) is net
     assert type(standardize_alone(net)) is Net

@@ -1,4 +1,4 @@
-"""The Triton kernels against the formula in float64, in Triton's interpreter and on a GPU."""
+"""The Triton kernels, compared with the formula in float64, interpreted and on a GPU."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ws_detectron.layers.standardize import _by_formula, _kernels
 
 pytest.importorskip("triton", reason="Triton is installed with torch on Linux only")
 
-# The interpreter is chosen when Triton is imported, so in a process of its own.
+# The interpreter is chosen when Triton is imported, so this runs in a separate process.
 SCRIPT = """
 import json, torch
 from ws_detectron.layers import standardize
@@ -92,7 +92,7 @@ FILTERS = {
 
 @on_gpu
 def test_kernels_can_be_built_on_this_gpu() -> None:
-    """Else everything below would test what they are replaced by."""
+    """Otherwise the tests below would test the fallback."""
     assert _kernels() is not None
 
 

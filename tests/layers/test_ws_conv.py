@@ -1,4 +1,4 @@
-"""WSConv2d: the plain Conv2d with its filters standardized first, in every use of a Conv2d."""
+"""WSConv2d equals a plain Conv2d with standardized filters, in every use of a Conv2d."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def expected_output(conv: WSConv2d, x: torch.Tensor) -> torch.Tensor:
-    """The same output by a stock Conv2d that holds the standardized filters."""
+    """The output of a stock Conv2d with the standardized filters."""
     kwargs = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
     stock = Conv2d(
         conv.in_channels,

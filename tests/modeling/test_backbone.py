@@ -96,8 +96,8 @@ def test_same_tree_and_shapes_as_stock_and_trains(variant: str) -> None:
 
     for conv in backbone.modules():
         if isinstance(conv, WSConv2d) and isinstance(conv.norm, FrozenBatchNorm2d):
-            # Statistics of a trained net: standardized filters enlarge unit-variance inputs by
-            # sqrt(fan-in), which nothing would undo where the frozen statistics are the initial 1.
+            # As in a trained net: standardized filters scale unit-variance inputs by sqrt(fan-in),
+            # which initial statistics, frozen at 1, would not undo.
             conv.norm.running_var.fill_(conv.weight[0].numel())
     x = torch.randn(2, 3, 64, 64)
     outputs = backbone(x)

@@ -1,4 +1,4 @@
-"""convert_to_ws and fold_ws: which convs change, and what must not change with them."""
+"""convert_to_ws and fold_ws: which convs change, and what must not change."""
 
 import copy
 
@@ -14,7 +14,7 @@ from ws_detectron.modeling import folded_copy
 
 
 class Block(nn.Module):
-    """One conv of each kind that conversion has to tell apart."""
+    """One conv for each case that conversion distinguishes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_keeps_objects_parameters_requires_grad_and_hooks() -> None:
     assert calls == ["forward"]
 
 
-def test_with_ws_stands_in_a_lazy_config() -> None:
+def test_with_ws_works_in_a_lazy_config() -> None:
     model = instantiate(LazyCall(with_ws)(module=LazyCall(Block)(), eps=1e-3, mode="bit"))
     assert isinstance(model, Block) and isinstance(model.with_norm, WSConv2d)
     assert (model.with_norm.ws_eps, model.with_norm.ws_mode) == (1e-3, "bit")

@@ -192,7 +192,7 @@ def test_retinanet_standardizes_its_towers_and_not_its_predictors() -> None:
 
 
 def test_retinanet_head_computes_the_stock_head_with_standardized_filters() -> None:
-    """One conv after the other, each in float64 by the formula of the mode "paper"."""
+    """Compared conv by conv with the formula of mode "paper" in float64."""
     model = build_model(retinanet_config(MODE="paper", EPS=1e-5)).double()
     stock = stock_retinanet(retinanet_config()).double()
     stock.load_state_dict(model.state_dict())

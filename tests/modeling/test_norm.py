@@ -1,4 +1,4 @@
-"""Norms by name: the table, what detectron2 knows beside it, and layers that cannot be built."""
+"""Norms by name: the table, detectron2's names, and layers that cannot be built."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ VERSION: 2
 
 
 class MyNorm(nn.ModuleList):
-    """Of a class that is no norm of torch's, like the lists of norms of newer detectron2."""
+    """Not a norm class of torch, like the lists of norms in newer detectron2."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self[0](x)
@@ -51,11 +51,11 @@ def test_gn_is_ours_with_the_groups_of_the_settings() -> None:
 
 
 @pytest.mark.parametrize("norm", ["", "BN", "SyncBN", "FrozenBN", nn.BatchNorm2d])
-def test_what_detectron2_builds_is_handed_on(norm: object) -> None:
+def test_norms_of_detectron2_are_returned_unchanged(norm: object) -> None:
     assert get_norm(norm, WSSettings()) is norm
 
 
-def test_check_norm_takes_the_table_and_what_detectron2_knows() -> None:
+def test_check_norm_accepts_the_table_and_names_of_detectron2() -> None:
     for norm in ("", "GN", "BN", "SyncBN", "FrozenBN", "naiveSyncBN"):
         check_norm("MODEL.FPN.NORM", norm)
     with pytest.raises(ConfigError, match="MODEL.FPN.NORM is 'gn'; allowed: .*\"GN\""):
@@ -76,7 +76,7 @@ def test_layers_that_cannot_be_built_are_named() -> None:
 def test_a_new_norm_is_one_function_and_one_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """From a YAML file to one training step; what `MyNorm` follows is standardized."""
+    """From a YAML file to one training step; convs before `MyNorm` are standardized."""
     path = tmp_path / "mine.yaml"
     path.write_text(RETINANET)
     with pytest.raises(ConfigError, match="MODEL.RETINANET.NORM is 'MyNorm'"):

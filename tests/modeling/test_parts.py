@@ -1,4 +1,4 @@
-"""The table of registrations: complete, true, and open to other projects."""
+"""The table of registrations: complete, correct, and open to other projects."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_folded_model_is_stock_with_equal_outputs(leaf: str, tmp_path: Path) -> 
 
 
 def fold_through_files(cfg: CfgNode, weights: Path, output: Path) -> tuple[nn.Module, nn.Module]:
-    """A random model of `cfg`, and what detectron2 builds of its folded files."""
+    """A random model of `cfg`, and the model that detectron2 builds from its folded files."""
     model = build_model(cfg).eval()
     WSCheckpointer(model, str(weights.parent)).save(weights.stem)
     cfg.MODEL.WEIGHTS = str(weights)
@@ -113,7 +113,7 @@ def fold_through_files(cfg: CfgNode, weights: Path, output: Path) -> tuple[nn.Mo
 
 
 def build_external_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """A WS backbone of somebody else's, made of detectron2's FPN and `convert_to_ws`."""
+    """A WS backbone of another project: detectron2's FPN and `convert_to_ws`."""
     backbone = build_resnet_fpn_backbone(cfg, input_shape)
     convert_to_ws(backbone)
     return backbone

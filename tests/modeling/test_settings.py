@@ -1,4 +1,4 @@
-"""MODEL.WS: defaults, and every value that cannot work refused by its key's name."""
+"""MODEL.WS: defaults, and errors that name the key of a wrong value."""
 
 from typing import Any
 

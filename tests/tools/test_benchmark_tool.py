@@ -1,12 +1,15 @@
-"""tools/benchmark.py as a user runs it."""
+"""tools/benchmark.py as a user runs it; times are not judged here."""
 
+import inspect
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ws_detectron.lab.benchmark import classifier, operation
+from ws_detectron.lab.benchmark import measurements, operation
 
 
 def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:
@@ -15,13 +18,15 @@ def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     content = json.loads((tmp_path / "cpu_operation.json").read_text())
     assert content["about"]["command"].startswith("python tools/benchmark.py operation --device")
-    assert content["about"]["torch"] and content["values"] == 23_454_912
+    assert content["about"]["torch"] and content["parts"][0]["facts"]["values"] == 23_454_912
     assert "times the floor" in result.stdout and "ws_detectron, paper" in result.stdout
 
 
 def test_help_shows_an_example(call_tool) -> None:
     status, output, _ = call_tool("benchmark.py", "--help")
-    assert status == 0 and "python tools/benchmark.py arms --batches 1 2 4 8 16" in output
+    assert status == 0 and "python tools/benchmark.py variants --batches 1 2 4 8 16" in output
+    status, output, _ = call_tool("benchmark.py", "step", "--help")
+    assert status == 0 and "--modes" in output and "--arms" not in output
 
 
 def test_config_keys_may_follow_options(call_tool, tmp_path: Path) -> None:
@@ -33,19 +38,14 @@ def test_config_keys_may_follow_options(call_tool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            ["classifier", "--depth", 101],
-            "--depth has no effect with classifier; allowed are --dev",
-        ),
-        (["operation", "--arms", "bn"], "--arms has no effect with operation"),
-        (
-            ["classifier", "--arms", "sync_bn"],
-            "--arms of classifier: sync_bn is none; allowed: none",
-        ),
-        (["step", "--arms", "wn"], "--arms of step: wn is none; allowed: bn, frozen_bn"),
-        (["operation", "--budget", "8m"], "--budget has no effect with operation"),
+        (["classifier", "--depth", 101], "unrecognized arguments: --depth 101"),
+        (["operation", "--variants", "bn"], "unrecognized arguments: --variants bn"),
+        (["operation", "MODEL.DEVICE", "cpu"], "unrecognized arguments: MODEL.DEVICE cpu"),
+        (["classifier", "--variants", "sync_bn"], "invalid choice: 'sync_bn' (choose from "),
+        (["step", "--variants", "wn"], "invalid choice: 'wn' (choose from "),
+        (["operation", "--budget", "8m"], "unrecognized arguments: --budget 8m"),
         (["gpu", "--budget", "8"], "'8' is no time; allowed: a number and s, m or h"),
-        (["classifier", "--variants", "autocast"], "autocast is none; allowed: plain, compile"),
+        (["classifier", "--modes", "autocast"], "invalid choice: 'autocast' (choose from "),
     ],
 )
 def test_what_would_be_ignored_is_refused(call_tool, arguments: list, message: str) -> None:
@@ -53,10 +53,95 @@ def test_what_would_be_ignored_is_refused(call_tool, arguments: list, message: s
     assert status == 2 and message in errors
 
 
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Nothing is measured; what would be is in the list, with its options."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def stand_in(what: str) -> Callable[..., Iterator[dict[str, Any]]]:
+        signature = inspect.signature(measurements.MEASUREMENTS[what])
+
+        def measure(**options: Any) -> Iterator[dict[str, Any]]:
+            signature.bind(**options)
+            calls.append((what, options))
+            seconds = {operation.COPY: [1.0], operation.OURS["official"]: [2.0]}
+            yield {"facts": {"images": 1}, "seconds": seconds}
+
+        return measure
+
+    for what in measurements.MEASUREMENTS:
+        monkeypatch.setitem(measurements.MEASUREMENTS, what, stand_in(what))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variants", "modes", "file"),
+    [
+        (["step"], ["gn", "gn_ws", "bn"], ["plain"], "cpu_step"),
+        (["step", "--variants", "bn", "gn"], ["bn", "gn"], ["plain"], "cpu_step"),
+        (["step", "--modes", "compile"], ["gn", "gn_ws", "bn"], ["compile"], "cpu_step_compile"),
+        (
+            ["variants", "--modes", "plain", "autocast"],
+            ["bn", "frozen_bn", "sync_bn", "gn", "gn_ws"], ["plain", "autocast"],
+            "cpu_variants_modes",
+        ),
+        # as in 0.1
+        (["arms", "--arms", "bn", "gn"], ["bn", "gn"], ["plain"], "cpu_variants"),
+        (
+            ["step", "--variants", "plain", "autocast"],
+            ["gn", "gn_ws", "bn"], ["plain", "autocast"], "cpu_step_modes",
+        ),
+        (
+            ["classifier", "--variants", "plain", "compile", "--arms", "bn", "wn"],
+            ["bn", "wn"], ["plain", "compile"], "cpu_classifier_modes",
+        ),
+    ],
+)  # fmt: skip
+def test_variants_and_modes(
+    call_tool, stand_ins, tmp_path: Path, arguments: list, variants: list, modes: list, file: str
+) -> None:
+    options = ["--device", "cpu", "--output", tmp_path, "--rounds", 3]
+    status, _, errors = call_tool("benchmark.py", *arguments, *options)
+    assert status == 0, errors
+    ((_, used),) = stand_ins
+    assert (used["variants"], used["modes"], used["rounds"]) == (variants, modes, 3)
+    assert [path.stem for path in tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("what", measurements.MEASUREMENTS)
+def test_every_measurement_gets_its_options(call_tool, stand_ins, tmp_path: Path, what) -> None:
+    needed = ["--annotations", "x.json"] if what == "coco_eval" else []
+    status, output, errors = call_tool("benchmark.py", what, *needed, "--output", tmp_path)
+    assert status == 0, errors
+    assert [name for name, _ in stand_ins] == [what] and "1 rounds; images 1." in output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_needs_one(call_tool) -> None:
+def test_gpu_needs_one(call_tool, stand_ins) -> None:
     status, _, errors = call_tool("benchmark.py", "gpu")
-    assert status == 2 and "gpu needs a CUDA device" in errors
+    assert status == 2 and "gpu needs a CUDA device" in errors and stand_ins == []
+
+
+def test_gpu_measures_until_the_budget_is_spent(
+    call_tool, stand_ins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measurements, "environment", lambda packages: {})
+    clock = iter([0.0, 0.0, 100.0, 470.0, 481.0])
+    monkeypatch.setattr(measurements.time, "monotonic", lambda: next(clock))
+    status, output, errors = call_tool(
+        "benchmark.py", "gpu", "--budget", "8m", "--output", tmp_path
+    )
+    assert status == 0, errors
+    assert [what for what, _ in stand_ins] == ["group_norm", "step", "operation"]
+    options = {"device": "cuda", "rounds": 20, "warmup": 2}
+    assert all(options.items() <= used.items() for _, used in stand_ins)
+    variants = ["gn", "gn_ws", "bn", "gn_split", "gn_ws_split"]
+    assert stand_ins[1][1]["variants"] == variants
+    assert "inference is skipped: 481 s of 480 s are spent" in output
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        "cuda_group_norm", "cuda_step", "cuda_operation"
+    }  # fmt: skip
 
 
 def test_group_norm_is_measured(call_tool, tmp_path: Path, monkeypatch) -> None:
@@ -65,17 +150,35 @@ def test_group_norm_is_measured(call_tool, tmp_path: Path, monkeypatch) -> None:
     options = ["--device", "cpu", "--output", tmp_path, "--rounds", 2]
     status, output, errors = call_tool("benchmark.py", "group_norm", *options)
     assert status == 0, errors
-    assert (tmp_path / "cpu_group_norm.md").read_text() in output
-    assert len([line for line in output.splitlines() if " of 2 " in line]) == 8
+    assert len(json.loads((tmp_path / "cpu_group_norm.json").read_text())["parts"]) == 8
+    assert sum("| nn.GroupNorm" in line for line in output.splitlines()) == 8
 
 
-def test_the_classifier_is_measured_with_the_arms_asked_for(
-    call_tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(classifier, "MOST_STEPS", 1)
-    options = ["--device", "cpu", "--output", tmp_path, "--rounds", 1, "--warmup", 0]
-    options += ["--batches", 4]
-    status, output, errors = call_tool("benchmark.py", "classifier", *options, "--arms", "bn", "wn")
+def test_coco_eval_is_measured(call_tool, evaluation_files, tmp_path: Path) -> None:
+    options = ["--annotations", evaluation_files.annotations, "--output", tmp_path]
+    options += ["--num-images", 15, "--rounds", 2, "--background", 3]
+    status, output, errors = call_tool("benchmark.py", "coco_eval", *options)
     assert status == 0, errors
-    content = json.loads((tmp_path / "cpu_classifier.json").read_text())
-    assert list(content["parts"][0]["seconds"]) == ["bn", "wn"]
+    content = json.loads((tmp_path / "cpu_coco_eval.json").read_text())
+    assert content["parts"][0]["facts"]["images"] == 15
+    assert "times faster-coco-eval" in output and "seed 0" in output
+
+
+def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path) -> None:
+    annotations = tmp_path / "cpu_coco_eval.json"
+    annotations.write_bytes(evaluation_files.annotations.read_bytes())
+    status, _, errors = call_tool(
+        "benchmark.py", "coco_eval", "--annotations", annotations, "--output", tmp_path,
+        *["--num-images", 2, "--rounds", 1],
+    )  # fmt: skip
+    assert status == 2 and "cpu_coco_eval.json is an input" in errors
+    assert annotations.read_bytes() == evaluation_files.annotations.read_bytes()
+
+
+def test_page_is_written(call_tool, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- performance: begin -->\n<!-- performance: end -->\n")
+    results = Path(__file__).resolve().parents[2] / "results" / "benchmark"
+    status, _, errors = call_tool("benchmark.py", "page", "--output", page, "--results", results)
+    assert status == 0, errors
+    assert page.read_text().count("### ") == len(list(results.iterdir()))

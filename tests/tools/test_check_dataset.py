@@ -21,7 +21,7 @@ def content(evaluation_files: Any) -> dict[str, Any]:
     return json.loads(evaluation_files.annotations.read_text())
 
 
-def test_a_sound_data_set(call_tool: Call, evaluation_files: Any, content: dict) -> None:
+def test_a_valid_data_set(call_tool: Call, evaluation_files: Any, content: dict) -> None:
     status, output, _ = call_tool(
         TOOL, evaluation_files.annotations, "--images", evaluation_files.images
     )
@@ -31,7 +31,7 @@ def test_a_sound_data_set(call_tool: Call, evaluation_files: Any, content: dict)
     assert "errors: none" in output and "fixed when read: none" in output
 
 
-def test_faults_are_counted_and_a_usable_file_is_written(
+def test_errors_are_counted_and_a_usable_file_is_written(
     call_tool: Call, content: dict, tmp_path: Path
 ) -> None:
     entries = content["annotations"]
@@ -44,7 +44,7 @@ def test_faults_are_counted_and_a_usable_file_is_written(
     assert "errors: 1\n       1 bbox must be" in output and "\\x1b[31m1 2" in output
     assert "\x1b" not in output
     assert "fixed when read: 2\n       2 iscrowd is missing" in output
-    assert f"{len(entries) - 1} annotations, 1 left out" in output
+    assert f"{len(entries) - 1} annotations, 1 removed" in output
     expected = copy.deepcopy(entries[1:])
     for entry in expected:
         entry["iscrowd"] = 0
@@ -52,8 +52,8 @@ def test_faults_are_counted_and_a_usable_file_is_written(
     assert call_tool(TOOL, fixed)[0] == 0
 
 
-def test_images_are_looked_at(call_tool: Call, content: dict, tmp_path: Path) -> None:
-    """One is missing, one no image, one turned by its EXIF tag, one of 16 bits."""
+def test_images_are_checked(call_tool: Call, content: dict, tmp_path: Path) -> None:
+    """One is missing, one is not an image, one has an EXIF orientation, one has 16 bits."""
     names = [image["file_name"] for image in content["images"]]
     for name in names[1:]:
         Image.new("RGB", (64, 64)).save(tmp_path / name)
@@ -67,7 +67,7 @@ def test_images_are_looked_at(call_tool: Call, content: dict, tmp_path: Path) ->
     status, output, _ = call_tool(TOOL, path, "--images", tmp_path)
     assert status == 1 and "errors: 4" in output
     assert f"1 images are not in the folder: images[0] ('{names[0]}')" in output
-    assert "(files 48 x 64)" in output
+    assert "(images 48 x 64)" in output
     assert "2 images cannot be read: images[1]" in output and "16" in output
 
 

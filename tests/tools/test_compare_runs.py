@@ -33,8 +33,8 @@ def test_runs_are_compared_and_broken_ones_named(run_tool, tmp_path: Path) -> No
     output = tmp_path / "out"
     result = run_tool(TOOL, bn, f"GN+WS={gn}", broken, tmp_path / "missing", "--output", output)
     assert result.returncode == 1
-    for words in ("broken: ", "config.yaml is missing", "missing: there is no run folder"):
-        assert words in result.stderr
+    for message in ("broken: ", "config.yaml is missing", "missing: there is no run folder"):
+        assert message in result.stderr
     assert "Traceback" not in result.stderr
     text = (output / "comparison.md").read_text()
     assert text in result.stdout
@@ -48,7 +48,7 @@ def test_runs_are_compared_and_broken_ones_named(run_tool, tmp_path: Path) -> No
     assert not list(output.glob("*.svg"))
 
 
-def test_sound_runs_end_well_and_nothing_to_compare_does_not(call_tool, tmp_path: Path) -> None:
+def test_exit_status_of_valid_runs_and_of_nothing_to_compare(call_tool, tmp_path: Path) -> None:
     run = write_run(tmp_path / "bn", "BN", 40.0)
     status, output, errors = call_tool(TOOL, run, "--output", tmp_path / "out")
     assert status == 0 and not errors and "40.00" in output

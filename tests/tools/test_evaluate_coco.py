@@ -41,7 +41,7 @@ def test_a_results_file_is_evaluated(run_tool, call_tool, evaluation_files, tmp_
     assert status == 0 and "bbox" not in read(tmp_path / "one")
 
 
-def test_two_processes_give_the_figures_of_one(
+def test_two_processes_give_the_metrics_of_one(
     one_thread, run_tool, call_tool, evaluation_files, tmp_path: Path
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
@@ -89,9 +89,9 @@ def test_bad_input_gets_one_message(call_tool, evaluation_files, tmp_path: Path)
         "score must be a finite number": [{**good[0], "score": None}],
         "swapped": {"images": [], "annotations": [], "categories": []},
     }
-    for words, predictions in cases.items():
+    for message, predictions in cases.items():
         status, text = evaluate(predictions)
-        assert status == 2 and words in text and "Traceback" not in text
+        assert status == 2 and message in text and "Traceback" not in text
         assert text.startswith("error: ") and str(bad) in text
     status, text = evaluate([])
     assert status == 0 and read(tmp_path)["bbox"]["AP"] == 0
@@ -106,7 +106,7 @@ def test_wrong_commands_and_help(call_tool, evaluation_files) -> None:
         status, _, errors = call_tool(TOOL, *arguments)
         assert status == 2 and "give both --predictions and --annotations" in errors
     status, _, errors = call_tool(TOOL, *files, *annotations, "MODEL.DEVICE", "cpu")
-    assert status == 2 and "nothing to override" in errors
+    assert status == 2 and "config overrides need --config-file" in errors
     status, _, errors = call_tool(TOOL, "--config-file", QUICKSTART, *OPTIONS, "MODEL.WEIGHTS", "")
     assert status == 2 and ("MODEL.WEIGHTS is empty" in errors or "DETECTRON2_DATASETS" in errors)
     status, output, _ = call_tool(TOOL, "--help")

@@ -41,7 +41,7 @@ def test_stock_detectron2_finds_the_same(
     options = [*OPTIONS, "MODEL.WEIGHTS", str(evaluation_files.weights)]
     folded = tmp_path / "folded.pth"
     status, output, errors = call_tool(
-        TOOL, "--config-file", QUICKSTART, "--output", folded, *options
+        TOOL, "--config-file", QUICKSTART, "--output", folded, "--opts", *options
     )
     assert status == 0, output + errors
     assert str(folded) in output and str(tmp_path / "folded.yaml") in output

@@ -74,7 +74,7 @@ def test_usable_detectron2_stays_untouched(
     found = ("0.6", "/somewhere/detectron2")
     monkeypatch.setattr(installer, "usable_detectron2", lambda: found)
     assert installer.main([]) == 0
-    assert "using detectron2 0.6 at /somewhere/detectron2, untouched" in capsys.readouterr().out
+    assert "using detectron2 0.6 at /somewhere/detectron2, unchanged" in capsys.readouterr().out
     assert calls == []
 
 
@@ -89,7 +89,7 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, version: str, mark: str) 
     [
         (VERSION, "current", True),
         (VERSION, "older", False),
-        ("0.6", "older", True),  # somebody else's build is none of ours
+        ("0.6", "older", True),  # not built by this script
     ],
 )
 def test_only_a_build_of_ours_with_other_patches_is_made_anew(
@@ -153,7 +153,7 @@ def test_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def prepare_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where everything but detectron2 is there."""
+    """As on a machine with everything but detectron2."""
     monkeypatch.setattr(installer, "usable_detectron2", lambda: None)
     monkeypatch.setattr(installer, "check_prerequisites", lambda: None)
 
@@ -213,7 +213,7 @@ def test_installs_the_wheel_from_the_folder_and_never_from_an_index(
     installer.build_and_install(tmp_path / "wheels", tmp_path / "constraints.txt")
     dependencies, own = calls
     assert dependencies[:3] == ("install", "--constraint", str(tmp_path / "constraints.txt"))
-    # torch is the user's choice; its name among these could replace it
+    # torch is the user's choice; listing it could replace it
     assert not any(r.startswith(("torch", "detectron2")) for r in dependencies[1:])
     assert own[-1] == "detectron2==0.5+purepy"
     assert {"--no-index", "--no-deps"} < set(own)

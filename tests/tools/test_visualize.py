@@ -17,7 +17,7 @@ def test_predictions_are_drawn_beside_ground_truth(
     result = run_tool(
         TOOL,
         *["--dataset", "coco_2017_val", "--predictions", evaluation_files.predictions],
-        *["--output", tmp_path, "--num-images", 2, "--score-threshold", 0.3],
+        *["--output", tmp_path, "--num-images", 2, "--confidence-threshold", 0.3],
     )
     assert result.returncode == 0, result.stderr
     for name in ("first.png", "best.png", "worst.png", "errors.png"):
@@ -39,7 +39,7 @@ def test_a_checkpoint_draws_images_and_videos(run_tool, evaluation_files, tmp_pa
     (inputs / "corrupt.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     result = run_tool(
         TOOL,
-        *["--config-file", QUICKSTART, "--output", tmp_path / "out", "--score-threshold", 0.0],
+        *["--config-file", QUICKSTART, "--output", tmp_path / "out", "--confidence-threshold", 0.0],
         *["--input", inputs, evaluation_files.images / "*1.png"],
         *["--opts", *OPTIONS, "MODEL.WEIGHTS", evaluation_files.weights],
     )
@@ -59,7 +59,7 @@ def test_a_checkpoint_draws_images_and_videos(run_tool, evaluation_files, tmp_pa
 def test_a_checkpoint_draws_a_data_set(call_tool, evaluation_files, tmp_path: Path) -> None:
     status, _, errors = call_tool(
         TOOL,
-        *["--config-file", QUICKSTART, "--output", tmp_path, "--num-images", 1, "--opts", *OPTIONS],
+        *["--config-file", QUICKSTART, "--output", tmp_path, "--num-images", 1, *OPTIONS],
         *["MODEL.WEIGHTS", evaluation_files.weights, "DATASETS.TEST", f"('{IN_PROCESS}',)"],
     )
     assert status == 0, errors
@@ -96,7 +96,11 @@ def test_wrong_commands_and_help(call_tool, evaluation_files, tmp_path: Path) ->
     assert status == 2 and "MODEL.WEIGHTS is empty" in errors
     data = [*predictions, "--dataset", IN_PROCESS]
     for options in (data, arguments):
-        for option, value in (("--score-threshold", "nan"), ("--num-images", 0)):
+        for option, value in (
+            ("--confidence-threshold", "nan"),
+            ("--score-threshold", 2),  # the former name
+            ("--num-images", 0),
+        ):
             status, _, errors = call_tool(TOOL, *options, *output, option, value)
             assert status == 2 and errors.startswith("error: the ") and "; allowed: " in errors
     status, _, errors = call_tool(TOOL, *arguments, "--dataset", "coco_2018_val")
@@ -104,7 +108,7 @@ def test_wrong_commands_and_help(call_tool, evaluation_files, tmp_path: Path) ->
     status, _, errors = call_tool(
         TOOL, "--config-file", QUICKSTART, *output, "--opts", "DATASETS.TEST", "()"
     )
-    assert status == 2 and "DATASETS.TEST is empty; name the data set to draw" in errors
+    assert status == 2 and "DATASETS.TEST is empty; choose a data set" in errors
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").touch()
     for options in ([*data, *output], arguments[:4]):

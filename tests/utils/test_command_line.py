@@ -5,9 +5,46 @@ import subprocess
 import sys
 
 import pytest
+from detectron2.engine import default_argument_parser
 
 from ws_detectron.errors import UserError
-from ws_detectron.utils.command_line import refuse_options_without_effect
+from ws_detectron.utils.command_line import add_overrides, refuse_options_without_effect
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--eval-only", "KEY", "-1", "--other", "x"],
+        ["--opts", "KEY", "-1", "--other", "x"],
+        ["--input", "a", "b", "--eval-only", "--opts", "KEY", "-1", "--other", "x"],
+        ["--input", "a", "b", "--opts", "KEY", "-1", "--other", "x"],
+    ],
+)
+def test_overrides_end_the_line_or_follow_opts(arguments: list[str]) -> None:
+    own, detectron2s = argparse.ArgumentParser(), default_argument_parser()
+    own.add_argument("--eval-only", action="store_true")
+    for parser, nargs in ((own, argparse.REMAINDER), (detectron2s, None)):
+        parser.add_argument("--input", nargs="+", default=[])
+        add_overrides(parser, nargs)
+        args = parser.parse_args(arguments)
+        assert args.opts == ["KEY", "-1", "--other", "x"]
+        assert args.input == (["a", "b"] if "--input" in arguments else [])
+        assert args.eval_only == ("--eval-only" in arguments)
+
+
+def test_no_overrides() -> None:
+    parser = argparse.ArgumentParser()
+    add_overrides(parser)
+    assert parser.parse_args([]).opts == parser.parse_args(["--opts"]).opts == []
+
+
+def test_overrides_beside_other_positionals() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what")
+    parser.add_argument("--batches", nargs="+")
+    add_overrides(parser, nargs="*")
+    args = parser.parse_intermixed_args(["step", "--batches", "1", "2", "--opts", "KEY", "1"])
+    assert vars(args) == {"what": "step", "batches": ["1", "2"], "opts": ["KEY", "1"]}
 
 
 def refuse(*arguments: str) -> None:

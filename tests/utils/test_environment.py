@@ -1,4 +1,4 @@
-"""What is written beside a measurement."""
+"""The environment that is recorded with measurements."""
 
 import platform
 import re
@@ -31,7 +31,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with the package in it, which stands for the one that is imported."""
+    """A repository with the package in it, in place of the imported one."""
     package = tmp_path / "clone" / "ws_detectron"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")

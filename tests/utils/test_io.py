@@ -127,7 +127,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path, number: int) -> None
 
 
 def test_what_torch_says_of_a_full_disk(tmp_path: Path) -> None:
-    """Its own error hides the file's."""
+    """Its own error masks that of the file."""
 
     class Full:
         def __init__(self) -> None:
@@ -164,7 +164,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_tools_say_that_the_disk_is_full(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever wrote, and whatever came of it."""
+    """For every writer and every error that follows."""
     with pytest.raises(SystemExit) as caught, exit_on_user_error():
         try:
             raise OSError(errno.ENOSPC, "No space left on device", "/data/log.txt")

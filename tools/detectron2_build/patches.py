@@ -1,8 +1,7 @@
-"""The changes that make the Python files of detectron2 v0.5 run today without compiled ops.
+"""Patches that make the Python files of detectron2 v0.5 run today, without compiled ops.
 
-`wheel.py` applies them to the unpacked source. Each patch says why it is there and
-how often its text occurs; anything else means that the source is not the one the patch was
-written for, and stops the installation.
+`wheel.py` applies them to the unpacked source. Each patch gives its reason and how often its text
+occurs; another count means that the source is not the expected one, and stops the installation.
 """
 
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ class PatchError(Exception):
 
 @dataclass(frozen=True)
 class Patch:
-    """Replaces `old` by `new` at all of its `count` occurrences in `file`.
+    """Replaces all `count` occurrences of `old` in `file` with `new`.
 
-    An empty `old` makes a new file.
+    An empty `old` creates a new file.
     """
 
     name: str
@@ -28,10 +27,10 @@ class Patch:
     count: int = 1
 
     def apply(self, root: Path) -> None:
-        """Changes the file below `root`.
+        """Patches the file below `root`.
 
         Raises:
-            PatchError: the file is missing, already there (new file), or does not hold the old
+            PatchError: the file is missing, already exists (new file), or does not contain the old
                 text exactly `count` times.
         """
         path = root / self.file
@@ -46,7 +45,7 @@ class Patch:
         found = text.count(self.old)
         if found != self.count:
             raise PatchError(
-                f"patch {self.name}: {self.file} holds the text to replace {found} times, "
+                f"patch {self.name}: {self.file} contains the text to replace {found} times, "
                 f"expected {self.count}: {self.old!r}"
             )
         path.write_bytes(text.replace(self.old, self.new).encode("utf-8"))

@@ -18,7 +18,7 @@ PROJECTS = {
     "Panoptic-DeepLab/panoptic_deeplab": "panoptic_deeplab",
 }
 # setup.py of v0.5 without `future` and `pydot` (caffe2 export only) and `black` (LazyConfig.to_py
-# only), and with torch, torchvision and numpy, which it left unsaid.
+# only), and with torch, torchvision and numpy, which it does not list.
 REQUIREMENTS = (
     "Pillow>=7.1",
     "matplotlib",
@@ -57,7 +57,7 @@ ws_detectron with these patches ({fingerprint}):
 
 
 class BuildError(Exception):
-    """What stops the build; its message is all the user sees."""
+    """The build failed; the user sees only the message."""
 
 
 def fingerprint() -> str:
@@ -68,9 +68,10 @@ def fingerprint() -> str:
 
 
 def check_hash(path: Path) -> None:
-    """
+    """Checks that a file is the source distribution that the patches are for.
+
     Raises:
-        BuildError: the file is not the source distribution that the patches are for.
+        BuildError: it is another file.
     """
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SDIST_SHA256:
@@ -78,7 +79,7 @@ def check_hash(path: Path) -> None:
 
 
 def assemble(sdist: Path, folder: Path) -> Path:
-    """Unpacks the source distribution and returns the tree of the wheel, patched.
+    """Unpacks and patches the source distribution; returns the file tree of the wheel.
 
     Raises:
         PatchError: a patch does not fit.
@@ -114,7 +115,7 @@ def metadata() -> str:
 
 
 def pack(tree: Path, folder: Path) -> None:
-    """Writes the wheel of a tree that `assemble` returned into `folder`.
+    """Writes the wheel of a tree, as returned by `assemble`, into `folder`.
 
     Raises:
         BuildError: the `wheel` package failed.

@@ -1,1 +1,1 @@
-"""Compares converted weights with the systems they come from; see tools/check_parity.py."""
+"""Compares converted models with the originals; see tools/check_parity.py."""

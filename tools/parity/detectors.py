@@ -22,31 +22,18 @@ from . import mmdet_models
 from .measures import LIMITS, Measure, relative_difference, worst
 
 CONFIGS = {
-    f"mask-rcnn_{theirs}_fpn_gn-ws-all_2x_coco": "COCO-InstanceSegmentation/mmdet/"
-    f"mask_rcnn_{ours}_fpn_gn_ws-all_2x_coco.yaml"
-    for theirs, ours in (
-        ("r50", "r50"),
-        ("r101", "r101"),
-        ("x50-32x4d", "x50_32x4d"),
-        ("x101-32x4d", "x101_32x4d"),
+    f"{model}-rcnn_{body}_fpn_gn-ws-all_{schedule}_coco": f"{folder}/mmdet/"
+    f"{model}_rcnn_{body.replace('-', '_')}_fpn_gn_ws-all_{schedule}_coco.yaml"
+    for model, schedule, folder in (
+        ("mask", "2x", "COCO-InstanceSegmentation"),
+        ("faster", "1x", "COCO-Detection"),
     )
+    for body in ("r50", "r101", "x50-32x4d", "x101-32x4d")
 }
-CONFIGS.update(
-    {
-        f"faster-rcnn_{theirs}_fpn_gn-ws-all_1x_coco": "COCO-Detection/mmdet/"
-        f"faster_rcnn_{ours}_fpn_gn_ws-all_1x_coco.yaml"
-        for theirs, ours in (
-            ("r50", "r50"),
-            ("r101", "r101"),
-            ("x50-32x4d", "x50_32x4d"),
-            ("x101-32x4d", "x101_32x4d"),
-        )
-    }
-)
-"""Their config -> ours."""
+"""mmdetection's config -> ours."""
 
 _BOXES_FOR_HEADS, _BOXES_FOR_MASKS = 100, 20
-# The score limit is what float32 leaves of logits 50 layers deep. It depends on the order of sums:
+# The score limit allows for float32 rounding over 50 layers, which depends on the summation order:
 # 0.97e-4 on an AMD EPYC, on an Intel Xeon 0.59e-4 with one thread and 1.04e-4 with two. In float64
 # the logits agree to 1e-14.
 _BOX_PIXELS, _SCORE, _MASK_SHARE = 0.01, 2e-4, 0.999
@@ -58,7 +45,7 @@ def compare_detector(
     """Builds, saves, converts and loads one detector, and compares both on all images.
 
     Args:
-        name: of their config.
+        name: of mmdetection's config, a key of `CONFIGS`.
         images: RGB (3, H, W).
         seed: of the random weights.
         folder: for the weight files.
@@ -93,7 +80,7 @@ def _convert_and_load(name: str, theirs: Any, text: str, folder: Path) -> tuple[
 
 
 def load_ours(cfg: CfgNode, weights: Path) -> Any:
-    """Our detector in eval mode, every tensor of it from the file."""
+    """Our detector in eval mode, with every tensor from the file."""
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
     checkpoint = WSCheckpointer(model)
@@ -116,7 +103,7 @@ def _compare_files(theirs: Any, original: Path, converted: Path, back: Path) -> 
 
 @torch.no_grad()
 def _layers(theirs: Any, ours: Any, image: torch.Tensor) -> list[Measure]:
-    """Features, RPN, box head and mask head, the heads on the same boxes."""
+    """Compares features, RPN, box head and mask head; the heads get the same boxes."""
     dtype = next(theirs.parameters()).dtype
     inputs, samples = mmdet_models.preprocess(theirs, image)
     batch = ours.preprocess_image([{"image": image}])
@@ -154,7 +141,7 @@ def _layers(theirs: Any, ours: Any, image: torch.Tensor) -> list[Measure]:
 
 @torch.no_grad()
 def _detections(theirs: Any, ours: Any, image: torch.Tensor) -> list[Measure]:
-    """Final detections: each of theirs must have one of ours, and there must be no others."""
+    """Compares final detections, which must match one to one."""
     found = mmdet_models.predict(theirs, image)
     height, width = image.shape[-2:]
     mine = ours([{"image": image, "height": height, "width": width}])[0]["instances"]
@@ -189,7 +176,7 @@ def _largest(difference: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _settings(theirs: Any, ours: Any) -> list[Measure]:
-    """Anchors, box coders and class order, which no weight shows."""
+    """Compares anchors, box coders and class order, which do not depend on weights."""
     from mmdet.datasets import CocoDataset
 
     sizes = [(25, 38), (13, 19), (7, 10), (4, 5), (2, 3)]

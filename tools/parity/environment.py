@@ -1,4 +1,4 @@
-"""Makes the environment in which mmdetection, timm and detectron2 run side by side."""
+"""Creates a virtual environment with mmdetection, timm and detectron2."""
 
 import subprocess
 import sys
@@ -11,16 +11,16 @@ OTHERS = ("mmdet==3.3.0", "mmengine==0.10.7", "mmcv-lite==2.1.0", "timm==1.0.31"
 
 
 def make_environment(folder: Path) -> Path:
-    """Creates a virtual environment and installs everything the comparison needs.
+    """Creates a virtual environment with everything that the comparison needs, about 6 GB.
 
-    About 6 GB; the packages come from your pip index. detectron2 is built by
-    tools/install_detectron2.py, mmcv is the variant without compiled ops.
+    Packages come from your pip index. detectron2 is built by tools/install_detectron2.py; mmcv is
+    the variant without compiled ops.
 
     Args:
         folder: of the new environment.
 
     Returns:
-        Its Python.
+        Its Python interpreter.
     """
     venv.EnvBuilder(with_pip=True).create(folder)
     python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"

@@ -1,4 +1,4 @@
-"""Real COCO images for the comparison."""
+"""COCO images for the comparison."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def load_images(count: int, short_side: int) -> list[torch.Tensor]:
 
 
 def resizing_difference(count: int) -> dict[str, float]:
-    """How far the test images of mmdetection and detectron2 are apart.
+    """Compares the resized test images of mmdetection and detectron2.
 
     mmdetection resizes with OpenCV's bilinear interpolation, detectron2 with Pillow's, which
-    averages when it makes an image smaller.
+    averages when it shrinks an image.
 
     Returns:
         Mean and largest absolute difference in grey levels at 800 / 1333 pixels, and the number
@@ -62,7 +62,9 @@ def _read(count: int) -> list[np.ndarray]:
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco"
     annotations = root / "annotations" / "instances_val2017.json"
     if not annotations.is_file():
-        raise UserError(f"there is no {annotations}; DETECTRON2_DATASETS must name its folder")
+        raise UserError(
+            f"there is no {annotations}; set DETECTRON2_DATASETS to the folder that holds coco/"
+        )
     names = sorted(image["file_name"] for image in json.loads(annotations.read_text())["images"])
     return [
         np.asarray(Image.open(root / "val2017" / name).convert("RGB")) for name in names[:count]

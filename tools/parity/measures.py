@@ -1,22 +1,22 @@
-"""The figures of a comparison and the limits they must keep."""
+"""Measures of a comparison and their limits."""
 
 from dataclasses import dataclass
 
 import torch
 
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Largest relative difference of a tensor, |a - b| / max |a|, by precision."""
+"""Largest allowed relative difference, max |a - b| / max |a|, by dtype."""
 
 
 @dataclass
 class Measure:
-    """One figure.
+    """One measured value.
 
     Attributes:
         what: the tensor or property.
         value: what was measured.
-        limit: what is allowed; `value` may be equal to it.
-        at_least: whether `limit` is a lower one.
+        limit: the largest allowed value.
+        at_least: whether `limit` is the smallest allowed value instead.
     """
 
     what: str
@@ -38,7 +38,7 @@ def relative_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
 
 
 def worst(measures: list[Measure]) -> list[Measure]:
-    """One measure for each `what`: the one furthest out."""
+    """The worst measure for each `what`."""
     found: dict[str, Measure] = {}
     for measure in measures:
         known = found.get(measure.what)

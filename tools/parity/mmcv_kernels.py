@@ -1,9 +1,9 @@
-"""Lets mmdetection run on mmcv-lite, by giving mmcv's Python code the two kernels it needs.
+"""Lets mmdetection run on mmcv-lite by providing the two kernels it needs.
 
-mmcv-lite has all of mmcv's Python code, `RoIAlign`, `nms` and `batched_nms` included, but not the
-compiled module `mmcv._ext` below it. This stands in for that module with torchvision's kernels;
-whatever else is called raises. So RoIAlign and NMS themselves are torchvision's on both sides of
-the comparison; their arguments, the class offsets of batched NMS and all the rest are mmcv's.
+mmcv-lite has mmcv's Python code, including `RoIAlign`, `nms` and `batched_nms`, but not the
+compiled module `mmcv._ext`. This module replaces it with torchvision's kernels; other ops raise.
+So the RoIAlign and NMS kernels are torchvision's on both sides of the comparison; their arguments,
+the class offsets of batched NMS and everything else are mmcv's.
 """
 
 import sys
@@ -16,7 +16,7 @@ from torchvision import ops
 
 
 def install() -> None:
-    """Puts the stand-in where `import mmcv._ext` finds it."""
+    """Makes `import mmcv._ext` return the replacement."""
     module = _Kernels("mmcv._ext")
     module.nms = _nms
     module.roi_align_forward = _roi_align_forward

@@ -1,4 +1,4 @@
-"""mmdetection's own detectors with random weights that leave no layer trivial."""
+"""mmdetection's detectors with random weights that leave no layer trivial."""
 
 import os
 import re
@@ -21,8 +21,8 @@ from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-# Output deviation that each last layer is brought to, so that scores spread, boxes move and masks
-# have both signs. As initialized, no score would pass the threshold.
+# Standard deviation to which the output of each last layer is scaled, so that scores spread, boxes
+# move and masks have both signs. As initialized, no score would pass the threshold.
 _SPREAD = {
     "rpn_head.rpn_cls": 2.0,
     "rpn_head.rpn_reg": 0.3,
@@ -33,13 +33,13 @@ _SPREAD = {
 
 
 def build_detector(name: str) -> tuple[Any, str]:
-    """Builds a detector from the config in mmdetection's package.
+    """Builds a detector from a config in mmdetection's package.
 
     Args:
         name: of a file in its configs/gn+ws, without `.py`.
 
     Returns:
-        The detector in eval mode, and the text of its whole config.
+        The detector in eval mode, and the text of its full config.
     """
     init_default_scope("mmdet")
     folder = Path(os.path.dirname(mmdet.__file__)) / ".mim" / "configs" / "gn+ws"
@@ -48,12 +48,12 @@ def build_detector(name: str) -> tuple[Any, str]:
 
 
 def perturb(model: nn.Module, generator: torch.Generator) -> None:
-    """Moves all parameters off their initial values, in place.
+    """Changes all parameters from their initial values, in place.
 
-    Filters get a mean and a scale of their own, which WS must remove, and norm layers an affine
-    part; BN also gets statistics. The last norm layer of each residual branch, which starts at 0
-    in mmdetection, becomes 0.1: at 1, a random ResNet is chaotic, and mmdetection's own float32
-    output is 8e-5 away from its own float64 output.
+    Each filter gets its own mean and scale, which WS must remove; norm layers get random affine
+    parameters, and BN random statistics. The last norm layer of each residual branch, initialized
+    with 0 in mmdetection, gets 0.1: with 1, a random ResNet is chaotic, and mmdetection's float32
+    output differs from its float64 output by 8e-5.
     """
 
     def noise(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def perturb(model: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def spread_outputs(model: Any, image: torch.Tensor) -> None:
-    """Scales and shifts the last layers so that their outputs on `image` spread.
+    """Scales and shifts the last layers so that their outputs on `image` vary.
 
     Args:
         model: a detector.
@@ -113,7 +113,7 @@ def _recorded(layer: nn.Module, outputs: list[torch.Tensor]) -> Iterator[None]:
 
 
 def preprocess(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-    """Their preprocessing of one image, which they read as BGR."""
+    """mmdetection's preprocessing of one image, which it reads as BGR."""
     sample = DetDataSample()
     height, width = image.shape[-2:]
     sample.set_metainfo(
@@ -128,6 +128,6 @@ def preprocess(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, list[Any]
 
 
 def predict(model: Any, image: torch.Tensor) -> Any:
-    """Their final detections in one image: `bboxes`, `scores`, `labels` and perhaps `masks`."""
+    """mmdetection's detections in one image: `bboxes`, `scores`, `labels` and perhaps `masks`."""
     inputs, samples = preprocess(model, image)
     return model.predict(inputs, samples, rescale=True)[0].pred_instances

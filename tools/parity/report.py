@@ -1,4 +1,4 @@
-"""Writes the result of a comparison as JSON and as Markdown."""
+"""Writes the results of a comparison as JSON and Markdown."""
 
 import datetime
 import importlib.metadata
@@ -18,17 +18,17 @@ Results = dict[str, dict[str, list[Measure]]]
 
 
 def all_hold(results: Results) -> bool:
-    """Whether every measure keeps its limit."""
+    """Whether every measure is within its limit."""
     return all(m.holds for groups in results.values() for group in groups.values() for m in group)
 
 
 def write_report(results: Results, settings: dict[str, Any], folder: Path) -> None:
-    """Writes `parity.json`, every figure, and `README.md`, the worst ones.
+    """Writes `parity.json` with all measures and `README.md` with the worst ones.
 
     Args:
         results: measures by model and group.
         settings: seed, image sizes and whatever else is needed to repeat the run.
-        folder: where to.
+        folder: of both files.
     """
     environment = {
         "date": datetime.date.today().isoformat(),

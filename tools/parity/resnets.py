@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -25,7 +25,7 @@ _STAGES = ("res2", "res3", "res4", "res5")
 
 
 class _AuthorsConv2d(nn.Conv2d):
-    """Computes what the README of joe-siyuan-qiao/WeightStandardization prints for PyTorch."""
+    """The PyTorch code in the README of joe-siyuan-qiao/WeightStandardization."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         deviation, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
@@ -51,7 +51,7 @@ def _as_state_dict(model: nn.Module, path: Path) -> None:
 
 
 def _as_caffe2(model: nn.Module, path: Path) -> None:
-    """Under the blob names of Detectron's R-50-GN, pickled as by Python 2."""
+    """With the blob names of Detectron's R-50-GN, pickled as by Python 2."""
     blobs = {}
     for key, value in model.state_dict().items():
         if key.startswith("fc."):
@@ -79,76 +79,42 @@ def _as_caffe2(model: nn.Module, path: Path) -> None:
         pickle.dump({"blobs": blobs}, file, protocol=2)
 
 
+class _Case(NamedTuple):
+    """How an original ResNet is built and saved, and its architecture."""
+
+    build: Callable[[], nn.Module]
+    save: Callable[[nn.Module, Path], None]
+    filename: str
+    source: str = "auto"
+    depth: int = 50
+    groups: int = 1
+    width_per_group: int = 64
+
+
+_R18 = partial(torchvision.models.resnet18, weights=None)
 _R50 = partial(torchvision.models.resnet50, weights=None)
 _R101 = partial(torchvision.models.resnet101, weights=None)
 _X50 = partial(torchvision.models.resnext50_32x4d, weights=None)
+_TIMM_R50 = partial(timm.create_model, "resnet50", pretrained=False)
+_TIMM_R50_GN = partial(timm.create_model, "resnet50_gn", pretrained=False)
 
-# name -> (their model, how it is saved, file name, --source, depth, groups, width per group)
-CASES: dict[str, tuple[Callable[[], nn.Module], Any, str, str, int, int, int]] = {
-    "WS authors' R-50 (.pth.tar)": (
-        lambda: _authors(_R50),
-        _as_pth_tar,
-        "R-50-GN-WS.pth.tar",
-        "auto",
-        50,
-        1,
-        64,
+CASES = {
+    "WS authors' R-50 (.pth.tar)": _Case(
+        partial(_authors, _R50), _as_pth_tar, "R-50-GN-WS.pth.tar"
     ),
-    "WS authors' R-101 (.pth.tar)": (
-        lambda: _authors(_R101),
-        _as_pth_tar,
-        "R-101-GN-WS.pth.tar",
-        "auto",
-        101,
-        1,
-        64,
+    "WS authors' R-101 (.pth.tar)": _Case(
+        partial(_authors, _R101), _as_pth_tar, "R-101-GN-WS.pth.tar", depth=101
     ),
-    "WS authors' X-50 (.pth.tar)": (
-        lambda: _authors(_X50),
-        _as_pth_tar,
-        "X-50-GN-WS.pth.tar",
-        "auto",
-        50,
-        32,
-        4,
+    "WS authors' X-50 (.pth.tar)": _Case(
+        partial(_authors, _X50), _as_pth_tar, "X-50-GN-WS.pth.tar", groups=32, width_per_group=4
     ),
-    "WS authors' R-50 (Caffe2-style .pkl)": (
-        lambda: _authors(_R50),
-        _as_caffe2,
-        "R-50-GN-WS.pkl",
-        "auto",
-        50,
-        1,
-        64,
+    "WS authors' R-50 (Caffe2-style .pkl)": _Case(
+        partial(_authors, _R50), _as_caffe2, "R-50-GN-WS.pkl"
     ),
-    "torchvision resnet50": (_R50, _as_state_dict, "resnet50.pth", "auto", 50, 1, 64),
-    "torchvision resnet18": (
-        partial(torchvision.models.resnet18, weights=None),
-        _as_state_dict,
-        "resnet18.pth",
-        "auto",
-        18,
-        1,
-        64,
-    ),
-    "timm resnet50": (
-        partial(timm.create_model, "resnet50", pretrained=False),
-        _as_state_dict,
-        "resnet50.pth",
-        "timm",
-        50,
-        1,
-        64,
-    ),
-    "timm resnet50_gn": (
-        partial(timm.create_model, "resnet50_gn", pretrained=False),
-        _as_state_dict,
-        "resnet50_gn.pth",
-        "timm",
-        50,
-        1,
-        64,
-    ),
+    "torchvision resnet50": _Case(_R50, _as_state_dict, "resnet50.pth"),
+    "torchvision resnet18": _Case(_R18, _as_state_dict, "resnet18.pth", depth=18),
+    "timm resnet50": _Case(_TIMM_R50, _as_state_dict, "resnet50.pth", "timm"),
+    "timm resnet50_gn": _Case(_TIMM_R50_GN, _as_state_dict, "resnet50_gn.pth", "timm"),
 }
 
 
@@ -166,18 +132,19 @@ def compare_resnet(
     Returns:
         Measures by group: "float32", "float64".
     """
-    build, save, filename, source, depth, groups, width = CASES[name]
+    case = CASES[name]
     torch.manual_seed(seed)
-    theirs = build().eval()
+    theirs = case.build().eval()
     perturb(theirs, torch.Generator().manual_seed(seed))
-    save(theirs, folder / filename)
-    weights = convert_file(folder / filename, source)
+    case.save(theirs, folder / case.filename)
+    weights = convert_file(folder / case.filename, case.source)
     write_detectron2(weights, folder / "ours.pth")
 
     cfg = get_config("COCO-Detection/mmdet/Base-gn_ws-all.yaml")
-    cfg.MODEL.RESNETS.DEPTH = depth
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
-    cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = groups, width
+    cfg.MODEL.RESNETS.DEPTH = case.depth
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if case.depth < 50 else 256
+    cfg.MODEL.RESNETS.NUM_GROUPS = case.groups
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = case.width_per_group
     cfg.MODEL.RESNETS.NORM = "GN" if weights.metadata.norm == "GN" else "FrozenBN"
     builder = "build_ws_resnet_backbone" if weights.metadata.ws_convs else "build_resnet_backbone"
     ours = BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3)).eval()

@@ -1,4 +1,4 @@
-"""Weights from other systems: safe reading, conversion, and whether they fit a model."""
+"""Weights of other frameworks: safe reading, conversion, and a check that they fit the model."""
 
 from ws_detectron.errors import WeightsError
 
@@ -46,8 +46,8 @@ __all__ = [
     "convert_file",
     "describe_model",
     "read_weight_file",
-    "source_names",
     "register_weight_names",
+    "source_names",
     "write_detectron2",
     "write_mmdet",
 ]

@@ -1,4 +1,4 @@
-"""Which ResNet a state dict belongs to, and the shapes that all its tensors must then have.
+"""Infers the ResNet architecture of a state dict and checks all its keys and shapes.
 
 Keys are detectron2's, relative to the ResNet: `stem.conv1.weight`, `res2.0.conv1.norm.bias`, ...
 """
@@ -29,8 +29,8 @@ class ResNetArchitecture:
 
     Attributes:
         depth: 18, 34, 50, 101 or 152.
-        groups: number of groups of the 3x3 convs of the bottlenecks.
-        width_per_group: their channels per group in the first stage.
+        groups: number of groups of the 3x3 convs in bottlenecks.
+        width_per_group: channels per group of these convs in the first stage.
     """
 
     depth: int
@@ -46,7 +46,7 @@ class ResNetArchitecture:
         return f"R-{self.depth}{wide}"
 
     def conv_shapes(self) -> dict[str, Shape]:
-        """Name of every conv -> shape of its weight (O, I/g, kh, kw)."""
+        """Name of each conv -> shape of its weight (O, I/g, kh, kw)."""
         shapes: dict[str, Shape] = {"stem.conv1": (64, 3, 7, 7)}
         channels = 64
         bottleneck = self.depth >= 50
@@ -73,13 +73,12 @@ def infer_architecture(state: Mapping[str, torch.Tensor], path: str) -> ResNetAr
     """Finds the architecture and checks every key and shape of the ResNet against it.
 
     Args:
-        state: the ResNet's tensors under the keys that the module docstring gives; keys of other
-            parts must be left out.
+        state: the tensors of the ResNet only, under keys as in the module docstring.
         path: the file, for messages.
 
     Raises:
-        WeightsError: the blocks are those of no known depth, or a key is missing, left over, or
-            of the wrong shape.
+        WeightsError: the block counts match no known depth, or a key is missing, unexpected, or of
+            the wrong shape.
     """
     blocks: dict[int, set[int]] = {}
     for key in state:
@@ -93,7 +92,7 @@ def infer_architecture(state: Mapping[str, torch.Tensor], path: str) -> ResNetAr
         kind = "bottleneck" if bottleneck else "basic"
         known = ", ".join(f"R-{depth}: {count}" for depth, count in _BLOCKS.items())
         raise WeightsError(
-            f"{path} has {counts or 'no'} {kind} blocks in its ResNet stages; known are {known}"
+            f"{path} has {counts or 'no'} {kind} blocks in its ResNet stages; supported: {known}"
         )
     groups, width = 1, 64
     second = state.get("res2.0.conv2.weight")
@@ -110,20 +109,20 @@ def _check_tensors(
 ) -> None:
     stem_norm = [name for name in _NORM_TENSORS if f"stem.conv1.norm.{name}" in state]
     if "weight" not in stem_norm or "bias" not in stem_norm:
-        raise WeightsError(f"{path} has no norm layer behind the first conv of its ResNet")
+        raise WeightsError(f"{path} has no norm layer after the first conv of its ResNet")
     expected: dict[str, Shape] = {}
     for conv, shape in architecture.conv_shapes().items():
         expected[f"{conv}.weight"] = shape
         expected.update({f"{conv}.norm.{name}": shape[:1] for name in stem_norm})
     missing = [key for key in expected if key not in state]
-    surplus = [key for key in state if key not in expected]
+    unexpected = [key for key in state if key not in expected]
     wrong = [
         f"{key} {tuple(state[key].shape)} instead of {shape}"
         for key, shape in expected.items()
         if key in state and tuple(state[key].shape) != shape
     ]
-    for what, items in (("lacks", missing), ("has besides", surplus), ("has", wrong)):
+    for what, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
         if items:
             raise WeightsError(
-                f"{path} does not hold a whole {architecture.name}: it {what} {list_some(items)}"
+                f"{path} is not a whole {architecture.name}; {what}: {list_some(items)}"
             )

@@ -18,7 +18,7 @@ from ws_detectron.errors import WeightsError, list_some, shown
 from ws_detectron.utils.io import atomic_write
 
 from .describe import describe_model
-from .fit import check_fit, fold_into, missing_weights, parts_of
+from .fit import check_fit, fold_into, missing_weights, part_keys, parts_of
 from .metadata import METADATA_KEY, WeightMetadata
 from .reading import read_weight_file
 from .sources import is_detectron2, recognize, refuse_other_detectors
@@ -30,23 +30,21 @@ logger = logging.getLogger(__name__)
 class WSCheckpointer(DetectionCheckpointer):
     """Saves and loads checkpoints like `DetectionCheckpointer`, with five differences.
 
-    - Files are read without running code in them (`read_weight_file`), resumed training included.
-    - Weights that do not fit the model are refused, where that can be known: see `check_fit`.
-    - A checkpoint to resume from must hold the whole model, and with `whole` any file.
-    - Saved files say what the model needs (WS convs, preprocessing, ...), so that this can be
-      known of them later.
-    - Files in `save_dir`, the one that names the last checkpoint included, are there whole or not
-      at all, whenever the process is killed.
+    - Reading a file never runs code in it (`read_weight_file`), also when a training is resumed.
+    - Weights that do not fit the model are refused, as far as this can be known (`check_fit`).
+    - A checkpoint to resume from must contain the whole model; with `whole`, so must every file.
+    - Saved files contain metadata (WS convs, preprocessing, ...) for these checks.
+    - Files in `save_dir`, including `last_checkpoint`, are written atomically: killing the process
+      leaves no partial file.
 
     Args:
         model: may be wrapped in DistributedDataParallel.
-        save_dir: where checkpoints are saved, and found for resuming.
-        save_to_disk: None for "on the main process".
-        fold: whether WS weights may go into plain convs, by storing the standardized filters.
-        whole: whether every parameter of the model must be in the file, in its shape, as
-            inference needs it.
-        check: False turns refusals into logged warnings.
-        checkpointables: further objects to save and load, as for `DetectionCheckpointer`.
+        save_dir: folder of the checkpoints.
+        save_to_disk: None saves on the main process only.
+        fold: load WS weights into plain convs by folding, instead of refusing them.
+        whole: refuse files that lack a parameter of the model; for inference.
+        check: False logs a warning instead of refusing a file.
+        checkpointables: other objects to save and load, as for `DetectionCheckpointer`.
     """
 
     def __init__(
@@ -71,8 +69,8 @@ class WSCheckpointer(DetectionCheckpointer):
         """Saves model and checkpointables as `<name>.pth`.
 
         Args:
-            name: of the file, without ending.
-            kwargs: further plain data; numpy numbers become Python's, which safe loading needs.
+            name: of the file, without extension.
+            kwargs: other plain data; numpy scalars are converted to Python's, for safe loading.
         """
         kwargs = {key: _plain(value) for key, value in kwargs.items()}
         kwargs.setdefault(METADATA_KEY, describe_model(self.model).as_dict())
@@ -82,28 +80,28 @@ class WSCheckpointer(DetectionCheckpointer):
         """Loads a checkpoint.
 
         Args:
-            path: a file or anything detectron2's PathManager knows, `ws://` names included.
-                Empty: nothing is loaded.
+            path: a file or any path that detectron2's PathManager resolves, including `ws://`
+                names. Nothing is loaded if it is empty.
             args, kwargs: as for `DetectionCheckpointer.load`.
 
         Returns:
-            What the file has besides.
+            The other entries of the file.
 
         Raises:
             WeightsError: the file does not exist, cannot be read safely, or does not fit.
         """
         if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            # With several machines, detectron2 lets those without the file get it from the first.
+            # In distributed training, the file may exist on the first machine only.
             if not torch.distributed.is_available() or not torch.distributed.is_initialized():
                 raise WeightsError(f"there is no weight file {path} (MODEL.WEIGHTS)")
         self._path = path
         return super().load(path, *args, **kwargs)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Resumes from the checkpoint that `last_checkpoint` names, or loads the model of `path`.
+        """Resumes from the checkpoint named in `last_checkpoint`, or loads the model in `path`.
 
         Raises:
-            WeightsError: as `load`, or `last_checkpoint` names no file.
+            WeightsError: as for `load`; or `last_checkpoint` names no existing file.
         """
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=False)
@@ -125,7 +123,7 @@ class WSCheckpointer(DetectionCheckpointer):
         found = sorted(file.name for file in Path(self.save_dir).glob("model_*.pth"))
         raise WeightsError(
             f"cannot resume: {path} "
-            + (f"names {shown(name, 100)!r}, which is not there" if name else "is empty")
+            + (f"names {shown(name, 100)!r}, which does not exist" if name else "is empty")
             + "; write the name of a checkpoint into it ("
             + (list_some(found[::-1], 3) if found else f"{self.save_dir} has none")
             + "), or delete it to start from MODEL.WEIGHTS"
@@ -141,7 +139,7 @@ class WSCheckpointer(DetectionCheckpointer):
             loaded = {"model": state, "__author__": "pycls", "matching_heuristics": True}
         else:
             loaded = self._load_foreign(content, filename)
-        # detectron2 main takes `path?matching_heuristics=True`.
+        # detectron2 main accepts `path?matching_heuristics=True`.
         url = getattr(self, "_parsed_url_during_load", None)
         if url is not None and parse_qs(url.query).get("matching_heuristics") == ["True"]:
             loaded["matching_heuristics"] = True
@@ -152,7 +150,7 @@ class WSCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_foreign(self, content: dict[str, Any], filename: str) -> dict[str, Any]:
-        """A file without the entry "model" of detectron2's own."""
+        """Loads a file without detectron2's entry "model"."""
         if "blobs" in content or "conv1_w" in content:
             given = content.get("blobs", content)
             blobs = {
@@ -169,8 +167,8 @@ class WSCheckpointer(DetectionCheckpointer):
                 logger.warning("%s", error)
             else:
                 raise WeightsError(
-                    f"{self._path or filename} is {title}, which detectron2 would load nothing "
-                    "of. Convert it first: tools/convert_weights.py "
+                    f"{self._path or filename} is {title}, of which detectron2 would load nothing. "
+                    "Convert it first: tools/convert_weights.py "
                     f"{filename} {os.path.splitext(filename)[0]}_d2.pth"
                 )
         return {"model": raw.tensors}
@@ -200,8 +198,8 @@ class WSCheckpointer(DetectionCheckpointer):
         elif fit.foldable:
             fit.problems.append(
                 f"{len(fit.foldable)} convs were trained with WS and are plain in the model "
-                f"({', '.join(list(fit.foldable)[:3])}, ...): use the build_ws_* backbones and WS "
-                "heads, or ask for the weights to be folded"
+                f"({list_some(list(fit.foldable), 3)}): use the parts with WS ({part_keys()}), or "
+                "fold the weights (tools/fold_checkpoint.py, or WSCheckpointer(model, fold=True))"
             )
         if fit.problems:
             message = f"{self._path} does not fit the model:\n" + "\n".join(
@@ -209,12 +207,12 @@ class WSCheckpointer(DetectionCheckpointer):
             )
             if self._check:
                 raise WeightsError(message)
-            logger.warning("%s\nIt is loaded nevertheless, as the check is off.", message)
+            logger.warning("%s\nIt is loaded anyway, because check=False.", message)
         incompatible = super()._load_model(checkpoint)
         problems = missing_weights(self.model, incompatible) if self._whole else []
         if problems:
             message = (
-                f"{self._path} is not a checkpoint of the whole model, the rest would be random: "
+                f"{self._path} does not contain the whole model; the rest would be random: "
                 + "; ".join(problems)
                 + f". The file has {list_some(parts_of(state))}"
             )
@@ -225,7 +223,7 @@ class WSCheckpointer(DetectionCheckpointer):
 
 
 class _AtomicPathManager:
-    """detectron2's PathManager, whose local files appear when they are complete."""
+    """detectron2's PathManager with atomic writes of local files."""
 
     def open(self, path: str, mode: str = "r", **kwargs: Any) -> AbstractContextManager[IO[Any]]:
         if mode in ("w", "wb") and "://" not in path:
@@ -237,7 +235,7 @@ class _AtomicPathManager:
 
 
 def _plain(value: Any) -> Any:
-    """numpy numbers, such as metrics of evaluators, as Python's."""
+    """Converts numpy scalars, such as metrics of evaluators, to Python's."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Converts the weight files of other systems to detectron2's keys."""
+"""Converts the weight files of other frameworks to detectron2's keys."""
 
 import hashlib
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from .state import RawState, check_finite, is_allowed, normed_convs, unwrap_stat
 
 OFFICIAL_WS = WSForm(DEFAULT_WS_MODE, DEFAULT_WS_EPS)
 
-# Module of a mmdetection config -> where its convs are in detectron2.
+# Module in a mmdetection config -> prefix of its convs in detectron2.
 _PARTS = {
     "backbone": "backbone.bottom_up.",
     "neck": "backbone.fpn_",
@@ -43,11 +43,11 @@ class ConvertedWeights:
     """Weights under detectron2's keys.
 
     Attributes:
-        state: a ResNet alone has keys relative to the ResNet (`stem.conv1.weight`), which
-            detectron2 matches by their endings; a detector has full keys.
+        state: a detector has full keys. A ResNet has relative ones (`stem.conv1.weight`), which
+            detectron2 matches by suffix.
         metadata: what a model needs to use them.
-        matching_heuristics: whether detectron2 must match keys by their endings.
-        record: what was done with each key.
+        matching_heuristics: whether detectron2 must match keys by suffix.
+        record: what became of each key.
     """
 
     state: dict[str, torch.Tensor]
@@ -62,20 +62,20 @@ def convert_file(
     ws: Optional[bool] = None,
     allow: Sequence[str] = (),
 ) -> ConvertedWeights:
-    """Reads a file of another system and gives it detectron2's keys.
+    """Reads a file of another framework and renames its keys to detectron2's.
 
     Args:
         path: a local file.
-        source: a name of `SOURCES`, "detectron2", or "auto" to tell it from the keys. A file of
-            detectron2's keeps its keys and gets the metadata that it lacks.
+        source: a name in `SOURCES`, "detectron2", or "auto" to recognize it by the keys. A file
+            from detectron2 keeps its keys and gets the missing metadata.
         ws: whether its convs were trained with WS, for files that do not tell. Published files
-            are known by their SHA-256.
-        allow: shell-style patterns of unexpected keys to leave out, and of settings in a
-            mmdetection config that differ from what this project's configs compute.
+            are recognized by their SHA-256.
+        allow: shell-style patterns: unexpected keys to leave out, and settings in a mmdetection
+            config that may differ from this project's configs.
 
     Raises:
-        WeightsError: the file cannot be read or is refused, its kind is unknown, keys or shapes
-            are unexpected, it has NaN, or it does not say whether WS was used.
+        WeightsError: the file cannot be read or is refused, its format is unknown, keys or shapes
+            are unexpected, it contains NaN, or it does not say whether WS was used.
     """
     path = Path(path)
     raw = unwrap_state(read_weight_file(path), str(path))
@@ -84,82 +84,82 @@ def convert_file(
     if source == "detectron2" or (source == "auto" and is_detectron2(keys)):
         return _own_file(raw, path, ws)
     if source == "auto":
-        kind = recognize(keys, str(path), raw.wrapped)
+        known = recognize(keys, str(path), raw.wrapped)
     elif source in SOURCES:
-        kind = SOURCES[source]
+        known = SOURCES[source]
         refuse_known_misfits(keys, str(path))
     else:
         raise WeightsError(f"unknown source {source!r}; allowed: {', '.join(source_names())}")
     record = ConversionRecord()
-    state = _map_keys(raw, kind, str(path), allow, record)
+    state = _map_keys(raw, known, str(path), allow, record)
     check_finite(state, str(path))
-    if kind.whole_detector:
+    if known.whole_detector:
         architecture = check_detector(state, str(path))
     else:
         architecture = infer_architecture(state, str(path))
 
-    sha256 = _sha256(path)
+    sha256 = sha256_of(path)
     published = find_by_sha256(sha256) is not None
     settings = None
-    # Published files carry the configs of early versions; what holds for them is those of 3.3.
-    if kind.whole_detector and not published:
+    # Published files contain configs of early versions; those of mmdetection 3.3 apply to them.
+    if known.whole_detector and not published:
         settings = read_mmdet_settings(raw.extras.get("meta"))
         _check_settings(settings, str(path), allow, record)
     norm = "BN" if any(key.endswith(".running_mean") for key in state) else "GN"
-    told = True if published else kind.ws
-    ws_convs = _ws_convs(state, told, settings, ws, norm, str(path), record)
+    stated = True if published else known.ws
+    ws_convs = _ws_convs(state, stated, settings, ws, norm, str(path), record)
     metadata = WeightMetadata(
-        source=kind.name,
+        source=known.name,
         origin=path.name,
         sha256=sha256,
         architecture=architecture.name,
         ws_convs=ws_convs,
         norm=norm,
         gn_groups=_gn_groups(norm, settings, record),
-        preprocessing=(settings and settings.preprocessing) or kind.preprocessing,
+        preprocessing=(settings and settings.preprocessing) or known.preprocessing,
         stride_in_1x1=bool(settings and settings.stride_in_1x1),
     )
-    return ConvertedWeights(state, metadata, not kind.whole_detector, record)
+    return ConvertedWeights(state, metadata, not known.whole_detector, record)
 
 
 def source_names() -> list[str]:
-    """What `convert_file` takes as `source`."""
+    """The allowed values of `source` in `convert_file`."""
     return ["auto", *SOURCES, "detectron2"]
 
 
 def _own_file(raw: RawState, path: Path, ws: Optional[bool]) -> ConvertedWeights:
-    """A file with detectron2's keys, for instance of a run without this package."""
+    """A file with detectron2's keys, for example of a run without this package."""
     check_finite(raw.tensors, str(path))
     if METADATA_KEY in raw.extras:
         raise WeightsError(f"{path} has detectron2's keys and metadata and needs no conversion")
     if ws is None:
         raise WeightsError(
-            f"{path} has detectron2's keys. To record whether its convs were trained with WS, say "
+            f"{path} has detectron2's keys. To record whether its convs were trained with WS, pass "
             "--ws (every conv before a norm layer, official form) or --no-ws"
         )
     metadata = WeightMetadata(
         source="detectron2",
         origin=path.name,
-        sha256=_sha256(path),
+        sha256=sha256_of(path),
         ws_convs=dict.fromkeys(normed_convs(raw.tensors), OFFICIAL_WS) if ws else {},
     )
     record = ConversionRecord(
         [KeyEntry(key, key) for key in raw.tensors],
-        ["input, stride style and GN groups are not recorded, as the file does not say them"],
+        ["input format, stride style and GN groups are not recorded: the file does not say them"],
     )
     heuristics = bool(raw.extras.get("matching_heuristics", False))
     return ConvertedWeights(raw.tensors, metadata, heuristics, record)
 
 
 def _map_keys(
-    raw: RawState, kind: Source, path: str, allow: Sequence[str], record: ConversionRecord
+    raw: RawState, source: Source, path: str, allow: Sequence[str], record: ConversionRecord
 ) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     unexpected = []
     for key, value in raw.tensors.items():
-        target, note = kind.key_map(key), ""
+        target, note = source.key_map(key), ""
         if key.rsplit(".", 1)[-1] == "num_batches_tracked":
-            target, note = None, "BN's count of training steps, of no use to detectron2"
+            target, note = None, "BN's step counter, which detectron2 does not use"
         elif target is None and key in ("fc.weight", "fc.bias", "pred_w", "pred_b"):
             note = "ImageNet classifier, which a detector does not have"
         elif target is None and is_allowed(key, allow):
@@ -168,7 +168,7 @@ def _map_keys(
             unexpected.append(key)
             continue
         elif target in state:
-            raise WeightsError(f"{path}: two keys stand for {target}, one of them {key}")
+            raise WeightsError(f"{path}: two keys map to {target}, one of them {key}")
         elif value.dtype in (torch.float16, torch.bfloat16):
             value, note = value.float(), f"from {value.dtype} to float32"
         if target is not None:
@@ -176,7 +176,7 @@ def _map_keys(
         record.entries.append(KeyEntry(key, target, note))
     if unexpected:
         raise WeightsError(
-            f"{path} is read as {kind.title}, which has no keys {list_some(unexpected)}. Another "
+            f"{path} is read as {source.title}, which has no keys {list_some(unexpected)}. Another "
             "--source may be right; --allow KEY leaves a key out"
         )
     return state
@@ -190,22 +190,22 @@ def _check_settings(
 ) -> None:
     if settings is None:
         record.assumptions.append(
-            "the file has no readable config: anchors, box coder, RoIAlign, mean and std, and "
-            "stride style as in mmdetection's gn_ws-all configs"
+            "anchors, box coder, RoIAlign, mean, std and stride style as in mmdetection's "
+            "gn_ws-all configs, because the file has no readable config"
         )
         return
     for name, difference in settings.unfit.items():
         if not is_allowed(name, allow):
             raise WeightsError(
                 f"{path} was trained with another {name} than the configs here ({difference}). "
-                f"Set it in your config and say --allow {name}"
+                f"Set it in your config and pass --allow {name}"
             )
-        record.assumptions.append(f"your config takes care of {name} ({difference})")
+        record.assumptions.append(f"your config sets {name} ({difference})")
 
 
 def _ws_convs(
     state: dict[str, torch.Tensor],
-    told: Optional[bool],
+    stated: Optional[bool],
     settings: Optional[MMDetSettings],
     ws: Optional[bool],
     norm: str,
@@ -217,22 +217,22 @@ def _ws_convs(
     if parts is not None:
         prefixes = tuple(_PARTS[part] for part in parts)
         convs = [name for name in convs if name.startswith(prefixes)] if prefixes else []
-        told = bool(convs)
-    if told is None and norm == "BN":
-        told = False
-        record.assumptions.append("no WS, as the norm layers are BN")
-    if told is not None and ws is not None and told != ws:
+        stated = bool(convs)
+    if stated is None and norm == "BN":
+        stated = False
+        record.assumptions.append("no WS, because the norm layers are BN")
+    if stated is not None and ws is not None and stated != ws:
         raise WeightsError(
-            f"{path} says {'with' if told else 'without'} WS, you say the opposite; leave out "
-            "--ws or --no-ws, or name the right --source"
+            f"{path} says {'with' if stated else 'without'} WS, you say the opposite; leave out "
+            "--ws or --no-ws, or pass the right --source"
         )
-    told = ws if told is None else told
-    if told is None:
+    stated = ws if stated is None else stated
+    if stated is None:
         raise WeightsError(
             f"{path} does not say whether its convs were trained with WS, and its keys are the "
-            "same either way. Say --ws (gn+ws configs) or --no-ws (gn configs)"
+            "same either way. Pass --ws (gn+ws configs) or --no-ws (gn configs)"
         )
-    return dict.fromkeys(convs, OFFICIAL_WS) if told else {}
+    return dict.fromkeys(convs, OFFICIAL_WS) if stated else {}
 
 
 def _gn_groups(
@@ -242,11 +242,12 @@ def _gn_groups(
         return None
     if settings and settings.gn_groups:
         return settings.gn_groups
-    record.assumptions.append("32 groups in each GN, as in all published files")
+    record.assumptions.append("32 GN groups, as in all published files")
     return 32
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):

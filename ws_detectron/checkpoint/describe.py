@@ -1,4 +1,4 @@
-"""What a built model needs of its weights, in the same terms as a weight file's metadata."""
+"""Describes what a built model needs of its weights, in terms of `WeightMetadata`."""
 
 import re
 from typing import Optional
@@ -14,11 +14,11 @@ _BODY = re.compile(r"(^|\.)(stem|res\d)\.")
 
 
 def describe_model(model: nn.Module) -> WeightMetadata:
-    """Reads WS, norm, preprocessing and stride style off a model.
+    """Reads WS, norm, preprocessing and stride style from a model.
 
     Args:
-        model: a detectron2 model, not wrapped in DistributedDataParallel. `pixel_mean` and
-            `pixel_std` are its buffers, `input_format` its attribute, where it has them.
+        model: a detectron2 model, not wrapped in DistributedDataParallel. Preprocessing is read
+            from its `pixel_mean`, `pixel_std` and `input_format`, if it has them.
     """
     modules = dict(model.named_modules())
     groups = {m.num_groups for m in modules.values() if isinstance(m, nn.GroupNorm)}

@@ -1,4 +1,4 @@
-"""What must hold for the tensors of a whole detector, checked from their shapes."""
+"""Checks the tensors of a whole detector by their shapes."""
 
 from collections.abc import Mapping
 
@@ -18,16 +18,16 @@ _MASK = "roi_heads.mask_head.predictor.weight"
 def check_detector(state: Mapping[str, torch.Tensor], path: str) -> ResNetArchitecture:
     """Checks a Faster or Mask R-CNN with FPN under detectron2's keys.
 
-    Four FPN levels from convs (the fifth is a max-pooling of the fourth, without weights), three
-    anchors per place, K + 1 classes with the background last in `cls_score` (its row count cannot
-    say where the background is; files with it first are refused by their keys), 4 K or 4 box
-    outputs, RoI features of 7 x 7 before the first fully connected layer, K masks.
+    Expected are four FPN levels with convs (the fifth is a max-pooling of the fourth), three
+    anchors per position, K + 1 rows in `cls_score` (files with the background class first are
+    refused by their keys), 4 K or 4 box outputs, RoI features of 7 x 7 before the first fully
+    connected layer, and K masks.
 
     Returns:
         The architecture of its ResNet.
 
     Raises:
-        WeightsError: something is missing or of another shape; says what.
+        WeightsError: a tensor is missing or has another shape; names it.
     """
     architecture = infer_architecture(strip_prefix(state, BODY_PREFIX), path)
 
@@ -54,14 +54,14 @@ def check_detector(state: Mapping[str, torch.Tensor], path: str) -> ResNetArchit
             raise WeightsError(f"{path} has a further FPN level with weights ({key})")
 
     anchors = rows(_RPN + "objectness_logits.weight")
-    require("the number of anchors per place", anchors, _ANCHORS)
+    require("the number of anchors per position", anchors, _ANCHORS)
     require("the number of RPN box outputs", rows(_RPN + "anchor_deltas.weight"), 4 * anchors)
     classes = rows(_BOX + "cls_score.weight") - 1
     boxes = rows(_BOX + "bbox_pred.weight")
     if boxes not in (4, 4 * classes):
         raise WeightsError(
-            f"{path}: {boxes} box outputs fit {classes} classes and the background neither class "
-            "by class nor in common"
+            f"{path} has {boxes} box outputs, expected {4 * classes} (one box for each of the "
+            f"{classes} classes) or 4 (class-agnostic)"
         )
     fc, conv = "roi_heads.box_head.fc1.weight", "roi_heads.box_head.conv1.weight"
     rows(fc)

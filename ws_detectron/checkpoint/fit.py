@@ -11,6 +11,7 @@ from torch import nn
 
 from ws_detectron.errors import list_some
 from ws_detectron.layers import standardize_weight
+from ws_detectron.modeling.parts import REGISTRATIONS
 
 from .describe import describe_model
 from .metadata import Preprocessing, WeightMetadata, WSForm
@@ -19,7 +20,7 @@ _BLOCK = re.compile(r"(?:^|\.)res(\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
 _PLAIN_AUTHORS = ("torchvision", "pycls", "detectron2 model zoo")
 
-# Predictors, whose size is that of the data set.
+# Predictors, whose size depends on the data set.
 _CLASSES = (
     (r"roi_heads\.(box_predictor|mask_head\.predictor)\.", "MODEL.ROI_HEADS.NUM_CLASSES"),
     (r"head\.cls_score\.", "MODEL.RETINANET.NUM_CLASSES"),
@@ -34,10 +35,10 @@ class Fit:
     """The differences between a file and a model.
 
     Attributes:
-        problems: why the model would not compute what the weights were trained for.
-        warnings: what cannot be known.
-        foldable: convs that are plain in the model and WS in the file -> the form of WS. They are
-            a problem unless their filters are folded.
+        problems: reasons why the model would compute something else than it was trained to.
+        warnings: what the file does not tell.
+        foldable: name of each conv that is plain in the model and WS in the file -> its WS mode
+            and eps. A problem unless the filters are folded.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -48,16 +49,15 @@ class Fit:
 def check_fit(
     model: nn.Module, state: State, metadata: Optional[WeightMetadata], author: str = ""
 ) -> Fit:
-    """Compares weights with the model that is to take them.
+    """Compares weights with the model that they will be loaded into.
 
-    Parts of the model that the file does not have are left alone: a backbone's weights say
-    nothing of the heads.
+    Parts of the model that the file lacks are ignored: it may contain a backbone only.
 
     Args:
         model: not wrapped in DistributedDataParallel.
-        state: the weights; keys that the model has are the model's.
+        state: the weights, under the keys of the model.
         metadata: of the file; None if it has none.
-        author: the file's entry `__author__`.
+        author: the entry `__author__` of the file.
     """
     fit = Fit()
     own = model.state_dict()
@@ -81,11 +81,11 @@ def check_fit(
 
 
 def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
-    """One sentence for each part of a model of which a file, just loaded, lacks weights.
+    """Describes the weights that a model did not get from a file, one sentence per part or tensor.
 
     Args:
-        model: into which it was loaded.
-        incompatible: what `Checkpointer._load_model` returned: `missing_keys` and
+        model: with the file loaded.
+        incompatible: as returned by `Checkpointer._load_model`, with `missing_keys` and
             `incorrect_shapes`.
     """
     found = []
@@ -101,7 +101,8 @@ def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
         for name, value in model.named_buffers(remove_duplicate=False)
         if name.endswith((".running_mean", ".running_var"))
     ]
-    loaded = {id(value) for name, value in named if name not in missing}  # perhaps by another name
+    # A shared tensor may be loaded under another name.
+    loaded = {id(value) for name, value in named if name not in missing}
     wrong = {key for key, *_ in incompatible.incorrect_shapes}
     lacking = [n for n, value in named if id(value) not in loaded and n not in wrong]
     total = Counter(map(_part, dict(named)))
@@ -112,8 +113,14 @@ def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
 
 
 def parts_of(keys: Iterable[str]) -> list[str]:
-    """The parts of a model that keys belong to, with the number of keys of each."""
+    """The parts of a model that keys belong to, each with its number of keys."""
     return [f"{part} ({count})" for part, count in Counter(map(_part, keys)).items()]
+
+
+def part_keys() -> str:
+    """The config keys that select parts with or without WS, for a message."""
+    keys = dict.fromkeys(row.key for row in REGISTRATIONS)
+    return f"{', '.join(keys)}; names in ws_detectron.modeling.REGISTRATIONS"
 
 
 def _part(key: str) -> str:
@@ -121,14 +128,14 @@ def _part(key: str) -> str:
 
 
 def fold_into(state: dict[str, torch.Tensor], foldable: Mapping[str, WSForm]) -> None:
-    """Replaces the filters of these convs by their standardized ones, in place."""
+    """Replaces the filters of these convs with the standardized ones, in place."""
     for name, form in foldable.items():
         key = f"{name}.weight"
         state[key] = standardize_weight(state[key], form.eps, form.mode)
 
 
 def _look_for_backbone(model: nn.Module, state: State, fit: Fit) -> None:
-    """Whoever names weights does not expect the largest part of the model to stay random."""
+    """A file without any weights of the backbone is hardly the one that was meant."""
     backbone = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
     if backbone and not any(name in state for name in backbone):
         fit.problems.append(
@@ -138,7 +145,7 @@ def _look_for_backbone(model: nn.Module, state: State, fit: Fit) -> None:
 
 
 def _compare_bodies(own: State, state: State, fit: Fit) -> None:
-    """A ResNet of another depth or width must not be loaded in part, as detectron2 would do."""
+    """Finds ResNets of another depth or width, which detectron2 would load partially."""
     there, here = _blocks(state), _blocks(own)
     for stage in sorted(there.keys() & here.keys()):
         if there[stage] != here[stage]:
@@ -174,27 +181,28 @@ def _compare_norms(
 ) -> None:
     statistics = [key for key in state if key.endswith(".norm.running_mean") and key not in own]
     endings = {match[1] for key in own if (match := _BODY.search(key))}
-    lost = [key for key in statistics if _sibling(key, "weight", own, endings)]
-    if lost:
+    unused = [key for key in statistics if _sibling(key, "weight", own, endings)]
+    if unused:
         fit.problems.append(
-            f"the file is of a model with BN and the model has another norm at {list_some(lost)}; "
+            f"the file has BN statistics and the model another norm at {list_some(unused)}; "
             "check MODEL.RESNETS.NORM"
         )
     trained_with_gn = metadata is not None and metadata.norm == "GN"
-    bare = []
+    without_statistics = []
     for name, module in model.named_modules():
         has_statistics = f"{name}.running_mean" in own
         if has_statistics and f"{name}.weight" in state and f"{name}.running_mean" not in state:
             if trained_with_gn or isinstance(module, nn.modules.batchnorm._BatchNorm):
-                bare.append(name)
-    if bare and trained_with_gn:
+                without_statistics.append(name)
+    if without_statistics and trained_with_gn:
         fit.problems.append(
-            f"the file is of a model with GN and the model has BN at {list_some(bare)}; check "
-            "MODEL.RESNETS.NORM"
+            "the weights were trained with GN and the model has BN at "
+            f"{list_some(without_statistics)}; check MODEL.RESNETS.NORM"
         )
-    elif bare:
+    elif without_statistics:
         fit.warnings.append(
-            f"the file has no BN statistics for {list_some(bare)}; only FrozenBN may go without"
+            f"the file has no BN statistics for {list_some(without_statistics)}; only FrozenBN "
+            "works without them"
         )
 
 
@@ -219,28 +227,31 @@ def _compare_ws(
             plain_in_file.append(name)
         elif there and not here:
             fit.foldable[name] = there
-        elif here and there and _computes_otherwise(here, there):
+        elif here and there and _outputs_differ(here, there):
             other_form[name] = f"({there}) in the file and ({here}) in the model"
         elif here != there:
-            note = f"WS is ({there}) in the file and ({here}) in the model, a constant factor"
+            note = (
+                f"WS is ({there}) in the file and ({here}) in the model, which differ by a "
+                "constant factor only"
+            )
             if note not in fit.warnings:
                 fit.warnings.append(note)
     if plain_in_file:
         fit.problems.append(
             f"{len(plain_in_file)} convs are WS in the model and were trained without it "
-            f"({list_some(plain_in_file, 3)}): use weights trained with WS, or a model without "
-            "WS in this part (MODEL.BACKBONE.NAME, MODEL.ROI_*_HEAD.NAME, MODEL.WS.*)"
+            f"({list_some(plain_in_file, 3)}): use weights trained with WS, or turn WS off in this "
+            f"part (MODEL.WS.*; {part_keys()})"
         )
     if other_form:
         name, difference = next(iter(other_form.items()))
         fit.problems.append(
-            f"the form of WS of {len(other_form)} convs differs: {name} is {difference}; check "
+            f"{len(other_form)} convs have another form of WS: {name} is {difference}; check "
             "MODEL.WS.MODE and MODEL.WS.EPS"
         )
 
 
 def _form(name: str, given: Mapping[str, WSForm]) -> Optional[WSForm]:
-    """The file's form of a conv of the model, whose name may be longer."""
+    """The file's WS form of a conv in the model, whose name may have a longer prefix."""
     parts = name.split(".")
     for start in range(len(parts)):
         form = given.get(".".join(parts[start:]))
@@ -249,31 +260,31 @@ def _form(name: str, given: Mapping[str, WSForm]) -> Optional[WSForm]:
     return None
 
 
-def _computes_otherwise(one: WSForm, other: WSForm) -> bool:
+def _outputs_differ(one: WSForm, other: WSForm) -> bool:
     if one.eps != other.eps:
         return True
-    # These two differ by the factor sqrt(n / (n - 1)), which the norm layer takes away again.
+    # "paper" and "official" differ by a factor sqrt(n / (n - 1)), which the norm layer removes.
     return one.mode != other.mode and "bit" in (one.mode, other.mode)
 
 
 def _judge_unknown_ws(needs: WeightMetadata, state: State, author: str, fit: Fit) -> None:
-    met = [name for name in needs.ws_convs if f"{name}.weight" in state]
-    if met and author == "Caffe2":
+    ws_convs = [name for name in needs.ws_convs if f"{name}.weight" in state]
+    if ws_convs and author == "Caffe2":
         fit.problems.append(
             "the model has WS, and a Caffe2-style file does not say whether its weights were "
-            "trained with it; if they are the WS authors', convert them first: "
+            "trained with WS; convert those of the WS authors first: "
             "tools/convert_weights.py --source ws-authors-caffe2"
         )
-    elif met and author.lower() in _PLAIN_AUTHORS:
+    elif ws_convs and author.lower() in _PLAIN_AUTHORS:
         fit.problems.append(
-            f"the model has WS ({list_some(met, 3)}), and the weights of {author} were trained "
-            "without it: use weights trained with WS, or a model without"
+            f"the model has WS ({list_some(ws_convs, 3)}), and the weights of {author} were "
+            "trained without it: use weights trained with WS, or a model without WS"
         )
-    elif met or (needs.norm == "GN" and not author):
+    elif ws_convs or (needs.norm == "GN" and not author):
         fit.warnings.append(
             "the file does not say whether its convs were trained with WS, and the model has "
-            + ("it" if needs.ws_convs else "no WS")
-            + ". If that is wrong the results will be too; nothing in the weights tells"
+            + ("WS" if needs.ws_convs else "no WS")
+            + ". If they differ, the results will be wrong; the weights themselves do not tell"
         )
 
 
@@ -299,7 +310,7 @@ def _compare_preprocessing(here: Preprocessing, there: Preprocessing, fit: Fit) 
         ("MODEL.PIXEL_MEAN", here.pixel_mean, there.pixel_mean),
         ("MODEL.PIXEL_STD", here.pixel_std, there.pixel_std),
     ):
-        # Half a grey level: less than the rounding of a pixel, more than that of a decimal.
+        # Half a grey level is below the rounding of pixels and above that of published decimals.
         tolerance = 0.5 if key.endswith("MEAN") else 0.05
         differ = [abs(one - other) > tolerance for one, other in zip(values, trained)]
         if len(values) != len(trained) or any(differ):

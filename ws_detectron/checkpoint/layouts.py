@@ -1,6 +1,6 @@
-"""How other systems name the tensors of a ResNet and of a whole detector, and back.
+"""Translates tensor names of other frameworks to detectron2's, and mmdetection's back.
 
-`body` keys are detectron2's keys relative to the ResNet (`stem.conv1.weight`); detector keys are
+Body keys are detectron2's keys relative to the ResNet (`stem.conv1.weight`). Detector keys are
 those of a detectron2 model with an FPN (`backbone.bottom_up.stem.conv1.weight`).
 """
 
@@ -12,6 +12,9 @@ import torch
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 
 BODY_PREFIX = "backbone.bottom_up."
+
+KeyMap = Callable[[str], Optional[str]]
+"""Key in a file -> detectron2's key, None if unknown."""
 
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 _TORCHVISION_BODY = (
@@ -58,12 +61,12 @@ _MMDET_PARTS = (
 
 
 def torchvision_body_key(key: str) -> Optional[str]:
-    """The body key of a key of torchvision's, timm's, mmdetection's or the authors' ResNet."""
+    """The body key for a key of torchvision's, timm's, mmdetection's or the WS authors' ResNet."""
     return _translate(key, _TORCHVISION_BODY)
 
 
 def mmdet_key(key: str) -> Optional[str]:
-    """The detector key of a key of a mmdetection Faster or Mask R-CNN (2.0 to 3.x)."""
+    """The detector key for a key of mmdetection's Faster or Mask R-CNN (2.0 to 3.x)."""
     if key.startswith("backbone."):
         body = torchvision_body_key(key[len("backbone.") :])
         return body and BODY_PREFIX + body
@@ -71,7 +74,7 @@ def mmdet_key(key: str) -> Optional[str]:
 
 
 def caffe2_body_key(key: str) -> Optional[str]:
-    """The body key of a blob name of a Caffe2 ResNet (`res2_0_branch2a_w`)."""
+    """The body key for a blob name of a Caffe2 ResNet (`res2_0_branch2a_w`)."""
     body = convert_basic_c2_names([key])[0]
     is_body = re.fullmatch(
         r"(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))(\.norm)?\.(weight|bias|running_\w+)",
@@ -81,11 +84,11 @@ def caffe2_body_key(key: str) -> Optional[str]:
 
 
 def to_mmdet_key(key: str, norm: str) -> Optional[str]:
-    """The reverse of `mmdet_key`.
+    """The inverse of `mmdet_key`.
 
     Args:
         key: a detector key.
-        norm: how mmdetection names the norm layers: "gn" or "bn".
+        norm: mmdetection's name of the norm layers, "gn" or "bn".
     """
     if key.startswith(BODY_PREFIX):
         body = _body_to_torchvision(key[len(BODY_PREFIX) :], norm)
@@ -109,7 +112,7 @@ def to_mmdet_key(key: str, norm: str) -> Optional[str]:
 
 
 def strip_prefix(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors below `prefix`, under their relative keys."""
+    """The tensors whose keys start with `prefix`, under the rest of their keys."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -140,8 +143,8 @@ def _body_to_torchvision(key: str, norm: str) -> Optional[str]:
 def _translate(key: str, patterns: tuple[tuple[str, str], ...]) -> Optional[str]:
     """Applies the first pattern that matches the whole key.
 
-    `{3}` in its result means the number 3 + 1, `{{3}}` the number 3 + 2: detectron2 counts
-    stages as in the ResNet paper and layers from 1, the others count both from 0 or 1.
+    `{3}` in the result stands for 3 + 1, and `{{3}}` for 3 + 2: detectron2 numbers stages as in the
+    ResNet paper and layers from 1, others number both from 0 or 1.
     """
     for pattern, template in patterns:
         match = re.fullmatch(pattern, key)
@@ -150,6 +153,3 @@ def _translate(key: str, patterns: tuple[tuple[str, str], ...]) -> Optional[str]
             raised = re.sub(r"\{\{(\d+)\}\}", lambda found: str(int(found[1]) + 2), raised)
             return re.sub(r"\{(\d+)\}", lambda found: str(int(found[1]) + 1), raised)
     return None
-
-
-KeyMap = Callable[[str], Optional[str]]

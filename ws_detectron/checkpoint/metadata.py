@@ -1,6 +1,6 @@
-"""What a weight file says about itself: where it is from and what a model needs to use it.
+"""Metadata of weight files: their origin, and what a model needs to use them.
 
-Files that this package writes hold it as a dict of plain values under the key `METADATA_KEY`.
+Files written by this package contain it as a dict of plain values under the key `METADATA_KEY`.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class WSForm:
-    """`mode` and `eps` of `standardize_weight` that a conv was trained with."""
+    """The `mode` and `eps` of `standardize_weight` with which a conv was trained."""
 
     mode: str
     eps: float
@@ -28,12 +28,12 @@ class WSForm:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a detector does with an image (0 to 255) before its first layer.
+    """How a detector normalizes an image (0 to 255).
 
     Attributes:
-        input_format: order of the channels, "RGB" or "BGR" (detectron2's INPUT.FORMAT).
-        pixel_mean: subtracted, in that order (MODEL.PIXEL_MEAN).
-        pixel_std: divided by, in that order (MODEL.PIXEL_STD).
+        input_format: channel order, "RGB" or "BGR" (detectron2's INPUT.FORMAT).
+        pixel_mean: subtracted per channel, in that order (MODEL.PIXEL_MEAN).
+        pixel_std: divided by per channel, in that order (MODEL.PIXEL_STD).
     """
 
     input_format: Optional[str]
@@ -43,22 +43,21 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class WeightMetadata:
-    """What fits the tensors of one file.
+    """The metadata of one file.
 
     Attributes:
-        source: the system that the weights are from, or "training".
+        source: the framework that the weights are from, or "training".
         origin: name of the file that was converted; empty for weights trained here.
         sha256: of that file.
-        architecture: of the ResNet, "R-50"; empty if unknown.
-        ws_known: whether `ws_convs` says which convs were trained with WS. Where it is False,
-            nothing is known.
-        ws_convs: name of each conv that was trained with WS -> its form. Names are relative to
-            the ResNet in a file that holds a ResNet alone, as its keys are.
-        norm: "GN" or "BN" behind the convs of the ResNet; empty if unknown or none.
+        architecture: of the ResNet, such as "R-50"; empty if unknown.
+        ws_known: False if it is unknown which convs were trained with WS; `ws_convs` is empty then.
+        ws_convs: name of each conv trained with WS -> its mode and eps. In a file of a ResNet
+            only, names are relative to the ResNet, like the keys.
+        norm: "GN" or "BN" after the convs of the ResNet; empty if unknown or none.
         gn_groups: number of groups of the GN layers.
         preprocessing: None if unknown.
-        stride_in_1x1: whether the bottlenecks have their stride in the first 1x1 conv
-            (MODEL.RESNETS.STRIDE_IN_1X1); None if unknown or without meaning.
+        stride_in_1x1: whether bottlenecks have their stride in the first 1x1 conv
+            (MODEL.RESNETS.STRIDE_IN_1X1); None if unknown or not applicable.
     """
 
     source: str
@@ -78,14 +77,14 @@ class WeightMetadata:
 
     @classmethod
     def from_dict(cls, values: Any, path: str) -> "WeightMetadata":
-        """Reads what `as_dict` gave.
+        """The inverse of `as_dict`.
 
         Args:
             values: from an untrusted file.
             path: the file, for messages.
 
         Raises:
-            WeightsError: the values are of another form.
+            WeightsError: a value is missing or invalid.
         """
         try:
             values = dict(values)
@@ -109,12 +108,12 @@ class WeightMetadata:
 
 @dataclass(frozen=True)
 class KeyEntry:
-    """One key of the file that was read.
+    """What became of one key.
 
     Attributes:
-        source: the key.
-        target: the key it became; None if it was left out.
-        note: the reason it was left out, or how its tensor was changed; may be empty.
+        source: the key in the input file.
+        target: the key in the output; None if it was left out.
+        note: why it was left out, or how its tensor was changed; may be empty.
     """
 
     source: str
@@ -124,18 +123,18 @@ class KeyEntry:
 
 @dataclass
 class ConversionRecord:
-    """Every key of a converted file, and what was assumed on the way.
+    """What became of every key of a file, and what was assumed.
 
     Attributes:
         entries: one for each key.
-        assumptions: what the file does not say and the conversion took for granted.
+        assumptions: what the conversion assumed because the file does not tell.
     """
 
     entries: list[KeyEntry] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Counts, the reasons for ignored keys, and the assumptions, one a line."""
+        """Counts, reasons for changes and ignored keys, and assumptions, one per line."""
         mapped = [entry for entry in self.entries if entry.target is not None]
         changed = Counter(entry.note for entry in mapped if entry.note)
         ignored = Counter(entry.note for entry in self.entries if entry.target is None)
@@ -146,7 +145,7 @@ class ConversionRecord:
         return "\n".join(lines)
 
     def table(self) -> str:
-        """All keys as tab-separated lines `source, target, note`."""
+        """All keys as TSV with the columns source, target and note."""
         lines = ["source\ttarget\tnote"]
         lines += [f"{e.source}\t{e.target or '-'}\t{e.note}" for e in self.entries]
         return "\n".join(lines) + "\n"

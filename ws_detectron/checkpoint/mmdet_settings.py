@@ -1,8 +1,7 @@
-"""What the config text inside a mmdetection file says about the model.
+"""Reads model settings from the config text in a mmdetection file.
 
-mmdetection stores its training config, Python source, in the file. It is parsed, never run:
-assignments of literals, `dict(...)` calls and names assigned before are understood, and whatever
-goes beyond counts as unknown.
+mmdetection stores its training config as Python source. It is parsed, never run: assignments of
+literals, `dict(...)` calls and previously assigned names are evaluated, and all else is unknown.
 """
 
 import ast
@@ -17,15 +16,14 @@ _UNKNOWN = object()
 
 @dataclass
 class MMDetSettings:
-    """What a config text says; None where it does not say.
+    """What a config text says; None where it says nothing.
 
     Attributes:
         ws_parts: of "backbone", "neck", "bbox_head", "mask_head", those built with ConvWS.
         preprocessing: channel order, mean and std.
-        stride_in_1x1: style="caffe".
+        stride_in_1x1: whether the backbone has style="caffe".
         gn_groups: number of groups of the backbone's GN.
-        unfit: setting -> "found …, expected …" where a detectron2 model with this project's
-            configs would compute something else.
+        unfit: setting -> "found …, expected …" where this project's configs compute something else.
     """
 
     ws_parts: Optional[set[str]] = None
@@ -39,7 +37,7 @@ def read_mmdet_settings(meta: Any) -> Optional[MMDetSettings]:
     """Reads the settings from the entry `meta` of a mmdetection file.
 
     Returns:
-        None if it has no config, or one without a model that can be understood.
+        None if there is no config, or none whose model can be read.
     """
     if not isinstance(meta, dict):
         return None
@@ -71,7 +69,7 @@ def read_mmdet_settings(meta: Any) -> Optional[MMDetSettings]:
 
 
 def _fixed_settings(model: dict, roi_head: dict) -> list[tuple[str, Any, Any]]:
-    """(setting, what the config says, what the configs of this project compute)."""
+    """(setting, its value in the config, its value in this project's configs)."""
     rpn = model.get("rpn_head")
     anchors = _get(rpn, "anchor_generator")
     box = roi_head.get("bbox_head")
@@ -102,7 +100,7 @@ def _fixed_settings(model: dict, roi_head: dict) -> list[tuple[str, Any, Any]]:
 
 
 def _coder(head: Any, which: str) -> Any:
-    """The box coder's setting, which mmdetection 1.x kept in the head itself."""
+    """A setting of the box coder, which mmdetection 1.x kept in the head."""
     inside = _get(head, "bbox_coder", f"target_{which}")
     return _get(head, f"target_{which}") if inside is None else inside
 
@@ -136,7 +134,7 @@ def _get(node: Any, *names: str) -> Any:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """The assignments of a config text that can be understood."""
+    """Evaluates the assignments in a config text."""
     values: dict[str, Any] = {}
     try:
         statements = ast.parse(text).body
@@ -172,7 +170,7 @@ def _evaluate(node: ast.expr, names: Mapping[str, Any]) -> Any:
             if isinstance(key, ast.Constant)
         }
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        return {word.arg: _evaluate(word.value, names) for word in node.keywords if word.arg}
+        return {item.arg: _evaluate(item.value, names) for item in node.keywords if item.arg}
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = _evaluate(node.operand, names)
         return -value if isinstance(value, (int, float)) else _UNKNOWN

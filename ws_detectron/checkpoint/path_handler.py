@@ -1,6 +1,5 @@
 """Lets a config name published weights: `MODEL.WEIGHTS: "ws://jhu/resnet50_gn_ws"`."""
 
-import hashlib
 import logging
 import os
 import urllib.error
@@ -14,14 +13,14 @@ from iopath.common.file_io import file_lock, get_cache_dir
 from ws_detectron.errors import WeightsError
 from ws_detectron.utils.io import atomic_write
 
-from .convert_file import convert_file
+from .convert_file import convert_file, sha256_of
 from .names import PREFIX, PUBLISHED, PublishedWeights
 from .writing import write_detectron2
 
 FOLDER_VARIABLE = "WS_DETECTRON_WEIGHTS"
-"""Environment variable: a folder with downloaded files, for machines without network."""
+"""Environment variable with a folder of downloaded files, for machines without network."""
 
-# Part of the names of converted files: to be raised when a conversion changes.
+# Part of the names of converted files; increase it when the conversion changes.
 _CONVERSION = 1
 _TIMEOUT = 30.0  # seconds without any data
 
@@ -29,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 def register_weight_names() -> None:
-    """Makes detectron2's PathManager resolve `ws://` names; calling it twice does no harm."""
+    """Makes detectron2's PathManager resolve `ws://` names; may be called twice."""
     PathManager.register_handler(WSPathHandler(), allow_override=True)
 
 
 class WSPathHandler(PathHandler):
     """Downloads, checks, converts and caches the weights in `PUBLISHED`.
 
-    `ws://<name>` becomes the path of a file in detectron2's format in the cache of iopath
-    (`$FVCORE_CACHE`, otherwise `~/.torch/iopath_cache`). Where `WS_DETECTRON_WEIGHTS` names a
-    folder, the published file is taken from there and nothing is downloaded.
+    `ws://<name>` resolves to a file in detectron2's format in iopath's cache (`$FVCORE_CACHE`, by
+    default `~/.torch/iopath_cache`). If `WS_DETECTRON_WEIGHTS` is set, published files are read
+    from that folder and nothing is downloaded.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -49,7 +48,7 @@ class WSPathHandler(PathHandler):
         name = path[len(PREFIX) :]
         if name not in PUBLISHED:
             raise WeightsError(
-                f"{path} is no known name; known are "
+                f"{path} is not a known name; allowed: "
                 + ", ".join(PREFIX + known for known in PUBLISHED)
             )
         weights = PUBLISHED[name]
@@ -68,7 +67,7 @@ class WSPathHandler(PathHandler):
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:
         if mode not in ("r", "rb"):
-            raise WeightsError(f"{path} can be read only")
+            raise WeightsError(f"{path} is read only")
         return open(self._get_local_path(path), mode, buffering, **kwargs)
 
     def _exists(self, path: str, **kwargs: Any) -> bool:
@@ -105,7 +104,7 @@ def _download(weights: PublishedWeights, target: Path) -> None:
                     received += len(chunk)
                     file.write(chunk)
                 if size is not None and received != int(size):
-                    raise OSError(f"{received} bytes came of {size}")
+                    raise OSError(f"received {received} of {size} bytes")
     except (OSError, urllib.error.URLError) as error:
         raise WeightsError(
             f"{PREFIX}{weights.name} could not be downloaded from {weights.url} ({error}). "
@@ -115,11 +114,7 @@ def _download(weights: PublishedWeights, target: Path) -> None:
 
 
 def _check_hash(path: Path, weights: PublishedWeights) -> None:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    found = digest.hexdigest()
+    found = sha256_of(path)
     if not found.startswith(weights.sha256_prefix):
         raise WeightsError(
             f"{path} is not the published file: its SHA-256 starts with {found[:8]}, expected "

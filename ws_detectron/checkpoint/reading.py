@@ -1,4 +1,4 @@
-"""Reads weight files of every format this project knows, safely: nothing in them is executed."""
+"""Reads weight files of all supported formats without executing anything in them."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from .safe_pickle import RefusedPickle, load_plain_pickle
 from .torch_files import read_legacy_torch, read_torch_zip
 
 _ZIP = b"PK\x03\x04"
-# What torch.save wrote before 1.6 starts with its pickled magic number.
+# The pickled magic number at the start of files that torch.save wrote before 1.6.
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
@@ -25,31 +25,35 @@ _TEXTS = {
 def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
     """Reads a torch file (`.pth`, `.pth.tar`, `.pt`) or a pickle of numpy arrays (`.pkl`).
 
-    The format is told from the contents, not from the name. Checksums of torch's zip files are
-    compared. Time and memory are at most a small multiple of the file's size.
+    The format is recognized by the contents, not by the name. Checksums of torch's zip files are
+    verified. Time and memory are at most a small multiple of the file's size.
 
     Args:
         path: a local file.
 
     Returns:
-        The dict that the file holds, as it is; values may be tensors on the CPU, arrays, numbers,
-        strings and containers of these.
+        The dict in the file. Values may be CPU tensors, arrays, numbers, strings and containers of
+        these.
 
     Raises:
-        WeightsError: there is no such file, it is no regular file, empty, damaged, of another
-            format, asks for code to be run, expands to many times its size, or holds something
-            else than a dict.
+        WeightsError: there is no such file; or it is not a regular file, is empty, damaged or of
+            another format, requests code, expands to many times its size, or does not contain a
+            dict.
     """
     path = Path(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise WeightsError(f"{path} is a {_kind(path)}; name a weight file")
+            what = "directory" if path.is_dir() else "device or pipe"
+            raise WeightsError(f"{path} is a {what}; name a weight file")
         content = _read(path)
     except OSError as error:
         raise WeightsError(f"cannot read the weight file {path}: {error.strerror}") from None
     except RefusedPickle as error:
         name = shown(error, 200)
-        raise WeightsError(f"{path} is refused: {_asks_for(name)}{_advice(name)}") from None
+        raise WeightsError(
+            f"{path} is refused: it asks for {name}, and a weight file needs tensors, numbers and "
+            f"text only{_advice(name)}"
+        ) from None
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} is damaged or refused: {shown(error, 300)}") from None
     if not isinstance(content, dict):
@@ -81,14 +85,6 @@ def _read(path: Path) -> Any:
             f"{path} is neither a torch file nor a pickle of arrays, or it is damaged "
             f"({shown(error, 300)})"
         ) from None
-
-
-def _kind(path: Path) -> str:
-    return "directory" if path.is_dir() else "device or pipe"
-
-
-def _asks_for(name: str) -> str:
-    return f"it asks for {name}, and a weight file needs tensors, numbers and text only"
 
 
 def _advice(name: str) -> str:

@@ -1,12 +1,12 @@
-"""Reads pickled weights without running anything that the file asks for.
+"""Unpickles weights without running any function that the file names.
 
-A pickle is a program: it names functions to import and calls them. Weight files need a few of
-numpy's only. Here these names lead to stand-ins written in this file, which rebuild plain numeric
-arrays; every other name is refused. numpy's own functions are not called either: a forged `dtype`
-state makes `numpy.ndarray.__setstate__` take bytes of the file for pointers.
+A pickle is a program: it names functions to import and calls them. Weight files need only a few
+functions of numpy. These names resolve to stand-ins in this file, which rebuild plain numeric
+arrays; all other names are refused. numpy's own functions are not called: with a forged `dtype`
+state, `numpy.ndarray.__setstate__` would interpret bytes of the file as pointers.
 
-Time and memory stay within a small multiple of the file's size: what the file states about sizes
-is checked before anything is reserved, and so is what it copies or refers to many times.
+Time and memory are at most a small multiple of the file's size: sizes stated in the file are
+checked before memory is allocated, and copies and repeated references are counted.
 """
 
 import math
@@ -21,43 +21,44 @@ import numpy as np
 
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _MAX_DIMS = 64  # numpy's and torch's
-_MAX_BITS = 128  # of an integer; states of random generators have them
-# Copies while reading, in sizes of the file and bytes; a file needs one of each of its arrays.
+_MAX_BITS = 128  # of an integer, as in the state of a random generator
+# Bytes that may be copied while reading: this many times the file's size, plus a constant. A valid
+# file needs one copy of each array.
 _COPIES, _FEW_BYTES = 4, 1 << 16
-ENTRY = 64  # bytes of a container's entry, about
-# References to one value many times: values and bytes that a reader of the result would meet.
+ENTRY = 64  # bytes of an entry in a container, roughly
+# Size of the result, with repeated references and expanded tensors counted in full: values, bytes,
+# and bytes as a multiple of the file's size. The larger limit applies.
 _MANY_VALUES = 1_000_000
-_MANY_BYTES = 1 << 30  # an expanded tensor is stored as one number and read as all of them
+_MANY_BYTES = 1 << 30
 _EXPANSION = 16
 
 Plain = Union[dict, list, tuple, str, bytes, int, float, bool, None, np.ndarray]
-"""What a safe pickle can hold, and hold nested."""
+"""The types of values in a safe pickle, at any nesting level."""
 
 
 class RefusedPickle(Exception):
-    """A pickle that asks for more than weights need. The message says for what."""
+    """A pickle asks for more than weights need; the message says for what."""
 
 
 def load_plain_pickle(file: BinaryIO) -> Plain:
     """Loads a pickle of dicts, lists, tuples, strings, numbers and numeric numpy arrays.
 
-    Pickles of Python 2 are read with the encoding "latin1", as detectron2 does. Dict subclasses
-    of the standard library become plain dicts.
+    Pickles of Python 2 are read with the encoding "latin1", as in detectron2. An OrderedDict
+    becomes a plain dict.
 
     Args:
-        file: open for reading bytes, at the start of the pickle, without more bytes than it has
-            at hand: `io.BytesIO`.
+        file: `io.BytesIO`, at the start of the pickle.
 
     Raises:
-        RefusedPickle: the pickle names a function or class beyond those, or an object array.
-        pickle.UnpicklingError: it is damaged, truncated, no pickle at all, or expands to many
-            times its size.
+        RefusedPickle: the pickle names another function or class, or has an object array.
+        pickle.UnpicklingError: it is damaged, truncated, not a pickle, or expands to many times
+            its size.
     """
     return PlainUnpickler(file, size_of(file)).load_plain()
 
 
 def size_of(file: BinaryIO) -> int:
-    """Bytes of a seekable file, whose position stays."""
+    """The size of a seekable file in bytes; keeps its position."""
     here = file.tell()
     size = file.seek(0, 2)
     file.seek(here)
@@ -65,7 +66,7 @@ def size_of(file: BinaryIO) -> int:
 
 
 class Sealed:
-    """What stands for an object while a pickle is read, and what the pickle cannot change."""
+    """Represents an object while a pickle is read; the pickle cannot change it."""
 
     __slots__ = ()
 
@@ -74,7 +75,7 @@ class Sealed:
 
 
 class Value(Sealed):
-    """A value that is ready, with the bytes of its data."""
+    """A finished value, with the size of its data in bytes."""
 
     __slots__ = ("nbytes", "value")
 
@@ -83,7 +84,7 @@ class Value(Sealed):
 
 
 class StandIn(Sealed):
-    """What the name of an allowed function or class in a pickle leads to; carries no state."""
+    """Replaces an allowed function or class that a pickle names; has no state."""
 
     __slots__ = ("_function",)
 
@@ -99,17 +100,17 @@ class StandIn(Sealed):
         raise RefusedPickle(f"to set the attribute {name}")
 
 
-# The Python implementation, as the C one reserves memory for whatever memo index a file names, and
-# hashes any key, which for nested tuples takes exponential time or overflows the stack.
+# The Python implementation, because the C one allocates memory for any memo index in a file, and
+# hashes any key, which takes exponential time or overflows the stack for nested tuples.
 _Unpickler: Any = pickle._Unpickler
 
 
 class PlainUnpickler(_Unpickler):
-    """Unpickles plain values; `load_plain` once for each pickle in the file.
+    """Unpickles plain values; `load_plain` reads the next pickle of the file.
 
     Args:
-        file: `io.BytesIO`, which gives no more bytes than it has.
-        size: bytes of the whole weight file.
+        file: `io.BytesIO`.
+        size: of the whole weight file, in bytes.
     """
 
     def __init__(self, file: BinaryIO, size: int) -> None:
@@ -129,7 +130,7 @@ class PlainUnpickler(_Unpickler):
             self.allowed[core + ".numeric", "_frombuffer"] = StandIn(self._from_buffer)
 
     def load_plain(self) -> Any:
-        """Raises what `load_plain_pickle` does."""
+        """Reads one pickle; raises as `load_plain_pickle`."""
         try:
             return _Plain(self._size).convert(self.load())
         except (RefusedPickle, pickle.UnpicklingError):
@@ -138,11 +139,11 @@ class PlainUnpickler(_Unpickler):
             raise pickle.UnpicklingError("nested too deeply") from None
         except EOFError:
             raise pickle.UnpicklingError("it ends too early") from None
-        except Exception as error:  # the opcodes of a damaged file can lead to any
+        except Exception as error:  # opcodes of a damaged file can raise any
             raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
 
     def spend(self, count: int) -> None:
-        """Counts bytes or entries that are copied."""
+        """Counts copied bytes against the budget."""
         self._budget -= count
         if self._budget < 0:
             raise pickle.UnpicklingError("it copies its values many times")
@@ -197,7 +198,7 @@ class PlainUnpickler(_Unpickler):
         return result
 
     def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
-        """How Python 3 writes bytes for the pickle protocols of Python 2."""
+        """Python 3 writes bytes like this in the pickle protocols of Python 2."""
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
             raise RefusedPickle(f"the text encoding {encoding!r:.40}")
         self.spend(len(text))
@@ -223,7 +224,7 @@ class PlainUnpickler(_Unpickler):
         if not isinstance(data, (bytes, bytearray, str)):
             raise RefusedPickle("a numpy array of objects")
         self.spend(len(data))
-        if isinstance(data, str):  # how Python 3 sees the byte strings of Python 2
+        if isinstance(data, str):  # a byte string of Python 2
             data = data.encode("latin1")
         if count(shape) * dtype.dtype.itemsize != len(data):
             raise ValueError(f"array of shape {tuple(shape)!s:.80} with {len(data)} bytes")
@@ -232,23 +233,23 @@ class PlainUnpickler(_Unpickler):
 
 
 def count(shape: Any) -> int:
-    """Elements of a shape that a file states.
+    """The number of elements in a shape that a file states.
 
     Raises:
-        ValueError: it is no shape.
+        ValueError: it is not a shape.
     """
     if not isinstance(shape, (tuple, list)) or len(shape) > _MAX_DIMS:
-        raise ValueError(f"a shape that is no tuple of at most {_MAX_DIMS} numbers")
+        raise ValueError(f"a shape that is not a tuple of at most {_MAX_DIMS} numbers")
     if not all(type(size) is int and 0 <= size <= sys.maxsize for size in shape):
         raise ValueError("a shape with other entries than sizes")
     return math.prod(shape)
 
 
 def check_key(key: Any) -> None:
-    """Keys that hash in constant time and, as small integers do, to different values.
+    """Accepts only keys that hash in constant time and cannot be made to collide.
 
     Raises:
-        RefusedPickle: another key.
+        RefusedPickle: for another key.
     """
     if key is not None and type(key) not in (str, bytes, int, float, bool):
         raise RefusedPickle(f"a dict key of type {type(key).__name__.lstrip('_')}")
@@ -267,7 +268,7 @@ def _set_items(target: Any, items: list) -> None:
 
 
 class _Dict(dict):
-    """An OrderedDict of the file; the attributes that PyTorch hangs on state dicts are dropped."""
+    """An OrderedDict of the file; attributes that PyTorch adds to state dicts are dropped."""
 
     __slots__ = ()
 
@@ -276,7 +277,7 @@ class _Dict(dict):
 
 
 class _Dtype:
-    """A numeric numpy dtype whose byte order may still have to come."""
+    """A numeric numpy dtype, whose byte order may follow in its state."""
 
     __slots__ = ("dtype",)
 
@@ -294,7 +295,7 @@ class _Dtype:
 
 
 class _Array:
-    """A numpy array whose contents come after its creation."""
+    """A numpy array, whose contents follow in its state."""
 
     __slots__ = ("_unpickler", "array")
 
@@ -310,7 +311,7 @@ class _Array:
 
 
 def _no_bytes(*args: Any) -> bytes:
-    """How Python 3 writes b"" for the pickle protocols of Python 2."""
+    """Python 3 writes b"" like this in the pickle protocols of Python 2."""
     if args:
         raise RefusedPickle("bytes made by a call")
     return b""
@@ -324,16 +325,16 @@ _NDARRAY = StandIn(_no_call)
 
 
 class _Plain:
-    """Copies containers, so that nothing of this file's types remains.
+    """Copies containers, replacing the types of this file with plain ones.
 
-    What the pickle refers to several times is copied once and remains one object. How much it is
-    for whoever walks through all of it is counted, as every reference.
+    An object with several references is copied once and stays one object, but each reference
+    counts towards the size limits, as a traversal of the result would visit each.
     """
 
     def __init__(self, size: int) -> None:
         self._max_values = max(_MANY_VALUES, size)
         self._max_bytes = max(_MANY_BYTES, _EXPANSION * size)
-        # id -> copy, values, bytes, and the original, whose id must not be given away
+        # id -> (copy, values, bytes, original); keeping the original alive keeps its id unique
         self._done: dict[int, tuple[Any, int, int, Any]] = {}
         self._parents: set[int] = set()
 

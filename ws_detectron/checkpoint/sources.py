@@ -1,11 +1,11 @@
-"""The systems whose weight files are understood, and how their files are recognized."""
+"""The supported formats of weight files, and how they are recognized by their keys."""
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Optional
 
-from ws_detectron.errors import WeightsError, list_some, shown
+from ws_detectron.errors import WeightsError, list_some
 
 from .layouts import KeyMap, caffe2_body_key, mmdet_key, torchvision_body_key
 from .metadata import Preprocessing
@@ -16,81 +16,47 @@ TORCHVISION_PREPROCESSING = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.
 WS_AUTHORS_DETECTION_PREPROCESSING = Preprocessing(
     "BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)
 )
-"""The WS authors' fork of maskrcnn-benchmark, for which their Caffe2-style files are."""
+"""Of the WS authors' fork of maskrcnn-benchmark, which reads their Caffe2-style files."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One kind of file.
+    """One format of weight files.
 
     Attributes:
         name: as `--source` takes it.
         title: for messages.
-        key_map: key of the file -> key in detectron2, None if unknown.
-        whole_detector: whether the file holds more than a ResNet.
-        ws: whether its convs were trained with WS; None where the keys do not tell.
+        key_map: key in the file -> key in detectron2, None if unknown.
+        ws: whether its convs were trained with WS; None if the keys do not tell.
         preprocessing: what the weights were trained with.
+        whole_detector: whether the file contains more than a ResNet.
     """
 
     name: str
     title: str
     key_map: KeyMap
-    whole_detector: bool
     ws: Optional[bool]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing = TORCHVISION_PREPROCESSING
+    whole_detector: bool = False
 
 
 SOURCES = {
     source.name: source
     for source in (
+        Source("mmdet", "a mmdetection Faster or Mask R-CNN", mmdet_key, None, whole_detector=True),
+        Source("mmdet-resnet", "a mmdetection ResNet or ResNeXt", torchvision_body_key, None),
         Source(
-            "mmdet",
-            "a mmdetection Faster or Mask R-CNN",
-            mmdet_key,
-            True,
-            None,
-            TORCHVISION_PREPROCESSING,
-        ),
-        Source(
-            "mmdet-resnet",
-            "a mmdetection ResNet or ResNeXt",
-            torchvision_body_key,
-            False,
-            None,
-            TORCHVISION_PREPROCESSING,
-        ),
-        Source(
-            "ws-authors",
-            "a GN+WS ResNet of the WS authors (.pth.tar)",
-            torchvision_body_key,
-            False,
-            True,
-            TORCHVISION_PREPROCESSING,
+            "ws-authors", "a GN+WS ResNet of the WS authors (.pth.tar)", torchvision_body_key, True
         ),
         Source(
             "ws-authors-caffe2",
             "a Caffe2-style GN+WS ResNet of the WS authors (.pkl)",
             caffe2_body_key,
-            False,
             True,
             WS_AUTHORS_DETECTION_PREPROCESSING,
         ),
-        Source(
-            "torchvision",
-            "a torchvision ResNet",
-            torchvision_body_key,
-            False,
-            False,
-            TORCHVISION_PREPROCESSING,
-        ),
-        Source(
-            "timm",
-            "a timm ResNet",
-            torchvision_body_key,
-            False,
-            False,
-            TORCHVISION_PREPROCESSING,
-        ),
+        Source("torchvision", "a torchvision ResNet", torchvision_body_key, False),
+        Source("timm", "a timm ResNet", torchvision_body_key, False),
     )
 }
 
@@ -98,8 +64,8 @@ _REFUSED = (
     (
         r"stem\.conv\.weight|root\.conv\.weight|(resnet/)?root_block/.*|block1\.unit01\..*"
         r"|stages\.0\.blocks\.0\.(norm1|pre_norm)\..*",
-        "a pre-activation ResNetV2 (BiT, timm resnetv2): its norm layers stand before the convs, "
-        "and no detectron2 ResNet computes the same",
+        "a pre-activation ResNetV2 (BiT, timm resnetv2): its norm layers precede the convs, and "
+        "detectron2 has no such ResNet",
     ),
     (
         r"(backbone\.)?(conv1\.0\.weight|stem\.0\.weight)",
@@ -110,13 +76,12 @@ _REFUSED = (
         "a detector of mmdetection 1.x (background class first); upgrade it with mmdetection's "
         "tools/model_converters/upgrade_model_version.py",
     ),
-    (r".*\.weight_gamma", "a model with ConvAWS (DetectoRS), another operation than WS"),
-    (r".*conv2(\.conv)?_offset\..*", "a model with deformable convs, which have no WS form here"),
-    (r".*\.(se|attn)\.(fc1|conv)\..*", "a ResNet with attention modules"),
+    (r".*\.weight_gamma", "a model with ConvAWS (DetectoRS), which is not WS"),
+    (r".*conv2(\.conv)?_offset\..*", "a model with deformable convs, which are not supported"),
+    (r".*\.(se|attn)\.(fc1|conv)\..*", "a ResNet with attention, which detectron2 does not have"),
 )
 
-
-# Some of their keys are detectron2's as well (`roi_heads.box_predictor.cls_score.weight`).
+# Some of their keys are also detectron2's (`roi_heads.box_predictor.cls_score.weight`).
 _OTHER_DETECTORS = (
     (
         r"backbone\.body\.(stem|res\d)\..*|backbone\.fpn\.fpn_(inner|layer)\d\..*"
@@ -132,7 +97,7 @@ _OTHER_DETECTORS = (
 
 
 def refuse_other_detectors(keys: Collection[str], path: str) -> None:
-    """Raises WeightsError for whole detectors of which detectron2 would load a few layers only.
+    """Raises WeightsError for detectors of which detectron2 would load only a few layers.
 
     Args:
         keys: without a common `module.` prefix, and without those that the model has.
@@ -142,19 +107,19 @@ def refuse_other_detectors(keys: Collection[str], path: str) -> None:
         for key in keys:
             if re.fullmatch(pattern, key):
                 raise WeightsError(
-                    f"{path} is {title} (told from its key {shown(key, 100)}), which detectron2 "
-                    "cannot use: its backbone would stay random. Take a detector of detectron2's "
-                    "model zoo or of mmdetection, or a ResNet alone"
+                    f"{path} is {title} (recognized by its key {key!r:.100}), which "
+                    "detectron2 cannot use: its backbone would stay random. Use a detector of "
+                    "detectron2's model zoo or of mmdetection, or a ResNet"
                 )
 
 
 def refuse_known_misfits(keys: Collection[str], path: str) -> None:
-    """Raises WeightsError, with the reason, for models that no detectron2 ResNet can be."""
+    """Raises WeightsError for known models that detectron2 cannot compute, with the reason."""
     refuse_other_detectors(keys, path)
     for pattern, reason in _REFUSED:
         for key in keys:
             if re.fullmatch(pattern, key):
-                raise WeightsError(f"{path} is {reason} (told from its key {shown(key, 100)})")
+                raise WeightsError(f"{path} is {reason} (recognized by its key {key!r:.100})")
 
 
 def is_detectron2(keys: Collection[str]) -> bool:
@@ -166,17 +131,15 @@ def is_detectron2(keys: Collection[str]) -> bool:
 
 
 def recognize(keys: Collection[str], path: str, wrapped: bool) -> Source:
-    """Finds the kind of a file from its keys.
+    """Recognizes the format of a file by its keys.
 
     Args:
         keys: without a common `module.` prefix.
         path: the file, for messages.
-        wrapped: whether the tensors were in a `state_dict` entry and under `module.`, as training
-            scripts for several GPUs save them.
+        wrapped: as in `RawState`; training scripts for several GPUs save files like this.
 
     Raises:
-        WeightsError: the kind is unknown, known but not convertible, or not to be told from the
-            keys; the message says which.
+        WeightsError: the format is unknown, not convertible, or ambiguous; says which.
     """
     refuse_known_misfits(keys, path)
     if any(re.match(r"(neck|roi_head)\.", key) for key in keys):
@@ -185,9 +148,9 @@ def recognize(keys: Collection[str], path: str, wrapped: bool) -> Source:
         if "GN-WS" in path:
             return SOURCES["ws-authors-caffe2"]
         raise WeightsError(
-            f"{path} has the blob names of Caffe2, which both plain ResNets and the GN+WS ones of "
-            "the WS authors have. If it is one of the latter, say --source ws-authors-caffe2; "
-            "plain ones need no conversion, as detectron2 reads them"
+            f"{path} has Caffe2's blob names, as both plain ResNets and the WS authors' GN+WS "
+            "ones. If it is one of the latter, pass --source ws-authors-caffe2; detectron2 reads "
+            "plain ones without conversion"
         )
     if {"conv1.weight", "gn1.weight"} <= set(keys):
         return SOURCES["mmdet-resnet"]
@@ -197,10 +160,10 @@ def recognize(keys: Collection[str], path: str, wrapped: bool) -> Source:
         if wrapped:
             return SOURCES["ws-authors"]
         raise WeightsError(
-            f"{path} has GN under torchvision's names. The WS authors' GN+WS files and timm's "
-            "resnet50_gn, without WS, look like this: say --source ws-authors or --source timm"
+            f"{path} has GN and torchvision's names, like the WS authors' GN+WS files and timm's "
+            "resnet50_gn (without WS): pass --source ws-authors or --source timm"
         )
     raise WeightsError(
-        f"{path} is of no known kind; its keys are {list_some(sorted(keys))}. Known are "
+        f"{path} has an unknown format; its keys are {list_some(sorted(keys))}. Supported: "
         + "; ".join(f"{source.name}: {source.title}" for source in SOURCES.values())
     )

@@ -1,4 +1,4 @@
-"""Gets at the tensors inside a weight file and checks their values."""
+"""Finds the tensors in the contents of a weight file and checks their values."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ws_detectron.errors import WeightsError, list_some, shown
+from ws_detectron.errors import WeightsError, list_some
 
 _WRAPPERS = ("state_dict", "model", "model_state", "blobs")
 
@@ -18,9 +18,9 @@ class RawState:
     """The tensors of a file.
 
     Attributes:
-        tensors: under their keys in the file, without a common `module.` prefix.
+        tensors: under the keys of the file, without a common `module.` prefix.
         extras: the other entries of the file.
-        wrapped: whether the tensors were in an entry `state_dict` under a `module.` prefix.
+        wrapped: whether the tensors were in an entry `state_dict` with a `module.` prefix.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -29,10 +29,10 @@ class RawState:
 
 
 def unwrap_state(content: Mapping[str, Any], path: str) -> RawState:
-    """Finds the tensors in what `read_weight_file` gave.
+    """Finds the tensors in a dict as returned by `read_weight_file`.
 
     Raises:
-        WeightsError: there are none, or a value among them is no tensor.
+        WeightsError: there are none, or one of the values is not a tensor.
     """
     wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
     inner = content[wrapper] if wrapper else content
@@ -42,11 +42,10 @@ def unwrap_state(content: Mapping[str, Any], path: str) -> RawState:
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise WeightsError(
-                f"{path}: the entry {shown(repr(key), 100)} is a {type(value).__name__}, not a "
-                "tensor"
+                f"{path}: the entry {key!r:.100} is a {type(value).__name__}, not a tensor"
             )
         if not key.isprintable():  # detectron2 logs keys as they are
-            raise WeightsError(f"{path}: a key has control characters: {shown(repr(key), 100)}")
+            raise WeightsError(f"{path}: a key has control characters: {key!r:.100}")
         tensors[key] = tensor.detach()
     if not tensors:
         raise WeightsError(f"{path} holds no tensors")
@@ -57,7 +56,7 @@ def unwrap_state(content: Mapping[str, Any], path: str) -> RawState:
 
 
 def check_finite(state: Mapping[str, torch.Tensor], path: str) -> None:
-    """Raises WeightsError if a tensor holds NaN or infinity, naming the keys."""
+    """Raises WeightsError if a tensor contains NaN or infinity; names the keys."""
     broken = [
         key
         for key, value in state.items()
@@ -68,12 +67,12 @@ def check_finite(state: Mapping[str, torch.Tensor], path: str) -> None:
 
 
 def _once(tensor: torch.Tensor) -> torch.Tensor:
-    """A view without the repetitions of an expanded tensor, which can be any number."""
+    """A view without the repetitions of an expanded tensor, which can be huge."""
     return tensor[tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())]
 
 
 def normed_convs(state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the convs that have a norm layer, under detectron2's keys."""
+    """Names of the convs that have a norm layer, by detectron2's keys."""
     ending = ".norm.weight"
     names = [key[: -len(ending)] for key in state if key.endswith(ending)]
     return [
@@ -82,5 +81,5 @@ def normed_convs(state: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def is_allowed(name: str, patterns: Sequence[str]) -> bool:
-    """Whether `name` matches one of the shell-style patterns the user allowed."""
+    """Whether `name` matches one of the shell-style patterns that the user allowed."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

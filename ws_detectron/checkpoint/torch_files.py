@@ -1,7 +1,7 @@
-"""Reads the files that `torch.save` writes, the zip format and the one before torch 1.6.
+"""Reads files of `torch.save`: the zip format, and the legacy format from before torch 1.6.
 
-`torch.load(weights_only=True)` runs code before torch 2.6 (CVE-2025-32434), and in every version
-trusts the sizes that a file states, does not compare checksums, and crashes on some keys. Formats:
+`torch.load(weights_only=True)` can run code before torch 2.6 (CVE-2025-32434). In every version it
+trusts sizes stated in the file, ignores checksums, and crashes on some keys. Formats:
 torch/serialization.py of torch 2.11.
 """
 
@@ -30,7 +30,7 @@ from .safe_pickle import (
 )
 
 _LOCAL_HEADER = 30  # bytes before the name of a zip entry
-# Storage class -> type of its elements; other types are no weights.
+# Storage class -> dtype; others are not used for weights.
 _TYPES = {
     "BFloat16Storage": torch.bfloat16,
     "BoolStorage": torch.bool,
@@ -44,39 +44,39 @@ _TYPES = {
     "ShortStorage": torch.int16,
 }
 _OTHER_TENSORS = {
-    "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a device of its own",
-    "_rebuild_device_tensor_from_numpy": "a tensor of a device of its own",
+    "_rebuild_device_tensor_from_cpu_tensor": "a tensor of a custom device",
+    "_rebuild_device_tensor_from_numpy": "a tensor of a custom device",
     "_rebuild_meta_tensor_no_storage": "a meta tensor, which has no values",
     "_rebuild_nested_tensor": "a nested tensor",
     "_rebuild_qtensor": "a quantized tensor",
     "_rebuild_sparse_csr_tensor": "a sparse tensor",
     "_rebuild_sparse_tensor": "a sparse tensor",
-    "_rebuild_tensor_v3": "a tensor of another type than "
+    "_rebuild_tensor_v3": "a tensor with a dtype other than "
     + ", ".join(str(dtype).replace("torch.", "") for dtype in _TYPES.values()),
     "_rebuild_wrapper_subclass": "a tensor subclass",
 }
 
 
 class DamagedFile(pickle.UnpicklingError):
-    """A torch file whose parts do not agree. The message says which."""
+    """The parts of a torch file are inconsistent; the message says which."""
 
 
 def read_torch_zip(path: Path) -> Any:
     """Reads a zip file of `torch.save`.
 
     Returns:
-        What was saved; tensors are on the CPU, parameters are tensors.
+        The saved object; tensors are on the CPU, and parameters become tensors.
 
     Raises:
-        DamagedFile: it is truncated, changed, or another zip file.
-        RefusedPickle, pickle.UnpicklingError: as of `load_plain_pickle`.
+        DamagedFile: it is truncated, modified, or another zip file.
+        RefusedPickle, pickle.UnpicklingError: as `load_plain_pickle`.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(archive, os.path.getsize(path))
     except (RefusedPickle, pickle.UnpicklingError):
         raise
-    except Exception as error:  # zipfile has no common one
+    except Exception as error:  # zipfile has no common base class
         raise DamagedFile(str(error) or type(error).__name__) from None
 
 
@@ -98,7 +98,7 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
         if entry is None or entry.file_size != data.numel():
             there = "none" if entry is None else f"{entry.file_size} bytes"
             raise DamagedFile(f"its storage {key!r} should have {data.numel()} bytes, has {there}")
-        with archive.open(entry) as file:  # compares the CRC-32 when it has read all
+        with archive.open(entry) as file:  # checks the CRC-32 at the end
             _fill(data, file, itemsize if swap else 1)
 
     content = io.BytesIO(archive.read(name))
@@ -106,33 +106,33 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
-    """Names within the archive, each once, and sizes that the file has."""
+    """Checks that names are unique and inside the archive, and that sizes fit into the file."""
     if len({entry.filename for entry in entries}) < len(entries):
-        raise DamagedFile("two of its entries have one name")
+        raise DamagedFile("two of its entries have the same name")
     end = size
     for entry in sorted(entries, key=lambda entry: -entry.header_offset):
         parts = entry.filename.replace("\\", "/").split("/")
         if ".." in parts or not parts[0] or ":" in parts[0]:
             raise DamagedFile(f"its entry {entry.filename!r} points outside the archive")
-        # torch.save does not compress; a few kilobytes could unpack to any size.
+        # torch.save does not compress, and a few kilobytes could unpack to any size.
         if entry.compress_type != zipfile.ZIP_STORED:
             raise DamagedFile(f"its entry {entry.filename!r} is compressed")
         header = _LOCAL_HEADER + len(entry.orig_filename)
         stored = entry.header_offset + header + max(entry.file_size, entry.compress_size)
         if stored > end or entry.file_size != entry.compress_size:
-            raise DamagedFile(f"its entry {entry.filename!r} is larger than its place in the file")
+            raise DamagedFile(f"its entry {entry.filename!r} is larger than its part of the file")
         end = entry.header_offset
 
 
 def read_legacy_torch(file: BinaryIO, size: int) -> Any:
-    """Reads what `torch.save` wrote before torch 1.6: five pickles, then the storages.
+    """Reads the format of `torch.save` before torch 1.6: five pickles, then the storages.
 
     Args:
         file: `io.BytesIO` of the whole file.
-        size: its bytes.
+        size: its size in bytes.
 
     Raises:
-        DamagedFile, RefusedPickle, pickle.UnpicklingError: as of `read_torch_zip`.
+        DamagedFile, RefusedPickle, pickle.UnpicklingError: as `read_torch_zip`.
     """
     storages: dict[str, tuple[torch.Tensor, int]] = {}
 
@@ -144,7 +144,7 @@ def read_legacy_torch(file: BinaryIO, size: int) -> Any:
 
     _, protocol, system = load(), load(), load()
     if protocol != 1001 or not isinstance(system, dict):
-        raise DamagedFile(f"its protocol is {protocol!r:.40}; known is 1001")
+        raise DamagedFile(f"its protocol is {protocol!r:.40}; expected 1001")
     swap = system.get("little_endian", True) != (sys.byteorder == "little")
     content, keys = load(), load()
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
@@ -167,7 +167,7 @@ def _fill(data: torch.Tensor, file: Any, swapped_bytes: int) -> None:
 
 
 class _StorageType(Sealed):
-    """What the name of a storage class leads to."""
+    """Replaces a storage class."""
 
     __slots__ = ("dtype",)
 
@@ -185,12 +185,12 @@ class _Storage(Sealed):
 
 
 class _TorchUnpickler(PlainUnpickler):
-    """Adds tensors, their types, devices and shapes, and the containers of optimizer states.
+    """Adds tensors, dtypes, devices and shapes, and the containers in optimizer states.
 
     Args:
         file, size: as for `PlainUnpickler`.
-        fill: called once for each storage, with its key, its bytes to be filled, and the number of
-            bytes of an element.
+        fill: called once for each storage with its key, the bytes to fill, and the element size in
+            bytes.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class _TorchUnpickler(PlainUnpickler):
             self._fill(key, data, itemsize)
             self._storages[key] = data
         elements = self._storages[key].view(dtype)
-        if view and view[0] is not None:  # a part of it, in files of the first versions of torch
+        if view and view[0] is not None:  # a slice, in files of early torch versions
             _, start, length = view[0]
             count((start, length))
             elements = elements[start : start + length]
@@ -260,7 +260,7 @@ class _TorchUnpickler(PlainUnpickler):
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *further: Any) -> Value:
-    """`further`: requires_grad, hooks, and since torch 1.11 bits of lazy operations."""
+    """`further`: requires_grad, hooks, and since torch 1.11 the conj and neg bits."""
     if not isinstance(storage, _Storage):
         raise RefusedPickle("a tensor without storage")
     if len(further) > 2 and further[2]:
@@ -280,7 +280,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *further: Any) ->
 
 
 def _of_type(rebuild: Any, tensor_type: Any, args: Any, state: Any) -> Any:
-    """A tensor with attributes, without these."""
+    """Rebuilds a tensor that has attributes, without the attributes."""
     if not isinstance(rebuild, StandIn):
         raise RefusedPickle("a tensor made by another function than torch's")
     return rebuild(*args)

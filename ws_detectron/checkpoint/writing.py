@@ -17,19 +17,19 @@ from .metadata import METADATA_KEY, ConversionRecord, KeyEntry, WeightMetadata
 from .reading import read_weight_file
 from .state import check_finite, is_allowed, unwrap_state
 
-# detectron2 stores these in some versions; mmdetection has them in its config.
+# Buffers in some versions of detectron2; mmdetection has them in its config.
 _CONSTANTS = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.")
 
 
 def write_detectron2(converted: ConvertedWeights, path: Union[str, Path]) -> None:
-    """Writes a file that detectron2, with or without this package, loads by itself.
+    """Writes a file that detectron2 loads, with or without this package.
 
     Args:
-        converted: what `convert_file` gave.
-        path: ends in `.pkl` for a pickle of numpy arrays, in `.pth` for a torch file.
+        converted: as returned by `convert_file`.
+        path: `.pkl` for a pickle of numpy arrays, `.pth` for a torch file.
 
     Raises:
-        WeightsError: `path` has another ending.
+        WeightsError: `path` has another extension.
     """
     path = Path(path)
     content: dict[str, Any] = {
@@ -39,7 +39,9 @@ def write_detectron2(converted: ConvertedWeights, path: Union[str, Path]) -> Non
         METADATA_KEY: converted.metadata.as_dict(),
     }
     if path.suffix not in (".pth", ".pkl"):
-        raise WeightsError(f"the output {path} must end in .pth or .pkl; detectron2 goes by it")
+        raise WeightsError(
+            f"the output {path} must end in .pth or .pkl, which tells detectron2 its format"
+        )
     with atomic_write(path, "wb") as file:
         if path.suffix == ".pkl":
             content["model"] = {key: value.numpy() for key, value in converted.state.items()}
@@ -51,21 +53,21 @@ def write_detectron2(converted: ConvertedWeights, path: Union[str, Path]) -> Non
 def write_mmdet(
     source: Union[str, Path], path: Union[str, Path], allow: Sequence[str] = ()
 ) -> ConversionRecord:
-    """Writes the model in a detectron2 file in mmdetection's layout.
+    """Converts a detectron2 file to mmdetection's layout.
 
     Args:
         source: a checkpoint of a ResNet, a Faster or a Mask R-CNN with FPN, trained here or
             converted by `convert_file`.
-        path: the torch file to write; mmdetection 2.x and 3.x read it.
-        allow: shell-style patterns of unexpected keys to leave out; "ws" for WS of a form that
-            mmcv's ConvWS does not compute.
+        path: the torch file to write, for mmdetection 2.x and 3.x.
+        allow: shell-style patterns of unexpected keys to leave out; "ws" allows a WS mode or eps
+            that mmcv's ConvWS does not have.
 
     Returns:
-        What was done with each key.
+        What became of each key.
 
     Raises:
-        WeightsError: the file cannot be read, a key has no place in mmdetection, or its WS is of
-            another form than mmcv's.
+        WeightsError: the file cannot be read, a key has no counterpart in mmdetection, or its WS
+            mode or eps is not that of mmcv's ConvWS.
         UserError: `path` is `source`.
     """
     refuse_overwrite(path, [source])
@@ -93,7 +95,7 @@ def write_mmdet(
         record.entries.append(KeyEntry(key, target, note))
     if unexpected:
         raise WeightsError(
-            f"{source} has keys without a place in mmdetection's Faster or Mask R-CNN: "
+            f"{source} has keys without a counterpart in mmdetection's Faster or Mask R-CNN: "
             f"{list_some(unexpected)}. --allow KEY leaves a key out"
         )
     with atomic_write(path, "wb") as file:
@@ -103,15 +105,15 @@ def write_mmdet(
 
 def _check_ws(values: Any, path: str, allow: Sequence[str], record: ConversionRecord) -> None:
     if values is None:
-        record.assumptions.append("the mmdetection config has ConvWS where the model has WS")
+        record.assumptions.append("ConvWS in the mmdetection config where the model has WS")
         return
     metadata = WeightMetadata.from_dict(values, path)
     for conv, form in metadata.ws_convs.items():
-        # "paper" differs from "official" by a constant, which the norm layer takes away again.
+        # "paper" differs from "official" by a constant factor, which the norm layer removes.
         if form.mode == "bit" or form.eps != OFFICIAL_WS.eps:
             if not is_allowed("ws", allow):
                 raise WeightsError(
-                    f"{path}: {conv} has WS of the form ({form}), mmcv's ConvWS is "
-                    f"({OFFICIAL_WS}). --allow ws converts in spite of it"
+                    f"{path}: {conv} has WS ({form}), mmcv's ConvWS is ({OFFICIAL_WS}). "
+                    "--allow ws converts it anyway"
                 )
             break

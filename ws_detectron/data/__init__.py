@@ -1,4 +1,4 @@
-"""Data sets of one's own in COCO format: registered, validated and read."""
+"""Custom data sets in COCO format: registration, validation, reading."""
 
 from .coco_sets import (
     check_coco_set,

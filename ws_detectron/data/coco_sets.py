@@ -1,4 +1,4 @@
-"""Data sets in COCO format: those of DATASETS.REGISTER, and the checked files of all."""
+"""Registers custom data sets in COCO format and checks the files of registered ones."""
 
 import json
 import logging
@@ -12,37 +12,37 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.errors import ConfigError, DataError, brief
+from ws_detectron.errors import ConfigError, DataError, list_some
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
 from .validate import FIXED, NAMED_AT_MOST, finite, missing_images, read_json, validate
 
 logger = logging.getLogger(__name__)
 
-FORM = "[name, path of the annotations (COCO JSON), folder of the images]"
+ENTRY = "[name, path of the annotations (COCO JSON), folder of the images]"
 
 
 def register_coco_sets(entries: Optional[Sequence[Any]]) -> list[list[str]]:
-    """Registers data sets; the same ones once more do no harm.
+    """Registers data sets; registering the same one again is a no-op.
 
     Args:
-        entries: of DATASETS.REGISTER: name, path of the COCO JSON, folder of the images, each.
-            Relative paths are relative to the current folder. None: no data sets.
+        entries: of DATASETS.REGISTER: name, path of the COCO JSON, folder of the images. Paths may
+            be relative to the current folder. None: no data sets.
 
     Returns:
         The entries with absolute paths.
 
     Raises:
-        ConfigError: an entry has another form, or its name belongs to another data set.
+        ConfigError: an entry is malformed, or its name belongs to another data set.
     """
     registered = []
     for entry in entries or ():
         if (
             not isinstance(entry, (list, tuple))
             or len(entry) != 3
-            or not all(isinstance(word, str) and word for word in entry)
+            or not all(isinstance(part, str) and part for part in entry)
         ):
-            raise ConfigError(f"DATASETS.REGISTER is a list of {FORM}; got {entry!r}")
+            raise ConfigError(f"DATASETS.REGISTER is a list of {ENTRY}; got {entry!r}")
         name, annotations, images = entry
         paths = _absolute(annotations), _absolute(images)
         registered.append([name, *paths])
@@ -50,49 +50,47 @@ def register_coco_sets(entries: Optional[Sequence[Any]]) -> list[list[str]]:
             register_coco_instances(name, {"named_by": "DATASETS.REGISTER"}, *paths)
             continue
         metadata = MetadataCatalog.get(name)
-        there = (
-            metadata.get("given_json_file", metadata.get("json_file")),
-            metadata.get("image_root"),
-        )
-        if there != paths:
+        json_file = metadata.get("given_json_file", metadata.get("json_file"))
+        image_root = metadata.get("image_root")
+        if (json_file, image_root) != paths:
             raise ConfigError(
                 f"DATASETS.REGISTER: {name!r} is taken by another data set (annotations "
-                f"{there[0]}, images {there[1]}); choose another name"
+                f"{json_file}, images {image_root}); choose another name"
             )
     return registered
 
 
 def classes_of(name: str) -> Metadata:
-    """The metadata of a data set with its classes, which those of one's own have in their files.
+    """The metadata of a data set; classes of custom data sets are read from their annotations.
 
     Raises:
-        DataError: the file cannot be read or used.
+        DataError: the file cannot be read or has errors.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("named_by") and not metadata.get("thing_classes"):
         path = metadata.json_file
         content = read_json(PathManager.get_local_path(path), "annotations")
-        validate(content, path, load=True, answers=False).usable(log=False)
+        validate(content, path, load=True, require_annotations=False).usable(log=False)
         DatasetCatalog.get(name)
     return metadata
 
 
 def keypoint_names(name: str) -> Optional[list[str]]:
-    """The keypoints of a registered data set; to be called before detectron2 needs its metadata.
+    """The keypoint names of a registered data set, which are added to its metadata.
 
-    Sets `keypoint_names` from `categories[].keypoints` of the annotation file and
-    `keypoint_flip_map` from names with "left" and "right", or a separate "l" and "r", unless the
-    metadata have them, as those of COCO have.
+    Unless the metadata already has them, as COCO's has, `keypoint_names` is set from
+    `categories[].keypoints` of the annotation file and `keypoint_flip_map` from names with "left"
+    and "right", or a separate "l" and "r". Call this before detectron2 needs the metadata.
 
     Args:
-        name: of a data set.
+        name: name of the data set.
 
     Returns:
-        The names; None where neither metadata nor an annotation file has them.
+        The names; None if there are neither names in the metadata nor an annotation file.
 
     Raises:
-        DataError: the file cannot be read, its categories name no or different keypoints, or an
-            annotation has another number of them.
+        DataError: the file cannot be read, its categories have no keypoints or different ones, or
+            an annotation has another number of them.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
@@ -109,17 +107,17 @@ def keypoint_names(name: str) -> Optional[list[str]]:
 
 
 def mirrored(keypoint: str) -> str:
-    """The name with left and right exchanged; the same where it has neither."""
+    """The name with left and right swapped; unchanged if it has neither."""
     opposite = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
-    def exchange(match: re.Match) -> str:
+    def swap(match: re.Match) -> str:
         found = match.group()
         other = opposite[found.lower()]
         if found.isupper():
             return other.upper()
         return other.capitalize() if found[0].isupper() else other
 
-    return re.sub(r"left|right|(?<![a-z])[lr](?![a-z])", exchange, keypoint, flags=re.IGNORECASE)
+    return re.sub(r"left|right|(?<![a-z])[lr](?![a-z])", swap, keypoint, flags=re.IGNORECASE)
 
 
 def _keypoints_in(path: str) -> list[str]:
@@ -139,9 +137,7 @@ def _keypoints_in(path: str) -> list[str]:
         )
     names = found[0]
     if not isinstance(names, list) or len(set(map(str, names))) < len(names):
-        raise DataError(
-            f"{path}: `keypoints` is {brief(names)}; allowed: a list of different names"
-        )
+        raise DataError(f"{path}: `keypoints` is {names!r:.60}; allowed: a list of different names")
     for annotation in annotations or ():
         points = annotation.get("keypoints") if isinstance(annotation, dict) else None
         if (
@@ -150,9 +146,9 @@ def _keypoints_in(path: str) -> list[str]:
             or None in map(finite, points)
         ):
             raise DataError(
-                f"{path}: `keypoints` of annotation {_id(annotation)} is {brief(points)}; allowed: "
+                f"{path}: `keypoints` of annotation {_id(annotation)} is {points!r:.60}; allowed: "
                 f"{3 * len(names)} numbers x, y, v for the {len(names)} keypoints {names} "
-                "(zeros for an object without)"
+                "(zeros for an object without keypoints)"
             )
         if "num_keypoints" not in annotation:
             raise DataError(
@@ -162,9 +158,7 @@ def _keypoints_in(path: str) -> list[str]:
     if annotations is not None and not any(
         v > 0 for a in annotations for v in a["keypoints"][2::3]
     ):
-        raise DataError(
-            f"{path}: no annotation has a keypoint with v > 0, so there is none to find"
-        )
+        raise DataError(f"{path}: no annotation has a labelled keypoint (v > 0)")
     return [str(name) for name in names]
 
 
@@ -180,74 +174,72 @@ def check_coco_set(
     classes: int = 0,
     **options: Any,
 ) -> Optional[str]:
-    """Checks the files of a registered set; where something was fixed, writes a copy.
+    """Checks the files of a registered data set; if they need fixes, writes a fixed copy.
 
-    Left alone are sets without a COCO file, of other formats, not yet made, and those that are
-    trained on and loaded by somebody's own function, as nobody knows what that makes of the file.
+    Skips data sets without a COCO file, in other formats, not yet generated, and training sets with
+    a custom loader, which may read the file differently.
 
     Args:
-        name: of the set.
+        name: name of the data set.
         folder: for the copy, `<folder>/annotations/<name>.json`.
         train: whether a model is trained on it.
-        classes: that a model predicts on it, and so must be there; 0 for none.
-        options: further ones of `validate`.
+        classes: number of classes that the model predicts; the file must have as many categories.
+        options: further options of `validate`.
 
     Returns:
-        Path of the copy, for `use_annotations`; None where the file is used as it is.
+        Path of the copy, for `use_annotations`; None if the file needs no fix.
 
     Raises:
-        DataError: the file cannot be read or used, or images are missing; lists why.
+        DataError: the file cannot be read or has errors, or images are missing; lists them.
     """
     metadata = MetadataCatalog.get(name)
     path = metadata.get("json_file")
-    own_loader = not _loaded_by_detectron2(name)
-    made_later = metadata.get("scene_spec") is not None and not Path(path).is_file()
+    custom_loader = not _loaded_by_detectron2(name)
+    generated_later = metadata.get("scene_spec") is not None and not Path(path).is_file()
     if (
         not path
-        or made_later
-        or (own_loader and train)
+        or generated_later
+        or (custom_loader and train)
         or metadata.get("evaluator_type", "coco") not in ("coco", "coco_panoptic_seg")
     ):
         return None
     local = PathManager.get_local_path(path)
-    options = {"answers": False, **options}
+    options = {"require_annotations": False, **options}
     validated = validate(
-        read_json(local, "annotations"), path, load=not own_loader, train=train, **options
+        read_json(local, "annotations"), path, load=not custom_loader, train=train, **options
     )
     content = validated.usable()
     if not content["images"]:
-        raise DataError(f"annotations {path} name no image")
+        raise DataError(f"annotations {path} have no image")
     if len(content["categories"]) < classes:
         raise DataError(
-            f"annotations {path} have {len(content['categories'])} categories, and the model "
-            f"predicts {classes}, so a prediction of another class would end its evaluation; set "
-            "NUM_CLASSES (of MODEL.ROI_HEADS or MODEL.RETINANET) to the number of categories"
+            f"annotations {path} have {len(content['categories'])} categories, but the model "
+            f"predicts {classes}, and evaluation fails on unknown classes; set NUM_CLASSES (of "
+            "MODEL.ROI_HEADS or MODEL.RETINANET) to the number of categories"
         )
     root = metadata.get("image_root")
-    if root and "://" not in root and not own_loader:
+    if root and "://" not in root and not custom_loader:
         _check_images(content["images"], root, path)
     if not validated.of(FIXED) and _is_utf8(local):
         return None
     copy = Path(folder, "annotations", f"{name}.json").absolute()
     refuse_overwrite(copy, [local])
     write_json(copy, content, indent=None)
-    logger.warning("annotations %s: %s is read instead", path, copy)
+    logger.warning("annotations %s: fixed copy %s is used instead", path, copy)
     return str(copy)
 
 
 def _check_images(images: Sequence[dict[str, Any]], root: str, path: str) -> None:
     missing = missing_images(images, root)
     if missing:
-        more = len(missing) - NAMED_AT_MOST
         raise DataError(
             f"annotations {path} name {len(missing)} of {len(images)} images that are not in "
-            f"{root}: {', '.join(map(brief, missing[:NAMED_AT_MOST]))}"
-            + (f" and {more} more" if more > 0 else "")
+            f"{root}: {list_some(list(map(repr, missing)), NAMED_AT_MOST)}"
         )
 
 
 def _is_utf8(path: str) -> bool:
-    """Whether pycocotools can read it, which knows no byte order mark."""
+    """Whether pycocotools, which does not support byte order marks, can read the file."""
     with open(path, "rb") as file:
         return json.detect_encoding(file.read(4)) == "utf-8"
 
@@ -257,14 +249,14 @@ def _loaded_by_detectron2(name: str) -> bool:
 
 
 def check_files(name: str, folder: Union[str, Path]) -> None:
-    """`check_coco_set` and `use_annotations` for one set that is looked at, in one process."""
+    """`check_coco_set` and `use_annotations` for a data set that is evaluated or drawn."""
     copy = check_coco_set(name, folder)
     if copy:
         use_annotations({name: copy})
 
 
 def use_annotations(copies: Mapping[str, str]) -> None:
-    """Lets sets be read from other files: name -> path, of `check_coco_set`."""
+    """Makes data sets read other annotation files: name -> path from `check_coco_set`."""
     for name, path in copies.items():
         kept = MetadataCatalog.get(name).as_dict()
         kept.pop("name")

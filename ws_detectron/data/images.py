@@ -1,4 +1,4 @@
-"""Image files, read by the same rules for training, evaluation and pictures."""
+"""Reads image files by the same rules for training, evaluation and drawing."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image, UnidentifiedImageError
 
-from ws_detectron.errors import DataError, brief, shown
+from ws_detectron.errors import DataError, shown
 
 from .validate import ERROR, Finding, Findings, missing_images
 
@@ -21,10 +21,10 @@ _ORIENTATION = 0x0112  # the EXIF tag; Pillow names it from 9.4 on
 
 
 def read_rgb(path: Union[str, Path]) -> np.ndarray:
-    """An image file as (H, W, 3) uint8, RGB, turned upright as its EXIF tag says.
+    """Reads an image file as (H, W, 3) uint8, RGB, rotated by its EXIF orientation.
 
     Raises:
-        DataError: it is missing, cannot be decoded, or is one that `check_image_file` refuses.
+        DataError: the file is missing, cannot be decoded, or is refused by `check_image_file`.
     """
     check_image_file(path)
     with _named(path):
@@ -32,10 +32,10 @@ def read_rgb(path: Union[str, Path]) -> np.ndarray:
 
 
 def read_annotated(record: dict[str, Any]) -> np.ndarray:
-    """The image of a record in detectron2's standard format, as `read_rgb` reads it.
+    """Reads the image of a record in detectron2's standard format, as `read_rgb` does.
 
     Raises:
-        DataError: of `read_rgb`, or its size is not that of the record.
+        DataError: `read_rgb` fails, or the size differs from the record's.
     """
     image = read_rgb(record["file_name"])
     try:
@@ -43,26 +43,26 @@ def read_annotated(record: dict[str, Any]) -> np.ndarray:
     except SizeMismatchError as error:
         found = image.shape[1], image.shape[0]
         expected = record["width"], record["height"]
-        turned = " (is it turned by its EXIF tag, and the annotations are not?)"
+        rotated = " (do the annotations ignore its EXIF orientation?)"
         raise DataError(
-            f"image {record['file_name']} is {found[0]} x {found[1]} pixels when "
-            f"upright, but its annotations say width {expected[0]} and height {expected[1]}"
-            f"{turned if found == expected[::-1] else ''}; correct the annotations or the image"
+            f"image {record['file_name']} has {found[0]} x {found[1]} pixels, EXIF orientation "
+            f"applied, but its annotations say width {expected[0]} and height {expected[1]}"
+            f"{rotated if found == expected[::-1] else ''}; correct the annotations or the image"
         ) from error
     return image
 
 
 def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -> list[Finding]:
-    """What is wrong with the images of a COCO file, of which the headers are read.
+    """Checks the image files of a COCO file; reads their headers only.
 
     Args:
-        images: of `validate`, with file names and sizes.
+        images: as returned by `validate` with `load`.
         folder: of the image files.
     """
     found = Findings()
     missing = set(missing_images(images, folder))
     for number, image in enumerate(images):
-        where = f"images[{number}] ({brief(image['file_name'])})"
+        where = f"images[{number}] ({image['file_name']!r:.60})"
         if image["file_name"] in missing:
             found.add(ERROR, "images are not in the folder", where)
             continue
@@ -74,8 +74,8 @@ def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -
         if size != (image["width"], image["height"]):
             found.add(
                 ERROR,
-                "images have another width and height, when turned upright by their EXIF tag, than "
-                f"the annotations say (files {size[0]} x {size[1]})",
+                "width and height differ between annotations and images, EXIF orientation applied "
+                f"(images {size[0]} x {size[1]})",
                 where,
                 [image["width"], image["height"]],
             )
@@ -83,22 +83,22 @@ def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    """Width and height, when turned as the EXIF tag says; of a PNG, this may read all of it."""
+    """Width and height with EXIF orientation applied; may read all of a PNG file."""
     check_image_file(path)
     with _named(path), Image.open(path) as image:
-        turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # by 90 or 270 degrees
-        return image.size[::-1] if turned else image.size
+        rotated = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)  # by 90 or 270 degrees
+        return image.size[::-1] if rotated else image.size
 
 
 def check_image_file(path: Union[str, Path]) -> None:
-    """The file is an image of at most 8 bits per channel; reads its header alone.
+    """Checks that a file is an image with at most 8 bits per channel; reads its header only.
 
-    detectron2's `read_image` clips the values of others, so a 16-bit image would be white. Colour
-    images of 16 bits are allowed, as Pillow opens them scaled to 8 (the high byte). Of several
-    frames or pages the first is read.
+    detectron2's `read_image` clips larger values, so a 16-bit image would be white. 16-bit colour
+    images are allowed, because Pillow scales them to 8 bits (the high byte). If there are several
+    frames or pages, the first is used.
 
     Raises:
-        DataError: it has more bits, or is no image.
+        DataError: the file is not an image or has more than 8 bits per channel.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # a named pipe would never be opened
         raise DataError(f"cannot read image {path}: it is not a regular file")
@@ -109,10 +109,10 @@ def check_image_file(path: Union[str, Path]) -> None:
     if mode.partition(";")[0] in ("I", "F"):  # Pillow's modes of integers and floats
         raise DataError(
             f"cannot read image {path}: it is a {name} of mode {mode}, with more than 8 "
-            "bits per channel; how to scale them is for you to decide: convert it to 8 bits"
+            "bits per channel; choose a scaling and convert it to 8 bits"
         )
     if frames > 1:
-        message = f"{shown(path)} has {frames} frames or pages; of each file the first is used"
+        message = f"{shown(path)} has {frames} frames or pages; the first of each file is used"
         log_first_n(logging.WARNING, message, name=__name__)
 
 
@@ -120,10 +120,10 @@ def check_image_file(path: Union[str, Path]) -> None:
 def _named(path: Union[str, Path]) -> Iterator[None]:
     try:
         yield
-    except UnidentifiedImageError as error:  # its text names an object in memory
+    except UnidentifiedImageError as error:  # its message names an object in memory
         raise DataError(
-            f"cannot read image {path}: it is empty or no image that Pillow knows"
+            f"cannot read image {path}: it is empty or not an image that Pillow can read"
         ) from error
-    except Exception as error:  # Pillow has no common base for what broken files make it raise
+    except Exception as error:  # Pillow raises errors without a common base class on broken files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"cannot read image {path}: {reason}") from error

@@ -1,12 +1,12 @@
-"""Checks of COCO's compressed run-length encoding (RLE) of masks.
+"""Validates COCO's compressed run-length encoding (RLE) of masks.
 
-pycocotools takes any string for an RLE and reads beyond the end of some, so strings are checked
-before it sees them.
+pycocotools accepts any string as an RLE and may read beyond its end, so strings are validated
+first.
 
-The format (`rleToString` in pycocotools' maskApi.c): a mask is the list of run lengths of 0s and 1s
-in turns, column by column, from the fourth on as the difference to the run before the last. Each
-number is written in groups of five bits, least significant first, two's complement; a group is the
-character 48 + bits, + 32 where more groups follow.
+The format (`rleToString` in pycocotools' maskApi.c): a mask is a list of alternating run lengths of
+0s and 1s in column-major order; from the fourth on, each is stored as the difference to the one two
+before it. A number is written in groups of five bits, least significant first, in two's complement;
+a group is the character 48 + bits, plus 32 if more groups follow.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from typing import Any, Optional
 
 import numpy as np
 
-from ws_detectron.errors import DataError, brief
+from ws_detectron.errors import DataError
 
-BATCH = 512  # masks checked at once; larger numpy arrays leave the caches
+BATCH = 512  # masks checked at once; larger numpy arrays do not fit into the CPU caches
 
 
 def check_masks(
     predictions: Sequence[dict[str, Any]], sizes: dict[Any, tuple[int, int]], name: str
 ) -> None:
-    """Every predicted mask is an RLE of its image's size that decodes.
+    """Checks that every predicted mask is a valid RLE of its image's size.
 
     Args:
-        predictions: of `load_predictions`; entries without "segmentation" are passed over.
+        predictions: as returned by `load_predictions`; entries without "segmentation" are skipped.
         sizes: image id -> height and width, pixels.
-        name: what to call the predictions in an error.
+        name: name of the predictions in error messages.
 
     Raises:
-        DataError: a mask is malformed; names the entry and what is wrong.
+        DataError: a mask is malformed; names the entry and the problem.
     """
     numbers = [n for n, entry in enumerate(predictions) if entry.get("segmentation") is not None]
     for start in range(0, len(numbers), BATCH):
@@ -51,20 +51,20 @@ def check_masks(
 
 
 def first_malformed(strings: Sequence[str], areas: Sequence[int]) -> Optional[tuple[int, str]]:
-    """The first string that is no RLE of a mask with so many pixels.
+    """Finds the first string that is not a valid RLE of a mask of the given size.
 
     Args:
         strings: N compressed RLEs.
         areas: N numbers of pixels, height x width.
 
     Returns:
-        Its index and what is wrong with it; None if all are sound.
+        Its index and the problem; None if all are valid.
     """
     problems: list[tuple[int, str]] = []
     good = []
     for i, text in enumerate(strings):
         if not text or not text.isascii():
-            problems.append((i, f"counts {text[:20]!r} hold no run" if not text else "not ASCII"))
+            problems.append((i, "counts are empty" if not text else "counts are not ASCII"))
             break
         good.append(text)
     if not good:
@@ -83,9 +83,9 @@ def first_malformed(strings: Sequence[str], areas: Sequence[int]) -> Optional[tu
     if cut.size:
         problems.append((int(cut[0]), "counts end within a number"))
     if not problems or min(problems)[0] > 0:
-        sound = min(problems)[0] if problems else len(good)
-        chars = int(lengths[:sound].sum())
-        problem = _wrong_runs(groups[:chars], more[:chars], owner[:chars], areas[:sound])
+        valid = min(problems)[0] if problems else len(good)
+        chars = int(lengths[:valid].sum())
+        problem = _wrong_runs(groups[:chars], more[:chars], owner[:chars], areas[:valid])
         if problem is not None:
             problems.append(problem)
     return min(problems, default=None)
@@ -94,26 +94,26 @@ def first_malformed(strings: Sequence[str], areas: Sequence[int]) -> Optional[tu
 def _wrong_runs(
     groups: np.ndarray, more: np.ndarray, owner: np.ndarray, areas: Sequence[int]
 ) -> Optional[tuple[int, str]]:
-    """The first mask with a negative run, or whose runs do not add up to its area.
+    """Finds the first mask with a negative run or whose runs do not sum to its area.
 
     Args:
-        groups: (C,) characters less 48, of all masks in a row.
-        more: (C,) whether the number goes on after this group.
-        owner: (C,) which mask a group is of.
-        areas: pixels of each mask.
+        groups: (C,) characters minus 48, of all masks concatenated.
+        more: (C,) whether another group of the same number follows.
+        owner: (C,) index of the mask of each group.
+        areas: number of pixels of each mask.
     """
     ends = np.flatnonzero(~more)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(groups)) - np.repeat(starts, ends - starts + 1)
-    # no run needs more than seven groups; cap the shift so that longer ones do not overflow
-    shift = 5 * np.minimum(place, 9)
+    position = np.arange(len(groups)) - np.repeat(starts, ends - starts + 1)
+    # a valid run has at most seven groups; the cap keeps longer ones from overflowing
+    shift = 5 * np.minimum(position, 9)
     runs = np.add.reduceat((groups & 31) << shift, starts)
     runs -= np.where(groups[ends] & 16, np.int64(1) << (shift[ends] + 5), 0)
 
     mask = owner[ends]
     first = np.searchsorted(mask, np.arange(len(areas)))
     index = np.arange(len(runs)) - first[mask]
-    for parity in (0, 1):  # runs[i] += runs[i - 2], i > 2: a running sum over every other run
+    for parity in (0, 1):  # runs[i] += runs[i - 2], i > 2: a cumulative sum over every other run
         chosen = np.flatnonzero((index > 0) & (index % 2 == parity))
         if chosen.size:
             total = np.cumsum(runs[chosen])
@@ -136,16 +136,16 @@ def _shape_problem(rle: Any, size: Optional[tuple[int, int]]) -> str:
     if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str):
         return (
             "it must be {'size': [height, width], 'counts': <string>}; "
-            "pycocotools.mask.frPyObjects makes that of polygons and of lists of counts"
+            "pycocotools.mask.frPyObjects converts polygons and lists of counts to it"
         )
     sides = rle.get("size")
     if not isinstance(sides, list) or len(sides) != 2 or set(map(type, sides)) != {int}:
-        return f"size must be [height, width] in whole numbers, found {brief(sides)}"
+        return f"size must be [height, width] in integers, found {sides!r:.60}"
     if size is not None and sides != [*size]:
         return f"size is {rle.get('size')}, but height and width of the image are {[*size]}"
     return ""
 
 
 def _message(name: str, number: int, entry: dict[str, Any], problem: str) -> str:
-    where = f"entry {number} (image id {brief(entry['image_id'])})"
+    where = f"entry {number} (image id {entry['image_id']!r:.60})"
     return f"predictions {name}, {where}: malformed RLE: {problem}"

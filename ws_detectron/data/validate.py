@@ -1,8 +1,8 @@
-"""The rules for COCO annotation files, the same in every tool and before the first iteration.
+"""Validates COCO annotation files, by the same rules in every tool and before training.
 
-Format: https://cocodataset.org/#format-data. A file is read by several libraries, some of them in
-C, that take values as they come: a NaN in a polygon takes all memory, two ids that look alike share
-their objects, a box in corners trains a model on other boxes. So values are checked here first.
+Format: https://cocodataset.org/#format-data. The libraries that read such a file do not validate
+it: a NaN in a polygon exhausts the memory, similar ids share their objects, and a box stored as
+corners trains a model on wrong boxes.
 """
 
 import gc
@@ -20,16 +20,16 @@ from typing import Any, Optional, Union
 import numpy as np
 from pycocotools import mask as mask_util
 
-from ws_detectron.errors import DataError, brief
+from ws_detectron.errors import DataError
 
 from .rle import first_malformed
 
 logger = logging.getLogger(__name__)
 
 LISTS = ("images", "annotations", "categories")
-NAMED_AT_MOST = 3  # entries for each kind of finding
-# Coordinates may leave the image by this many times its longer side, as crops of larger images do.
-# pycocotools needs time and memory in proportion to the length of a polygon in pixels.
+NAMED_AT_MOST = 3  # entries per finding
+# Coordinates may exceed the image by this many times its longer side, as in crops of larger images.
+# The time and memory that pycocotools needs grow with the length of a polygon in pixels.
 REACH = 2
 LONGEST_SIDE = 200_000  # pixels
 
@@ -38,13 +38,13 @@ ERROR, FIXED, WARNING = "error", "fixed", "warning"
 
 @dataclass
 class Finding:
-    """Entries of a file with the same problem.
+    """A problem and the entries of a file that have it.
 
     Attributes:
-        level: ERROR (the file cannot be used), FIXED (read as `what` says) or WARNING.
+        level: ERROR (the file cannot be used), FIXED (as described by `what`) or WARNING.
         what: the problem, what is allowed, and the remedy.
-        count: entries with it.
-        examples: the first of them.
+        count: number of entries with it.
+        examples: the first of these entries.
     """
 
     level: str
@@ -60,25 +60,25 @@ class Finding:
 
 
 class Findings(dict[tuple[str, str], Finding]):
-    """(level, what) -> finding, in the order in which they were made."""
+    """(level, what) -> finding, in order of discovery."""
 
     def add(self, level: str, what: str, where: str = "", value: Any = ...) -> None:
-        """Notes an entry; `value`, which comes from the file, is shown escaped and shortened."""
+        """Adds an entry to a finding; `value`, read from the file, is escaped and shortened."""
         finding = self.setdefault((level, what), Finding(level, what))
         finding.count += 1
         if where and len(finding.examples) < NAMED_AT_MOST:
-            finding.examples.append(where if value is ... else f"{where} has {brief(value)}")
+            finding.examples.append(where if value is ... else f"{where} has {value!r:.60}")
 
 
 @dataclass
 class Validated:
-    """A file's content and what was found in it.
+    """The fixed content of a file and all findings.
 
     Attributes:
-        name: what to call the file.
-        content: with what is FIXED; entries without a finding are those of the input.
-        findings: all of them, errors first.
-        broken: indices of annotations that have an error.
+        name: name of the file in messages.
+        content: with fixes applied; entries without a finding are the objects of the input.
+        findings: errors first.
+        broken: indices of annotations with an error.
     """
 
     name: str
@@ -90,10 +90,10 @@ class Validated:
         return [finding for finding in self.findings if finding.level == level]
 
     def usable(self, log: bool = True) -> dict[str, Any]:
-        """The content; logs what was fixed, and warnings.
+        """The content; logs fixes and warnings.
 
         Raises:
-            DataError: there are errors; lists them.
+            DataError: the file has errors; lists them.
         """
         errors = self.of(ERROR)
         if len(errors) == 1:
@@ -107,14 +107,14 @@ class Validated:
 
 
 def read_json(path: Union[str, Path], what: str) -> Any:
-    """A JSON file in UTF-8, or with a byte order mark in UTF-16 or UTF-32.
+    """Reads a JSON file in UTF-8, UTF-16 or UTF-32.
 
     Args:
         path: the file.
-        what: what to call it in errors, such as "annotations".
+        what: what the file holds, for error messages, such as "annotations".
 
     Raises:
-        DataError: it cannot be read or is not JSON.
+        DataError: the file cannot be read or is not JSON.
     """
     try:
         raw = Path(path).read_bytes()
@@ -144,30 +144,30 @@ def validate(
     train: bool = False,
     masks: bool = False,
     mask_format: str = "",
-    answers: bool = True,
+    require_annotations: bool = True,
 ) -> Validated:
     """Checks a file's content by the rules of docs/data.md.
 
     Args:
-        content: of `read_json`; not changed.
-        name: what to call the file.
-        load: detectron2 loads it, so images need file names and sizes, and categories names.
-        train: a model is trained on it, so an object must remain.
+        content: as returned by `read_json`; not changed.
+        name: name of the file in messages.
+        load: detectron2 loads the file: images need file names and sizes, categories need names.
+        train: a model is trained on it: at least one object must remain.
         masks: every object needs a mask.
-        mask_format: "polygon" where objects may have no other mask (INPUT.MASK_FORMAT).
-        answers: whether annotations are needed; without them there is no AP.
+        mask_format: "polygon" if RLE masks are not allowed (INPUT.MASK_FORMAT).
+        require_annotations: the list of annotations, which AP needs, must be there.
 
     Raises:
-        DataError: the content has not the lists of a COCO file.
+        DataError: a list of the COCO format is missing.
     """
-    lists = _lists(content, name, answers)
+    lists = _lists(content, name, require_annotations)
     with no_garbage_collection():
         return _Validator(lists, name, load or train, train, masks, mask_format).run()
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Spares the time in which Python would look through millions of objects for cycles."""
+    """Disables garbage collection, which is slow with millions of objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -178,7 +178,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def missing_images(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -> list[str]:
-    """File names of images that are not in a folder; each folder is listed once."""
+    """File names of images that are not in a folder; lists each folder only once."""
     present: dict[str, set[str]] = {}
     missing = []
     for image in images:
@@ -194,32 +194,32 @@ def missing_images(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -
 
 
 def as_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """A checked mask of a COCO file, polygons or RLE, as compressed RLE."""
+    """Converts a validated mask, polygons or RLE, to compressed RLE."""
     if isinstance(mask, list):
         return mask_util.merge(mask_util.frPyObjects(mask, *size))
     return mask_util.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
 
 
-def _lists(content: Any, name: str, answers: bool) -> dict[str, Any]:
-    needed = [key for key in LISTS if answers or key != "annotations"]
+def _lists(content: Any, name: str, require_annotations: bool) -> dict[str, Any]:
+    needed = [key for key in LISTS if require_annotations or key != "annotations"]
     lists = content if isinstance(content, dict) else {}
     missing = [key for key in needed if not isinstance(lists.get(key), list)]
     if missing == ["annotations"] and "annotations" not in lists:
         raise DataError(
-            f"annotations {name} hold no list `annotations`, as the files of test-dev: without "
-            "them there is no AP"
+            f"annotations {name} have no list `annotations`, like the files of test-dev; AP needs "
+            "ground truth"
         )
     if missing:
-        swapped = "; it is a list, as results files are: are --annotations and --predictions "
+        hint = "; it is a list, like results files: are --annotations and --predictions swapped?"
         raise DataError(
             f"annotations {name} are not in COCO format: the lists {', '.join(missing)} are "
-            f"missing{swapped + 'swapped?' if isinstance(content, list) else ''}"
+            f"missing{hint if isinstance(content, list) else ''}"
         )
     return lists if "annotations" in lists else {**lists, "annotations": []}
 
 
 def finite(value: Any) -> Optional[float]:
-    """The value, where it is a finite number, no text and no bool; else None."""
+    """The value if it is a finite int or float (not bool), else None."""
     if type(value) is int or type(value) is float:
         try:
             return value if math.isfinite(value) else None
@@ -232,8 +232,8 @@ def _is_area(value: Any) -> bool:
     return (number := finite(value)) is not None and number >= 0
 
 
-def _whole(value: Any) -> Optional[int]:
-    """The whole number that 96, 96.0, "96", True or "96.0" stand for; None for anything else."""
+def _as_integer(value: Any) -> Optional[int]:
+    """The integer for 96, 96.0, "96", "96.0" or True; None for anything else."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -245,7 +245,7 @@ def _whole(value: Any) -> Optional[int]:
 
 
 class _Ids:
-    """The ids of images or categories, and what refers to them."""
+    """The ids of images or categories, and lookup of references to them."""
 
     def __init__(self, known: Iterable[Any]) -> None:
         self._known = set(known)
@@ -253,16 +253,16 @@ class _Ids:
         self._by_text = by_text if len(by_text) == len(self._known) else {}
 
     def find(self, value: Any) -> Any:
-        """The id that a reference means, which may be written as text for a number; or None."""
+        """The id that a reference means, text for a number allowed; None if there is none."""
         if type(value) is float:
-            value = _whole(value)
+            value = _as_integer(value)
         if type(value) not in (int, str):
             return None
         return value if value in self._known else self._by_text.get(str(value))
 
 
 class _Validator:
-    """Goes once through a file; see `validate`."""
+    """Validates a file in one pass; see `validate`."""
 
     def __init__(
         self,
@@ -275,7 +275,7 @@ class _Validator:
     ) -> None:
         self._lists, self._name = lists, name
         self._load, self._train, self._masks = load, train, masks
-        self._polygons_alone = mask_format == "polygon"
+        self._polygons_only = mask_format == "polygon"
         self._found = Findings()
         self._sizes: dict[Any, Optional[tuple[int, int]]] = {}
         self._strings: list[tuple[int, str, int]] = []  # compressed RLEs: index, counts, pixels
@@ -301,17 +301,17 @@ class _Validator:
         images = []
         for image, where in self._with_ids("images"):
             given = [image.get(side) for side in ("height", "width")]
-            height, width = map(_whole, given)
+            height, width = map(_as_integer, given)
             if height and width and 0 < min(height, width) <= max(height, width) <= LONGEST_SIDE:
                 self._sizes[image["id"]] = (height, width)
                 if any(type(side) is not int for side in given):
-                    what = "height and width are not stored as whole numbers; read as such"
+                    what = "height and width are not integers; converted"
                     self._found.add(FIXED, what, where, given)
                     image = {**image, "height": height, "width": width}
             else:
                 self._sizes[image["id"]] = None
                 if self._load or self._masks or given != [None, None]:
-                    what = f"height and width must be whole numbers from 1 to {LONGEST_SIDE}"
+                    what = f"height and width must be integers from 1 to {LONGEST_SIDE}"
                     self._found.add(ERROR, what, where, given)
             file_name = image.get("file_name")
             if self._load and not (isinstance(file_name, str) and file_name):
@@ -326,15 +326,15 @@ class _Validator:
                 if self._load:
                     self._found.add(ERROR, "name must be text", where, category.get("name"))
             categories.append(category)
-        for name, count in Counter(brief(c.get("name")) for c in categories).items():
+        for name, count in Counter(f"{c.get('name')!r:.60}" for c in categories).items():
             if count > 1 and name != "None":
                 self._found.add(WARNING, "categories share a name", name)
         if not categories and self._load:
-            self._found.add(ERROR, "there is no category in it")
+            self._found.add(ERROR, "there is no category")
         return categories
 
     def _with_ids(self, key: str) -> Iterable[tuple[dict[str, Any], str]]:
-        """Entries of a list with a sound id, and where they stand."""
+        """Entries of a list with a valid id, and their position in the file."""
         seen: set[Any] = set()
         for number, entry in enumerate(self._lists[key]):
             where = f"{key}[{number}]"
@@ -342,11 +342,13 @@ class _Validator:
                 self._found.add(ERROR, f"{key} must be objects", where, entry)
                 continue
             own = entry.get("id")
-            if type(own) is float and _whole(own) is not None:
-                self._found.add(FIXED, f"ids of {key} are floats; read as whole", where, own)
-                entry = {**entry, "id": _whole(own)}
+            if type(own) is float and _as_integer(own) is not None:
+                self._found.add(
+                    FIXED, f"ids of {key} are floats; converted to integers", where, own
+                )
+                entry = {**entry, "id": _as_integer(own)}
             elif type(own) is not str and not (type(own) is int and abs(own) < 2**63):
-                what = f"{key} need an id, text or a whole number of 64 bits"
+                what = f"{key} need an id: text or a 64-bit integer"
                 self._found.add(ERROR, what, where, own)
                 continue
             if entry["id"] in seen:
@@ -373,10 +375,10 @@ class _Validator:
                 value = entry.get(key)
                 found = ids.find(value)
                 if found is None:
-                    self._error(f"{key} is none that the file describes", value)
+                    self._error(f"{key} is not an id in the file", value)
                 elif type(found) is not type(value) or found != value:
                     fixes[key] = found
-                    self._fixed(f"{key} is of another type than the id; read as the id", value)
+                    self._fixed(f"{key} differs in type from the id; converted", value)
             self._crowd(entry, fixes)
             if number not in self._bad:
                 size = self._sizes[fixes.get("image_id", entry.get("image_id"))]
@@ -392,7 +394,7 @@ class _Validator:
         entry = self._lists["annotations"][number]
         if not isinstance(entry, dict):
             return f"annotations[{number}]"
-        return f"annotations[{number}] (id {brief(entry.get('id'))})"
+        return f"annotations[{number}] (id {entry.get('id')!r:.60})"
 
     def _error(self, what: str, value: Any = ...) -> None:
         self._bad.add(self._number)
@@ -404,7 +406,7 @@ class _Validator:
     def _crowd(self, entry: dict[str, Any], fixes: dict[str, Any]) -> None:
         crowd = entry.get("iscrowd")
         if type(crowd) is not int or crowd not in (0, 1):
-            number = 0 if crowd is None else _whole(crowd)
+            number = 0 if crowd is None else _as_integer(crowd)
             if number not in (0, 1):
                 self._error("iscrowd must be 0 or 1", crowd)
                 return
@@ -412,11 +414,11 @@ class _Validator:
             if crowd is None:
                 self._fixed("iscrowd is missing; read as 0")
             else:
-                self._fixed("iscrowd is no number; read as 0 or 1", crowd)
+                self._fixed("iscrowd is not an integer; converted to 0 or 1", crowd)
         if entry.get("ignore"):
             self._error(
-                "`ignore` is no key of COCO's format and has no effect there; mark regions that "
-                "count neither way with iscrowd: 1, or remove the key",
+                "`ignore` is not a key of the COCO format and has no effect; remove it, or mark "
+                "regions to ignore with iscrowd: 1",
                 entry["ignore"],
             )
 
@@ -435,7 +437,7 @@ class _Validator:
         ):
             self._error("bbox must be [x, y, width, height], four finite numbers", box)
         elif box[2] < 0 or box[3] < 0:
-            self._error("bbox has a negative width or height; COCO boxes are no corners", box)
+            self._error("bbox has a negative width or height; COCO boxes are not corners", box)
 
     def _mask(self, entry: dict[str, Any], fixes: dict[str, Any], size: Any) -> None:
         mask = entry.get("segmentation")
@@ -443,17 +445,17 @@ class _Validator:
         if not mask and isinstance(mask, (type(None), list)):
             if self._masks:
                 self._error(
-                    "there is no mask (segmentation), and masks are asked for; boxes alone are "
-                    "used with MODEL.MASK_ON False, and evaluated with --task bbox"
+                    "there is no mask (segmentation), but masks are required; to use boxes only, "
+                    "train with MODEL.MASK_ON False and evaluate with --task bbox"
                 )
             return
         if size is None:
-            return  # the image has the error
+            return  # the error is reported for the image
         if isinstance(mask, list):
             self._polygons(mask, fixes, size)
             return
         if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
-            self._error("segmentation must be a list of polygons, or an RLE", mask)
+            self._error("segmentation must be a list of polygons or an RLE", mask)
             return
         sides = mask["size"]
         if not isinstance(sides, (list, tuple)) or list(sides) != [*size]:
@@ -461,39 +463,39 @@ class _Validator:
             return
         counts = mask["counts"]
         if isinstance(counts, list):
-            sound = all(type(count) is int and count >= 0 for count in counts)
-            if not sound or sum(counts) != size[0] * size[1]:
-                self._error("counts of the RLE must be run lengths of all pixels", counts)
+            valid = all(type(count) is int and count >= 0 for count in counts)
+            if not valid or sum(counts) != size[0] * size[1]:
+                self._error("counts of the RLE must be run lengths that cover all pixels", counts)
         elif isinstance(counts, str):
             pixels = size[0] * size[1]
             if entry.get("bbox") and _is_area(entry.get("area")):
-                self._strings.append((self._number, counts, pixels))  # faster many at a time
+                self._strings.append((self._number, counts, pixels))  # faster in batches
             elif problem := first_malformed([counts], [pixels]):
                 self._error("the RLE of the mask is malformed", problem[1])
         else:
             self._error("counts of the RLE must be a list or text", counts)
-        if self._polygons_alone and not crowd:
-            self._error("the mask is an RLE, and INPUT.MASK_FORMAT is polygon; set it to bitmask")
+        if self._polygons_only and not crowd:
+            self._error("the mask is an RLE, but INPUT.MASK_FORMAT is polygon; set it to bitmask")
 
     def _polygons(self, mask: list[Any], fixes: dict[str, Any], size: tuple[int, int]) -> None:
         if finite(mask[0]) is not None:
             mask = [mask]
             fixes["segmentation"] = mask
-            self._fixed("segmentation is one polygon; read as a list of one")
+            self._fixed("segmentation is a single polygon; converted to a list of polygons")
         reach = REACH * max(size)
         for polygon in mask:
             try:
                 # these run in C: a file of COCO's size has 30 million coordinates
-                total, least, greatest = sum(polygon), min(polygon), max(polygon)
-                sound = math.isfinite(total)
+                least, greatest = min(polygon), max(polygon)
+                valid = math.isfinite(sum(polygon))
             except (TypeError, ValueError, OverflowError):
-                sound = polygon == []
-                total = least = greatest = 0
-            if not sound or not isinstance(polygon, (list, tuple)):
+                valid = polygon == []
+                least = greatest = 0
+            if not valid or not isinstance(polygon, (list, tuple)):
                 self._error("a polygon must be x, y, x, y, ... in finite numbers", polygon)
                 return
             if len(polygon) % 2:
-                self._error("a polygon has a corner without y", polygon)
+                self._error("a polygon has an odd number of coordinates", polygon)
                 return
             if least < -reach or greatest > max(size) + reach:
                 self._error("a polygon is far outside its image", polygon)
@@ -501,10 +503,10 @@ class _Validator:
         if min(map(len, mask)) < 6:
             kept = [polygon for polygon in mask if len(polygon) >= 6]
             if not kept and self._masks:
-                self._error("no polygon has three corners, and masks are asked for", mask)
+                self._error("no polygon has three corners, but masks are required", mask)
             elif kept or not self._masks:
                 fixes["segmentation"] = kept
-                self._fixed("polygons with fewer than three corners are left out", mask)
+                self._fixed("polygons with fewer than three corners are removed", mask)
 
     def _area(self, entry: dict[str, Any], fixes: dict[str, Any], size: Any) -> None:
         area = entry.get("area")
@@ -518,7 +520,7 @@ class _Validator:
         else:
             box = fixes.get("bbox", entry["bbox"])
             fixes["area"] = float(box[2] * box[3])
-        self._fixed("area is missing or no number; computed from mask or box", area)
+        self._fixed("area is missing or invalid; computed from mask or box", area)
 
     def _keypoints(self, entry: dict[str, Any]) -> None:
         keypoints = entry.get("keypoints")
@@ -528,7 +530,7 @@ class _Validator:
             self._error("keypoints must be x, y, v, x, y, v, ... in finite numbers", keypoints)
 
     def _with_own_ids(self, annotations: list[Any]) -> list[Any]:
-        """Nothing refers to the ids of annotations, so bad ones are replaced."""
+        """Replaces invalid ids of annotations, to which nothing refers."""
         ids = [entry.get("id") if isinstance(entry, dict) else None for entry in annotations]
         if set(map(type, ids)) <= {int} and len(set(ids)) == len(ids):
             return annotations
@@ -536,8 +538,8 @@ class _Validator:
         for number, own in enumerate(ids):
             self._number = number
             if type(own) is not int or own in seen:
-                self._fixed("ids of annotations are missing, not unique or no whole numbers; all "
-                            "are numbered from 1")  # fmt: skip
+                what = "ids of annotations are missing, not unique or not integers; renumbered"
+                self._fixed(what)
             else:
                 seen.add(own)
         return [
@@ -545,7 +547,7 @@ class _Validator:
             for number, entry in enumerate(annotations, start=1)
         ]
 
-    # what only the whole file tells
+    # checks of the whole file
 
     def _compressed(self, annotations: list[Any]) -> None:
         for start in range(0, len(self._strings), 512):
@@ -559,11 +561,11 @@ class _Validator:
                 batch = batch[problem[0] + 1 :]
 
     def _boxes(self, annotations: list[Any]) -> None:
-        """Fractions for pixels and corners for sizes, which every single box may be; and what
-        detectron2 leaves out of a training."""
+        """Finds boxes in other formats, which only all boxes together reveal, and boxes that
+        detectron2 removes from a training set."""
         good = [n for n in range(len(annotations)) if n not in self._bad]
         sizes = [self._sizes[annotations[n]["image_id"]] for n in good]
-        if None in sizes:  # of images that have the error, or of figures alone
+        if None in sizes:  # an error is reported for the images, or no sizes are needed
             return
         boxes = np.array([annotations[n]["bbox"] for n in good], float).reshape(-1, 4)
         height, width = np.array(sizes, float).reshape(-1, 2).T
@@ -573,26 +575,25 @@ class _Validator:
         if good and boxes.max() <= 1 and min(height.min(), width.min()) > 8:
             self._found.add(
                 ERROR,
-                "all boxes are within 0 to 1, so they seem to be fractions of the image; COCO "
-                "boxes are pixels: multiply by width and height",
+                "all boxes are within 0 to 1 and seem to be fractions of the image; COCO boxes are "
+                "in pixels: multiply by width and height",
             )
         elif good and as_corners.all() and beyond.mean() > 0.5:
             self._found.add(
                 ERROR,
-                f"{beyond.sum()} of {len(good)} boxes reach beyond their images, and all would fit "
-                "as corners [x1, y1, x2, y2]; COCO boxes are [x, y, width, height]",
+                f"{beyond.sum()} of {len(good)} boxes exceed their images, but all would fit as "
+                "corners [x1, y1, x2, y2]; COCO boxes are [x, y, width, height]",
             )
         elif beyond.any():
             self._found.add(
                 WARNING,
-                f"{beyond.sum()} of {len(good)} boxes reach beyond their images by more than a "
-                "pixel",
+                f"{beyond.sum()} of {len(good)} boxes exceed their images by more than a pixel",
             )
         if self._train:
             crowds = np.array([bool(annotations[n]["iscrowd"]) for n in good], bool)
             empty = np.minimum(w, h) <= 0
             outside = ~((x < width) & (y < height) & (x + w > 0) & (y + h > 0))
-            self._something_to_train_on(
+            self._check_objects_to_train_on(
                 annotations,
                 {
                     "crowds": np.array(good)[crowds],
@@ -601,7 +602,7 @@ class _Validator:
                 },
             )
 
-    def _something_to_train_on(
+    def _check_objects_to_train_on(
         self, annotations: list[Any], left_out: Mapping[str, np.ndarray]
     ) -> None:
         for reason, numbers in left_out.items():

@@ -369,7 +369,7 @@ def check_annotations(
                 train=of_training,
                 classes=classes if name in cfg.DATASETS.TEST else 0,
                 masks=masks,
-                answers=answers or of_training,
+                require_annotations=answers or of_training,
                 mask_format=cfg.INPUT.MASK_FORMAT if masks and of_training else "",
             )
             if copy:

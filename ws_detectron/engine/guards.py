@@ -48,7 +48,7 @@ def _small_batch_norm(cfg: CfgNode, world_size: int) -> list[str]:
         f"{', '.join(keys)}: BN takes its statistics from {images} image(s) at a time "
         f"(SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {world_size} process(es)"
         + (f" and {parts} parts; accumulation does not make BN's batch larger" if parts > 1 else "")
-        + '), too few to train well; use "GN" with WS (configs/arms/gn_ws.yaml), "SyncBN" on '
+        + '), too few to train well; use "GN" with WS (configs/norms/gn_ws.yaml), "SyncBN" on '
         'several GPUs, "FrozenBN" with pretrained weights, or more images per GPU'
     ]
 
@@ -68,7 +68,7 @@ def _frozen_random_layers(cfg: CfgNode) -> list[str]:
     if keys:
         found.append(
             f'{", ".join(keys)}: "FrozenBN" without MODEL.WEIGHTS keeps mean 0 and variance 1 and '
-            'normalizes nothing; use "GN" (with WS: configs/arms/gn_ws.yaml), or name weights'
+            'normalizes nothing; use "GN" (with WS: configs/norms/gn_ws.yaml), or name weights'
         )
     return found
 

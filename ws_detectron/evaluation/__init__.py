@@ -1,1 +1,1 @@
-"""What a finished run is worth: COCO figures, comparisons, pictures."""
+"""Evaluation of trained models: COCO metrics, comparison of runs, visualization."""

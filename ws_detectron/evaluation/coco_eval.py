@@ -1,7 +1,7 @@
-"""The COCO figures of a results file, through faster-coco-eval or through pycocotools.
+"""COCO metrics of a results file, computed by faster-coco-eval or pycocotools.
 
-Figures are defined at https://cocodataset.org/#detection-eval and given here in per cent.
-Needs no torch and no detectron2.
+The metrics are defined at https://cocodataset.org/#detection-eval; here they are in %. This module
+imports neither torch nor detectron2.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm")
 # in the order of COCOeval.stats
-FIGURES = tuple("AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split())
-CATEGORY_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+COCO_METRICS = tuple("AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split())
+CATEGORY_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
-# None: undefined, because there is no object to find; COCO's own code says -1
-Figures = dict[str, Optional[float]]
+# None: undefined, because there is no ground truth; COCO's own code returns -1
+Metrics = dict[str, Optional[float]]
 
 
 @dataclass(frozen=True)
 class Category:
-    """A category of the annotations, and how many objects of it there are, crowds not counted."""
+    """A category of the annotations with its number of objects, crowds excluded."""
 
     id: Union[int, str]
     name: str
@@ -43,16 +43,16 @@ class Category:
 
 @dataclass(frozen=True)
 class CocoResult:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Args:
-        backend: library and version that computed it.
-        images: in the annotations.
-        images_without_predictions: of these, how many nothing was predicted for.
-        predictions: in the results file.
+        backend: name and version of the library that computed it.
+        images: number of images in the annotations.
+        images_without_predictions: number of these images that have no prediction.
+        predictions: number of predictions in the results file.
         categories: in the order of the annotation file.
-        figures: task -> the twelve of `FIGURES`.
-        per_category: task -> category id -> those of `CATEGORY_FIGURES`.
+        metrics: task -> the twelve `COCO_METRICS`.
+        per_category: task -> category id -> `CATEGORY_METRICS`.
     """
 
     backend: str
@@ -60,8 +60,8 @@ class CocoResult:
     images_without_predictions: int
     predictions: int
     categories: tuple[Category, ...]
-    figures: dict[str, Figures]
-    per_category: dict[str, dict[Any, Figures]]
+    metrics: dict[str, Metrics]
+    per_category: dict[str, dict[Any, Metrics]]
 
 
 def evaluate(
@@ -73,24 +73,24 @@ def evaluate(
     annotations_name: str = "given",
     predictions_name: str = "given",
 ) -> CocoResult:
-    """Computes the COCO figures.
+    """Computes the COCO metrics.
 
-    Images, categories and annotations are numbered from 1 on their way to the library, see
-    `Numbers`. To COCO's code an object with id 0 is one that nothing matched, and faster-coco-eval
-    makes one of text ids that look alike, and of large numbers.
+    Images, categories and annotations are renumbered from 1 before they are passed to the library,
+    see `IdMap`: COCO's code treats an object with id 0 as unmatched, and faster-coco-eval confuses
+    similar text ids and large numbers.
 
     Args:
-        annotations: the content of a COCO file; checked as `load_annotations` does, not changed.
-        predictions: of `load_predictions`; not changed. None at all means AP 0.
-        tasks: of `TASKS`; by default those that annotations and predictions have boxes and masks
-            for.
-        reference: use pycocotools instead of faster-coco-eval; slower, the same figures. It is
-            used anyway where the other is not installed.
-        annotations_name: what to call the annotations in errors.
-        predictions_name: what to call the predictions in errors.
+        annotations: the content of a COCO file; validated as in `load_annotations`, not changed.
+        predictions: as returned by `load_predictions`; not changed. An empty list has AP 0.
+        tasks: some of `TASKS`; default: those that both annotations and predictions allow.
+        reference: use pycocotools, which is slower, instead of faster-coco-eval. pycocotools is
+            also used if faster-coco-eval is not installed.
+        annotations_name: name of the annotations in error messages.
+        predictions_name: name of the predictions in error messages.
 
     Raises:
-        DataError: the two do not belong together, lack what a task needs, or hold broken masks.
+        DataError: the predictions do not belong to the annotations, a task lacks boxes or masks,
+            or a mask is malformed.
     """
     annotations = validate(annotations, annotations_name).usable(log=False)
     check_ids(predictions, annotations, predictions_name, annotations_name)
@@ -110,10 +110,10 @@ def choose_tasks(
 ) -> tuple[str, ...]:
     """The tasks that can be evaluated, or `wanted`; see `evaluate` for the arguments.
 
-    A task that no entry has boxes or masks for is left out, and a line is logged.
+    A task for which no entry has boxes or masks is skipped with a warning.
 
     Raises:
-        DataError: a task lacks boxes or masks of some entries; names the first.
+        DataError: some entries have no box or mask, or no task is left; names the first entry.
     """
     sized = {i["id"] for i in annotations["images"] if isinstance(i.get("height"), int)}
     truth = annotations["annotations"]
@@ -138,7 +138,7 @@ def choose_tasks(
             other = "segm" if task == "bbox" else "bbox"
             raise DataError(
                 f"task {task} needs {what} everywhere: entry {without} of {name} has none; "
-                f"to evaluate the other task alone: --task {other}"
+                f"to evaluate the other task only: --task {other}"
             )
         lacking[task] = f"task {task} is skipped: {name} have no {what}"
     tasks = TASKS if wanted is None else wanted
@@ -159,10 +159,10 @@ def _has_mask(entry: dict[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Numbers from 1 for the ids of a file, in the order in which COCO's code sorts them.
+class IdMap:
+    """Maps the ids of a file to 1, 2, ... in the order in which COCO's code sorts them.
 
-    The order decides between equal scores in different images.
+    The order matters where predictions in different images have equal scores.
 
     Args:
         images: image id -> number.
@@ -173,18 +173,21 @@ class Numbers:
     categories: dict[Any, int]
 
     @classmethod
-    def of(cls, annotations: dict[str, Any]) -> "Numbers":
-        """Whole numbers come before text."""
+    def from_annotations(cls, annotations: dict[str, Any]) -> "IdMap":
+        """Integers are sorted before text."""
         images, categories = (
             sorted((e["id"] for e in annotations[key]), key=lambda i: (isinstance(i, str), i))
             for key in ("images", "categories")
         )
         return cls(*({i: n for n, i in enumerate(ids, start=1)} for ids in (images, categories)))
 
-    def apply(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """A copy of an annotation or prediction with numbers for its ids."""
-        numbers = self.images[entry["image_id"]], self.categories[entry["category_id"]]
-        return {**entry, "image_id": numbers[0], "category_id": numbers[1]}
+    def renumber(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """A copy of an annotation or prediction with the mapped ids."""
+        return {
+            **entry,
+            "image_id": self.images[entry["image_id"]],
+            "category_id": self.categories[entry["category_id"]],
+        }
 
 
 def compute(
@@ -194,24 +197,24 @@ def compute(
     *,
     reference: bool,
 ) -> CocoResult:
-    """`evaluate` without its checks."""
+    """Computes the metrics without the checks of `evaluate`."""
     coco_class, eval_class, backend = _library(reference)
-    numbers = Numbers.of(annotations)
-    figures: dict[str, Figures] = {}
-    per_category: dict[str, dict[Any, Figures]] = {}
-    # both libraries may report progress with print
+    ids = IdMap.from_annotations(annotations)
+    metrics: dict[str, Metrics] = {}
+    per_category: dict[str, dict[Any, Metrics]] = {}
+    # both libraries may print progress
     with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():
-        truth = coco_truth(coco_class, annotations, numbers, masks="segm" in tasks)
+        truth = coco_truth(coco_class, annotations, ids, masks="segm" in tasks)
         for task in tasks:
-            results = coco_results(coco_class, truth, predictions, task, numbers)
+            results = coco_results(coco_class, truth, predictions, task, ids)
             evaluation = eval_class(truth, results, task)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            figures[task] = {
-                name: _per_cent(value) for name, value in zip(FIGURES, evaluation.stats)
+            metrics[task] = {
+                name: _percent(value) for name, value in zip(COCO_METRICS, evaluation.stats)
             }
-            per_category[task] = _per_category(evaluation, list(numbers.categories))
+            per_category[task] = _per_category(evaluation, list(ids.categories))
     counts = Counter(a["category_id"] for a in annotations["annotations"] if not a.get("iscrowd"))
     return CocoResult(
         backend=backend,
@@ -225,13 +228,13 @@ def compute(
             Category(c["id"], str(c.get("name", c["id"])), counts[c["id"]])
             for c in annotations["categories"]
         ),
-        figures=figures,
+        metrics=metrics,
         per_category=per_category,
     )
 
 
 def _library(reference: bool) -> tuple[Any, Any, str]:
-    """The classes COCO and COCOeval of one of the libraries, and its name and version."""
+    """The library's COCO and COCOeval classes, and its name and version."""
     if not reference:
         try:
             from faster_coco_eval import COCO as FasterCOCO
@@ -240,8 +243,8 @@ def _library(reference: bool) -> tuple[Any, Any, str]:
             return FasterCOCO, COCOeval_faster, f"faster-coco-eval {version('faster-coco-eval')}"
         except ImportError:
             logger.warning(
-                "faster-coco-eval is not installed, so pycocotools is used, which is several "
-                "times slower: pip install faster-coco-eval"
+                "faster-coco-eval is not installed; using pycocotools, which is several times "
+                "slower: pip install faster-coco-eval"
             )
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -249,32 +252,30 @@ def _library(reference: bool) -> tuple[Any, Any, str]:
     return COCO, COCOeval, f"pycocotools {version('pycocotools')}"
 
 
-def coco_truth(
-    coco_class: Any, annotations: dict[str, Any], numbers: Numbers, *, masks: bool
-) -> Any:
-    """Annotations as the library's COCO object, with `numbers` for ids.
+def coco_truth(coco_class: Any, annotations: dict[str, Any], ids: IdMap, *, masks: bool) -> Any:
+    """Annotations as the library's COCO object, renumbered.
 
-    They are copied, because COCOeval writes into them.
+    They are copied, because COCOeval modifies them.
 
     Args:
-        coco_class: the library's COCO.
-        annotations: of `load_annotations`.
-        numbers: of the same annotations.
-        masks: make RLEs of all masks. Both libraries get them from pycocotools, so they evaluate
-            the same pixels, and the fast one takes twice as long for it.
+        coco_class: the library's COCO class.
+        annotations: as returned by `load_annotations`.
+        ids: map of the same annotations.
+        masks: convert all masks to RLE. pycocotools does this for both libraries, so that both
+            evaluate the same pixels; it is also twice as fast at it as faster-coco-eval.
     """
     sizes = {i["id"]: (i.get("height"), i.get("width")) for i in annotations["images"]}
     numbered = []
     for n, annotation in enumerate(annotations["annotations"], start=1):
-        entry = {**numbers.apply(annotation), "id": n}
+        entry = {**ids.renumber(annotation), "id": n}
         mask = entry.pop("segmentation", None)
         if masks:
             entry["segmentation"] = as_rle(mask, sizes[annotation["image_id"]])
         numbered.append(entry)
     truth = coco_class()
     truth.dataset = {
-        "images": [{**i, "id": numbers.images[i["id"]]} for i in annotations["images"]],
-        "categories": [{**c, "id": numbers.categories[c["id"]]} for c in annotations["categories"]],
+        "images": [{**i, "id": ids.images[i["id"]]} for i in annotations["images"]],
+        "categories": [{**c, "id": ids.categories[c["id"]]} for c in annotations["categories"]],
         "annotations": numbered,
     }
     _index(truth)
@@ -286,21 +287,19 @@ def coco_results(
     truth: Any,
     predictions: Sequence[dict[str, Any]],
     task: str,
-    numbers: Numbers,
+    ids: IdMap,
 ) -> Any:
-    """Predictions as the library's COCO object, with nothing but what `task` needs.
+    """Predictions as the library's COCO object, with only what `task` needs.
 
-    `loadRes` would do it, but fails on an empty list in pycocotools, and gives boxes masks and
-    masks boxes one by one, which takes a large part of the fast library's time. The area of a
-    detection is that of what is evaluated, as detectron2 has it.
+    `COCO.loadRes` fails on an empty list in pycocotools, and it computes masks from boxes and
+    boxes from masks one by one, which takes much of the fast library's time. As in detectron2, the
+    area of a detection is the area of what is evaluated: box or mask.
     """
     if task == "bbox":
         key, areas = "bbox", [entry["bbox"][2] * entry["bbox"][3] for entry in predictions]
     else:
-        key, areas = (
-            "segmentation",
-            [mask_util.area(entry["segmentation"]) for entry in predictions],
-        )
+        key = "segmentation"
+        areas = [mask_util.area(entry["segmentation"]) for entry in predictions]
     names = ("image_id", "category_id", "score", key)
     results = coco_class()
     results.dataset = {
@@ -308,7 +307,7 @@ def coco_results(
         "categories": truth.dataset["categories"],
         "annotations": [
             {
-                **numbers.apply({name: entry[name] for name in names}),
+                **ids.renumber({name: entry[name] for name in names}),
                 "id": n,
                 "area": area,
                 "iscrowd": 0,
@@ -321,28 +320,28 @@ def coco_results(
 
 
 def _index(coco: Any) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports progress with print
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints progress
         coco.createIndex()
 
 
-def _per_category(evaluation: Any, ids: Sequence[Any]) -> dict[Any, Figures]:
-    """Category id -> figures; `ids` are those of the categories from number 1 on.
+def _per_category(evaluation: Any, category_ids: Sequence[Any]) -> dict[Any, Metrics]:
+    """Category id -> metrics; `category_ids` are in the order of their numbers.
 
-    Precision is (IoU thresholds, recall thresholds, categories, areas, max. detections), recall the
-    same without the second. Of a category and an area, all are -1 or none is.
+    Precision has axes (IoU thresholds, recall thresholds, categories, areas, max. detections),
+    recall has no recall thresholds. For a category and an area, either all values are -1 or none.
     """
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     at = {round(100 * float(iou)): number for number, iou in enumerate(evaluation.params.iouThrs)}
-    figures = {}
+    metrics = {}
     for k, category in enumerate(evaluation.params.catIds):
-        found = precision[:, :, k, :, -1]
-        parts = [found[:, :, 0], found[at[50], :, 0], found[at[75], :, 0]]
-        parts += [found[:, :, 1], found[:, :, 2], found[:, :, 3], recall[:, k, 0, -1]]
-        figures[ids[int(category) - 1]] = {
-            name: _per_cent(part.mean()) for name, part in zip(CATEGORY_FIGURES, parts)
+        own = precision[:, :, k, :, -1]
+        values = [own[:, :, 0], own[at[50], :, 0], own[at[75], :, 0]]
+        values += [own[:, :, 1], own[:, :, 2], own[:, :, 3], recall[:, k, 0, -1]]
+        metrics[category_ids[int(category) - 1]] = {
+            name: _percent(value.mean()) for name, value in zip(CATEGORY_METRICS, values)
         }
-    return figures
+    return metrics
 
 
-def _per_cent(value: float) -> Optional[float]:
+def _percent(value: float) -> Optional[float]:
     return None if value < 0 else 100 * float(value)

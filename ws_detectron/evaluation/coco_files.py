@@ -1,7 +1,7 @@
-"""COCO annotations and results files, read with errors that a user can act on.
+"""Reads and checks COCO annotations and results files.
 
 Formats: https://cocodataset.org/#format-data and https://cocodataset.org/#format-results.
-Needs no torch and no detectron2.
+This module imports neither torch nor detectron2.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any, Union
 
 from ws_detectron.data.validate import finite, read_json, validate
-from ws_detectron.errors import DataError, brief
+from ws_detectron.errors import DataError, list_some
 
 NAMED_AT_MOST = 5
 
 
 def load_annotations(path: Union[str, Path]) -> dict[str, Any]:
-    """A COCO instances file, checked and with what can be fixed, by the rules of `data.validate`.
+    """Reads a COCO instances file, checked and fixed by `data.validate`.
 
     Raises:
-        DataError: the file cannot be read or used; lists why.
+        DataError: the file cannot be read or has errors; lists them.
     """
     return validate(read_json(path, "annotations"), str(path)).usable()
 
 
 def load_predictions(path: Union[str, Path]) -> list[dict[str, Any]]:
-    """A COCO results file, such as detectron2's `coco_instances_results.json`.
+    """Reads a COCO results file, such as detectron2's `coco_instances_results.json`.
 
     Args:
-        path: JSON list of objects with `image_id`, `category_id`, `score` and `bbox`
+        path: a JSON list of objects with `image_id`, `category_id`, `score`, and `bbox`
             ([x, y, width, height], pixels) or `segmentation` (RLE) or both.
 
     Raises:
@@ -54,10 +54,10 @@ def check_ids(
     predictions_name: Union[str, Path],
     annotations_name: Union[str, Path],
 ) -> None:
-    """Image and category ids of predictions are those of the annotations.
+    """Checks that the annotations have all image and category ids of the predictions.
 
     Raises:
-        DataError: some are not; names them, what is there, and the usual reason.
+        DataError: they lack some; names these, the existing ids and the usual cause.
     """
     images = {image["id"] for image in annotations["images"]}
     unknown = {entry["image_id"] for entry in predictions} - images
@@ -65,7 +65,7 @@ def check_ids(
         raise DataError(
             f"predictions {predictions_name} name {len(unknown)} image ids that the annotations "
             f"{annotations_name} do not have: {_some(unknown)} (they have: {_some(images)}); "
-            "were they made on another data set or split?"
+            "were they computed on another data set or split?"
         )
     categories = {category["id"] for category in annotations["categories"]}
     unknown = {entry["category_id"] for entry in predictions} - categories
@@ -78,7 +78,7 @@ def check_ids(
 
 
 def _problem_of(entry: Any) -> str:
-    """What is wrong with an entry of a results file; empty if nothing is."""
+    """The first problem of an entry of a results file; empty if there is none."""
     if not isinstance(entry, dict):
         return f"must be an object, found {type(entry).__name__}"
     for key in ("image_id", "category_id", "score"):
@@ -86,22 +86,20 @@ def _problem_of(entry: Any) -> str:
             return f"has no {key!r}"
     for key in ("image_id", "category_id"):
         if type(entry[key]) not in (int, str, float):
-            return f"{key} must be a number or text, found {brief(entry[key])}"
+            return f"{key} must be a number or text, found {entry[key]!r:.60}"
     if finite(entry["score"]) is None:
-        return f"score must be a finite number, found {brief(entry['score'])}"
+        return f"score must be a finite number, found {entry['score']!r:.60}"
     if entry.get("bbox") is None and entry.get("segmentation") is None:
         return "has neither 'bbox' nor 'segmentation'"
     box = entry.get("bbox")
     if box is not None:
         if not isinstance(box, list) or len(box) != 4 or None in map(finite, box):
-            return f"bbox must be four finite numbers x, y, width, height; found {brief(box)}"
+            return f"bbox must be four finite numbers x, y, width, height; found {box!r:.60}"
         if box[2] < 0 or box[3] < 0:
-            return f"bbox has a negative width or height: {brief(box)}"
+            return f"bbox has a negative width or height: {box!r:.60}"
     return ""
 
 
 def _some(values: Iterable[Any]) -> str:
-    """The first few values, and how many more there are."""
-    ordered = sorted(values, key=str)
-    first, more = ordered[:NAMED_AT_MOST], len(ordered) - NAMED_AT_MOST
-    return ", ".join(map(brief, first)) + (f" and {more} more" if more > 0 else "")
+    """The first few values and the number of the others."""
+    return list_some([repr(value) for value in sorted(values, key=str)], NAMED_AT_MOST)

@@ -1,37 +1,46 @@
-"""COCO figures as a table for the screen, as JSON and as CSV."""
+"""COCO metrics as text tables, as JSON and as CSV."""
 
-import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from tabulate import tabulate
 
-from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
+from ws_detectron.utils.io import (
+    check_folder,
+    csv_text,
+    refuse_overwrite,
+    write_json,
+    write_text,
+)
 
-from .coco_eval import CATEGORY_FIGURES, FIGURES, CocoResult
+from .coco_eval import CATEGORY_METRICS, COCO_METRICS, CocoResult
 
 FORMAT = "ws_detectron.coco_evaluation"
 TITLES = {"bbox": "box", "segm": "mask"}
 UNDEFINED = "–"
-KEYPOINTS = "keypoints are not evaluated here; tools/train_net.py --eval-only evaluates them"
+KEYPOINTS = "keypoints are not evaluated here; use tools/train_net.py --eval-only"
 
 
-def figure(value: Optional[float], digits: int = 2) -> str:
-    """A figure for people; a dash where it is undefined."""
+def format_metric(value: Optional[float], digits: int = 2) -> str:
+    """A metric with fixed decimals; a dash if it is undefined."""
     return UNDEFINED if value is None else f"{value:.{digits}f}"
 
 
 def as_text(result: CocoResult) -> str:
-    """Tables of the twelve figures and of the categories, and what they were computed from."""
+    """Text tables per category and per task, and a note on what was evaluated."""
     rows = [
-        [TITLES[t], *(figure(values[f]) for f in FIGURES)] for t, values in result.figures.items()
+        [TITLES[t], *(format_metric(values[f]) for f in COCO_METRICS)]
+        for t, values in result.metrics.items()
     ]
-    summary = tabulate(rows, ["task", *FIGURES], disable_numparse=True, stralign="right")
-    names = [(task, name) for task in result.figures for name in ("AP", "AP50", "AP75")]
+    summary = tabulate(rows, ["task", *COCO_METRICS], disable_numparse=True, stralign="right")
+    names = [(task, name) for task in result.metrics for name in ("AP", "AP50", "AP75")]
     per_category = [
-        [c.name, c.objects, *(figure(result.per_category[task][c.id][n]) for task, n in names)]
+        [
+            c.name,
+            c.objects,
+            *(format_metric(result.per_category[task][c.id][n]) for task, n in names),
+        ]
         for c in result.categories
     ]
     headers = ["category", "objects", *(f"{TITLES[task]} {name}" for task, name in names)]
@@ -40,7 +49,7 @@ def as_text(result: CocoResult) -> str:
     objects = sum(category.objects for category in result.categories)
     note = (
         f"{result.images} images, {objects} objects, {result.predictions} predictions; "
-        f"per cent, {UNDEFINED} where there is nothing to find; {result.backend}"
+        f"in %, {UNDEFINED} if there is no ground truth; {result.backend}"
     )
     if result.images_without_predictions:
         note += f"\n{result.images_without_predictions} images have no prediction"
@@ -48,7 +57,7 @@ def as_text(result: CocoResult) -> str:
 
 
 def as_dict(result: CocoResult, **about: Any) -> dict[str, Any]:
-    """The result for JSON; `about` is stored with it (paths, config, weights)."""
+    """The result as JSON; `about` (paths, config, weights) is stored with it."""
     return {
         "format": FORMAT,
         "unit": "per cent; null where there is no object to find",
@@ -57,13 +66,13 @@ def as_dict(result: CocoResult, **about: Any) -> dict[str, Any]:
         "images": result.images,
         "images_without_predictions": result.images_without_predictions,
         "predictions": result.predictions,
-        **result.figures,
+        **result.metrics,
         "categories": [
             {
                 "id": category.id,
                 "name": category.name,
                 "objects": category.objects,
-                **{task: result.per_category[task][category.id] for task in result.figures},
+                **{task: result.per_category[task][category.id] for task in result.metrics},
             }
             for category in result.categories
         ],
@@ -71,10 +80,10 @@ def as_dict(result: CocoResult, **about: Any) -> dict[str, Any]:
 
 
 def check_reports(folder: Union[str, Path], *inputs: str) -> None:
-    """`write_reports` can write into a folder, and overwrites none of the inputs.
+    """Checks that `write_reports` can write into a folder and overwrites no input.
 
     Raises:
-        UserError: it cannot.
+        UserError: the folder is not writable, or a report would overwrite an input.
     """
     check_folder(folder)
     refuse_overwrite(_report_paths(folder), inputs)
@@ -85,38 +94,35 @@ def _report_paths(folder: Union[str, Path]) -> tuple[Path, Path]:
 
 
 def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) -> tuple[Path, Path]:
-    """Writes `coco_evaluation.json` and `.csv`, atomically.
+    """Writes `coco_evaluation.json` and `coco_evaluation.csv`, atomically.
 
-    The CSV has one line per task for all categories together and one per task and category; fields
-    that are undefined are empty.
+    The CSV has one line per task for all categories and one per task and category; undefined
+    metrics are empty.
 
     Args:
-        result: of `evaluate`.
-        folder: made if need be.
-        about: goes into the JSON.
+        result: as returned by `evaluate`.
+        folder: created if missing.
+        about: stored in the JSON file.
 
     Returns:
-        The two paths.
+        The paths of both files.
 
     Raises:
         UserError: a file cannot be written.
     """
     paths = _report_paths(folder)
-    with atomic_write(paths[0]) as file:
-        json.dump(as_dict(result, **about), file, indent=2)
-        file.write("\n")
-    with atomic_write(paths[1]) as file:
-        csv.writer(file, lineterminator="\n").writerows(_csv_rows(result))
+    write_json(paths[0], as_dict(result, **about), indent=2)
+    write_text(paths[1], csv_text(_csv_rows(result)))
     return paths
 
 
 def _csv_rows(result: CocoResult) -> list[Sequence[Any]]:
     objects = sum(category.objects for category in result.categories)
-    rows: list[Sequence[Any]] = [["task", "category", "category_id", "objects", *FIGURES]]
-    for task, figures in result.figures.items():
-        rows.append([task, "all", None, objects, *figures.values()])
+    rows: list[Sequence[Any]] = [["task", "category", "category_id", "objects", *COCO_METRICS]]
+    for task, metrics in result.metrics.items():
+        rows.append([task, "all", None, objects, *metrics.values()])
         for category in result.categories:
             values = result.per_category[task][category.id]
-            own = [values.get(name) if name in CATEGORY_FIGURES else None for name in FIGURES]
+            own = [values.get(name) if name in CATEGORY_METRICS else None for name in COCO_METRICS]
             rows.append([task, category.name, category.id, category.objects, *own])
     return rows

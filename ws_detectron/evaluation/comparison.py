@@ -7,8 +7,8 @@ from tabulate import tabulate
 
 from ws_detectron.utils.io import csv_text
 
-from .coco_eval import FIGURES, TASKS
-from .coco_report import TITLES, UNDEFINED, figure
+from .coco_eval import COCO_METRICS, TASKS
+from .coco_report import TITLES, UNDEFINED, format_metric
 from .runs import Run, training_seconds
 
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -60,7 +60,7 @@ def as_csv(runs: Sequence[Run]) -> str:
 
     One line per run, the baseline first; what is undefined or missing is empty.
     """
-    names = [f"{t}/{n}" for t in TASKS for n in FIGURES]
+    names = [f"{t}/{n}" for t in TASKS for n in COCO_METRICS]
     names = [name for name in names if any(name in run.figures for run in runs)]
     keys = differing_keys(runs)
     header = ["run", *names, *(f"{name} - baseline" for name in names)]
@@ -111,7 +111,7 @@ def duration(seconds: Optional[float]) -> str:
 
 
 def _with_difference(run: Run, baseline: Run, name: str) -> str:
-    text = figure(run.figures.get(name))
+    text = format_metric(run.figures.get(name))
     change = difference(run, baseline, name)
     return text if run is baseline or change is None else f"{text} ({change:+.2f})"
 

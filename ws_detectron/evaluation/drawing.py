@@ -1,4 +1,4 @@
-"""Ground truth and predictions drawn side by side."""
+"""Draws ground truth and predictions side by side."""
 
 import colorsys
 import math
@@ -21,6 +21,7 @@ from pycocotools import mask as mask_util
 from ws_detectron.data import check_files
 from ws_detectron.data.images import read_annotated
 from ws_detectron.data.rle import check_masks
+from ws_detectron.data.validate import as_rle
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
@@ -28,13 +29,13 @@ from .coco_files import load_predictions
 
 CROWD_COLOUR = (0.6, 0.6, 0.6)
 CAPTION_HEIGHT = 30  # pixels above each picture
-MARGIN = 6  # white pixels left of and below each picture
-PAIR_MARGIN = 24  # white pixels right of each pair of ground truth and predictions
+MARGIN = 6  # pixels, left of and below each picture
+PAIR_MARGIN = 24  # pixels, right of each pair of ground truth and predictions
 
 
 @dataclass
 class Objects:
-    """What there is to draw on an image, largest first; see `draw_objects` for the shapes."""
+    """Objects to draw on an image; see `draw_objects` for the shapes."""
 
     boxes: list[Sequence[float]] = field(default_factory=list)
     masks: list[Optional[np.ndarray]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Objects:
         return len(self.labels)
 
     def draw(self, image: np.ndarray, longer_side: int) -> np.ndarray:
-        """The image, scaled, with the objects on it; (H, W, 3) uint8, RGB, as `image`."""
+        """Draws the objects, largest first, on the scaled image; (h, w, 3) uint8, RGB."""
         boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
         order = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
         return draw_objects(
@@ -62,8 +63,8 @@ def annotated_objects(record: dict[str, Any], metadata: Metadata) -> Objects:
     """The ground truth of an image.
 
     Args:
-        record: in detectron2's standard format; masks may be polygons or RLE.
-        metadata: of its data set.
+        record: in detectron2's standard format; masks are polygons or RLE.
+        metadata: of the data set.
     """
     objects = Objects()
     size = record["height"], record["width"]
@@ -72,24 +73,25 @@ def annotated_objects(record: dict[str, Any], metadata: Metadata) -> Objects:
         crowd = annotation.get("iscrowd", 0)
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         objects.boxes.append(box)
-        objects.masks.append(_mask(annotation.get("segmentation"), *size))
+        mask = annotation.get("segmentation")
+        objects.masks.append(mask_util.decode(as_rle(mask, size)) if mask else None)
         objects.labels.append(class_name(metadata, category) + (" (crowd)" if crowd else ""))
         objects.colours.append(CROWD_COLOUR if crowd else class_colour(category))
     return objects
 
 
 def predicted_objects(predictions: Sequence[dict[str, Any]], metadata: Metadata) -> Objects:
-    """Predictions for one image, labelled with class and score in per cent.
+    """The predictions for an image, labelled with class and score in %.
 
     Args:
         predictions: entries of a COCO results file.
-        metadata: of the data set; maps its category ids to class numbers.
+        metadata: of the data set; maps category ids to class numbers.
 
     Raises:
-        DataError: a category id is not of the data set.
+        DataError: the data set lacks a category id.
     """
     objects = Objects()
-    numbers = metadata.get("thing_dataset_id_to_contiguous_id")  # None: they are the same
+    numbers = metadata.get("thing_dataset_id_to_contiguous_id")  # None: ids are class numbers
     for entry in predictions:
         category = entry["category_id"]
         if numbers is not None:
@@ -109,27 +111,27 @@ def predicted_objects(predictions: Sequence[dict[str, Any]], metadata: Metadata)
 
 
 def class_name(metadata: Metadata, category: int) -> str:
-    """The name of a class number; the number where the data set has no names."""
+    """The name of a class, or its number if the data set has no names."""
     names = metadata.get("thing_classes") or ()
     return names[category] if category < len(names) else f"class {category}"
 
 
 def class_colour(category: int) -> tuple[float, float, float]:
-    """The colour of a class, the same on every picture; RGB from 0 to 1.
+    """The colour of a class, the same in every picture; RGB from 0 to 1.
 
-    Bright ones alone, as they lie on photographs. Hues are a golden ratio apart, which keeps the
-    first few classes far from each other, however many there are.
+    Colours are bright, to stand out on photographs. Hues are a golden ratio apart, which separates
+    the first few classes well for any number of classes.
     """
     hue = (0.33 + category * (math.sqrt(5) - 1) / 2) % 1
     return colorsys.hsv_to_rgb(hue, (0.95, 0.6)[category % 2], 1.0)
 
 
 def captioned(picture: np.ndarray, text: str, width: int, height: int) -> np.ndarray:
-    """A picture in the upper left of a white cell, under a line of text.
+    """A picture at the top left of a white cell, below a line of text.
 
     Args:
         picture: (h, w, 3) uint8, RGB, not larger than the cell.
-        text: cut, with an ellipsis, where it is too long.
+        text: shortened with an ellipsis if it is too long.
         width: of the cell without margins, pixels.
         height: of the cell without margins and caption, pixels.
 
@@ -137,7 +139,7 @@ def captioned(picture: np.ndarray, text: str, width: int, height: int) -> np.nda
         (height + CAPTION_HEIGHT + MARGIN, width + MARGIN, 3) uint8.
     """
     shape = (height + CAPTION_HEIGHT + MARGIN, width + MARGIN, 3)
-    text = " ".join(shown(text).split("\n"))  # Pillow measures single lines only
+    text = " ".join(shown(text).split("\n"))  # Pillow can measure single lines only
     canvas = Image.fromarray(np.full(shape, 255, np.uint8))
     font = _font(round(CAPTION_HEIGHT * 0.55))
     while text and font.getlength(text) > width:
@@ -151,7 +153,7 @@ def captioned(picture: np.ndarray, text: str, width: int, height: int) -> np.nda
 
 
 def tile(cells: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Cells of one width, row by row; each row is as high as its highest cell."""
+    """Cells of equal width in rows; each row is as high as its highest cell."""
     rows = []
     for start in range(0, len(cells), columns):
         row = list(cells[start : start + columns])
@@ -179,12 +181,12 @@ def pair(
         record: in detectron2's standard format.
         predictions: entries of a COCO results file for this image.
         metadata: of the data set.
-        note: ends the caption of the predictions.
+        note: end of the caption of the predictions.
         longer_side: of each picture, pixels.
 
     Raises:
-        DataError: the image cannot be read or has another size than the record says, or a
-            prediction is of an unknown category.
+        DataError: the image cannot be read or its size differs from the record, or the category of
+            a prediction is unknown.
     """
     image = read_annotated(record)
     truth, found = annotated_objects(record, metadata), predicted_objects(predictions, metadata)
@@ -210,18 +212,18 @@ def draw_sheet(
     num_images: int = 8,
     image_ids: Optional[Sequence[int]] = None,
 ) -> None:
-    """Writes a contact sheet: images with their ground truth beside the predictions for them.
+    """Writes a contact sheet: ground truth beside predictions, two images per row.
 
-    Two images in a row, each in two pictures, with masks, boxes, classes and, for predictions,
-    scores in per cent. A class has the same colour everywhere. Small images are enlarged.
+    Pictures show masks, boxes, classes and the scores of predictions in %. Small images are
+    enlarged.
 
     Args:
         dataset_name: a registered data set in COCO format.
-        predictions_json: a COCO results file for it, as `COCOEvaluator` writes.
-        output_png: the picture, ending in `.png`.
+        predictions_json: a COCO results file for it, as written by `COCOEvaluator`.
+        output_png: path of the picture, ending in `.png`.
         score_threshold: predictions below it are not drawn.
-        num_images: how many images from the start of the data set, where `image_ids` is None.
-        image_ids: which images, in this order.
+        num_images: number of images from the start of the data set, if `image_ids` is None.
+        image_ids: the images to draw, in this order.
 
     Raises:
         ConfigError: the data set is not registered.
@@ -251,13 +253,13 @@ def draw_sheet(
 
 
 def check_options(score_threshold: float, num_images: int = 1) -> None:
-    """What is to be drawn can be.
+    """Checks the options of a drawing.
 
     Raises:
-        UserError: the threshold is no score, or no image is asked for.
+        UserError: an option is outside its range.
     """
-    if not 0 <= score_threshold <= 1:  # false for NaN, too
-        raise UserError(f"the score threshold is {score_threshold}; allowed: 0 to 1")
+    if not 0 <= score_threshold <= 1:  # also false for NaN
+        raise UserError(f"the confidence threshold is {score_threshold}; allowed: 0 to 1")
     if num_images < 1:
         raise UserError(f"the number of images is {num_images}; allowed: 1 or more")
 
@@ -273,15 +275,15 @@ def inputs_of(
 
 
 def records_by_id(dataset_name: str, folder: Path) -> dict[Any, dict[str, Any]]:
-    """Image id -> record of a registered data set, in its order, once its files are checked.
+    """Checks the files of a registered data set; returns image id -> record, in its order.
 
     Args:
-        dataset_name: of the set.
-        folder: for a copy of its file, where something has to be fixed; see `check_coco_set`.
+        dataset_name: name of the data set.
+        folder: for a copy of the annotations, if they need fixes; see `check_coco_set`.
 
     Raises:
         ConfigError: the data set is not registered.
-        DataError: its files cannot be used.
+        DataError: the files have errors.
     """
     if dataset_name not in DatasetCatalog:
         raise ConfigError(f"{dataset_name!r} is not a registered data set")
@@ -292,23 +294,12 @@ def records_by_id(dataset_name: str, folder: Path) -> dict[Any, dict[str, Any]]:
 def by_image_id(
     predictions: Sequence[dict[str, Any]], score_threshold: float = 0.0
 ) -> defaultdict[int, list[dict[str, Any]]]:
-    """Image id -> its predictions of at least this score; empty for images without any."""
+    """Image id -> predictions with at least this score; an empty list for other images."""
     grouped: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
     for entry in predictions:
         if entry["score"] >= score_threshold:
             grouped[entry["image_id"]].append(entry)
     return grouped
-
-
-def _mask(segmentation: Any, height: int, width: int) -> Optional[np.ndarray]:
-    """(height, width) uint8 from polygons or RLE; None where there is none."""
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        return mask_util.decode(mask_util.merge(mask_util.frPyObjects(segmentation, height, width)))
-    if isinstance(segmentation["counts"], list):
-        segmentation = mask_util.frPyObjects(segmentation, height, width)
-    return mask_util.decode(segmentation)
 
 
 @lru_cache(maxsize=4)
@@ -325,15 +316,15 @@ def draw_objects(
     labels: Sequence[str],
     colours: Sequence[Any],
 ) -> np.ndarray:
-    """Draws boxes, masks and labels on an image that is scaled first, so that they stay readable.
+    """Scales an image and draws boxes, masks and labels on it.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         longer_side: of the picture, pixels.
         boxes: (N, 4) float, x0, y0, x1, y1 in pixels of `image`.
-        masks: N masks of (H, W), non-zero inside; None where an object has none.
+        masks: N masks of (H, W), non-zero inside, or None.
         labels: N texts.
-        colours: N colours that matplotlib knows.
+        colours: N matplotlib colours.
 
     Returns:
         (h, w, 3) uint8, RGB.
@@ -352,7 +343,7 @@ def draw_objects(
 
 
 def as_label(text: str) -> str:
-    """The text for matplotlib, which would take what is between dollar signs for a formula."""
+    """Escapes a text for matplotlib, which would read text between dollar signs as a formula."""
     return shown(text).replace("$", r"\$")
 
 
@@ -364,11 +355,11 @@ def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
         picture: (H, W, 3) uint8.
 
     Raises:
-        UserError: the ending is another one, or the file cannot be written.
+        UserError: the path has another suffix, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise UserError(f"pictures are written as PNG files, so {path} must end in .png")
+        raise UserError(f"cannot write {path}: pictures are PNG files and must end in .png")
     packed = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
     with atomic_write(path, "wb") as file:
         file.write(packed)

@@ -1,4 +1,4 @@
-"""Images and videos that a user names: files, folders, patterns."""
+"""Finds, reads and writes images and videos."""
 
 import glob
 import logging
@@ -18,26 +18,25 @@ from ws_detectron.utils.io import writing
 
 logger = logging.getLogger(__name__)
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_CODES = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
-VIDEO_ENDINGS = (*VIDEO_CODES, ".webm", ".mpg", ".mpeg")
-DEFAULT_RATE = 25.0  # frames per second, where a video does not say
+VIDEO_SUFFIXES = (*VIDEO_CODES, ".webm", ".mpg", ".mpeg")
+DEFAULT_RATE = 25.0  # frames per second, if a video does not specify it
 
 
 def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list[Path]:
-    """The files that arguments name, each once, in their order.
+    """The input files, each once, in the order of the arguments.
 
-    Files in `output` are skipped, as they may be earlier drawings, unless an argument names the
+    Files in `output` are skipped, because they may be earlier drawings, unless an argument is the
     file itself, or a folder or pattern inside `output`.
 
     Args:
-        arguments: files, taken whatever their ending; folders, of which the images and videos are
-            taken, those of folders in them included; and patterns with `*`, `?` or `[...]`
-            (`**` for folders at any depth).
+        arguments: files with any suffix; folders, which are searched for images and videos
+            recursively; and patterns with `*`, `?` or `[...]` (`**` for folders at any depth).
         output: the folder (or video) that will be written.
 
     Raises:
-        UserError: an argument names nothing, or only files in `output`.
+        UserError: an argument matches no file, or only files in `output`.
     """
     found: dict[Path, Path] = {}
     for argument in arguments:
@@ -53,8 +52,8 @@ def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list
             files = [Path(match) for match in matches if os.path.isfile(match)]
         if not files:
             raise UserError(
-                f"--input {argument} names no file, or a folder without images and videos "
-                f"({' '.join((*IMAGE_ENDINGS, *VIDEO_ENDINGS))})"
+                f"--input {argument} matches no file, or a folder without images and videos "
+                f"({' '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))})"
             )
         if output is not None and not path.is_file():
             files = _outside(output, files, argument)
@@ -64,9 +63,9 @@ def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list
 
 
 def _outside(output: Path, files: Sequence[Path], argument: str) -> list[Path]:
-    """The files that a folder or pattern names, without those in `output`."""
+    """The files of a folder or pattern, except those in `output`."""
     named = Path(os.path.expanduser(argument))
-    # of a pattern, the last folder before its first wildcard
+    # for a pattern, the last folder before the first wildcard
     start = next(p for p in (named, *named.parents) if p.is_dir() or not set("*?[") & set(str(p)))
     folder = output.resolve()
     if folder in start.resolve().parents:
@@ -74,7 +73,7 @@ def _outside(output: Path, files: Sequence[Path], argument: str) -> list[Path]:
     kept = [f for f in files if not (f.parent.resolve() / f.name).is_relative_to(folder)]
     if not kept:
         raise UserError(
-            f"--input {argument} names only files in --output {output}, which may be earlier "
+            f"--input {argument} matches only files in --output {output}, which may be earlier "
             "drawings; choose another output"
         )
     if len(kept) < len(files):
@@ -83,25 +82,24 @@ def _outside(output: Path, files: Sequence[Path], argument: str) -> list[Path]:
 
 
 def _is_media(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGE_ENDINGS, *VIDEO_ENDINGS) and path.is_file()
+    return path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and path.is_file()
 
 
 def is_video(path: Union[str, Path]) -> bool:
-    """Whether a file name has the ending of a video."""
-    return Path(path).suffix.lower() in VIDEO_ENDINGS
+    """Whether a file name has the suffix of a video."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
-def output_names(inputs: Sequence[Path], ending: Callable[[Path], str]) -> list[str]:
-    """A file name for each input, no two the same: `a.png`, and `a_2.png` for another folder's.
+def output_names(inputs: Sequence[Path], suffix_of: Callable[[Path], str]) -> list[str]:
+    """A unique file name for each input: `a.png`, and `a_2.png` for `a` of another folder.
 
-    They differ on file systems that ignore case, too. The first input of a name keeps it, whatever
-    else is drawn.
+    Names are also unique on file systems that ignore case. The first input of a name keeps it.
 
     Args:
         inputs: paths.
-        ending: of the output for an input.
+        suffix_of: returns the suffix of the output of an input.
     """
-    names = [f"{path.stem}{ending(path)}" for path in inputs]
+    names = [f"{path.stem}{suffix_of(path)}" for path in inputs]
     taken: set[str] = set()
     again = []
     for number, name in enumerate(names):
@@ -112,23 +110,23 @@ def output_names(inputs: Sequence[Path], ending: Callable[[Path], str]) -> list[
         path, first = inputs[number], _folded(names[number])
         while _folded(names[number]) in taken:
             counts[first] += 1
-            names[number] = f"{path.stem}_{counts[first] + 1}{ending(path)}"
+            names[number] = f"{path.stem}_{counts[first] + 1}{suffix_of(path)}"
         taken.add(_folded(names[number]))
     return names
 
 
 def _folded(name: str) -> str:
-    """The same for names that some file system takes for one."""
+    """Equal for names that some file systems do not distinguish."""
     return unicodedata.normalize("NFC", name.casefold())
 
 
 def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
     """Frames per second of a video, and its frames as (H, W, 3) uint8, RGB.
 
-    Warns at the end of a video with fewer frames than it says.
+    Warns at the end if the video has fewer frames than it declares.
 
     Raises:
-        DataError: it cannot be opened or has no frame that can be decoded.
+        DataError: the video cannot be opened or no frame can be decoded.
     """
     video = cv2.VideoCapture(str(path))
     opened, frame = video.read() if video.isOpened() else (False, None)
@@ -146,7 +144,7 @@ def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
                 yield frame[:, :, ::-1]
                 count += 1
                 more, frame = video.read()
-            # some formats have no exact number
+            # some formats declare an approximate number
             if count < 0.9 * expected:
                 logger.warning(
                     "video %s ends after %d of %d frames; is it complete?",
@@ -162,20 +160,20 @@ def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
 
 @contextmanager
 def open_video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that appends a frame, (H, W, 3) uint8, RGB, to a new video.
+    """Yields a function that appends a frame, (H, W, 3) uint8, RGB, to a new video.
 
     All frames must have the size of the first; an odd last row or column is cut off, as codecs
-    want it. The file appears under its name when the body ends well.
+    require. The file is renamed to `path` when the body ends without an error.
 
     Raises:
-        UserError: the ending is not one of `VIDEO_CODES`, or the video cannot be written.
-        DataError: a frame has another size than the first, which OpenCV would drop.
+        UserError: the suffix is not in `VIDEO_CODES`, or the video cannot be written.
+        DataError: a frame differs in size from the first; OpenCV would drop it silently.
     """
     if path.suffix.lower() not in VIDEO_CODES:
-        raise UserError(f"cannot write {path}: allowed endings are {' '.join(VIDEO_CODES)}")
+        raise UserError(f"cannot write {path}: allowed suffixes are {' '.join(VIDEO_CODES)}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    # OpenCV writes to a path only, and takes the format from its ending
+    # OpenCV can only write to a path and infers the format from its suffix
     partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
     code = cv2.VideoWriter.fourcc(*VIDEO_CODES[path.suffix.lower()])
     writers: list[cv2.VideoWriter] = []

@@ -14,7 +14,7 @@ from ws_detectron.engine import as_flat_dict
 from ws_detectron.errors import UserError
 from ws_detectron.utils.yaml_files import load_yaml_with_base
 
-from .coco_eval import FIGURES, TASKS, Figures
+from .coco_eval import COCO_METRICS, TASKS, Metrics
 from .coco_report import FORMAT
 
 METRICS = "metrics.json"
@@ -40,7 +40,7 @@ class Run:
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    figures: Figures = field(default_factory=dict)
+    figures: Metrics = field(default_factory=dict)
     source: str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -222,7 +222,7 @@ def _figures_of_last_evaluation(run: Run) -> None:
         for row in reversed(run.rows):
             if key in row:
                 prefix = key[: -len("AP")]
-                for name in FIGURES:
+                for name in COCO_METRICS:
                     value: Optional[float] = row.get(f"{prefix}{name}")
                     if f"{prefix}{name}" in row:
                         run.figures[f"{task}/{name}"] = value if _is_finite(value) else None

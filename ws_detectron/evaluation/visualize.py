@@ -1,7 +1,5 @@
-"""Pictures of what a model finds, on data sets with ground truth and on any images and videos."""
+"""Draws predictions: beside ground truth on a data set, or on any images and videos."""
 
-import csv
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +12,14 @@ from detectron2.utils.file_io import PathManager
 from ws_detectron.data.images import read_rgb
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
-from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite, writing
+from ws_detectron.utils.io import (
+    check_folder,
+    csv_text,
+    refuse_overwrite,
+    write_json,
+    write_text,
+    writing,
+)
 
 from .coco_eval import choose_tasks
 from .coco_files import check_ids, load_annotations
@@ -30,7 +35,7 @@ from .drawing import (
     tile,
     write_png,
 )
-from .error_kinds import ERRORS, count_errors, draw_errors
+from .error_types import ERRORS, count_errors, draw_errors
 from .image_ap import image_ap
 from .inputs import find_inputs, is_video, open_video, output_names, read_frames
 
@@ -41,8 +46,7 @@ SHEETS_AND_COUNTS = [
     *("first.png", "best.png", "worst.png", "image_ap.csv"),
     *("errors.png", "errors.json"),
 ]
-# Pictures are at least this long, so that labels can be read on the smallest images.
-LEAST_SIDE = 448
+LEAST_SIDE = 448  # pixels; smaller images are enlarged so that labels are readable
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
 
@@ -58,32 +62,31 @@ def visualize_dataset(
     task: Optional[str] = None,
     predictions_name: str = "given",
 ) -> str:
-    """Draws predictions beside ground truth, and says what is wrong with them.
+    """Draws predictions beside ground truth and counts their errors.
 
-    Written to `output`: `first.png`, `best.png` and `worst.png`, sheets of the first images and of
+    Writes to `output`: `first.png`, `best.png` and `worst.png`, sheets of the first images and of
     those with the highest and lowest AP (see `image_ap`); `image_ap.csv`; `errors.png` and
-    `errors.json`, the kinds of errors counted (see `error_kinds`); with `each`, `images/` with a
-    picture of every image.
+    `errors.json`, the number of errors of each type (see `error_types`); with `each`, a picture of
+    every image in `images/`. Images that cannot be read, or whose size differs from their
+    annotations, are skipped and named in the summary.
 
     Args:
-        dataset_name: registered, in COCO format.
-        predictions: of `load_predictions`.
+        dataset_name: a registered data set in COCO format.
+        predictions: as returned by `load_predictions`.
         output: folder.
-        score_threshold: of the predictions that are drawn, and whose errors are counted. AP is
-            that of all.
-        num_images: on each sheet.
-        each: draw every image by itself, too.
-        task: whether AP and errors are those of boxes ("bbox") or of masks ("segm"); None: of masks
-            where there are any.
-        predictions_name: what to call the predictions in errors.
+        score_threshold: predictions below it are neither drawn nor counted as errors; AP includes
+            them.
+        num_images: number of images per sheet.
+        each: also draw every image separately.
+        task: "bbox" or "segm", for AP and errors; default: masks if there are any.
+        predictions_name: name of the predictions in error messages.
 
     Returns:
-        A summary for the screen.
+        A summary to print.
 
     Raises:
-        UserError: predictions and data do not belong together, or something cannot be read or
-            written, or an output would overwrite an input. Images that cannot be read, or have
-            another size than their annotations say, are skipped, and the summary names them.
+        UserError: predictions and data do not belong together, nothing can be drawn, a file cannot
+            be written, or an output would overwrite an input.
     """
     check_options(score_threshold, num_images)
     check_folder(output)
@@ -95,7 +98,7 @@ def visualize_dataset(
     targets = [output / name for name in SHEETS_AND_COUNTS]
     targets += [output / "images" / name for name in names if each]
     refuse_overwrite(targets, inputs_of(dataset_name, records, predictions_name))
-    # drawings among the images would be taken for images later
+    # a later run would read drawings in an image folder as images
     folders = {Path(r["file_name"]).parent for r in records.values()}
     refuse_overwrite({target.parent for target in targets}, folders)
     path = PathManager.get_local_path(metadata.json_file)
@@ -123,7 +126,7 @@ def visualize_dataset(
             logger.warning("skipped: %s", error)
             return None
 
-    # among equals, what has more objects tells more
+    # with equal AP, images with more objects are more informative
     objects = {i: len(record.get("annotations", ())) for i, record in records.items()}
     scored = [image_id for image_id in records if image_id in scores]
     ranked = sorted(scored, key=lambda i: (-scores[i], -objects[i]))
@@ -131,28 +134,27 @@ def visualize_dataset(
     sheets = {"first": list(records), "best": ranked, "worst": worst}
     for name, image_ids in sheets.items():
         _write_sheet(output / f"{name}.png", image_ids, num_images, draw)
-    _write_image_ap(output / "image_ap.csv", ranked, scores, records)
+    rows = [(i, shown(records[i]["file_name"]), f"{scores[i]:.4f}") for i in ranked]
+    write_text(output / "image_ap.csv", csv_text([("image_id", "file_name", "AP"), *rows]))
 
     counts = count_errors(annotations, predictions, task, score_threshold)
     title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
     with writing(output):
         write_figure(draw_errors(counts, title), output / "errors.png")
-    errors = output / "errors.json"
-    with atomic_write(errors) as file:
-        about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
-        json.dump({**about, "counts": counts}, file, indent=2)
+    about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
+    write_json(output / "errors.json", {**about, "counts": counts}, indent=2)
     if each:
         for image_id, name in zip(records, names):
             picture = draw(image_id)
             if picture is not None:
                 write_png(output / "images" / name, picture)
-    kinds = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+    listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     drawn = f"sheets, errors.png and image_ap.csv: {shown(output)}"
-    return f"{title}: {kinds}\n{drawn}{_skipped(list(skipped.values()))}"
+    return f"{title}: {listed}\n{drawn}{_skipped(list(skipped.values()))}"
 
 
 def _skipped(files: Sequence[Any]) -> str:
-    """What a summary says of files that could not be drawn; nothing where there are none."""
+    """The line of a summary on skipped files; empty if there are none."""
     if not files:
         return ""
     names = ", ".join(shown(file).replace("\n", r"\n") for file in files[:NAMED_AT_MOST])
@@ -166,7 +168,7 @@ def _write_sheet(
     num_images: int,
     draw: Callable[[Any], Optional[np.ndarray]],
 ) -> None:
-    """A sheet of the first `num_images` that can be drawn."""
+    """Writes a sheet of the first `num_images` that can be drawn."""
     pictures: list[np.ndarray] = []
     for image_id in image_ids:
         if len(pictures) == num_images:
@@ -176,21 +178,11 @@ def _write_sheet(
             pictures.append(picture)
     if not pictures:
         raise UserError(
-            f"{path.name}: none of {len(image_ids)} images can be drawn; warnings above say why"
+            f"{path.name}: none of {len(image_ids)} images can be drawn; see the warnings above"
             if image_ids
-            else f"{path.name}: there is no image with an object to draw"
+            else f"{path.name}: no image has an object"
         )
     write_png(path, tile(pictures, columns=2))
-
-
-def _write_image_ap(
-    path: Path, ranked: Sequence[Any], scores: dict[Any, float], records: dict[Any, dict[str, Any]]
-) -> None:
-    with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image_id", "file_name", "AP"])
-        rows = ([i, shown(records[i]["file_name"]), f"{scores[i]:.4f}"] for i in ranked)
-        writer.writerows(rows)
 
 
 def visualize_inputs(
@@ -201,21 +193,22 @@ def visualize_inputs(
     *,
     score_threshold: float = 0.5,
 ) -> str:
-    """Draws what a model finds on images and videos.
+    """Draws predictions on images and videos.
+
+    Files that cannot be read are skipped and named in the summary.
 
     Args:
         arguments: see `find_inputs`.
-        output: a folder for `<name>.png` and `<name>.mp4`; or, for a single video, a video file.
-        predict: from an image, (H, W, 3) uint8, RGB, to entries of a COCO results file.
-        metadata: of the data set whose classes the model knows.
+        output: a folder for `<name>.png` and `<name>.mp4`; for a single video also a video file.
+        predict: takes an image, (H, W, 3) uint8, RGB; returns entries of a COCO results file.
+        metadata: of the data set with the model's classes.
         score_threshold: predictions below it are not drawn.
 
     Returns:
-        A summary for the screen.
+        A summary to print.
 
     Raises:
-        UserError: nothing could be read, or something cannot be written or would overwrite an
-            input. Single files that cannot be read are skipped, and the summary names them.
+        UserError: no file can be read, or an output cannot be written or would overwrite an input.
     """
     check_options(score_threshold)
     paths = find_inputs(arguments, output)

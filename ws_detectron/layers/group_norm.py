@@ -1,9 +1,9 @@
-"""`GroupNorm`: torch's, with statistics that can be taken by a whole GPU.
+"""`GroupNorm`: torch's layer with the option to compute its statistics on the whole GPU.
 
-Wu, He, "Group Normalization" (arXiv:1803.08494). torch's CUDA kernel takes the statistics of an
-image's group in one block of threads, so at 1 image and 32 groups it keeps 32 of the 132
-multiprocessors of an H100 busy (aten/src/ATen/native/cuda/group_norm_kernel.cu). `torch.var_mean`
-splits each of the same sums over the device.
+Wu, He, "Group Normalization" (arXiv:1803.08494). torch's CUDA kernel computes the statistics of
+each image and group in one block of threads, so 1 image with 32 groups occupies 32 of the 132
+multiprocessors of an H100 (aten/src/ATen/native/cuda/group_norm_kernel.cu). `torch.var_mean`
+splits the same sums over the whole device.
 
 Shape letters: N images, C channels, G groups, S pixels.
 """
@@ -20,13 +20,13 @@ from .standardize import in_graph_capture
 class GroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` with the same parameters, state dict and results.
 
-    On CUDA, where N * G is less than `split_below`, the statistics are taken by
-    `split_group_norm`; torch's own kernels are used otherwise, and on the CPU, in TorchScript,
-    under a tracer or compiler, and for channels-last inputs.
+    On CUDA, `split_group_norm` is used where N * G is less than `split_below`. torch's own kernels
+    are used otherwise, and always on the CPU, in TorchScript, under a tracer or compiler, and for
+    channels-last inputs.
 
     Attributes:
-        split_below: N * G, of a class, a model or a layer. 0, never, until a GPU has measured where
-            the two ways meet.
+        split_below: a limit for N * G, set on the class or on a layer. The default 0 never splits:
+            the break-even point has not been measured on a GPU yet.
     """
 
     split_below: int = 0
@@ -51,7 +51,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def use_group_norm(module: nn.Module) -> nn.Module:
-    """Makes a `GroupNorm` of every plain `nn.GroupNorm` of a model, in place, and returns it."""
+    """Turns each plain `nn.GroupNorm` of `module` into ours, in place; returns `module`."""
     for norm in module.modules():
         if type(norm) is nn.GroupNorm:
             norm.__class__ = GroupNorm
@@ -65,21 +65,21 @@ def split_group_norm(
     bias: Optional[torch.Tensor] = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    r"""`F.group_norm` by a reduction that uses a whole device.
+    r"""`F.group_norm` with a reduction that uses the whole device.
 
     With mean m and population variance v of the C/G * S values of a group, and s = sqrt(v + eps):
 
         y = x * a + b,    a = weight / s,    b = bias - m * a
 
-    in one pass over x for m and v, and one for y; the backward is torch's own kernel. That reads
-    statistics in the type of x, so half types are computed in float32 here, and returned as
-    `F.group_norm` does: in their own type, and in float32 under autocast. Differentiable twice.
+    with one pass over x for m and v and one for y. The backward is torch's own kernel. It needs
+    statistics in the dtype of x, so half precision is computed in float32. As in `F.group_norm`,
+    the result has the dtype of x, or float32 under autocast. Twice differentiable.
 
     Args:
-        x: (N, C, ...), not empty, contiguous.
+        x: (N, C, ...), contiguous and not empty.
         groups: G, a divisor of C.
         weight, bias: (C,), or None for 1 and 0.
-        eps: what keeps s away from 0.
+        eps: added to v.
     """
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
     result = _SplitGroupNorm.apply(
@@ -122,12 +122,12 @@ class _SplitGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
         x, weight, bias, mean, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # asked to be differentiated again
+        if torch.is_grad_enabled():  # create_graph=True
             result = F.group_norm(x, ctx.groups, weight, bias, ctx.eps)
             inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(result, inputs, gradient, create_graph=True))
+            grads = iter(torch.autograd.grad(result, inputs, gradient, create_graph=True))
             dx, dweight, dbias = (
-                next(found) if t is not None and t.requires_grad else None
+                next(grads) if t is not None and t.requires_grad else None
                 for t in (x, weight, bias)
             )
             return dx, None, dweight, dbias, None

@@ -13,19 +13,18 @@ from typing import Any, Optional
 
 import torch
 
-# As DistributedDataParallel's buckets: the gradients of one launch are ready together, and those
-# of the last layers should be on their way while the backward goes on.
+# The bucket size of DistributedDataParallel: gradients of one launch become ready together, and
+# those of the last layers should be all-reduced while the rest of the backward runs.
 LAUNCH_BYTES = 25 * 2**20
 
-# A deviation below the root of this, 1e-18, counts as 0: its reciprocal is still far from the
-# largest float32.
+# A deviation below its root, 1e-18, counts as 0. The reciprocal of 1e-18 does not overflow float32.
 _LEAST_SQUARE = 1e-36
 
 
 def ws_modes() -> dict[str, tuple[bool, bool]]:
-    """The table of modes: is the variance the unbiased one, and does eps stand under the root?
+    """Mode -> (whether the variance is the unbiased one, whether eps is added under the root).
 
-    A function, as TorchScript reads no global table.
+    A function, because TorchScript cannot read a global dict.
     """
     return {"paper": (False, False), "official": (True, False), "bit": (False, True)}
 
@@ -38,8 +37,8 @@ def check_ws_arguments(eps: float, mode: str) -> None:
     """Checks the two arguments that every WS function and module takes.
 
     Raises:
-        ValueError: `mode` is not one of `WS_MODES`, or `eps` is not a positive number. Without a
-            positive `eps` a constant filter, whose deviation is 0, would become NaN.
+        ValueError: `mode` is not one of `WS_MODES`, or `eps` is not a positive number, which would
+            turn constant filters (deviation 0) into NaN.
     """
     if mode not in WS_MODES:
         raise ValueError(f"WS mode must be one of {', '.join(WS_MODES)}; got {mode!r}")
@@ -50,7 +49,7 @@ def check_ws_arguments(eps: float, mode: str) -> None:
 def standardize_weight(
     weight: torch.Tensor, eps: float = 1e-5, mode: str = "paper"
 ) -> torch.Tensor:
-    r"""Standardizes every filter of `weight` to zero mean and unit deviation.
+    r"""Standardizes every filter of `weight` to zero mean and unit standard deviation.
 
     With the n values of filter o, their mean mu = (1/n) sum_j W[o,j] and their population variance
     v = (1/n) sum_j (W[o,j] - mu)^2:
@@ -59,36 +58,35 @@ def standardize_weight(
     mode          W_hat[o,j] = (W[o,j] - mu) / ...   used by
     ============  =================================  =========================================
     `"paper"`     sqrt(v) + eps                      arXiv:1903.10520 eq. (2)-(4)
-    `"official"`  sqrt(v * n/(n-1)) + eps            the authors' PyTorch code, mmcv; their
-                                                     weights and mmdetection's need this one
+    `"official"`  sqrt(v * n/(n-1)) + eps            the authors' PyTorch code, mmcv, and the
+                                                     weights that they and mmdetection publish
     `"bit"`       sqrt(v + eps)                      BiT (arXiv:1912.11370), timm StdConv2d
     ============  =================================  =========================================
 
-    The modes are no approximations of each other: where deviations are small (0.003 to 0.01 is
-    usual) the place of `eps` changes W_hat by several per cent, and differently for each filter.
+    The modes are not interchangeable: at usual deviations (0.003 to 0.01), the position of `eps`
+    changes W_hat by several %, and differently for each filter.
 
     Constant and one-element filters have deviation 0. They give W_hat = 0 and a finite gradient:
-    the unbiased variance of one value (0/0) is taken as 0, and the gradient of the deviation,
-    which is multiplied by W - mu = 0 there, as 0.
+    the unbiased variance of one value (0/0) counts as 0, and so does the gradient of the
+    deviation, which is multiplied by W - mu = 0.
 
-    float16 and bfloat16 weights are standardized in float32 and returned in their own type;
-    autocast does not lower the precision. Differentiable twice, scriptable, and independent of
-    the memory format, which the result keeps.
+    float16 and bfloat16 weights are standardized in float32, also under autocast, and returned in
+    their own dtype. Twice differentiable and scriptable. The result keeps the memory format.
 
     Args:
         weight: (O, I/g, kh, kw), or (O, ...) with any number of further dimensions.
-        eps: what keeps the denominator away from 0.
-        mode: one of `WS_MODES`. The default is the paper's text; that of `WSConv2d` and of the
-            config key MODEL.WS.MODE is "official".
+        eps: keeps the denominator away from 0.
+        mode: one of `WS_MODES`. The default is the formula of the paper; `WSConv2d` and the config
+            key MODEL.WS.MODE default to "official".
 
     Returns:
-        W_hat, of the shape, type and device of `weight`.
+        W_hat, with the shape, dtype and device of `weight`.
 
     Raises:
         ValueError: `mode` or `eps` is not allowed (`check_ws_arguments`), or `weight` is not a
             floating-point tensor of at least two dimensions.
     """
-    if torch.jit.is_scripting():  # neither messages with `!r` nor autograd functions compile
+    if torch.jit.is_scripting():  # which compiles neither f"{x!r}" nor autograd functions
         return _by_formula(weight, eps, mode)
     else:
         check_ws_arguments(eps, mode)
@@ -103,10 +101,10 @@ def standardize_weight(
 def standardize_weights(
     weights: Sequence[torch.Tensor], eps: float, mode: str
 ) -> list[torch.Tensor]:
-    """`standardize_weight` of several weights: on CUDA, a kernel launch for each `LAUNCH_BYTES`.
+    """`standardize_weight` of several weights; on CUDA, one kernel launch per `LAUNCH_BYTES`.
 
-    Gradients are those of single calls. In the backward, the autograd nodes of all weights of a
-    launch are visited, those of weights that were not used with None.
+    Gradients equal those of separate calls. The backward of a launch visits the autograd nodes of
+    all its weights, and passes None to those of unused ones.
     """
     if not weights or not all(map(_runs_in_triton, weights)) or not _triton_is_ready():
         return [_standardize(weight, eps, mode) for weight in weights]
@@ -117,8 +115,8 @@ def standardize_weights(
 def _standardize(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
     if weight.dtype in (torch.float16, torch.bfloat16):
         return _standardize(weight.float(), eps, mode).to(weight.dtype)
-    # A tracer or compiler should see the formula: it can fuse that, and save or export it.
-    if in_graph_capture() or not in_one_piece(weight):
+    # Tracers and compilers get the formula, which they can fuse and export.
+    if in_graph_capture() or not has_contiguous_filters(weight):
         return _by_formula(weight, eps, mode)
     if _runs_in_triton(weight) and _triton_is_ready():
         return _StandardizeByTriton.apply(eps, mode, weight)[0]
@@ -126,7 +124,7 @@ def _standardize(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
 
 
 def _by_formula(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
-    """`standardize_weight` in differentiable torch operations."""
+    """`standardize_weight` in plain torch operations."""
     w = weight
     if w.dtype == torch.float16 or w.dtype == torch.bfloat16:
         w = w.float()
@@ -142,9 +140,9 @@ def _denominator(
     fan_in: int,
     eps: float,
     mode: str,
-    least: float = _LEAST_SQUARE,  # an argument, as TorchScript reads no globals
+    least: float = _LEAST_SQUARE,  # an argument, because TorchScript cannot read globals
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The denominator d of a mode and its slope dd/dv, which is taken as 0 at deviation 0.
+    """The denominator d of a mode and its slope dd/dv, which counts as 0 at deviation 0.
 
     Args:
         variance: v, the population variance of each filter.
@@ -155,35 +153,36 @@ def _denominator(
     square = variance * ratio if unbiased else variance
     if eps_under_root:
         square = square + eps
-    # sqrt has an infinite slope at 0; below its minimum, clamp has none
+    # The slope of sqrt is infinite at 0; that of clamp below its minimum is 0.
     root = square.clamp(min=least).sqrt()
     slope = (square > least) * (0.5 * ratio / root)
     return root if eps_under_root else root + eps, slope
 
 
 class _StandardizeByLayerNorm(torch.autograd.Function):
-    """By torch's layer-norm kernels, which read a filter once and keep it in the cache.
+    """WS by torch's layer-norm kernels, which read each filter from memory only once.
 
     With C = W - mu, the denominator d(v) and its slope d':
 
         W_hat = C/d
         dL/dW = (g - mean(g))/d - C * mean(g*C) * 2d'/d^2
 
-    Layer norm over a filter gives C/sqrt(v + floor), which lacks a factor. Its backward computes
-    r*(g - mean(g)) - C * mean(g*C) * r^3 from any r; that of r^2 = 2d'/d lacks the factor 1/(r*d).
+    Layer norm over a filter gives C/sqrt(v + floor), which is W_hat up to a factor per filter. Its
+    backward computes r*(g - mean(g)) - C * mean(g*C) * r^3 for any r; with r^2 = 2d'/d, this is
+    dL/dW up to the factor 1/(r*d).
     """
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
         rows = _to_rows(weight, weight)
         fan_in = rows.size(1)
-        # so that constant filters divide by something; it is taken out of v again
+        # Keeps constant filters from dividing by 0; subtracted from v again below.
         floor = max((1e-4 * eps) ** 2, _LEAST_SQUARE)
         result, mean, inverse = torch.native_layer_norm(rows, [fan_in], None, None, floor)
         variance = inverse.pow(-2).sub_(floor).clamp_(min=0)
         denominator, slope = _denominator(variance, fan_in, eps, mode)
         result.div_(inverse * denominator)
-        # 2d'/d is at least 1/d^2, but for constant filters, where it is 0
+        # 2d'/d is at least 1/d^2, except for constant filters, where it is 0.
         r = torch.maximum(2 * slope / denominator, denominator.pow(-2)).sqrt_()
         ctx.save_for_backward(weight, mean, r, denominator.mul_(r).reciprocal_())
         ctx.eps, ctx.mode = eps, mode
@@ -203,10 +202,10 @@ class _StandardizeByLayerNorm(torch.autograd.Function):
 
 
 class _StandardizeByTriton(torch.autograd.Function):
-    """By the kernels of `triton_kernels`, several weights in one launch.
+    """WS of several weights by one launch of `triton_kernels`.
 
-    Graphs that share nothing but this launch may be differentiated one after the other, so nothing
-    is saved by `save_for_backward`, which the first of them would free.
+    Nothing is saved by `save_for_backward`: graphs that share only this launch may run their
+    backwards one after another, and the first would free what the others need.
     """
 
     @staticmethod
@@ -254,26 +253,29 @@ def _split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tenso
 
 
 def _launches(weights: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """As many of one device, in order, as `LAUNCH_BYTES` hold, and at least one."""
+    """Splits weights, in order, into launches on one device of at most `LAUNCH_BYTES` each.
+
+    A weight that is larger gets a launch of its own.
+    """
     launch: list[torch.Tensor] = []
-    held = 0
+    total = 0
     for weight in weights:
         size = weight.nbytes
-        if launch and (held + size > LAUNCH_BYTES or weight.device != launch[0].device):
+        if launch and (total + size > LAUNCH_BYTES or weight.device != launch[0].device):
             yield launch
-            launch, held = [], 0
+            launch, total = [], 0
         launch.append(weight)
-        held += size
+        total += size
     if launch:
         yield launch
 
 
 def _runs_in_triton(weight: torch.Tensor) -> bool:
-    return weight.is_cuda and weight.dtype == torch.float32 and in_one_piece(weight)
+    return weight.is_cuda and weight.dtype == torch.float32 and has_contiguous_filters(weight)
 
 
 def _triton_is_ready() -> bool:
-    """Not while a CUDA graph is recorded, which would outlive the table of filters."""
+    """False also while a CUDA graph is captured, which would outlive the table of filters."""
     return (
         not in_graph_capture()
         and not torch.cuda.is_current_stream_capturing()
@@ -283,17 +285,17 @@ def _triton_is_ready() -> bool:
 
 @functools.cache
 def _kernels() -> Any:
-    """The module `triton_kernels`; None, with one warning, where Triton cannot build a kernel."""
+    """The module `triton_kernels`, or None after one warning if Triton cannot build a kernel."""
     try:
         from . import triton_kernels
 
         sample = torch.arange(8.0, device="cuda").view(2, 4)
         result, statistics = triton_kernels.standardize([sample], 1e-5, False, False)
         triton_kernels.standardize_backward([sample], result, statistics)
-    except Exception as error:  # Triton calls a C compiler, and fails in as many ways as that can
+    except Exception as error:  # of any type: Triton calls a C compiler
         logging.getLogger(__name__).warning(
-            "WS uses torch's layer norm kernels on CUDA, which need more launches: "
-            "Triton cannot be used here (%s: %s)",
+            "Triton cannot be used (%s: %s); WS uses torch's layer norm kernels on CUDA instead, "
+            "which need more launches",
             type(error).__name__,
             error,
         )
@@ -304,14 +306,14 @@ def _kernels() -> Any:
 def _differentiable_gradient(
     weight: torch.Tensor, gradient: torch.Tensor, eps: float, mode: str
 ) -> torch.Tensor:
-    """The gradient with a graph of its own, for a second derivative."""
+    """The gradient with a graph, for a second derivative."""
     result = _by_formula(weight, eps, mode)
     (second,) = torch.autograd.grad(result, weight, gradient, create_graph=True)
     return second
 
 
-def in_one_piece(weight: torch.Tensor) -> bool:
-    """Whether the values of each filter follow one another in memory, without gaps."""
+def has_contiguous_filters(weight: torch.Tensor) -> bool:
+    """Whether the values of each filter are contiguous in memory."""
     return weight.numel() > 0 and (
         weight.is_contiguous()
         or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
@@ -319,14 +321,14 @@ def in_one_piece(weight: torch.Tensor) -> bool:
 
 
 def _to_rows(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` as one row for each filter, in the order in which `like` lies in memory."""
+    """`tensor` as one row per filter, in the memory order of `like`."""
     if not like.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(tensor.size(0), -1)
 
 
 def _from_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What `_to_rows` gave, in the shape and memory format of `like`."""
+    """The inverse of `_to_rows`."""
     if like.is_contiguous():
         return values.view_as(like)
     filters, channels, height, width = like.shape
@@ -334,7 +336,7 @@ def _from_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def in_graph_capture() -> bool:
-    """Whether a tracer or compiler records the operations; it must see all of them."""
+    """Whether a tracer or compiler records the operations."""
     return torch.jit.is_tracing() or _is_compiling()
 
 

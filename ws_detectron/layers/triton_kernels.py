@@ -1,12 +1,12 @@
 """The WS operation on CUDA: the filters of any number of weights in one launch per direction.
 
-Filters are small (R-50: 147 to 4,608 values), so a GPU spends more time on starting kernels than on
-moving bytes. Here one program standardizes one filter, which it finds by a table.
+Filters are small (R-50: 147 to 4,608 values), so launching a kernel per weight takes a GPU longer
+than moving the bytes. Here each program standardizes one filter, which it looks up in a table.
 
-Shape letters: n values in one filter, R filters of all weights together.
+Shape letters: n values in one filter, R filters in all weights together.
 """
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator"
-# (the parameters of a Triton kernel are pointers and numbers of its own language)
+# (parameters of Triton kernels are pointers and numbers of Triton's own types)
 
 import functools
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def _forward_kernel(
     for start in range(0, STEPS * BLOCK, BLOCK):
         sums += tl.load(weight + start + columns, mask=start + columns < n, other=0.0)
     mean = tl.sum(sums, axis=0) / n
-    rests = tl.zeros([BLOCK], dtype=tl.float32)  # what the first sum rounded off
+    rests = tl.zeros([BLOCK], dtype=tl.float32)  # corrects the rounding error of the first sum
     for start in range(0, STEPS * BLOCK, BLOCK):
         inside = start + columns < n
         w = tl.load(weight + start + columns, mask=inside, other=0.0)
@@ -107,11 +107,11 @@ def standardize(
     """W_hat = (W - mu)/d of every filter, with the denominator d of `standardize.ws_modes`.
 
     Args:
-        weights: float32, (O, ...), not empty, each in one piece, all on one device.
+        weights: float32, (O, ...), not empty, with contiguous filters, all on one device.
 
     Returns:
-        W_hat of all weights, one after the other in the order in which each lies in memory, and
-        what the gradient needs, (3, R): mu, 1/d, and 2/n * dd/dv / d^2.
+        W_hat of all weights, flat, concatenated, each in its memory order; and the statistics for
+        the gradient, (3, R): mu, 1/d, and 2/n * dd/dv / d^2.
     """
     filters, steps = _table(weights)
     rows = filters.size(1)
@@ -130,9 +130,9 @@ def standardize_backward(
     """dL/dW = (g - mean(g))/d - (W - mu) * sum(g*(W - mu)) * (2/n * dd/dv / d^2).
 
     Args:
-        weights: as `standardize` took them.
-        gradient: dL/dW_hat, as `standardize` gave W_hat.
-        statistics: of `standardize`.
+        weights: as passed to `standardize`.
+        gradient: dL/dW_hat, in the layout in which `standardize` returned W_hat.
+        statistics: as returned by `standardize`.
     """
     filters, steps = _table(weights)
     rows = filters.size(1)
@@ -143,28 +143,27 @@ def standardize_backward(
 
 
 def _table(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Of each filter (3, R): its address, its place in the result, and n; and the longest's steps.
+    """Address, offset in the result, and n of each filter, (3, R); and the steps of the longest.
 
-    The steps are the same for every filter, as a loop of the kernel: the masks of short ones are
-    empty.
+    All programs loop over the same number of steps; the masks of short filters are empty.
     """
     device = weights[0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    places = tuple((w.data_ptr(), w.size(0), w.numel()) for w in weights)
-    return _table_of(device, stream, places)  # a table is written on the stream that reads it
+    layout = tuple((w.data_ptr(), w.size(0), w.numel()) for w in weights)
+    return _table_of(device, stream, layout)  # written on the stream that reads it
 
 
 @functools.lru_cache(maxsize=256)
 def _table_of(
-    device: torch.device, stream: int, places: tuple[tuple[int, int, int], ...]
+    device: torch.device, stream: int, layout: tuple[tuple[int, int, int], ...]
 ) -> tuple[torch.Tensor, int]:
-    addresses, counts, sizes = torch.tensor(places).unbind(1)
+    addresses, counts, sizes = torch.tensor(layout).unbind(1)
     fan_ins = sizes // counts
 
-    def first(of: torch.Tensor) -> torch.Tensor:
-        return of.cumsum(0) - of
+    def offsets(lengths: torch.Tensor) -> torch.Tensor:
+        return lengths.cumsum(0) - lengths
 
-    weight = torch.arange(len(places)).repeat_interleave(counts)
-    begins = (torch.arange(len(weight)) - first(counts)[weight]) * fan_ins[weight]
-    columns = addresses[weight] + 4 * begins, first(sizes)[weight] + begins, fan_ins[weight]
+    weight = torch.arange(len(layout)).repeat_interleave(counts)
+    begins = (torch.arange(len(weight)) - offsets(counts)[weight]) * fan_ins[weight]
+    columns = addresses[weight] + 4 * begins, offsets(sizes)[weight] + begins, fan_ins[weight]
     return torch.stack(columns).to(device), triton.cdiv(int(fan_ins.max()), _BLOCK)

@@ -19,8 +19,8 @@ from .standardize import (
 DEFAULT_WS_EPS = 1e-5
 DEFAULT_WS_MODE = "official"
 
-# Activation checkpointing counts the tensors that each part saves, in the forward and again in the
-# backward, and tells nobody that it does; no public function says that such hooks are set.
+# Activation checkpointing counts the tensors saved in the forward and again in the recomputation,
+# so both must save the same. No public function tells whether its hooks are set.
 _saved_tensors_hooks: Any = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
 )
@@ -30,20 +30,20 @@ class WSConv2d(Conv2d):
     """`detectron2.layers.Conv2d` whose filters are standardized at every forward.
 
     y = activation(norm(conv2d(x, standardize_weight(weight), bias))), with x of shape
-    (N, I, H, W). The optimizer, and so the gradient, works on `weight` itself, through its
-    standardization (arXiv:1903.10520, section 3). Parameters have the names and shapes of the
-    plain `Conv2d`, so a state dict of one loads into the other; what the other then *computes*
-    differs, because the mean and the scale of a WS filter mean nothing.
+    (N, I, H, W). The optimizer updates `weight` itself, with gradients through the standardization
+    (arXiv:1903.10520, section 3). Parameters have the names and shapes of the plain `Conv2d`, so
+    state dicts are exchangeable; the outputs are not, because the mean and scale of a WS filter
+    are arbitrary.
 
     Args:
         args, kwargs: as for `detectron2.layers.Conv2d`, `norm` and `activation` included.
         ws_eps: `eps` of `standardize_weight`.
-        ws_mode: `mode` of `standardize_weight`. The default is the form that the published GN+WS
-            weights were trained with.
+        ws_mode: `mode` of `standardize_weight`. The published GN+WS weights were trained with the
+            default.
 
     Raises:
         ValueError: `ws_eps` or `ws_mode` is not allowed, or `padding_mode` is not "zeros"
-            (detectron2's Conv2d takes other modes without a word and then pads with zeros).
+            (detectron2's Conv2d accepts other modes and silently pads with zeros).
     """
 
     ws_eps: float
@@ -67,7 +67,7 @@ class WSConv2d(Conv2d):
         """Convolves, normalizes and activates.
 
         Args:
-            x: (N, I, H, W); N may be 0, as the ROI heads need where nothing was detected.
+            x: (N, I, H, W); N may be 0, as in ROI heads without detections.
 
         Returns:
             (N, O, H', W').
@@ -85,8 +85,8 @@ class WSConv2d(Conv2d):
 
     @torch.jit.unused
     def standardized_weight(self) -> torch.Tensor:
-        """`standardize_weight(self.weight, ...)`, (O, I/g, kh, kw); not to be written to."""
-        weight = self.weight  # once, as a parametrization may compute it, and count how often
+        """`standardize_weight(self.weight, ...)`, (O, I/g, kh, kw); must not be modified."""
+        weight = self.weight  # read once: a parametrization computes it at each access
         standardized = self._from_part(weight)
         if standardized is None:
             standardized = standardize_weight(weight, self.ws_eps, self.ws_mode)
@@ -94,7 +94,7 @@ class WSConv2d(Conv2d):
 
     @torch.jit.unused
     def _from_part(self, weight: torch.Tensor) -> Optional[torch.Tensor]:
-        """What a part that is being called has standardized; None: nothing that fits."""
+        """The filters that an enclosing part has standardized, or None if none are valid."""
         if in_graph_capture() or not _running.calls or _saved_tensors_hooks(True) is not None:
             return None
         for call in _running.calls:
@@ -112,24 +112,29 @@ class WSConv2d(Conv2d):
 
 
 def standardize_together(part: nn.Module) -> nn.Module:
-    """Lets the first WS conv that is called in a call of a module standardize for all of them.
+    """Standardizes all WS convs of a module at once, each time that the module is called.
 
-    On CUDA this takes a few kernel launches instead of two for each conv, which is what a detector
-    waits for at one image per GPU; and a conv that is called several times in one call of `part`,
-    such as those of a head that is shared by the levels of an FPN, standardizes once. Results and
-    gradients are those of convs that standardize alone. Nothing is kept after the call.
+    The first WS conv in a call of `part` standardizes the filters of all of them. On CUDA this
+    takes a few kernel launches instead of two per conv, and launches are what limits a detector at
+    one image per GPU. A conv that is called several times in one call of `part`, as in a head that
+    the levels of an FPN share, standardizes once. Results and gradients are the same as without
+    this function. Nothing is kept after the call.
 
-    A conv standardizes alone where it is called without its part; where its weight, `ws_eps` or
-    `ws_mode` has changed since then; where it has forward pre-hooks, which may change it
-    by `.data`; under hooks on saved tensors, as activation checkpointing sets them; and if its
-    weight is computed (parametrized, sharded, a replica's) or has gradient hooks, which would be
-    called with None for a conv that is not used. A weight that is written to by `.data` *during* a
-    call, which autograd cannot see either, needs to stay out of a part.
+    A conv still standardizes by itself if
+
+    - it is called outside its part, or its weight, `ws_eps` or `ws_mode` changed during the call;
+    - it has forward pre-hooks, which may change the weight through `.data`;
+    - saved-tensor hooks are set, as by activation checkpointing;
+    - its weight is computed (parametrized, sharded, or of a replica), or has gradient hooks, which
+      would be called with None when the conv is not used.
+
+    Do not use it where code writes to the `.data` of a weight *during* a call, which autograd
+    cannot detect either.
 
     Args:
-        part: called as a whole, such as a backbone, a head, or a model. Its class becomes a
-            subclass, of the same name, as `torch.distributed.fsdp.fully_shard` does it, because
-            TorchScript would compile hooks.
+        part: is called as a whole, such as a backbone, a head or a model. Its class is replaced by
+            a subclass of the same name, as in `torch.distributed.fsdp.fully_shard`; TorchScript
+            would try to compile hooks.
 
     Returns:
         `part` itself.
@@ -141,7 +146,7 @@ def standardize_together(part: nn.Module) -> nn.Module:
 
 def standardize_alone(part: nn.Module) -> nn.Module:
     """Undoes `standardize_together`."""
-    # not if somebody has made another class of it since
+    # Not if its class has been replaced again since.
     if isinstance(part, _Part) and "plain_class" in vars(type(part)):
         part.__class__ = part.plain_class  # type: ignore[assignment]
     return part
@@ -154,7 +159,7 @@ class _Standardized(NamedTuple):
 
 
 class _Call:
-    """A call of a part that is under way."""
+    """A running call of a part."""
 
     def __init__(self, part: nn.Module) -> None:
         self._part, self._grad = part, torch.is_grad_enabled()
@@ -163,7 +168,7 @@ class _Call:
     def filters(self) -> dict[tuple[int, float, str], _Standardized]:
         """The standardized filters of the part, by `id` of the weight, `ws_eps` and `ws_mode`.
 
-        Computed where the first conv asks: none does in a forward that is compiled.
+        Computed on first use, because a compiled forward never uses them.
         """
         if self._filters is None:
             with torch.set_grad_enabled(self._grad):
@@ -173,7 +178,7 @@ class _Call:
     def _standardize(self) -> dict[tuple[int, float, str], _Standardized]:
         by_settings: dict[tuple[float, str], dict[int, torch.Tensor]] = {}
         for conv in self._part.modules():
-            if isinstance(conv, WSConv2d) and _may_join(conv):
+            if isinstance(conv, WSConv2d) and _can_share(conv):
                 settings = conv.ws_eps, conv.ws_mode
                 by_settings.setdefault(settings, {})[id(conv.weight)] = conv.weight
         return {
@@ -186,7 +191,7 @@ class _Call:
 
 
 class _Running(threading.local):
-    """The calls of parts that are under way in this thread, the outermost first."""
+    """The running calls of parts in this thread, outermost first."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -208,7 +213,7 @@ class _Part(nn.Module):
             _running.calls.pop()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copied and saved as its plain class, which can be found by its name."""
+        """Copies and pickles as the plain class, which pickle can find by its name."""
         state = super().__reduce_ex__(max(protocol, 2))[2:]
         return _new_part, (self.plain_class,), *state
 
@@ -224,20 +229,21 @@ def _new_part(plain: type[nn.Module]) -> nn.Module:
     return standardize_together(plain.__new__(plain))
 
 
-def _may_join(conv: WSConv2d) -> bool:
-    if hasattr(type(conv), "weight"):  # a property, which computes it
+def _can_share(conv: WSConv2d) -> bool:
+    """Whether its part may standardize for it; see `standardize_together`."""
+    if hasattr(type(conv), "weight"):  # a property that computes the weight
         return False
     weight = conv.weight
     return (
         type(weight) is nn.Parameter
         and weight.dim() == 4
-        and not weight.is_inference()  # it has no version
+        and not weight.is_inference()  # inference tensors have no version
         and not weight._backward_hooks
         and not conv._forward_pre_hooks
     )
 
 
 def _state(weight: torch.Tensor) -> tuple:
-    """What differs where filters that were standardized earlier do not fit any more."""
+    """Changes whenever filters standardized earlier become invalid."""
     stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None
     return weight._version, weight.data_ptr(), stream

@@ -1,4 +1,4 @@
-"""WS models for detectron2; importing this package registers its backbones and heads."""
+"""WS parts for detectron2 models; importing this package registers its backbones and heads."""
 
 from .backbone import (
     build_ws_resnet_backbone,

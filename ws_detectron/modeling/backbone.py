@@ -27,15 +27,14 @@ _DEPTHS = (18, 34, 50, 101, 152)
 def build_ws_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """detectron2's `build_resnet_backbone` with WS convs.
 
-    Every MODEL.RESNETS and MODEL.BACKBONE key that detectron2 accepts works as it does there,
-    but for deformable stages.
+    All MODEL.RESNETS and MODEL.BACKBONE keys work as in detectron2, except for deformable stages.
 
     Args:
-        cfg: reads MODEL.WS besides the keys of the detectron2 builder.
-        input_shape: shape of the input; its `channels` is the number of image channels.
+        cfg: MODEL.WS is read in addition to the keys of the detectron2 builder.
+        input_shape: its `channels` is the number of image channels.
 
     Raises:
-        ConfigError: a key has a value that cannot work; names the key.
+        ConfigError: a key has a value that is not allowed; names the key.
     """
     ws = WSSettings.from_config(cfg)
     resnet = _build_stock(cfg, input_shape, build_resnet_backbone, ws)
@@ -53,8 +52,7 @@ def build_ws_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbo
 def build_ws_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """detectron2's `build_retinanet_resnet_fpn_backbone` with WS convs.
 
-    The convs of the levels P6 and P7 have no norm layer and stay plain. See
-    `build_ws_resnet_backbone`.
+    The convs of P6 and P7 have no norm layer and stay plain. See `build_ws_resnet_backbone`.
     """
     return _build_ws_fpn(cfg, input_shape, build_retinanet_resnet_fpn_backbone)
 
@@ -67,11 +65,11 @@ def _build_ws_fpn(
     ws = WSSettings.from_config(cfg)
     backbone = _build_stock(cfg, input_shape, build_stock, ws)
     _finish_resnet(backbone.bottom_up, ws, "backbone.bottom_up")
-    own = nn.ModuleDict(
+    fpn = nn.ModuleDict(
         {name: child for name, child in backbone.named_children() if name != "bottom_up"}
     )
-    finish_part(own, ws, switch="FPN", part="backbone", norm_key="MODEL.FPN.NORM")
-    if ws.backbone or ws.fpn:  # all in the launches of one part
+    finish_part(fpn, ws, switch="FPN", part="backbone", norm_key="MODEL.FPN.NORM")
+    if ws.backbone or ws.fpn:  # one part, so that all filters share launches
         standardize_together(backbone)
         standardize_alone(backbone.bottom_up)
     return backbone
@@ -96,7 +94,7 @@ def _finish_resnet(resnet: nn.Module, ws: WSSettings, part: str) -> None:
 
 
 def _check_resnet_keys(cfg: CfgNode) -> None:
-    """Names the key where detectron2 would end with a bare KeyError or ignore the request."""
+    """Refuses values that detectron2 would ignore or answer with a bare KeyError."""
     resnets = cfg.MODEL.RESNETS
     if any(resnets.DEFORM_ON_PER_STAGE):
         raise ConfigError(

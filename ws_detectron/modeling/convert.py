@@ -1,7 +1,6 @@
 """Turns the convolutions of a built model into WS convolutions, and back.
 
-Working on a built module tree keeps every detectron2 builder, and so every config key of theirs,
-in use as it is.
+Converting after building reuses detectron2's builders, and with them all their config keys.
 """
 
 import copy
@@ -38,7 +37,7 @@ class ConversionReport:
 
     Attributes:
         converted: names of the convolutions that are WS convolutions now.
-        skipped: name -> reason of every convolution that was left as it was.
+        skipped: name of each other convolution -> the reason.
     """
 
     converted: list[str] = field(default_factory=list)
@@ -53,18 +52,17 @@ class ConversionReport:
 def convert_to_ws(
     module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
 ) -> ConversionReport:
-    """Makes a `WSConv2d` of every detectron2 `Conv2d` that a norm layer follows, in place.
+    """Turns every detectron2 `Conv2d` followed by a norm layer into a `WSConv2d`, in place.
 
-    "Followed by a norm" means that the conv's own `norm` is set, or that the conv has no
-    activation and is followed by a norm layer in the same `nn.Sequential`. WS is meant for those
-    alone (arXiv:1903.10520, section 3.1): without a norm behind it, a standardized filter could
-    not set the scale of its output.
+    "Followed by a norm layer" means that the conv's own `norm` is set, or that the conv has no
+    activation and precedes a norm layer in an `nn.Sequential`. WS is meant for these convs only
+    (arXiv:1903.10520, section 3.1): without a norm layer, nothing could set the scale of the
+    output.
 
-    The module objects stay the same ones: only their class changes. So parameters,
-    `requires_grad`, hooks, and references to a conv from elsewhere (detectron2's FPN keeps its
-    convs in plain lists as well) all hold. A `WSConv2d` that a norm layer follows
-    takes `eps` and `mode`; another one stays as it is, and is reported as left. The convs of
-    `module` standardize together (`layers.standardize_together`).
+    Only the class of a conv changes. Parameters, `requires_grad`, hooks and other references to
+    the conv (detectron2's FPN also keeps its convs in plain lists) stay valid. A `WSConv2d`
+    followed by a norm layer gets the new `eps` and `mode`. The filters of `module` are
+    standardized together afterwards (`layers.standardize_together`).
 
     Args:
         module: any module tree; may be a single conv.
@@ -72,7 +70,7 @@ def convert_to_ws(
         mode: `mode` of `standardize_weight`.
 
     Returns:
-        The names of all convolutions in `module`, converted or left and why.
+        The names of the convolutions that were converted, and of the others with the reason.
 
     Raises:
         ValueError: `eps` or `mode` is not allowed.
@@ -106,11 +104,11 @@ def with_ws(
 
 
 def fold_ws(module: nn.Module) -> nn.Module:
-    """Makes a plain detectron2 `Conv2d` of every `WSConv2d`, in place; the outputs stay the same.
+    """Turns every `WSConv2d` into a plain detectron2 `Conv2d`, in place, with the same outputs.
 
-    Each conv gets a new weight parameter that holds the standardized filters, so that inference
-    and export no longer compute them. The new parameters are not those that an optimizer may hold:
-    fold a `copy.deepcopy` of a model that is to be trained on.
+    Each conv gets a new weight parameter with the standardized filters, so that inference and
+    export need not compute them. An optimizer keeps the old parameters: fold a `copy.deepcopy` of
+    a model that you train further, or use `folded_copy`.
 
     Args:
         module: any module tree; may be a single conv.
@@ -131,18 +129,15 @@ def fold_ws(module: nn.Module) -> nn.Module:
 
 
 def folded_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` with plain convs that gives the same outputs, for evaluation in training.
+    """A copy of `model` with plain convs and the same outputs, for evaluation during training.
 
-    Standardizing at every image would cost an R-50 about as much as the whole of its weights
-    moved seven times; a folded copy pays that once. The model itself is untouched, whatever the
-    copy goes through.
+    The copy standardizes its filters once instead of at every image.
 
     Args:
-        model: may be wrapped for distributed training; the copy is not, as inference needs no
-            exchange of gradients.
+        model: may be wrapped in (Distributed)DataParallel; the copy is not.
 
     Returns:
-        The folded copy, or `model` itself, unwrapped, where it has no WS conv.
+        The folded copy, or the unwrapped model itself if it has no WS conv.
     """
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         model = model.module
@@ -152,7 +147,7 @@ def folded_copy(model: nn.Module) -> nn.Module:
 
 
 def _convs_before_a_norm(module: nn.Module) -> set[int]:
-    """The `id`s of the modules that a norm layer follows directly in an `nn.Sequential`."""
+    """The `id`s of modules directly before a norm layer in an `nn.Sequential`."""
     return {
         id(first)
         for sequence in module.modules()
@@ -163,7 +158,7 @@ def _convs_before_a_norm(module: nn.Module) -> set[int]:
 
 
 def _reason_to_skip(module: nn.Module, norm_follows: bool) -> Optional[str]:
-    """None: convert. Empty: not a convolution. Otherwise the reason to leave it plain."""
+    """Why not to convert `module`: None to convert it, "" if it is not a convolution."""
     if type(module) in (Conv2d, WSConv2d):
         if module.padding_mode != "zeros":
             return f"padding_mode {module.padding_mode!r}"
@@ -171,7 +166,7 @@ def _reason_to_skip(module: nn.Module, norm_follows: bool) -> Optional[str]:
             return None
         return "no norm layer follows"
     if isinstance(module, (Conv2d, WSConv2d)):
-        return f"{type(module).__name__} may compute its output in a way of its own"
+        return f"{type(module).__name__} may override the forward"
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"{type(module).__name__} is not a detectron2 Conv2d"
     if "Deform" in type(module).__name__ and hasattr(module, "weight"):

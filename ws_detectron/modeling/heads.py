@@ -30,11 +30,11 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
     Args:
         input_shape: shape of the pooled features (C, H, W).
         ws: which parts are standardized, and how.
-        conv_norm: norm behind each conv, a name or a function of the channel count.
+        conv_norm: norm after each conv, a name or a function of the channel count.
         kwargs: the other arguments of `FastRCNNConvFCHead`.
 
     Raises:
-        ConfigError: the head has no conv with a norm layer behind it, or the group count does not
+        ConfigError: the head has no conv followed by a norm layer, or the group count does not
             divide its channels.
     """
 
@@ -56,7 +56,8 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
 class WSMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
     """detectron2's `MaskRCNNConvUpsampleHead` with WS convs; deconvolution and logits stay plain.
 
-    Args and errors: see `WSFastRCNNConvFCHead`.
+    Args, Raises:
+        as for `WSFastRCNNConvFCHead`.
     """
 
     @configurable
@@ -75,12 +76,12 @@ class WSMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
 
 @SEM_SEG_HEADS_REGISTRY.register()
 class WSSemSegFPNHead(SemSegFPNHead):
-    """detectron2's `SemSegFPNHead`, of Panoptic FPN, with WS convs; its predictor stays plain.
+    """detectron2's `SemSegFPNHead` (Panoptic FPN) with WS convs; its predictor stays plain.
 
     Args:
         input_shape: name -> shape (C, stride) of the FPN features.
         ws: which parts are standardized, and how.
-        norm: norm behind each conv, a name or a function of the channel count.
+        norm: norm after each conv, a name or a function of the channel count.
         kwargs: the other arguments of `SemSegFPNHead`.
 
     Raises:
@@ -110,7 +111,7 @@ class WSSemSegFPNHead(SemSegFPNHead):
 class WSRetinaNet(RetinaNet):
     """detectron2's `RetinaNet` with WS convs in the towers of its head; its predictors stay plain.
 
-    A model and not a head, because detectron2 has no registry for RetinaNet's heads.
+    This is a meta-architecture, because detectron2 has no registry for RetinaNet's heads.
     """
 
     @classmethod
@@ -127,7 +128,7 @@ class WSRetinaNet(RetinaNet):
         head = args["head"]
         convs = _convs_before_norms(head) if ws.retinanet_head else []
         for conv, layer in convs:
-            # convert_to_ws takes detectron2's Conv2d, and where it has a norm of its own
+            # convert_to_ws recognizes detectron2's Conv2d with a norm of its own
             conv.__class__ = Conv2d
             conv.__dict__.update(norm=layer, activation=None)
         finish_part(head, ws, switch="RETINANET_HEAD", part="head", norm_key=norm_key)
@@ -137,7 +138,7 @@ class WSRetinaNet(RetinaNet):
 
 
 def _convs_before_norms(head: RetinaNetHead) -> list[tuple[nn.Module, nn.Module]]:
-    """The convs of both towers with what stands between each and its ReLU, of whatever class."""
+    """The convs of both towers, each with the layer between it and its ReLU."""
     towers = [list(head.cls_subnet), list(head.bbox_subnet)]
     pairs = [pair for tower in towers for pair in zip(tower, tower[1:])]
     return [(a, b) for a, b in pairs if type(a) is nn.Conv2d and not isinstance(b, nn.ReLU)]

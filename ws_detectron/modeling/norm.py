@@ -1,4 +1,4 @@
-"""Norm layers by name: what this package builds itself, beside the names that detectron2 knows."""
+"""Norm layers by name: those of this package, in addition to detectron2's."""
 
 from collections.abc import Callable
 from typing import Union
@@ -12,11 +12,11 @@ from ws_detectron.layers import GroupNorm
 from .settings import WSSettings
 
 Norm = Union[str, Callable[[int], nn.Module]]
-"""What detectron2's layers take as `norm`: a name, or a function of the channel count."""
+"""What detectron2's layers accept as `norm`: a name, or a function of the channel count."""
 
 
 def group_norm(channels: int, ws: WSSettings) -> nn.Module:
-    """Group Normalization (arXiv:1803.08494) with MODEL.WS.GN_GROUPS groups; detectron2 fixes 32.
+    """Group Normalization (arXiv:1803.08494) with MODEL.WS.GN_GROUPS groups, 32 in detectron2.
 
     Raises:
         ConfigError: the number of groups does not divide `channels`.
@@ -27,23 +27,24 @@ def group_norm(channels: int, ws: WSSettings) -> nn.Module:
 
 
 NORMS: dict[str, Callable[[int, WSSettings], nn.Module]] = {"GN": group_norm}
-"""Name in a config -> function of (channels, settings). A new norm is one function and one row; a
-function raises `ValueError` for channels that it cannot normalize."""
+"""Name in a config -> function of (channels, settings). A new norm is one function and one row.
+The function raises `ValueError` for channel counts that it cannot normalize."""
 
 
 def get_norm(norm: Norm, ws: WSSettings) -> Norm:
-    """What to hand detectron2's builders as `norm`.
+    """The `norm` argument for detectron2's builders.
 
-    Where a norm layer cannot be built, the function returned builds a placeholder that
-    `check_norm_layers` refuses: detectron2 does not tell it which layer the norm is for, and its
-    RetinaNet head (0.6, main) builds one for 1 or 32 channels just to look at its type.
+    Where a norm layer cannot be built, the returned function builds a placeholder instead, which
+    `check_norm_layers` refuses later. Raising at once would be wrong: the function does not know
+    which layer the norm is for, and detectron2's RetinaNet head (0.6, main) builds one for 1 or 32
+    channels only to look at its type.
 
     Args:
-        norm: a name; or a function of the channel count, which is returned as it is.
-        ws: passed to the function of the table.
+        norm: a name, or a function of the channel count.
+        ws: passed to the function in `NORMS`.
 
     Returns:
-        A function of the channel count for the names in `NORMS`, else `norm` itself.
+        A function of the channel count for the names in `NORMS`, otherwise `norm` itself.
     """
     if not isinstance(norm, str) or norm not in NORMS:
         return norm
@@ -59,17 +60,17 @@ def get_norm(norm: Norm, ws: WSSettings) -> Norm:
 
 
 def check_norm(key: str, norm: str) -> None:
-    """Raises ConfigError where `norm` is neither in `NORMS` nor a name that detectron2 knows."""
+    """Raises ConfigError if `norm` is neither in `NORMS` nor a name that detectron2 knows."""
     if norm not in NORMS and not is_stock_norm(norm):
         names = ", ".join(f'"{name}"' for name in ("", "BN", "SyncBN", "FrozenBN", *NORMS))
         raise ConfigError(
-            f"{key} is {norm!r}; allowed: {names} and what else detectron2.layers.get_norm of the "
-            "installed version knows"
+            f"{key} is {norm!r}; allowed: {names} and other names that detectron2.layers.get_norm "
+            "of the installed version accepts"
         )
 
 
 def is_stock_norm(norm: str) -> bool:
-    """Whether the installed detectron2 builds a norm of this name by itself."""
+    """Whether the installed detectron2 knows a norm of this name."""
     try:
         build_stock_norm(norm, 32)
     except KeyError:
@@ -82,7 +83,7 @@ def check_norm_layers(module: nn.Module, part: str) -> None:
 
     Args:
         module: built with `get_norm`.
-        part: its place in the model, for the message.
+        part: name of `module` in the model, for the message.
     """
     for name, norm in module.named_modules():
         if isinstance(norm, _Unbuildable):

@@ -1,6 +1,6 @@
-"""The parts of a model that WS reaches: their registered names, and the last step of building one.
+"""The model parts with WS: their registered names, and the last step of building one.
 
-`REGISTRATIONS` is the one place that knows the names; folding, checks and documentation read it.
+Only `REGISTRATIONS` lists the names; folding, checks and warnings read it.
 """
 
 import logging
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class Registration(NamedTuple):
-    """A registered name and the name of detectron2 that it takes the place of.
+    """A registered part with WS and the detectron2 part that it replaces.
 
     Attributes:
         registry: where both are registered.
-        key: the config key that takes them.
-        name: builds the part with WS.
-        stock: builds a part that computes the same from folded weights.
-        norms: switch of MODEL.WS -> key of the norm behind the convs that it standardizes.
+        key: the config key for their names.
+        name: of the part with WS.
+        stock: name of detectron2's part, which has the same outputs with folded weights.
+        norms: switch in MODEL.WS -> key of the norm after the convs that it standardizes.
     """
 
     registry: Registry
@@ -75,7 +75,7 @@ REGISTRATIONS = [
         "WSSemSegFPNHead", "SemSegFPNHead", {"SEM_SEG_HEAD": "MODEL.SEM_SEG_HEAD.NORM"},
     ),
 ]  # fmt: skip
-"""A project that registers a WS part of its own appends a row."""
+"""Append a row for a WS part that your own project registers."""
 
 
 def registrations_in(cfg: CfgNode) -> list[Registration]:
@@ -84,7 +84,7 @@ def registrations_in(cfg: CfgNode) -> list[Registration]:
 
 
 def stock_name(key: str, name: str) -> str:
-    """detectron2's name for what is registered as `name` under `key`; `name` if that is stock."""
+    """detectron2's name for the part that `key` names `name`; `name` itself if it is stock."""
     stock = [row.stock for row in REGISTRATIONS if (row.key, row.name) == (key, name)]
     return stock[0] if stock else name
 
@@ -92,20 +92,20 @@ def stock_name(key: str, name: str) -> str:
 def finish_part(
     module: nn.Module, ws: WSSettings, *, switch: str, part: str, norm_key: str
 ) -> None:
-    """Checks the norm layers of a part that detectron2 has built, and standardizes its convs.
+    """Checks the norm layers of a part built by detectron2, and converts its convs to WS.
 
     Logs which convs were converted and which were not.
 
     Args:
-        module: the part, built with norms of `get_norm`.
+        module: the part, built with norms from `get_norm`.
         ws: which parts are standardized, and how.
-        switch: the key of MODEL.WS that says whether this one is.
-        part: its place in the model, for messages.
-        norm_key: the config key that decides whether norm layers follow its convs.
+        switch: the key in MODEL.WS that turns WS on for this part.
+        part: name of `module` in the model, for messages.
+        norm_key: the config key of its norm, for messages.
 
     Raises:
-        ConfigError: a norm layer does not fit its channels; or the part is to be standardized and
-            no conv of it is followed by a norm layer, so WS could do nothing.
+        ConfigError: a norm layer does not fit its channels; or WS is on, but no conv of the part
+            is followed by a norm layer.
     """
     check_norm_layers(module, part)
     if not getattr(ws, switch.lower()):
@@ -113,7 +113,7 @@ def finish_part(
     report = convert_to_ws(module, ws.eps, ws.mode)
     if not report.converted:
         raise ConfigError(
-            f"WS needs convs with a norm layer behind them, and {part} has none; check {norm_key} "
+            f"WS needs convs followed by a norm layer, and {part} has none; check {norm_key} "
             f'(allowed: "GN", "BN", "SyncBN", "FrozenBN") or set MODEL.WS.{switch} False'
         )
     logger.info("WS (%s, eps %g) in %s: %s", ws.mode, ws.eps, part, report)

@@ -17,16 +17,16 @@ class WSSettings:
         backbone: standardize the bottom-up network (stem and shortcuts included).
         fpn: standardize the lateral and output convs of the FPN.
         box_head: standardize the convs of the box head.
-        mask_head: standardize the convs of the mask head before its deconvolution.
+        mask_head: standardize the convs of the mask head, before its deconvolution.
         retinanet_head: standardize the towers of RetinaNet's head.
         sem_seg_head: standardize the semantic head of Panoptic FPN.
         mode: `mode` of `standardize_weight`.
         eps: `eps` of `standardize_weight`.
-        gn_groups: number of groups wherever one of these parts has NORM "GN". detectron2 itself
-            fixes it at 32 (arXiv:1803.08494, table 3).
+        gn_groups: number of groups where one of these parts has NORM "GN"; 32 in detectron2
+            (arXiv:1803.08494, table 3).
 
     Raises:
-        ConfigError: a value cannot work; names its config key.
+        ConfigError: a value is not allowed; names its config key.
     """
 
     backbone: bool = True
@@ -41,7 +41,7 @@ class WSSettings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(getattr(type(self), name), bool):  # a switch, by its default
+            if isinstance(getattr(type(self), name), bool):  # a switch has a boolean default
                 _require(name, value, value in (True, False), "a boolean")
         _require("mode", self.mode, self.mode in WS_MODES, f"one of {', '.join(WS_MODES)}")
         is_number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
@@ -53,11 +53,11 @@ class WSSettings:
     def from_config(cls, cfg: CfgNode) -> "WSSettings":
         """Reads MODEL.WS.
 
-        A config without that node, from a project that only imports ws_detectron and names one of
-        its builders, means the defaults.
+        A config without that node gets the defaults: a project may import ws_detectron and name
+        one of its builders without calling `add_ws_config`.
 
         Raises:
-            ConfigError: an unknown key, or a value that cannot work; names the key.
+            ConfigError: a key is unknown, or a value is not allowed; names the key.
         """
         node = cfg.MODEL.get("WS", {})
         known = [key.name.upper() for key in fields(cls)]

@@ -1,4 +1,4 @@
-"""What a measured time depends on, to be written beside it."""
+"""Describes machine and versions, to be recorded with measurements."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
     """Date, machine, system and versions.
 
     Args:
-        packages: distributions whose versions matter; those not installed are left out.
+        packages: distributions to list with their versions, if installed.
     """
     found: dict[str, Any] = {
         "date": utc_now(),
@@ -47,11 +47,11 @@ def utc_now() -> str:
 
 
 def package_version() -> str:
-    """Version of this package; in a clone with the commit, and whether files differ from it."""
+    """Version of this package; in a clone with the commit, and whether code differs from it."""
     root = Path(ws_detectron.__file__).resolve().parent.parent
     where = _git(root, "rev-parse", "--show-toplevel", "--short=12", "HEAD")
     top, _, commit = where.rpartition("\n")
-    # A package installed inside somebody else's repository must not get that one's commit.
+    # If the package is installed inside another repository, the commit is not ours.
     if not top or Path(top).resolve() != root:
         return ws_detectron.__version__
     code = ("ws_detectron", "configs", "tools")
@@ -60,7 +60,7 @@ def package_version() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git prints; nothing without git, or outside the repositories that it trusts."""
+    """The output of git; empty without git, or in a repository that git does not trust."""
     try:
         done = subprocess.run(
             ["git", *arguments],
@@ -81,7 +81,7 @@ def _load_average() -> Optional[float]:
 
 
 def cpu_model() -> str:
-    """The processor's model, where Linux tells it, else what `platform` says."""
+    """Model name of the processor, on Linux; elsewhere what `platform` says."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(

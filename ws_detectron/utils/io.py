@@ -1,4 +1,4 @@
-"""File output: atomic (a reader sees the old file or the new one), and never over an input."""
+"""Writes files atomically (a reader sees the old file or the new one), and never over an input."""
 
 import csv
 import io
@@ -15,10 +15,10 @@ from ws_detectron.errors import UserError, find_disk_error, write_error
 
 @contextmanager
 def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside `path` and moves it there when the body ends well.
+    """Opens a temporary file and moves it to `path` when the body succeeds.
 
-    The temporary file lies in the same folder because `os.replace` is atomic only within one file
-    system. When the body raises, `path` is left as it was. Missing parent folders are made.
+    The temporary file is in the same folder, because `os.replace` is atomic only within one file
+    system. If the body raises, `path` stays unchanged. Missing parent folders are created.
 
     Args:
         path: the file to write.
@@ -26,7 +26,7 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
 
     Raises:
         ValueError: `mode` is neither of the two.
-        WriteError: the file cannot be made, or the disk is full.
+        WriteError: the file cannot be created, or the disk is full.
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode must be 'w' or 'wb', got {mode!r}")
@@ -35,18 +35,17 @@ def atomic_write(path: Union[str, Path], mode: str = "w") -> Iterator[IO[Any]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = tempfile.NamedTemporaryFile(
-            # long names would exceed what file systems allow
             mode,
             encoding=encoding,
             dir=path.parent,
-            prefix=f".{path.name[:40]}.",
+            prefix=f".{path.name[:40]}.",  # file systems limit the length of names
             delete=False,
         )
     except OSError as error:
         raise write_error(error, path) from error
     try:
         with handle:
-            # NamedTemporaryFile makes files private to the user; give them the usual permissions.
+            # NamedTemporaryFile creates files for the user only; set the usual permissions.
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(handle.name, 0o666 & ~umask)
@@ -64,11 +63,11 @@ def refuse_overwrite(
     outputs: Union[str, Path, Iterable[Union[str, Path]]],
     inputs: Iterable[Union[str, Path, None]],
 ) -> None:
-    """Nothing is written over what is read, under whatever name or link it goes.
+    """Refuses outputs that would overwrite an input, also through links.
 
     Args:
-        outputs: the file, or files, that will be written.
-        inputs: files that are read; what is no file of this machine is ignored.
+        outputs: the file or files to be written.
+        inputs: files that are read; paths that do not exist here are ignored.
 
     Raises:
         UserError: an output is an input; names both.
@@ -86,20 +85,20 @@ def refuse_overwrite(
 
 
 def _identity(path: Union[str, Path]) -> Optional[tuple[int, int]]:
-    """What all names of an existing file have in common; links are followed."""
+    """Device and inode of an existing file, following links."""
     try:
-        # realpath: `new/../a` is `a`, which it will be once the folder `new` is made
+        # realpath resolves `new/../a` even if the folder `new` does not exist yet
         status = os.stat(os.path.realpath(path))
-    except (OSError, ValueError):  # ValueError: no file has a NUL in its name
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return None
     return status.st_dev, status.st_ino
 
 
 def check_folder(path: Union[str, Path]) -> None:
-    """Files can be written into a folder, which need not be there; nothing is made.
+    """Checks that files can be written into a folder, which need not exist; creates nothing.
 
     Raises:
-        UserError: it cannot be made or written into; names it and the reason.
+        UserError: it cannot be created or written to; gives the reason.
     """
     folder = Path(path).absolute()
     existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
@@ -115,10 +114,10 @@ def check_folder(path: Union[str, Path]) -> None:
 
 @contextmanager
 def writing(path: Union[str, Path]) -> Iterator[None]:
-    """A body whose only use of the file system is to write to `path`, or into it.
+    """Turns OSErrors of the body, which writes to the file or folder `path`, into a `WriteError`.
 
     Raises:
-        WriteError: the system refused; names `path` and the reason.
+        WriteError: the body raised an OSError; names `path` and the reason.
     """
     try:
         yield
@@ -137,16 +136,16 @@ def write_text(path: Union[str, Path], text: str) -> None:
 def write_json(
     path: Union[str, Path], content: Any, *, indent: Optional[int] = 1, allow_nan: bool = True
 ) -> None:
-    """Writes JSON with a line feed at its end, atomically.
+    """Writes JSON with a final line feed, atomically.
 
     Raises:
-        ValueError: a value is NaN or infinite, and `allow_nan` is not set.
+        ValueError: a value is NaN or infinite and `allow_nan` is False.
     """
     write_text(path, json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n")
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """The rows as CSV, with the line ends that `git` and Unix tools expect."""
+    """The rows as CSV with Unix line ends."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -19,19 +19,19 @@ class AlreadyLocked(UserError):
 
 @contextmanager
 def locked(path: Path, busy: str) -> Iterator[IO[Any]]:
-    """Locks a file, without waiting for it; a killed process holds nothing.
+    """Locks a file without waiting; the lock ends with the process, also if it is killed.
 
     Args:
-        path: of the lock, an empty file; made where there is none, with its folders.
-        busy: what to tell the user where another process holds it.
+        path: of the lock file, which is empty; it and its folders are created if missing.
+        busy: message if another process holds the lock.
 
     Yields:
-        The open file. A process that inherits it keeps the lock until it ends, too. Where the file
-        system has no locks, as some network file systems, it is not locked, and a warning says so.
+        The open file. A child process that inherits it also holds the lock. On a file system
+        without locks, as some network file systems, a warning is logged and nothing is locked.
 
     Raises:
         AlreadyLocked: with `busy` as its message.
-        WriteError: the file cannot be made.
+        WriteError: the file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def locked(path: Path, busy: str) -> Iterator[IO[Any]]:
             raise AlreadyLocked(busy) from error
         except portalocker.LockException as error:
             logger.warning(
-                "%s cannot be locked (%s): nothing stops a second process from working there",
+                "%s cannot be locked (%s): a second process could write to the same files",
                 path,
                 error,
             )

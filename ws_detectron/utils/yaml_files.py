@@ -1,9 +1,9 @@
-"""YAML files, read without running what they ask for and in time bounded by their size.
+"""Reads YAML files without running code in them, and in time bounded by their size.
 
-detectron2's own `CfgNode.merge_from_file` reads with `allow_unsafe=True`: a tag like
-`!!python/object/apply:os.system` runs. The same files of fvcore are read here, with `_BASE_`, but
-safely. Its default is left on for detectron2's own model zoo only, as `Base-RetinaNet.yaml` there
-computes its anchors in such a tag.
+detectron2's `CfgNode.merge_from_file` defaults to `allow_unsafe=True`, which runs tags such as
+`!!python/object/apply:os.system`. This module reads the same files safely, including `_BASE_`.
+Only configs in detectron2's own model zoo may use such tags: its `Base-RetinaNet.yaml` computes
+the anchors in one.
 """
 
 import io
@@ -22,28 +22,28 @@ from detectron2.utils.file_io import PathManager
 from ws_detectron.errors import ConfigError, UserError, shown
 
 _MAX_DEPTH = 50
-_MAX_NODES = 10_000  # that aliases may add to those that are written
-_MAX_DIGITS = 400  # every finite float can be written with less
-_MAX_FILES = 200  # of one chain of `_BASE_`
+_MAX_NODES = 10_000  # added by expanding aliases
+_MAX_DIGITS = 400  # of a number; enough for every finite float
+_MAX_FILES = 200  # in a `_BASE_` chain
 _STANDARD = "tag:yaml.org,2002:"
 _PYTHON = _STANDARD + "python/"
 _BASE = "_BASE_"
 
-# The files of the `_BASE_` chain that is being read, and the number of all that were read.
+# The current `_BASE_` chain, and all files read so far.
 _chain: ContextVar[tuple[tuple[str, ...], list[str]]] = ContextVar("_chain")
 
 
 def read_yaml(path: Union[str, Path], what: str = "config file") -> Any:
-    """What a YAML file holds.
+    """Returns the content of a YAML file.
 
     Args:
         path: a local file.
-        what: to call the file in errors.
+        what: what to call the file in errors.
 
     Raises:
         UserError: the file cannot be read or is not YAML.
-        ConfigError: it has a tag that builds or runs Python, a key twice, nests too deeply, or
-            expands to many times its size. Both name the file, and the line where there is one.
+        ConfigError: it has a Python tag or a duplicate key, nests too deeply, or expands to many
+            times its size. Both errors name the file and, if known, the line.
     """
     return _parsed(_text(str(path), what), f"{what} {path}")
 
@@ -52,9 +52,9 @@ def merge_config_file(cfg: CfgNode, path: Union[str, Path]) -> None:
     """`cfg.merge_from_file(path)`, safely.
 
     Raises:
-        UserError, ConfigError: of `read_yaml`, for each file of the `_BASE_` chain, and where this
-            has a loop.
-        KeyError, ValueError, AssertionError: of detectron2, where keys or values do not fit `cfg`.
+        UserError, ConfigError: as `read_yaml`, for each file of the `_BASE_` chain; or the chain
+            is circular.
+        KeyError, ValueError, AssertionError: from detectron2, if keys or values do not fit `cfg`.
     """
     merged = _SafeCfgNode(cfg)
     merged.merge_from_file(str(path), allow_unsafe=False)
@@ -63,12 +63,12 @@ def merge_config_file(cfg: CfgNode, path: Union[str, Path]) -> None:
 
 
 def load_yaml_with_base(path: Union[str, Path]) -> dict[str, Any]:
-    """fvcore's function of this name, safely; raises as `merge_config_file`."""
+    """Like fvcore's function of this name, but safe; raises as `merge_config_file`."""
     return _SafeCfgNode.load_yaml_with_base(str(path))
 
 
 class _SafeCfgNode(CfgNode):
-    """Decides for each file of a `_BASE_` chain how it is read."""
+    """Reads each file of a `_BASE_` chain safely, unless it is in detectron2's model zoo."""
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class _SafeCfgNode(CfgNode):
 
 
 def _is_zoo_file(filename: str) -> bool:
-    """Whether it is a config inside the installed detectron2, links resolved."""
+    """Whether a file is a config in the installed detectron2, after resolving links."""
     zoo = os.path.realpath(Path(detectron2.__file__).parent / "model_zoo" / "configs")
     return os.path.realpath(filename).startswith(zoo + os.sep)
 
@@ -127,14 +127,14 @@ def _parsed(text: str, where: str) -> Any:
         raise
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {_one_line(error)}") from error
-    except Exception as error:  # PyYAML's constructors raise what a value leads to
+    except Exception as error:  # PyYAML's constructors raise any type
         raise UserError(f"{where} has a value that cannot be read: {_one_line(error)}") from error
 
 
 def _check_events(text: str, where: str) -> None:
-    """Tags, doubled keys, depth and aliases, before any value is made.
+    """Checks tags, duplicate keys, depth and aliases before any value is built.
 
-    With the parser that fvcore uses: libyaml's, which is faster, differs in details.
+    Uses the same parser as fvcore; libyaml's is faster but differs in details.
     """
     open_nodes: list[_Node] = [_Node(None, False)]
     sizes: dict[str, int] = {}  # of each anchor
@@ -150,11 +150,11 @@ def _check_events(text: str, where: str) -> None:
             _check_tag(event, f"{where}, line {line}")
             if isinstance(event, yaml.ScalarEvent):
                 _check_length(event, f"{where}, line {line}")
-                twice = open_nodes[-1].add(1, event.value)
-                if twice:
+                is_duplicate = open_nodes[-1].add(1, event.value)
+                if is_duplicate:
                     raise ConfigError(
-                        f"{where}, line {line}: the key {shown(event.value, 80)} is there twice; "
-                        "YAML would take the last without a word. Keep one"
+                        f"{where}, line {line}: duplicate key {shown(event.value, 80)}; YAML would "
+                        "silently use the last. Keep one"
                     )
                 sizes.update({event.anchor: 1} if event.anchor else {})
             else:
@@ -164,7 +164,7 @@ def _check_events(text: str, where: str) -> None:
             open_nodes[-1].add(closed.size)
             sizes.update({closed.anchor: closed.size} if closed.anchor else {})
         if len(open_nodes) > _MAX_DEPTH:
-            raise ConfigError(f"{where}, line {line} is nested in more than {_MAX_DEPTH} others")
+            raise ConfigError(f"{where}, line {line} is nested more than {_MAX_DEPTH} levels deep")
         if open_nodes[-1].size > written + _MAX_NODES:
             raise ConfigError(
                 f"{where}, line {line}: aliases expand it to more than {_MAX_NODES:,} values; "
@@ -173,7 +173,7 @@ def _check_events(text: str, where: str) -> None:
 
 
 def _check_length(scalar: Any, where: str) -> None:
-    """PyYAML takes quadratic time for numbers, `1:30:00` among them."""
+    """Refuses long numbers, also such as `1:30:00`: PyYAML parses them in quadratic time."""
     if (
         scalar.implicit[0]
         and len(scalar.value) > _MAX_DIGITS
@@ -185,7 +185,7 @@ def _check_length(scalar: Any, where: str) -> None:
 
 
 class _Node:
-    """A mapping or sequence that is being parsed, and the nodes in it with aliases expanded."""
+    """A mapping or sequence being parsed; `size` counts its nodes with aliases expanded."""
 
     def __init__(self, anchor: Any, mapping: bool) -> None:
         self.anchor, self.size = anchor, 1
@@ -193,15 +193,15 @@ class _Node:
         self._mapping, self._key_is_next = mapping, True
 
     def add(self, size: int, key: Any = None) -> bool:
-        """Adds a key, value or item; whether it is a key that was there."""
+        """Adds a key, value or item; returns whether it is a duplicate key."""
         self.size += size
         if not self._mapping:
             return False
-        twice = self._key_is_next and key is not None and key != "<<" and key in self._keys
+        is_duplicate = self._key_is_next and key is not None and key != "<<" and key in self._keys
         if self._key_is_next and key is not None:
             self._keys.add(key)
         self._key_is_next = not self._key_is_next
-        return twice
+        return is_duplicate
 
 
 def _check_tag(event: Any, where: str) -> None:
@@ -213,19 +213,19 @@ def _check_tag(event: Any, where: str) -> None:
         return
     name = f"!!{known}" if known else tag
     if tag == _PYTHON + "tuple":
-        remedy = "leave the tag out; a list does the same"
+        remedy = "remove it; a list does the same"
     elif tag.startswith(_PYTHON):
         remedy = (
-            "it would run or build Python, which only detectron2's own model zoo may; write the "
-            "number or the list of values out"
+            "it would run or build Python, which only detectron2's own model zoo may; write out "
+            "the number or the list of values"
         )
     else:
-        remedy = "leave it out"
+        remedy = "remove it"
     raise ConfigError(f"{where}: the tag {shown(name, 80)} is not allowed: {remedy}")
 
 
 def _check_config(content: Any, where: str) -> None:
-    """A mapping with text as keys, and with `_BASE_` a name or names."""
+    """Checks for a mapping with string keys, in which `_BASE_` is one or several file names."""
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{where} is {found}; allowed: a YAML mapping of config keys to values")
@@ -241,21 +241,23 @@ def _check_config(content: Any, where: str) -> None:
 def _check_keys(content: dict, where: str) -> None:
     for key, value in content.items():
         if not isinstance(key, str):
-            raise ConfigError(f"{where}: the key {shown(key, 80)} is no text; put it in quotes")
+            raise ConfigError(
+                f"{where}: the key {shown(key, 80)} is not a string; put it in quotes"
+            )
         if isinstance(value, dict):
             _check_keys(value, where)
 
 
 def check_integers(value: Any, where: str, key: str = "") -> None:
-    """Integers have 64 bits; larger ones fail wherever they are first used.
+    """Refuses integers of more than 64 bits, which would fail where they are first used.
 
     Args:
-        value: of a YAML file.
-        where: for the error.
+        value: from a YAML file.
+        where: the file, for the error.
         key: of the value, with dots.
 
     Raises:
-        ConfigError: one has more; names its key.
+        ConfigError: an integer is larger; names its key.
     """
     if isinstance(value, dict):
         for name, item in value.items():

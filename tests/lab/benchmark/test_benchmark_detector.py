@@ -3,8 +3,9 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from ws_detectron.lab.benchmark import detector_step
+from ws_detectron.lab.benchmark.benchmark_report import table
 
-# the arms as they are, on a small model
+# the variants as they are, on a small model
 SMALL = [
     *["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"],
     *["MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.FPN.OUT_CHANNELS", "32"],
@@ -13,21 +14,22 @@ SMALL = [
 ]
 
 
-def test_step_and_inference_of_arms_are_measured(coco_root) -> None:
-    arms = ["gn", "gn_ws", "gn_split"]
-    steps = detector_step.measure_steps(arms, "cpu", 1, 64, rounds=1, warmup=0, opts=SMALL)
-    assert list(steps["seconds"]) == arms and not steps["refused"]
+def test_step_and_inference_of_variants_are_measured(coco_root) -> None:
+    variants = ["gn", "gn_ws", "gn_split"]
+    (steps,) = detector_step.measure_steps("cpu", 1, 0, variants, short_side=64, opts=SMALL)
+    assert list(steps["seconds"]) == variants and not steps["refused"]
+    assert steps["facts"] == {"images": 1, "short_side": 64, "mode": "plain", "depth": 18}
     more = steps["peak_bytes"]["gn_ws"] - steps["peak_bytes"]["gn"]
     # at most the standardized filters (11.2 M values in the backbone), and what is under way
     assert 0 < more < 4 * 13_000_000
-    inference = detector_step.measure_inference("cpu", 64, rounds=1, warmup=0, opts=SMALL)
+    (inference,) = detector_step.measure_inference("cpu", 1, 0, short_side=64, opts=SMALL)
     assert list(inference["seconds"]) == ["gn", "gn_ws, folded", "gn_ws, not folded"]
 
 
-def test_all_arms_get_the_same_proposals(coco_root) -> None:
+def test_all_variants_get_the_same_proposals(coco_root) -> None:
     boxes = []
-    for arm in ("bn", "gn_ws"):
-        cfg = detector_step.arm_config(arm, "cpu", 64, SMALL)
+    for variant in ("bn", "gn_ws"):
+        cfg = detector_step.detector_config(variant, "cpu", 64, SMALL)
         model = detector_step.Trainer.build_model(cfg).train()
         detector_step.propose_alike(model)
         (batch,) = detector_step.real_batches(cfg, 1, 1)
@@ -42,7 +44,7 @@ def test_all_arms_get_the_same_proposals(coco_root) -> None:
 
 
 def test_every_measurement_has_the_same_images(coco_root) -> None:
-    cfg = detector_step.arm_config("gn", "cpu", 64, SMALL)
+    cfg = detector_step.detector_config("gn", "cpu", 64, SMALL)
     once, again = (detector_step.real_batches(cfg, 2, 3) for _ in range(2))
     assert [[image["file_name"] for image in batch] for batch in once] == [
         [image["file_name"] for image in batch] for batch in again
@@ -50,7 +52,8 @@ def test_every_measurement_has_the_same_images(coco_root) -> None:
 
 
 def test_what_does_not_run_is_named(coco_root) -> None:
-    steps = detector_step.measure_steps(["sync_bn"], "cpu", 1, 64, rounds=1, warmup=0, opts=SMALL)
+    (steps,) = detector_step.measure_steps("cpu", 1, 0, ["sync_bn"], short_side=64, opts=SMALL)
     assert steps["seconds"] == {} and "SyncB" in steps["refused"]["sync_bn"]
-    with pytest.raises(ValueError, match="variant must be one of plain"):
+    assert "sync_bn does not run: ConfigError" in table({"kind": "step", "parts": [steps]})
+    with pytest.raises(ValueError, match="mode must be one of plain"):
         detector_step._apply("fp8", None, "cpu")

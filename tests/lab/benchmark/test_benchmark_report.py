@@ -1,132 +1,135 @@
-import json
+import re
 from pathlib import Path
 
 import pytest
 
 from ws_detectron.errors import DataError
-from ws_detectron.lab.benchmark.benchmark_report import BEGIN, END, update_readme, write_measurement
+from ws_detectron.lab.benchmark.benchmark_report import BEGIN, END, page_tables, table, update_page
 from ws_detectron.lab.benchmark.operation import COPY, OURS
+from ws_detectron.utils.io import write_json
 
+ROOT = Path(__file__).resolve().parents[3]
 ABOUT = {"date": "2026-01-02 03:04 UTC", "cpu": "A CPU", "cores": 2, "torch": "2.11.0",
          "command": "python tools/benchmark.py operation"}  # fmt: skip
-SPREAD = {"median": 1.234, "low": 1.1, "high": 1.3}
+FACTS = {"images": 1, "short_side": 320, "mode": "plain"}
 
 
 def operation() -> dict:
-    names = [COPY, *OURS.values(), "another"]
-    return {
-        "kind": "operation", "filters": 53, "values": 23_454_912, "threads": 2,
-        "seconds": {name: [0.1, 0.2] for name in names},
-        "milliseconds": dict.fromkeys(names, SPREAD),
-        "times_floor": dict.fromkeys(names, SPREAD),
-        "times_ours": dict.fromkeys(names, {**SPREAD, "median": 6.5}),
+    seconds = {
+        COPY: [0.1, 0.2, 0.1], OURS["official"]: [0.5, 1.0, 1.5], "another": [1.0, 4.0, 4.5]
+    }  # fmt: skip
+    part = {
+        "facts": {"filters": 53, "values": 23_454_912}, "seconds": seconds,
         "peak_bytes": {"another": 3 * 2**20},
     }  # fmt: skip
+    return {"about": ABOUT, "kind": "operation", "parts": [part]}
 
 
-def detector() -> dict:
+def steps(**facts: object) -> dict:
     part = {
-        "what": "training step", "images": 1, "short_side": 320, "variant": "plain",
-        "seconds": {"gn": [1.0, 1.5], "gn_ws": [1.31, 1.02]},
-        "median_seconds": {"gn": SPREAD, "gn_ws": SPREAD},
-        "ratios": {"gn": SPREAD, "gn_ws": {"median": 1.01, "low": 1.0, "high": 1.02}},
+        "facts": {**FACTS, **facts},
+        "seconds": {"gn": [1.0, 1.5], "gn_ws": [1.01, 1.53]},
         "peak_bytes": {"gn": 2**20, "gn_ws": 2**21},
         "refused": {"sync_bn": "ValueError: no GPU"},
     }  # fmt: skip
-    return {"kind": "detector", "parts": [part]}
+    return {"about": ABOUT, "kind": "step", "parts": [part]}
 
 
-def test_measurement_is_written_as_json_and_table(tmp_path: Path) -> None:
-    text = write_measurement(tmp_path, "cpu_operation", ABOUT, operation())
-    assert (tmp_path / "cpu_operation.md").read_text() == text
-    assert text.startswith("# Operation on a CPU")
-    row = next(line for line in text.splitlines() if line.startswith("| another"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == [
-        "another",
-        "1.2 (1.1 to 1.3)",
-        "1.23 (1.10 to 1.30)",
-        "6.50 (1.10 to 1.30)",
-        "3",
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_operation_is_related_to_the_floor_and_to_ours() -> None:
+    text = table(operation())
+    headers, _, *found = rows(text)
+    assert headers == [
+        *["operation", "ms", "times the floor", "times ours (official)", "fastest (times)"],
+        "peak, MiB",
     ]
-    assert "23,454,912 values" in text and "2 rounds" in text and "- torch: 2.11.0" in text
-    assert json.loads((tmp_path / "cpu_operation.json").read_text())["about"] == ABOUT
-
-    text = write_measurement(tmp_path, "cpu_step", ABOUT, detector())
-    assert (
-        "1.010 (1.000 to 1.020)" in text and "\nsync_bn does not run: ValueError: no GPU.\n" in text
-    )
-    assert "| 1020 (1.020)" in text and "| 1000 (1.000)" in text and "2 rounds" in text
-    assert "| times gn" in text and "1234 (1100 to 1300)" in text
+    # the floor is 2.5 copies: 0.25, 0.5 and 0.25 s, so 4, 8 and 18 times; 2, 4 and 3 times ours
+    assert found[2] == [
+        "another", "4000.0 (2500.0 to 4250.0)", "8.00 (6.00 to 13.00)", "3.00 (2.50 to 3.50)",
+        "1000.0 (2.00)", "3",
+    ]  # fmt: skip
+    assert found[0][5] == "" and "3 rounds; filters 53, values 23,454,912." in text
 
 
-def test_classifier_is_compared_with_bn_and_with_keras_by_medians_and_by_fastest(
-    tmp_path: Path,
-) -> None:
-    ratio = {"median": 1.2, "low": 1.1, "high": 1.3}
-    part = {
-        "batch_size": 2, "steps": 1000, "rounds": 2, "keras": "keras 3",
-        "seconds": {
-            "bn": [30.0, 20.0], "bn, compiled": [20.0, 16.0], "gn_ws": [33.0, 44.0],
-            "gn_ws, compiled": [22.0, 23.0], "gn_ws, Keras": [55.0, 60.0],
-        },
-        "epoch_seconds": dict.fromkeys(
-            ["bn", "bn, compiled", "gn_ws", "gn_ws, compiled", "gn_ws, Keras"],
-            {"median": 9, "low": 8, "high": 10},
-        ),
-        "times_bn": dict.fromkeys(
-            ["bn", "bn, compiled", "gn_ws", "gn_ws, compiled", "gn_ws, Keras"], ratio
-        ),
-        "times_keras": dict.fromkeys(["gn_ws", "gn_ws, compiled", "gn_ws, Keras"], ratio),
-    }  # fmt: skip
-    content = {"kind": "classifier", "parts": [part]}
-    text = write_measurement(tmp_path, "cpu_classifier", ABOUT, content)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    spread = "1.20 (1.10 to 1.30)"
-    assert [row for row in rows if row][2:] == [
-        ["bn", "9.0 (8.0 to 10.0)", "20.0", spread, "1.00", "", ""],
-        ["bn, compiled", "9.0 (8.0 to 10.0)", "16.0", spread, "1.00", "", ""],
-        ["gn_ws", "9.0 (8.0 to 10.0)", "33.0", spread, "1.65", spread, "0.60"],
-        ["gn_ws, compiled", "9.0 (8.0 to 10.0)", "22.0", spread, "1.38", spread, "0.40"],
-        ["gn_ws, Keras", "9.0 (8.0 to 10.0)", "55.0", spread, "2.75", spread, "1.00"],
-    ]
-
-
-def test_parts_of_a_measurement_share_a_table(tmp_path: Path) -> None:
-    content = detector()
-    content["parts"].append({**content["parts"][0], "images": 16})
-    text = write_measurement(tmp_path, "cpu_arms", ABOUT, content)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    rows = [row for row in rows if row]
-    columns = ["training step", "ms", "times gn", "fastest, ms (times)", "peak, MiB"]
-    assert rows[0] == ["images", *columns]
-    assert [row[:2] for row in rows[2:]] == [
+def test_facts_that_differ_are_columns() -> None:
+    content = steps()
+    content["parts"] += steps(images=16)["parts"]
+    text = table(content)
+    headers, _, *found = rows(text)
+    columns = ["training step", "ms", "times gn", "fastest (times)", "peak, MiB"]
+    assert headers == ["images", *columns]
+    assert [row[:2] for row in found] == [
         *[["1", "gn"], ["1", "gn_ws"], ["1", "sync_bn"]],
         *[["16", "gn"], ["16", "gn_ws"], ["16", "sync_bn"]],
     ]
-    assert "variant plain" in text and "short side 320 pixels" in text
+    # ratios are taken within a round: 1.01 and 1.02
+    assert found[4][2:] == ["1270 (1140 to 1400)", "1.015 (1.013 to 1.018)", "1010 (1.010)", "2"]
+    assert found[5][2:] == ["does not run", "", "", ""]
+    assert text.count("2 rounds; short side 320, mode plain.") == 1
+    assert text.count("sync_bn does not run: ValueError: no GPU.") == 1
 
 
-def test_readme_gets_the_main_tables_and_links_to_the_others(tmp_path: Path) -> None:
-    readme, folder = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+def test_gpu_and_cpu_time_are_columns() -> None:
+    content = steps()
+    (part,) = content["parts"]
+    part["gpu"] = {
+        "gn": {"busy_seconds": 0.5, "launches": 100, "host_seconds": 0.2},
+        "gn_ws": {"busy_seconds": 0.6, "launches": 101, "host_seconds": 0.25},
+    }
+    part["cpu_seconds"] = {"gn": [1.0, 2.0], "gn_ws": [3.0, 4.0]}
+    headers, _, _, gn_ws, _ = rows(table(content))
+    assert headers[-4:] == ["CPU time, s", "GPU busy, ms", "host, ms", "kernel launches"]
+    assert gn_ws[-4:] == ["4", "600.00", "250.00", "101"]
+
+
+def test_page_gets_all_tables(tmp_path: Path) -> None:
+    page, folder = tmp_path / "docs" / "performance.md", tmp_path / "results"
+    page.parent.mkdir()
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     with pytest.raises(DataError, match="holds no measurements"):
-        update_readme(readme, folder)
-    write_measurement(folder, "cpu_operation", ABOUT, operation())
-    write_measurement(folder, "cpu_step", ABOUT, detector())
-    write_measurement(folder, "cpu_arms", ABOUT, detector())
-    update_readme(readme, folder)
-    once = readme.read_text()
+        update_page(page, folder)
+    about = {**ABOUT, "gpu": "A GPU"}
+    write_json(folder / "cpu_operation.json", operation())
+    write_json(folder / "cuda_step_modes.json", {**steps(), "about": about})
+    update_page(page, folder)
+    once = page.read_text()
     assert once.startswith("before\n" + BEGIN) and once.endswith(END + "\nafter\n")
-    link = f"- [Arms on a CPU](results/cpu_arms.md), {ABOUT['date']}"
-    places = [once.index(part) for part in ("**Step on a CPU**", "**Operation on a CPU**", link)]
-    assert places == sorted(places) and "**Arms" not in once
-    assert "old" not in once and "23,454,912 values" in once and "training step" in once
-    assert (
-        "A CPU, 2 cores, torch 2.11.0" in once and "`python tools/benchmark.py operation`" in once
-    )
-    update_readme(readme, folder)
-    assert readme.read_text() == once
-    readme.write_text("no marks")
+    parts = [
+        "### Step modes on a GPU\n\nA GPU, 2",
+        "### Operation on a CPU\n\nA CPU, 2 cores",
+    ]
+    positions = [once.index(part) for part in parts]
+    assert positions == sorted(positions) and "old" not in once
+    assert table(operation()) in once and "](../results/cpu_operation.json)" in once
+    assert "\n    python tools/benchmark.py operation\n" in once
+    update_page(page, folder)
+    assert page.read_text() == once
+    page.write_text("no marks")
     with pytest.raises(DataError, match="needs the lines"):
-        update_readme(readme, folder)
+        update_page(page, folder)
+
+
+def test_committed_page_has_the_tables_of_the_committed_measurements() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    written = page.split(BEGIN)[1].split(END)[0]
+    assert written == "\n" + page_tables(ROOT / "results" / "benchmark", ROOT / "docs")
+    assert written.count("### ") == len(list((ROOT / "results" / "benchmark").iterdir())) >= 14
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    page = ROOT / "docs" / "performance.md"
+    text = page.read_text("utf-8")
+    headings = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 20
+    for link in links:
+        assert (
+            link in anchors
+            or (page.parent / link.partition("#")[0]).is_file()
+            or (page.parent / link).is_dir()
+        ), link

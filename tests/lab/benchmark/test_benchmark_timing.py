@@ -4,7 +4,7 @@ import torch
 from ws_detectron.lab.benchmark import timing
 
 
-def test_candidates_run_in_turns() -> None:
+def test_candidates_run_interleaved() -> None:
     log: list[str] = []
     candidates = {name: lambda name=name: log.append(name) for name in "abc"}
     seconds = timing.interleave(candidates, rounds=4, warmup=1, device="cpu")
@@ -12,6 +12,7 @@ def test_candidates_run_in_turns() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         timing.interleave(candidates, rounds=0, warmup=0, device="cpu")
+    assert timing.interleave({}, rounds=1, warmup=0, device="cpu") == {}
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc", "abcde"])
@@ -24,11 +25,9 @@ def test_every_candidate_stands_at_every_place_equally_often(names: str) -> None
     assert all(pairs.count((a, b)) == pairs.count((b, a)) for a in names for b in names)
 
 
-def test_ratios_are_taken_within_a_round() -> None:
-    seconds = {"slow": [2.0, 30.0, 4.0, 8.0, 5.0], "fast": [1.0, 10.0, 2.0, 2.0, 5.0]}
-    # 2, 3, 2, 4, 1
-    assert timing.ratio(seconds, "slow", "fast") == {"median": 2.0, "low": 2.0, "high": 3.0}
-    assert timing.spread([7.0]) == {"median": 7.0, "low": 7.0, "high": 7.0}
+def test_spread_is_median_and_quartiles() -> None:
+    assert timing.spread([2.0, 3.0, 2.0, 4.0, 1.0]) == (2.0, 2.0, 3.0)
+    assert timing.spread([7.0]) == (7.0, 7.0, 7.0)
 
 
 def test_peak_is_the_most_held_at_one_time() -> None:

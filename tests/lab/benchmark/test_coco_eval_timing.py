@@ -10,11 +10,8 @@ from ws_detectron.lab.benchmark.coco_eval_timing import (
     BACKENDS,
     enlarged,
     largest_difference,
-    measure,
-    write_measurement,
+    measure_coco_eval,
 )
-from ws_detectron.lab.benchmark.perturb import perturbed_predictions
-from ws_detectron.utils.environment import environment
 
 BOX = (10, 10, 20, 20)
 
@@ -35,25 +32,25 @@ def test_differences_of_results_are_found() -> None:
     truth = annotations([(1, 1, BOX)])
     one = evaluate(truth, [prediction(1, 1, BOX, 0.9)])
     assert largest_difference(one, one) == 0
-    figures = {**one.figures, "bbox": {**one.figures["bbox"], "AP75": 99.5}}
-    assert largest_difference(one, replace(one, figures=figures)) == pytest.approx(0.5)
-    figures["bbox"] = {**one.figures["bbox"], "AP75": None}
-    assert largest_difference(one, replace(one, figures=figures)) == float("inf")
+    metrics = {**one.metrics, "bbox": {**one.metrics["bbox"], "AP75": 99.5}}
+    assert largest_difference(one, replace(one, metrics=metrics)) == pytest.approx(0.5)
+    metrics["bbox"] = {**one.metrics["bbox"], "AP75": None}
+    assert largest_difference(one, replace(one, metrics=metrics)) == float("inf")
     own = {1: {**one.per_category["segm"][1], "APs": 98.0}}
     by_category = {**one.per_category, "segm": {**one.per_category["segm"], **own}}
     assert largest_difference(one, replace(one, per_category=by_category)) == pytest.approx(2)
 
 
-def test_a_measurement_is_written_down(tmp_path: Path) -> None:
-    truth = annotations([(1, 1, BOX)])
-    measured = measure(truth, perturbed_predictions(truth, 0), rounds=2)
-    assert measured["largest_difference"] < 1e-9
-    for values in measured["tasks"].values():
-        fast, slow = values["wall_s"].values()
-        assert values["ratio"] == [b / a for a, b in zip(fast, slow)] and len(fast) == 2
-    text = write_measurement(tmp_path, environment((*BACKENDS, "numpy")), measured)
-    assert text == (tmp_path / "benchmark.md").read_text()
-    content = json.loads((tmp_path / "benchmark.json").read_text())
-    assert set(content["tasks"]) == {"bbox", "segm"} and content["cpu"] and content["date"]
-    for name in ("faster-coco-eval", "pycocotools", "numpy"):
-        assert f"- {name}: {content[name]}" in text
+def test_both_evaluators_are_timed_on_the_same_data(tmp_path: Path) -> None:
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(annotations([(1, 1, BOX), (1, 2, BOX), (2, 3, BOX)])))
+    parts = list(measure_coco_eval(str(path), rounds=2, num_images=5, background=3))
+    box, mask, both = parts
+    assert [part["facts"]["task"] for part in parts] == ["box", "mask", "both"]
+    assert box["facts"]["images"] == 5 and box["facts"]["objects"] == 8
+    assert box["facts"]["largest_difference_in_percent"] < 1e-9
+    for kind in ("seconds", "cpu_seconds"):
+        for name in BACKENDS:
+            assert len(box[kind][name]) == 2 and min(box[kind][name]) > 0
+            sums = [a + b for a, b in zip(box[kind][name], mask[kind][name])]
+            assert both[kind][name] == pytest.approx(sums)

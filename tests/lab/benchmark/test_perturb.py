@@ -4,7 +4,7 @@ from small_coco import HEIGHT, WIDTH, annotations
 
 from ws_detectron.data.rle import check_masks
 from ws_detectron.evaluation.coco_files import check_ids
-from ws_detectron.evaluation.error_kinds import ERRORS, count_errors
+from ws_detectron.evaluation.error_types import ERRORS, count_errors
 from ws_detectron.lab.benchmark.perturb import Perturbation, perturbed_predictions
 
 TRUTH = annotations(

@@ -1,256 +1,166 @@
-"""Measurements as JSON, as Markdown tables, and as the performance section of the README."""
+"""Measurements as JSON, and their tables on docs/performance.md.
+
+A measurement is `{"about", "kind", "parts"}`. Each part has `facts`, which hold for all its
+candidates; `seconds`, name -> of each round; and of some kinds `peak_bytes`, `cpu_seconds`, `gpu`
+(see `timing.gpu_work`) and `refused` (reasons), by name.
+"""
 
 import json
-import math
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 from tabulate import tabulate
 
 from ws_detectron.errors import DataError
-from ws_detectron.utils.io import write_json, write_text
+from ws_detectron.utils.io import write_text
 
-from .classifier import bn_beside, same_in_keras
-from .operation import COPY, FLOOR_IN_COPIES, OURS, SPLIT_NORM, STOCK_NORM
+from .coco_eval_timing import BACKENDS
+from .operation import COPY, OURS
+from .timing import spread
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
-_MIB = 2**20
-_SHOWN = ("step", "inference", "operation")  # in the README, in this order; others are linked
-# of a detector's measurement -> how they are stated where they are the same for all parts
-_SETTINGS = {
-    "images": "{} image(s) per step",
-    "variant": "variant {}",
-    "short_side": "short side {} pixels",
+FLOOR_IN_COPIES = 2.5
+"""Forward: read W, write W_hat. Backward: read W_hat or W and the gradient, write the gradient.
+Five passes over the bytes, of which a copy makes two."""
+
+
+class Kind(NamedTuple):
+    """How the seconds of a kind of measurement are shown."""
+
+    candidate: str
+    unit: str
+    digits: int
+    ratio_digits: int
+
+
+KINDS = {
+    "step": Kind("training step", "ms", 0, 3),
+    "variants": Kind("training step", "ms", 0, 3),
+    "inference": Kind("inference", "ms", 0, 3),
+    "operation": Kind("operation", "ms", 1, 2),
+    "group_norm": Kind("GN", "ms", 2, 2),
+    "classifier": Kind("classifier", "s / epoch", 1, 2),
+    "coco_eval": Kind("evaluator", "s", 2, 1),
 }
-
-
-def write_measurement(
-    folder: Union[str, Path], name: str, about: Mapping[str, Any], measured: Mapping[str, Any]
-) -> str:
-    """Writes `<name>.json` and `<name>.md`; returns the text of the latter.
-
-    Args:
-        folder: made if need be.
-        name: device and what was measured, such as `cpu_operation`.
-        about: environment and command.
-        measured: `{"kind": "operation", "group_norm", "detector" or "classifier", ...}`.
-    """
-    content = {"about": dict(about), **measured}
-    write_json(Path(folder, f"{name}.json"), content)
-    facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items())
-    text = f"# {title(name)}\n\n{tables(content)}\n{facts}\n"
-    write_text(Path(folder, f"{name}.md"), text)
-    return text
+"""In the order of the page."""
 
 
 def title(name: str) -> str:
-    device, _, kind = name.partition("_")
-    return f"{kind.replace('_', ' ').capitalize()} on {'a GPU' if device == 'cuda' else 'a CPU'}"
+    """Of a measurement, by the name of its file: device and what was measured."""
+    device, _, what = name.partition("_")
+    what = "COCO evaluation" if what == "coco_eval" else what.replace("_", " ").capitalize()
+    return f"{what} on a {'GPU' if device == 'cuda' else 'CPU'}"
 
 
-def tables(content: Mapping[str, Any]) -> str:
-    """The tables of one measurement, with a line that says what their columns mean."""
-    if content["kind"] == "operation":
-        return _operation_table(content)
-    if content["kind"] == "group_norm":
-        return _group_norm_table(content["parts"])
-    if content["kind"] == "classifier":
-        return "\n".join(_classifier_table(part) for part in content["parts"])
-    return _detector_table(content["parts"])
-
-
-def update_readme(readme: Union[str, Path], folder: Union[str, Path]) -> None:
-    """Writes the measurements in `folder` between the two marks of the README.
-
-    The tables of `_SHOWN` in full, what most readers look for; links to the others.
+def update_page(page: Union[str, Path], folder: Union[str, Path]) -> None:
+    """Writes the tables of all measurements in `folder` between the two marks of the page.
 
     Raises:
-        DataError: the README has no such marks, or the folder no measurements.
+        DataError: the page has no such marks, or the folder no measurements.
     """
-    readme, files = Path(readme), sorted(Path(folder).glob("*.json"))
-    text = readme.read_text()
+    page = Path(page)
+    text = page.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise DataError(f"{readme}: needs the lines {BEGIN} and {END}, each once")
-    if not files:
+        raise DataError(f"{page}: needs the lines {BEGIN} and {END}, each once")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_text(page, f"{before}{BEGIN}\n{page_tables(folder, page.parent)}{END}{after}")
+
+
+def page_tables(folder: Union[str, Path], page_folder: Union[str, Path]) -> str:
+    """All measurements of a folder, with links to their files from a page in `page_folder`."""
+    measured = {path: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+    if not measured:
         raise DataError(f"{folder}: holds no measurements (*.json); make them first")
-    kinds = {file: file.stem.partition("_")[2] for file in files}
-    sections = [_section(file) for kind in _SHOWN for file in files if kinds[file] == kind]
-    links = [_link(file, readme) for file in files if kinds[file] not in _SHOWN]
-    if links:
-        sections.append("Measured as well:\n\n" + "".join(links))
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    write_text(readme, head + BEGIN + "\n\n" + "\n".join(sections) + "\n" + END + tail)
-
-
-def _section(file: Path) -> str:
-    content = json.loads(file.read_text())
-    about = content["about"]
-    machine = about.get("gpu") if file.stem.startswith("cuda") else about["cpu"]
-    return (
-        f"**{title(file.stem)}** ({machine}, {about['cores']} cores, torch {about['torch']}, "
-        f"{about['date']}; `{about['command']}`)\n\n{tables(content)}"
-    )
-
-
-def _link(file: Path, readme: Path) -> str:
-    target = Path(os.path.relpath(file.with_suffix(".md"), readme.parent)).as_posix()
-    return f"- [{title(file.stem)}]({target}), {json.loads(file.read_text())['about']['date']}\n"
-
-
-def _operation_table(content: Mapping[str, Any]) -> str:
-    rows: list[Sequence[str]] = []
-    for name, milliseconds in content["milliseconds"].items():
-        peak = content["peak_bytes"].get(name)
-        rows.append(
-            [
-                name,
-                _spread(milliseconds, 1),
-                _spread(content["times_floor"][name], 2),
-                "1.00" if name == OURS["official"] else _spread(content["times_ours"][name], 2),
-                "" if peak is None else f"{peak / _MIB:.0f}",
-                *_gpu_columns(content, name),
-            ]
+    order = list(KINDS)
+    sections = []
+    for path, content in sorted(measured.items(), key=lambda m: order.index(m[1]["kind"])):
+        about = content["about"]
+        machine = about["gpu"] if path.stem.startswith("cuda") else about["cpu"]
+        timed = BACKENDS if content["kind"] == "coco_eval" else ("torch",)
+        versions = ", ".join(f"{package} {about[package]}" for package in timed)
+        link = Path(os.path.relpath(path, page_folder)).as_posix()
+        sections.append(
+            f"\n### {title(path.stem)}\n\n{machine}, {about['cores']} cores, {versions}, "
+            f"{about['date']} ([all rounds and versions]({link})):\n\n"
+            f"    {about['command']}\n\n{table(content)}"
         )
-    headers = ["operation", "ms", "times the floor", "times ours (official)", "peak, MiB"]
-    headers += _gpu_headers([content])
-    host = content.get("host_milliseconds")
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    return f"""{table}
-
-Forward and backward over {content["filters"]} conv weights with {content["values"]:,} values in
-float32, {content["threads"]} CPU threads. Medians (and quartiles) over
-{len(content["seconds"][COPY])} rounds that ran all of them in turns; ratios are taken within a
-round. The floor is {FLOOR_IN_COPIES} times the copy of the same bytes: what must be read and
-written at least.
-{_host_line(host) if host else ""}"""
+    return "".join(sections) + "\n"
 
 
-def _host_line(host: Mapping[str, Mapping[str, float]]) -> str:
-    forward, backward = (
-        f"{host[name]['least']:.2f} ms (median {host[name]['median']:.2f})"
-        for name in ("forward", "backward")
-    )
-    return f"""
-On one thread, with kernels that do nothing, the host spends {forward} more in the
-forward of a part of all these convs than in that of plain convs, and {backward}
-more in the backward.
-"""
+def table(content: Mapping[str, Any]) -> str:
+    """The table of one measurement, a row for each candidate of each part.
 
-
-def _group_norm_table(parts: Sequence[Mapping[str, Any]]) -> str:
+    Facts in which parts differ are columns; the others stand below, as do reasons why a candidate
+    does not run.
+    """
+    parts, kind = content["parts"], KINDS[content["kind"]]
+    facts = {key: [_shown(part["facts"][key]) for part in parts] for key in parts[0]["facts"]}
+    varied = [key for key, values in facts.items() if len(set(values)) > 1]
     rows = []
-    for part in parts:
-        stock, split = (1000 * part["network"][name] for name in (STOCK_NORM, SPLIT_NORM))
-        faster = sum(
-            statistics.median(a) < statistics.median(b)
-            for a, b in zip(part["seconds"][SPLIT_NORM], part["seconds"][STOCK_NORM])
-        )
-        rows.append(
-            [
-                part["images"],
-                part["groups"],
-                part["images"] * part["groups"],
-                f"{stock:.2f}",
-                f"{split:.2f}",
-                f"{part['ratio']:.2f}",
-                f"{faster} of {len(part['shapes'])}",
-            ]
-        )
-    rounds = len(parts[0]["seconds"][STOCK_NORM][0])
-    headers = ["images", "groups", "images x groups", f"{STOCK_NORM}, ms", f"{SPLIT_NORM}, ms"]
-    headers += ["times", "shapes where split is faster"]
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    return f"""{table}
-
-GN alone, forward and backward in float32, over all features of R-50-FPN: for each shape the median
-of {rounds} interleaved rounds, summed over the norms of the network.
-"""
-
-
-def _gpu_headers(parts: Sequence[Mapping[str, Any]]) -> list[str]:
-    return ["GPU busy, ms", "launches"] if any(part.get("gpu") for part in parts) else []
-
-
-def _gpu_columns(part: Mapping[str, Any], name: str) -> list[str]:
-    if not part.get("gpu"):
-        return []
-    work = part["gpu"].get(name)
-    return (
-        ["", ""] if work is None else [f"{1000 * work['busy_seconds']:.2f}", str(work["launches"])]
-    )
-
-
-def _detector_table(parts: Sequence[Mapping[str, Any]]) -> str:
-    """One table for all parts, with a column for each setting in which they differ."""
-    settings = {key: list(dict.fromkeys(part[key] for part in parts)) for key in _SETTINGS}
-    varied = [key for key, values in settings.items() if len(values) > 1]
-    rows: list[Sequence[str]] = []
-    refused: dict[str, str] = {}
-    for part in parts:
-        where = [str(part[key]) for key in varied]
-        least = {name: min(seconds) for name, seconds in part["seconds"].items()}
-        to = next(iter(least.values()), math.nan)
+    for number, part in enumerate(parts):
+        where = {key.replace("_", " "): facts[key][number] for key in varied}
         for name in part["seconds"]:
-            rows.append(
-                [
-                    *where,
-                    name,
-                    _spread({k: 1000 * v for k, v in part["median_seconds"][name].items()}, 0),
-                    _spread(part["ratios"][name], 3),
-                    f"{1000 * least[name]:.0f} ({least[name] / to:.3f})",
-                    f"{part['peak_bytes'][name] / _MIB:.0f}",
-                    *_gpu_columns(part, name),
-                ]
-            )
-        for name, why in part["refused"].items():
-            rows.append([*where, name, "does not run", "", "", ""])
-            refused[name] = why
-    first = parts[0]
-    baseline = next(iter(first["seconds"]), "-")
-    headers = [
-        *varied, first["what"], "ms", f"times {baseline}", "fastest, ms (times)", "peak, MiB",
-        *_gpu_headers(parts),
-    ]  # fmt: skip
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    rounds = len(next(iter(first["seconds"].values()), []))
-    fixed = [text.format(settings[key][0]) for key, text in _SETTINGS.items() if key not in varied]
-    reasons = "".join(f"\n{name} does not run: {why}.\n" for name, why in refused.items())
-    return f"""{table}
-
-Mask R-CNN R-{first.get("depth", 50)}-FPN 4conv1fc, {", ".join(fixed)}; medians (and
-quartiles) over {rounds} rounds in turns, ratios within a round; and the fastest round of each, as a
-busy machine can only add to it.
-{reasons}"""
+            rows.append({**where, kind.candidate: name, **_columns(content["kind"], part, name)})
+        for name in part.get("refused", {}):
+            rows.append({**where, kind.candidate: name, kind.unit: "does not run"})
+    headers = {key: key for row in rows for key in row}
+    text = tabulate(
+        [[row.get(key, "") for key in headers] for row in rows],
+        list(headers), tablefmt="github", disable_numparse=True,
+    )  # fmt: skip
+    rounds = max((len(values) for part in parts for values in part["seconds"].values()), default=0)
+    shared = [f"{k.replace('_', ' ')} {v[0]}" for k, v in facts.items() if k not in varied]
+    reasons = {name: why for part in parts for name, why in part.get("refused", {}).items()}
+    below = [f"{rounds} rounds; {', '.join(shared)}."]
+    below += [f"{name} does not run: {why}." for name, why in reasons.items()]
+    return text + "\n\n" + "\n\n".join(below) + "\n"
 
 
-def _classifier_table(part: Mapping[str, Any]) -> str:
-    fastest = {name: min(seconds) for name, seconds in part["seconds"].items()}
-    rows = []
-    for name, seconds in fastest.items():
-        row = [name, _spread(part["epoch_seconds"][name], 1), f"{seconds:.1f}"]
-        for ratios, base in (("times_bn", bn_beside(name)), ("times_keras", same_in_keras(name))):
-            if name in part[ratios]:
-                row += [_spread(part[ratios][name], 2), f"{seconds / fastest[base]:.2f}"]
-            else:
-                row += ["", ""]
-        rows.append(row)
-    headers = ["classifier", "s / epoch", "fastest, s"]
-    headers += ["times bn", "fastest", "times the same arm in Keras", "fastest"]
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    keras = f" {part['keras']}." if "keras" in part else ""
-    return f"""{table}
+def _columns(kind_name: str, part: Mapping[str, Any], name: str) -> dict[str, str]:
+    kind = KINDS[kind_name]
+    scale = 1000 if kind.unit == "ms" else 1
+    seconds = part["seconds"][name]
+    columns = {kind.unit: _spread([scale * value for value in seconds], kind.digits)}
+    fastest = f"{scale * min(seconds):.{kind.digits}f}"
+    for header, base in _baselines(kind_name, part["seconds"], name).items():
+        ratios = [value / to for value, to in zip(seconds, base)]
+        columns[header] = _spread(ratios, kind.ratio_digits)
+        times = f" ({min(seconds) / min(base):.{kind.ratio_digits}f})"
+    columns["fastest (times)"] = fastest + times
+    if "peak_bytes" in part:
+        peak = part["peak_bytes"].get(name)
+        columns["peak, MiB"] = "" if peak is None else f"{peak / 2**20:.0f}"
+    if "cpu_seconds" in part:
+        columns["CPU time, s"] = f"{spread(part['cpu_seconds'][name])[0]:.{kind.digits}f}"
+    for header, key in (("GPU busy", "busy_seconds"), ("host", "host_seconds")):
+        if part.get("gpu"):
+            columns[f"{header}, ms"] = f"{1000 * part['gpu'][name][key]:.2f}"
+    if part.get("gpu"):
+        columns["kernel launches"] = str(part["gpu"][name]["launches"])
+    return columns
 
-Fashion-MNIST classifier, batch {part["batch_size"]}: training time for 50,000 images, from
-{part["steps"]} steps in each of {part["rounds"]} rounds in turns; medians (and quartiles), ratios
-within a round; and the fastest round of each, as a busy machine can only add to it. What is
-compiled is related to BN compiled.{keras}
-"""
+
+def _baselines(
+    kind: str, seconds: Mapping[str, Sequence[float]], name: str
+) -> dict[str, Sequence[float]]:
+    """Header -> the seconds that those of a candidate are related to, round by round."""
+    if kind == "operation":
+        floor = [FLOOR_IN_COPIES * value for value in seconds[COPY]]
+        return {"times the floor": floor, "times ours (official)": seconds[OURS["official"]]}
+    first = next(iter(seconds))
+    compiled = f"{first}, compiled"
+    same = compiled if name.endswith(", compiled") and compiled in seconds else first
+    return {f"times {first}": seconds[same]}
 
 
-def _spread(values: Mapping[str, float], digits: int) -> str:
-    median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "low", "high"))
+def _spread(values: Sequence[float], digits: int) -> str:
+    median, low, high = (f"{value:.{digits}f}" for value in spread(values))
     return f"{median} ({low} to {high})"
+
+
+def _shown(fact: object) -> str:
+    if isinstance(fact, float):
+        return f"{fact:.2g}"
+    return f"{fact:,}" if isinstance(fact, int) else str(fact)

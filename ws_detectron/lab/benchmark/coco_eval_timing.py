@@ -1,26 +1,25 @@
-"""Times the two COCO evaluators side by side on the same data."""
+"""COCO evaluation through faster-coco-eval and through pycocotools, on the same data."""
 
-import gc
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
-
-from tabulate import tabulate
+from time import process_time
+from typing import Any
 
 from ws_detectron.evaluation.coco_eval import TASKS, CocoResult, compute
+from ws_detectron.evaluation.coco_files import load_annotations
 from ws_detectron.evaluation.coco_report import TITLES
-from ws_detectron.utils.io import write_json, write_text
+
+from .perturb import Perturbation, perturbed_predictions
+from .timing import interleave
 
 BACKENDS = ("faster-coco-eval", "pycocotools")
 
 
 def enlarged(annotations: dict[str, Any], num_images: int) -> dict[str, Any]:
-    """A COCO set of any size: the images of a small one in turns, with new ids.
+    """A COCO set of any size: the images of a small one, repeated in their order, with new ids.
 
     Args:
-        annotations: of `load_annotations`.
+        annotations: as returned by `load_annotations`.
         num_images: in the new set.
     """
     images = annotations["images"]
@@ -37,58 +36,66 @@ def enlarged(annotations: dict[str, Any], num_images: int) -> dict[str, Any]:
     return {**annotations, "images": copies, "annotations": copied_objects}
 
 
-def measure(
-    annotations: dict[str, Any], predictions: Sequence[dict[str, Any]], rounds: int
-) -> dict[str, Any]:
-    """Runs both evaluators in turns.
-
-    What is timed starts with annotations and predictions in memory, checked, and ends with the
-    figures: copies, conversion of polygons, matching, accumulation. Each round runs both, the
-    first of them in turns, so that a change of the machine's load meets both.
+def measure_coco_eval(
+    annotations: str, rounds: int, num_images: int = 5000, background: float = 30, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Times both evaluators, from annotations and predictions in memory to the metrics.
 
     Args:
-        annotations: of `load_annotations`.
-        predictions: of `load_predictions`.
-        rounds: runs of each.
+        annotations: a COCO instances file, whose images are repeated under new ids.
+        rounds: as for `interleave`.
+        num_images: evaluated.
+        background: mean number of predictions per image that are on no object.
+        seed: of the predictions, which are made from the objects with the errors of detectors.
 
-    Returns:
-        `tasks`: task -> `wall_s` and `cpu_s`, backend -> seconds of each round, and `ratio`, how
-        many times longer pycocotools took in each round; `largest_difference` of any figure of the
-        two, in per cent.
+    Yields:
+        For boxes, masks and both `facts`, `seconds` and `cpu_seconds`, name -> of each round.
     """
-    tasks: dict[str, Any] = {}
+    source = load_annotations(annotations)
+    truth = enlarged(source, num_images)
+    predictions = perturbed_predictions(truth, seed, Perturbation(background=background))
+    seconds: dict[str, dict[str, list[float]]] = {}
+    cpu: dict[str, dict[str, list[float]]] = {t: {name: [] for name in BACKENDS} for t in TASKS}
+    results: dict[str, CocoResult] = {}
     difference = 0.0
+
+    def evaluate(task: str, backend: str) -> None:
+        start = process_time()
+        reference = backend == "pycocotools"
+        results[backend] = compute(truth, predictions, [task], reference=reference)
+        cpu[task][backend].append(process_time() - start)
+
     for task in TASKS:
-        wall: dict[str, list[float]] = {name: [] for name in BACKENDS}
-        cpu: dict[str, list[float]] = {name: [] for name in BACKENDS}
-        for number in range(rounds):
-            results = {}
-            for name in BACKENDS[:: 1 if number % 2 == 0 else -1]:
-                gc.collect()
-                start, start_cpu = time.perf_counter(), time.process_time()
-                results[name] = compute(
-                    annotations, predictions, [task], reference=name == "pycocotools"
-                )
-                cpu[name].append(time.process_time() - start_cpu)
-                wall[name].append(time.perf_counter() - start)
-            difference = max(difference, largest_difference(*results.values()))
-        ratio = [slow / fast for fast, slow in zip(*wall.values())]
-        tasks[task] = {"wall_s": wall, "cpu_s": cpu, "ratio": ratio}
-    return {"tasks": tasks, "largest_difference": difference}
+        actions = {name: lambda task=task, name=name: evaluate(task, name) for name in BACKENDS}
+        seconds[task] = interleave(actions, rounds, 0, "cpu")
+        difference = max(difference, largest_difference(*results.values()))
+    facts = {
+        "images": num_images,
+        "objects": len(truth["annotations"]),
+        "predictions": len(predictions),
+        "source": f"{len(source['images'])} images of {Path(annotations).name}",
+        "seed": seed,
+        "largest_difference_in_percent": difference,
+    }
+    for task in (*TASKS, "both"):
+        wall, used = (_sum(of) if task == "both" else of[task] for of in (seconds, cpu))
+        facts_of_task = {"task": TITLES.get(task, task), **facts}
+        yield {"facts": facts_of_task, "seconds": wall, "cpu_seconds": used}
+
+
+def _sum(of_tasks: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Seconds of all tasks together, round by round."""
+    tasks = of_tasks.values()
+    return {name: [sum(r) for r in zip(*(task[name] for task in tasks))] for name in BACKENDS}
 
 
 def largest_difference(one: CocoResult, other: CocoResult) -> float:
-    """The largest difference of two results' figures, categories included; infinite where one is
-    undefined and the other is not."""
+    """The largest difference of two results' metrics, categories included, in %; infinite where
+    one is undefined and the other is not."""
     pairs = [
-        (values[name], other.figures[task][name])
-        for task, values in one.figures.items()
-        for name in values
-    ]
-    pairs += [
-        (values[name], other.per_category[task][category][name])
-        for task, by_category in one.per_category.items()
-        for category, values in by_category.items()
+        (values[name], of_other[key][name])
+        for of_one, of_other in _groups(one, other)
+        for key, values in of_one.items()
         for name in values
     ]
     if any((a is None) != (b is None) for a, b in pairs):
@@ -96,47 +103,7 @@ def largest_difference(one: CocoResult, other: CocoResult) -> float:
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
 
 
-def write_measurement(
-    folder: Union[str, Path], about: dict[str, Any], measured: dict[str, Any]
-) -> str:
-    """Writes `benchmark.json` and `benchmark.md`.
-
-    Args:
-        folder: made if need be.
-        about: environment, data and command.
-        measured: of `measure`.
-
-    Returns:
-        The text of the Markdown file.
-    """
-    write_json(Path(folder, "benchmark.json"), {**about, **measured}, indent=2)
-    tasks = measured["tasks"]
-    rows = [_row(TITLES[task], [values]) for task, values in tasks.items()]
-    rows.append(_row("both", list(tasks.values())))
-    headers = ["task", *(f"{name}, s" for name in BACKENDS), "times faster", "by CPU time"]
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    facts = "\n".join(f"- {key.replace('_', ' ')}: {value}" for key, value in about.items())
-    text = f"""# COCO evaluation: faster-coco-eval and pycocotools
-
-{table}
-
-Seconds are medians over the rounds; "times faster" is the median, least and greatest of the ratios
-within each round, in which both ran one after the other. "By CPU time" depends less on what else
-the machine was doing, which a load average above 0 at the start tells of. Timed from annotations
-and predictions in memory to the figures. Largest difference of any figure of the two, categories
-included: {measured["largest_difference"]:.1e} per cent.
-
-{facts}
-"""
-    write_text(Path(folder, "benchmark.md"), text)
-    return text
-
-
-def _row(title: str, tasks: Sequence[dict[str, Any]]) -> list[str]:
-    """A line of the table: the times of `tasks` added up, round by round."""
-    fast, slow = ([sum(r) for r in zip(*(t["wall_s"][name] for t in tasks))] for name in BACKENDS)
-    cpu_fast, cpu_slow = (sum(statistics.median(t["cpu_s"][n]) for t in tasks) for n in BACKENDS)
-    ratios = [b / a for a, b in zip(fast, slow)]
-    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-    times = [f"{statistics.median(seconds):.2f}" for seconds in (fast, slow)]
-    return [title, *times, spread, f"{cpu_slow / cpu_fast:.1f}"]
+def _groups(one: CocoResult, other: CocoResult) -> Iterator[tuple[dict, dict]]:
+    yield one.metrics, other.metrics
+    for task, by_category in one.per_category.items():
+        yield by_category, other.per_category[task]

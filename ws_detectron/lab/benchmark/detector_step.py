@@ -1,9 +1,11 @@
-"""Whole detectors, arm beside arm: training steps and inference on real images, time and memory."""
+"""Training steps and inference of whole detectors on real images: time and memory."""
 
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -18,20 +20,22 @@ from ws_detectron.errors import UserError
 from ws_detectron.layers import GroupNorm, use_group_norm
 from ws_detectron.modeling import folded_copy
 
-from .timing import Action, gpu_work, interleave, peak_bytes, ratio, spread
+from .timing import Action, time_and_memory
 
-ARMS = ("bn", "frozen_bn", "sync_bn", "gn", "gn_ws")
-"""Arms of the COCO configs; what differs between them is listed in configs/README.md."""
 SPLIT = "_split"
-"""Behind the name of an arm: with our GroupNorm, split over the GPU (`layers.split_group_norm`)."""
-CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{arm}_1img.yaml"
-VARIANTS = ("plain", "channels_last", "autocast", "compile")
+"""Behind a variant's name: with our GroupNorm, split over the GPU (`layers.split_group_norm`)."""
+VARIANTS = ("bn", "frozen_bn", "sync_bn", "gn", "gn_ws", f"gn{SPLIT}", f"gn_ws{SPLIT}")
+"""Normalizations of the COCO configs; configs/README.md lists what differs between them."""
+CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{variant}_1img.yaml"
+MODES = ("plain", "channels_last", "autocast", "compile")
 
 Batch = list[dict[str, Any]]
 
 
-def arm_config(arm: str, device: str, short_side: int, opts: Sequence[str] = ()) -> CfgNode:
-    """The COCO config of an arm, from random weights and at one image size."""
+def detector_config(
+    variant: str, device: str, short_side: int, opts: Sequence[str] = ()
+) -> CfgNode:
+    """The COCO config of a variant, from random weights and at one image size."""
     options: list[Any] = [
         *["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "SEED", 0, "DATALOADER.NUM_WORKERS", 0],
         *["INPUT.MIN_SIZE_TRAIN", (short_side,), "INPUT.MAX_SIZE_TRAIN", short_side * 5 // 3],
@@ -39,11 +43,12 @@ def arm_config(arm: str, device: str, short_side: int, opts: Sequence[str] = ())
         # random weights score nothing high, and the mask head should have its usual work
         *["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0],
     ]
-    return load_config(CONFIG.format(arm=arm.removesuffix(SPLIT)), [*map(str, options), *opts])
+    name = CONFIG.format(variant=variant.removesuffix(SPLIT))
+    return load_config(name, [*map(str, options), *opts])
 
 
 def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
-    """The first batches of the training set, the same ones for every arm.
+    """The first batches of the training set, the same ones for every variant.
 
     Args:
         images: in each batch.
@@ -57,108 +62,83 @@ def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
 
 
 def measure_steps(
-    arms: Sequence[str],
-    device: str,
-    images: int,
-    short_side: int,
-    rounds: int,
-    warmup: int,
-    variant: str = "plain",
-    opts: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Times training steps (forward, backward, SGD) of several arms in turns.
+    device: str, rounds: int, warmup: int, variants: Sequence[str], batches: Sequence[int] = (1,),
+    modes: Sequence[str] = ("plain",), short_side: Optional[int] = None, opts: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Times training steps (forward, backward, SGD) of several variants.
 
     All of them get the same images and the same proposals, and the LR is 0.
 
     Args:
-        arms: of `ARMS`, with `SPLIT` behind them or not, the baseline first.
-        images: per step.
-        short_side: of the images, pixels.
-        rounds, warmup: of `interleave`.
-        variant: of `VARIANTS`; "autocast" is bfloat16 on a CPU and float16 with a gradient scaler
-            on a GPU, "compile" compiles backbone and FPN, for one size of image: all steps then
-            have the same batch, as each further size is compiled anew for minutes, and one
-            compilation for all sizes takes longer still.
-        opts: KEY VALUE overrides of every arm's config.
+        device, rounds, warmup: as for `interleave`.
+        variants: of `VARIANTS`, the baseline first.
+        batches: images per step, of which each is measured.
+        modes: of `MODES`, of which each is measured; "autocast" is bfloat16 on a CPU and float16
+            with a gradient scaler on a GPU, "compile" compiles backbone and FPN, for one size of
+            image: all steps then have the same batch, as each further size is compiled anew for
+            minutes, and one compilation for all sizes takes longer still.
+        short_side: of the images, pixels; None: 800 on a GPU, 320 on a CPU.
+        opts: KEY VALUE overrides of every variant's config.
 
-    Returns:
-        `seconds` and `peak_bytes` by arm, `ratios` to the first arm, and `refused`: arm -> reason,
-        for those that do not run.
+    Yields:
+        For each batch and mode `facts`, what `time_and_memory` returns, and `refused`: variant ->
+        reason, for those that do not run.
     """
-    actions: dict[str, Action] = {}
-    refused: dict[str, str] = {}
-    first = arm_config(arms[0], device, short_side, opts)
-    batches = real_batches(first, images, rounds + warmup + 3)
-    if variant == "compile":
-        batches = batches[:1]
-    for arm in arms:
-        try:
-            cfg = arm_config(arm, device, short_side, opts)
-            check_device(cfg, num_gpus=1)
-            action = _training_step(cfg, batches, variant, split=arm.endswith(SPLIT))
-            action()
-        except (RuntimeError, UserError, ValueError, NotImplementedError) as error:
-            refused[arm] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        else:
-            actions[arm] = action
-    about = {
-        "images": images,
-        "short_side": short_side,
-        "variant": variant,
-        "depth": first.MODEL.RESNETS.DEPTH,
-    }
-    return {**about, **_measure(actions, rounds, warmup, device), "refused": refused}
+    short_side = short_side or _short_side(device)
+    for images, mode in itertools.product(batches, modes):
+        actions: dict[str, Action] = {}
+        refused: dict[str, str] = {}
+        cfgs = {v: detector_config(v, device, short_side, opts) for v in variants}
+        first = cfgs[variants[0]]
+        samples = real_batches(first, images, 1 if mode == "compile" else rounds + warmup + 3)
+        for variant, cfg in cfgs.items():
+            try:
+                check_device(cfg, num_gpus=1)
+                action = _training_step(cfg, samples, mode, split=variant.endswith(SPLIT))
+                action()
+            except (RuntimeError, UserError, ValueError, NotImplementedError) as error:
+                refused[variant] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            else:
+                actions[variant] = action
+        measured = time_and_memory(actions, rounds, warmup, device)
+        yield {"facts": _facts(first, images, short_side, mode), **measured, "refused": refused}
 
 
 def measure_inference(
-    device: str, short_side: int, rounds: int, warmup: int, opts: Sequence[str] = ()
-) -> dict[str, Any]:
+    device: str, rounds: int, warmup: int, short_side: Optional[int] = None,
+    opts: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Times inference of one image at a time: GN, GN+WS folded, and GN+WS as it is trained.
 
-    Returns:
-        As `measure_steps`, with GN first.
+    Args:
+        device, rounds, warmup, short_side, opts: as for `measure_steps`.
+
+    Yields:
+        One part, as `measure_steps`, with GN first.
     """
-    cfgs = {arm: arm_config(arm, device, short_side, opts) for arm in ("gn", "gn_ws")}
-    batches = real_batches(cfgs["gn"], 1, rounds + warmup + 3)
+    short_side = short_side or _short_side(device)
+    cfgs = [detector_config(v, device, short_side, opts) for v in ("gn", "gn_ws")]
+    batches = real_batches(cfgs[0], 1, rounds + warmup + 3)
     torch.manual_seed(0)
-    models = {arm: Trainer.build_model(cfg).eval() for arm, cfg in cfgs.items()}
-    folded = folded_copy(models["gn_ws"])
-    # the same filters everywhere, so that all find the same boxes
-    models["gn"].load_state_dict(folded.state_dict())
-    candidates = {
-        "gn": models["gn"],
-        "gn_ws, folded": folded,
-        "gn_ws, not folded": models["gn_ws"],
-    }
-    actions = {name: _inference(model, batches) for name, model in candidates.items()}
-    about = {
-        "images": 1,
-        "short_side": short_side,
-        "variant": "plain",
-        "depth": cfgs["gn"].MODEL.RESNETS.DEPTH,
-    }
-    return {**about, **_measure(actions, rounds, warmup, device), "refused": {}}
+    gn, gn_ws = (Trainer.build_model(cfg).eval() for cfg in cfgs)
+    folded = folded_copy(gn_ws)
+    gn.load_state_dict(folded.state_dict())  # the same filters, so that all find the same boxes
+    models = {"gn": gn, "gn_ws, folded": folded, "gn_ws, not folded": gn_ws}
+    actions = {name: _inference(model, batches) for name, model in models.items()}
+    measured = time_and_memory(actions, rounds, warmup, device)
+    yield {"facts": _facts(cfgs[0], 1, short_side, "plain"), **measured}
 
 
-def _measure(actions: dict[str, Action], rounds: int, warmup: int, device: str) -> dict[str, Any]:
-    if not actions:
-        return {"seconds": {}, "ratios": {}, "peak_bytes": {}}
-    seconds = interleave(actions, rounds, warmup, device)
-    first = next(iter(seconds))
-    gpu = {name: gpu_work(action) for name, action in actions.items()} if device == "cuda" else {}
-    return {
-        "gpu": gpu,
-        "seconds": seconds,
-        "median_seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratios": {name: ratio(seconds, name, first) for name in seconds},
-        "peak_bytes": {name: peak_bytes(action, device) for name, action in actions.items()},
-    }
+def _short_side(device: str) -> int:
+    return 800 if device == "cuda" else 320
 
 
-def _training_step(
-    cfg: CfgNode, batches: list[Batch], variant: str, *, split: bool = False
-) -> Action:
-    device = cfg.MODEL.DEVICE
+def _facts(cfg: CfgNode, images: int, short_side: int, mode: str) -> dict[str, Any]:
+    depth = cfg.MODEL.RESNETS.DEPTH
+    return {"images": images, "short_side": short_side, "mode": mode, "depth": depth}
+
+
+def _training_step(cfg: CfgNode, batches: list[Batch], mode: str, *, split: bool = False) -> Action:
     torch.manual_seed(0)
     model = Trainer.build_model(cfg).train()
     if split:
@@ -169,13 +149,13 @@ def _training_step(
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the step costs what it costs, and all steps have the same work
-    context, scaler = _apply(variant, model, device)
-    turn = _Turns(batches)
+    context, scaler = _apply(mode, model, cfg.MODEL.DEVICE)
+    batch = itertools.cycle(batches)
 
     def step() -> None:
-        torch.manual_seed(0)  # the same draws of proposals for every arm
+        torch.manual_seed(0)  # the same draws of proposals for every variant
         with EventStorage(0), context():
-            loss = sum(model(next(turn)).values())
+            loss = sum(model(deepcopy(next(batch))).values())
         optimizer.zero_grad()
         if scaler is None:
             loss.backward()
@@ -189,12 +169,12 @@ def _training_step(
 
 
 def propose_alike(model: nn.Module) -> None:
-    """Makes all arms propose the same boxes, whatever their features are.
+    """Makes all variants propose the same boxes, whatever their features are.
 
     RoIAlign takes a number of samples that grows with the box, and the mask head as many boxes as
-    overlap an object, so that arms with proposals of their own differ by several per cent in work
-    that has nothing to do with norm layers. With zeros in the RPN's two predictors, every anchor
-    scores the same and stays where it is.
+    overlap an object, so that variants with proposals of their own differ by several per cent in
+    work that has nothing to do with norm layers. With zeros in the RPN's two predictors, every
+    anchor scores the same and stays where it is.
 
     Args:
         model: a detectron2 model with an RPN.
@@ -206,39 +186,28 @@ def propose_alike(model: nn.Module) -> None:
 
 
 def _inference(model: nn.Module, batches: list[Batch]) -> Action:
-    turn = _Turns(batches)
+    batch = itertools.cycle(batches)
 
     def infer() -> None:
         with torch.no_grad():
-            model(next(turn))
+            model(deepcopy(next(batch)))
 
     return infer
 
 
-class _Turns:
-    """The batches one after the other, from the first again after the last."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self._batches, self._next = batches, 0
-
-    def __next__(self) -> Batch:
-        self._next += 1
-        return deepcopy(self._batches[(self._next - 1) % len(self._batches)])
-
-
 def _apply(
-    variant: str, model: nn.Module, device: str
+    mode: str, model: nn.Module, device: str
 ) -> tuple[Callable[[], AbstractContextManager], Optional[Any]]:
-    """Puts a variant into effect: the context of the forward, and the gradient scaler if any."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}")
+    """Puts a mode into effect: the context of the forward, and the gradient scaler if any."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     module: Any = model
-    if variant == "channels_last":
+    if mode == "channels_last":
         module.to(memory_format=torch.channels_last)
-    elif variant == "compile":
+    elif mode == "compile":
         module.backbone.forward = torch.compile(module.backbone.forward, dynamic=False)
-    elif variant == "autocast":
+    elif mode == "autocast":
         if device == "cuda":
-            return lambda: torch.autocast("cuda", torch.float16), torch.amp.GradScaler("cuda")
-        return lambda: torch.autocast("cpu", torch.bfloat16), None
+            return partial(torch.autocast, "cuda", torch.float16), torch.amp.GradScaler("cuda")
+        return partial(torch.autocast, "cpu", torch.bfloat16), None
     return nullcontext, None

@@ -1,7 +1,7 @@
-"""Predictions made of ground truth by adding the errors that detectors make.
+"""Predictions made from ground truth by adding the errors that detectors make.
 
-They stand in for a detector's where an evaluator is tested or timed: every kind of match and
-mismatch is among them, and a seed fixes them on every machine.
+They replace a detector's where an evaluator is tested or timed: every type of match and mismatch is
+among them, and a seed gives the same ones on every machine.
 """
 
 from collections.abc import Sequence
@@ -42,12 +42,21 @@ def perturbed_predictions(
     Args:
         annotations: COCO instances with polygons or RLEs.
         seed: of all random draws.
-        perturbation: how many errors of which kind.
+        perturbation: how many errors of each type.
     """
     draw = np.random.default_rng(seed)
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
     categories = [category["id"] for category in annotations["categories"]]
     predictions: list[dict[str, Any]] = []
+
+    def predict(
+        image_id: int, category: int, box: list[float], polygons: list[list[float]], score: float
+    ) -> None:
+        size = sizes[image_id]
+        rle = mask_util.merge(mask_util.frPyObjects(polygons, *size))
+        mask = {"size": [*size], "counts": rle["counts"].decode()}
+        entry = {"image_id": image_id, "category_id": category, "bbox": box, "score": score}
+        predictions.append({**entry, "segmentation": mask})
 
     for annotation in annotations["annotations"]:
         copies = 2 if annotation.get("iscrowd") else 1 + (draw.random() < perturbation.duplicate)
@@ -60,16 +69,15 @@ def perturbed_predictions(
                 category = int(draw.choice(categories))
             error = min(1.0, float(np.abs(shift).sum()))
             score = float(np.clip(draw.normal(0.9 - 0.6 * error, 0.15), 0.01, 1.0))
-            size = sizes[annotation["image_id"]]
-            box, polygons = _moved(annotation, shift, size)
-            predictions.append(_entry(annotation["image_id"], category, box, polygons, score, size))
+            image_id = annotation["image_id"]
+            predict(image_id, category, *_moved(annotation, shift, sizes[image_id]), score)
     for image_id, size in sizes.items():
         for _ in range(draw.poisson(perturbation.background)):
             x, y = draw.random(2) * (size[1] - 4, size[0] - 4)
             width, height = 3 + draw.random(2) * (size[1] - x - 3, size[0] - y - 3) * 0.5
             box = [float(value) for value in (x, y, width, height)]
             category, score = int(draw.choice(categories)), float(0.01 + 0.7 * draw.random() ** 3)
-            predictions.append(_entry(image_id, category, box, [_rectangle(box)], score, size))
+            predict(image_id, category, box, [_rectangle(box)], score)
     for number in np.flatnonzero(draw.random(len(predictions)) < 0.1):
         predictions[number]["score"] = max(0.1, round(predictions[number]["score"], 1))
     return predictions
@@ -88,12 +96,10 @@ def _moved(
     scale = np.exp(shift[2:])
     box = [float(v) for v in (*(origin + offset), width * scale[0], height * scale[1])]
     segmentation = annotation.get("segmentation")
-    polygons = segmentation if isinstance(segmentation, list) and segmentation else []
-    polygons = polygons or [_rectangle([x, y, width, height])]
-    limit = np.array([size[1], size[0]], dtype=np.float64)
+    polygons = segmentation if isinstance(segmentation, list) else []
     moved = [
-        ((np.reshape(polygon, (-1, 2)) - origin) * scale + origin + offset).clip(0, limit)
-        for polygon in polygons
+        ((np.reshape(polygon, (-1, 2)) - origin) * scale + origin + offset).clip(0, size[::-1])
+        for polygon in polygons or [_rectangle([x, y, width, height])]
     ]
     return box, [polygon.ravel().tolist() for polygon in moved]
 
@@ -101,21 +107,3 @@ def _moved(
 def _rectangle(box: Sequence[float]) -> list[float]:
     x, y, width, height = box
     return [x, y, x + width, y, x + width, y + height, x, y + height]
-
-
-def _entry(
-    image_id: int,
-    category: int,
-    box: list[float],
-    polygons: list[list[float]],
-    score: float,
-    size: tuple[int, int],
-) -> dict[str, Any]:
-    rle = mask_util.merge(mask_util.frPyObjects(polygons, *size))
-    return {
-        "image_id": image_id,
-        "category_id": category,
-        "bbox": box,
-        "score": score,
-        "segmentation": {"size": [*size], "counts": rle["counts"].decode()},
-    }

@@ -1,15 +1,36 @@
-"""Candidates timed in turns, so that a change of the machine's load meets all of them."""
+"""Candidates timed interleaved, so that a change of the machine's load meets all of them."""
 
 import gc
+import itertools
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-Action = Callable[[], Any]
-"""What is timed. One that returns a float, on a CPU, has timed itself: these are its seconds."""
+Action = Callable[[], object]
+
+
+def time_and_memory(
+    candidates: Mapping[str, Action], rounds: int, warmup: int, device: str
+) -> dict[str, Any]:
+    """All that is measured of candidates, by name.
+
+    Args:
+        candidates, rounds, warmup, device: as for `interleave`.
+
+    Returns:
+        `seconds` as from `interleave`; `peak_bytes`; and on CUDA `gpu`, as from `gpu_work`.
+    """
+    measured: dict[str, Any] = {"seconds": interleave(candidates, rounds, warmup, device)}
+    if device == "cuda":
+        measured["gpu"] = {name: gpu_work(action) for name, action in candidates.items()}
+    measured["peak_bytes"] = {n: peak_bytes(action, device) for n, action in candidates.items()}
+    return measured
 
 
 def interleave(
@@ -31,7 +52,7 @@ def interleave(
             garbage is collected in between.
 
     Returns:
-        Name -> seconds of each round.
+        Name -> seconds of each round; of no candidates, nothing.
 
     Raises:
         ValueError: `rounds` is below 1.
@@ -46,7 +67,7 @@ def interleave(
     gc.disable()
     try:
         for number in range(rounds):
-            for name in round_order(list(candidates), number):
+            for name in round_order(list(candidates), number) if candidates else ():
                 if collect:
                     gc.collect()
                 seconds[name].append(measure(candidates[name]))
@@ -58,7 +79,7 @@ def interleave(
 def round_order(names: Sequence[str], number: int) -> list[str]:
     """The order of one round: A B C, B C A, C A B, then the same backwards: B A C, A C B, C B A.
 
-    Over as many rounds as there are names, each stands once at every place, so none is always the
+    Over as many rounds as there are names, each is once at every position, so none is always the
     one that starts a round or follows the candidate that fills the caches; over twice as many, it
     also follows each of its neighbours as often as it precedes them.
 
@@ -66,22 +87,18 @@ def round_order(names: Sequence[str], number: int) -> list[str]:
         names: of the candidates.
         number: of the round, from 0.
     """
-    turn = number % len(names)
-    order = [*names[turn:], *names[:turn]]
+    first = number % len(names)
+    order = [*names[first:], *names[:first]]
     return order[::-1] if number // len(names) % 2 else order
 
 
-def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> dict[str, float]:
-    """How many times as long `name` took as `to`: median and quartiles of the rounds' ratios."""
-    return spread([a / b for a, b in zip(seconds[name], seconds[to])])
-
-
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
     """Median, lower and upper quartile."""
+    values = list(values)
     if len(values) == 1:
-        return {"median": values[0], "low": values[0], "high": values[0]}
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": statistics.median(values), "low": low, "high": high}
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, low, high
 
 
 def peak_bytes(action: Action, device: str) -> int:
@@ -103,25 +120,26 @@ def peak_bytes(action: Action, device: str) -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         action()
-    results: Any = profile.profiler
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in results.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda entry: entry[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    return max(itertools.accumulate(e["args"]["Bytes"] for e in changes), default=0)
 
 
 def gpu_work(action: Action) -> dict[str, float]:
-    """What one run of `action` gives a GPU to do.
+    """What one run of `action` gives a GPU and its host to do.
 
     Returns:
-        `busy_seconds`: durations of its kernels and copies, summed; `launches`: how many.
+        `busy_seconds`: durations of its kernels and copies, summed; `launches`: how many;
+        `host_seconds`: until the last of them was launched, the least of 5 runs.
     """
+    host = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        host.append(_seconds(action))
+    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         action()
@@ -133,13 +151,17 @@ def gpu_work(action: Action) -> dict[str, float]:
         and not getattr(event, "is_user_annotation", False)
     ]
     microseconds = sum(event.time_range.elapsed_us() for event in on_gpu)
-    return {"busy_seconds": microseconds / 1e6, "launches": len(on_gpu)}
+    return {
+        "busy_seconds": microseconds / 1e6,
+        "launches": len(on_gpu),
+        "host_seconds": min(host),
+    }
 
 
 def _seconds(action: Action) -> float:
     start = time.perf_counter()
-    own = action()
-    return own if isinstance(own, float) else time.perf_counter() - start
+    action()
+    return time.perf_counter() - start
 
 
 def _seconds_on_cuda(action: Action) -> float:

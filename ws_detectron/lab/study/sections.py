@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ws_detectron.evaluation.coco_report import TITLES, figure
+from ws_detectron.evaluation.coco_report import TITLES, format_metric
 from ws_detectron.evaluation.comparison import differing_keys
 from ws_detectron.evaluation.runs import Run
 
@@ -25,13 +25,13 @@ def search_blocks(results: StudyResults) -> list[Block]:
     rows = []
     for result in _searched_in_order(results):
         chosen = choices[result.cell.arm, result.cell.batch] == result.cell.choice
-        reached = "failed" if result.word == "failed" else figure(score(result))
+        reached = "failed" if result.word == "failed" else format_metric(score(result))
         rows.append(
             (
                 result.cell.arm,
                 str(result.cell.batch),
                 *(str(result.cell.choice[key]) for key in keys),
-                *(figure(result.ap.get(task)) for task in tasks),
+                *(format_metric(result.ap.get(task)) for task in tasks),
                 f"**{reached}**" if chosen else reached,
             )
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Optional
 
-from ws_detectron.evaluation.coco_report import TITLES, UNDEFINED, figure
+from ws_detectron.evaluation.coco_report import TITLES, UNDEFINED, format_metric
 from ws_detectron.evaluation.comparison import duration, effort
 from ws_detectron.evaluation.statistics import Difference, Summary
 
@@ -66,12 +66,12 @@ def cell_table(cells: Sequence[CellResult]) -> Table:
             (
                 cell.name,
                 result.word,
-                *(figure(result.ap.get(task)) for task in tasks),
+                *(format_metric(result.ap.get(task)) for task in tasks),
                 f"{cell.options['SOLVER.BASE_LR']:.4g}",
                 f"{iterations or 0} / {cell.iterations}",
                 duration(seconds),
                 duration(result.state.seconds if result.state else None),
-                figure(per_image, 3),
+                format_metric(per_image, 3),
                 UNDEFINED if memory is None else f"{memory / 2**20:,.0f} MiB",
                 "; ".join(result.notes),
             )

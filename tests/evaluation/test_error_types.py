@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+from small_coco import annotations, prediction
+
+from ws_detectron.evaluation.error_types import (
+    BOTH,
+    CORRECT,
+    DUPLICATE,
+    ERRORS,
+    IGNORED,
+    LOCALIZATION,
+    MISSED,
+    ON_BACKGROUND,
+    WRONG_CLASS,
+    classify_predictions,
+    count_errors,
+    draw_errors,
+)
+
+BOX = (10, 10, 20, 20)
+# the right part of BOX, as wide as the name says of 20 pixels: IoU width / 20
+NEARLY, POOR, BARELY = (12, 10, 18, 20), (24, 10, 6, 20), (29, 10, 1, 20)
+FAR = (80, 60, 20, 20)
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([], {MISSED: 1}),
+        ([(1, BOX, 0.9)], {CORRECT: 1}),
+        ([(1, BOX, 0.9), (1, NEARLY, 0.8)], {CORRECT: 1, DUPLICATE: 1}),
+        ([(2, BOX, 0.9)], {WRONG_CLASS: 1}),
+        ([(1, POOR, 0.9)], {LOCALIZATION: 1}),
+        ([(2, POOR, 0.9)], {BOTH: 1, MISSED: 1}),
+        ([(1, FAR, 0.9)], {ON_BACKGROUND: 1, MISSED: 1}),
+        ([(1, BARELY, 0.9)], {ON_BACKGROUND: 1, MISSED: 1}),
+        ([(1, BOX, 0.4)], {MISSED: 1}),  # below the score threshold
+        # the higher score has the object, though the other is nearer to it
+        ([(1, NEARLY, 0.9), (1, BOX, 0.8)], {CORRECT: 1, DUPLICATE: 1}),
+        # poor localization comes before all else, even where the object is found
+        ([(1, BOX, 0.9), (1, POOR, 0.8)], {CORRECT: 1, LOCALIZATION: 1}),
+        ([(1, BOX, 0.9), (2, NEARLY, 0.8)], {CORRECT: 1, WRONG_CLASS: 1}),
+    ],
+)
+def test_every_error_type_is_recognized(task: str, found: list, expected: dict) -> None:
+    truth = annotations([(1, 1, BOX)], images=1)
+    counts = count_errors(truth, [prediction(1, *entry) for entry in found], task, 0.5)
+    assert list(counts) == [CORRECT, *ERRORS]
+    assert {name: count for name, count in counts.items() if count} == expected
+
+
+def test_images_are_kept_apart_and_added_up() -> None:
+    truth = annotations([(1, 1, BOX), (2, 1, BOX), (2, 2, FAR)], images=3)
+    found = [prediction(n, 1, BOX, 0.9) for n in (1, 2, 3)]
+    counts = count_errors(truth, found, "segm", 0.5)
+    assert (counts[CORRECT], counts[MISSED], counts[ON_BACKGROUND]) == (2, 1, 1)
+
+
+def test_crowds_are_neither_missed_nor_errors() -> None:
+    truth = annotations([], crowds=[(1, 1, (0, 0, 60, 60))], images=1)
+    assert sum(count_errors(truth, [prediction(1, 1, BOX, 0.9)], "segm", 0.5).values()) == 0
+    other = count_errors(truth, [prediction(1, 2, BOX, 0.9)], "segm", 0.5)
+    assert other[ON_BACKGROUND] == 1
+
+
+def test_a_prediction_takes_the_free_object_with_the_highest_iou() -> None:
+    ious = np.array([[0.6, 0.9], [0.7, 0.8], [0.6, 0.6]])
+    types, missed = classify_predictions(ious, np.ones((3, 2), bool), np.zeros(3, bool))
+    assert types == [CORRECT, CORRECT, DUPLICATE] and not missed.any()
+
+
+def test_thresholds_are_met_from_above() -> None:
+    same, no_crowd = np.ones((1, 1), bool), np.zeros(1, bool)
+    for iou, error_type in ((0.5, CORRECT), (0.4999, LOCALIZATION), (0.1, LOCALIZATION)):
+        assert classify_predictions(np.array([[iou]]), same, no_crowd)[0] == [error_type]
+    assert classify_predictions(np.array([[0.0999]]), same, no_crowd)[0] == [ON_BACKGROUND]
+    assert classify_predictions(np.array([[0.1]]), ~same, no_crowd)[0] == [ON_BACKGROUND]
+    assert classify_predictions(np.array([[0.3]]), same, ~no_crowd)[0] == [IGNORED]
+
+
+def test_at_most_100_predictions_of_an_image_are_taken() -> None:
+    truth = annotations([(1, 1, BOX)], images=1)
+    found = [prediction(1, 1, FAR, 0.9)] * 100 + [prediction(1, 1, BOX, 0.8)]
+    counts = count_errors(truth, found, "bbox", 0.5)
+    assert (counts[ON_BACKGROUND], counts[CORRECT], counts[MISSED]) == (100, 0, 1)
+
+
+def test_the_chart_shows_every_count() -> None:
+    counts = {name: number for number, name in enumerate((CORRECT, *ERRORS), start=1)}
+    figure = draw_errors(counts, "title")
+    [axes] = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == list(counts.values())
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(counts)
+    assert {text.get_text() for text in axes.texts} == {str(n) for n in counts.values()}
+    assert axes.get_xlabel() and axes.get_title() == "title"
