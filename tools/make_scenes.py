@@ -28,16 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kind", choices=KINDS, default="shapes", help="type of the objects")
     parser.add_argument("--image-size", type=int, default=128, help="height and width, pixels")
-    parser.add_argument(
-        "--train", type=int, help="training images, 0: none; default: by image size"
-    )
-    parser.add_argument(
-        "--val", type=int, help="validation images, 0: none; default: by image size"
-    )
+    parser.add_argument("--train", type=int, help="training images; default: by size; 0: none")
+    parser.add_argument("--val", type=int, help="validation images; default: by size; 0: none")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--objects", type=int, nargs=2, metavar=("LEAST", "MOST"), help="objects per image"
-    )
+    parser.add_argument("--objects", type=int, nargs=2, metavar=("LEAST", "MOST"), help="per image")
     parser.add_argument(
         "--object-scale",
         type=float,
@@ -48,9 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-visible", type=float, help="least visible share of an object")
     parser.add_argument("--output", metavar="DIR", help="root folder of the data sets")
     parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument(
-        "--preview", metavar="PNG", help="draw the first images with their annotations"
-    )
+    parser.add_argument("--preview", metavar="PNG", help="picture of the first annotated images")
     return parser
 
 

@@ -51,7 +51,7 @@ def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture
 def nowhere(tmp_path: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both places where Fashion-MNIST is looked for are empty; `mirror` is the only mirror."""
+    """Both folders that are searched for Fashion-MNIST are empty; `mirror` is the only mirror."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "stated"))
     monkeypatch.setenv("WS_DETECTRON_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [mirror[1]])
@@ -116,7 +116,7 @@ def test_damaged_file_is_named(content: bytes, message: str, tmp_path: Path) -> 
         read_idx_gz(path)
 
 
-def test_missing_data_say_where_they_were_sought_and_what_to_set(nowhere: Path) -> None:
+def test_the_message_on_missing_data_names_folders_and_variables(nowhere: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_fashion_mnist("train")
     message = str(caught.value)
@@ -129,7 +129,7 @@ def test_missing_data_say_where_they_were_sought_and_what_to_set(nowhere: Path) 
         "WS_DETECTRON_CACHE",
     ):
         assert part in message
-    # a failed download leaves no file that looks like data
+    # a failed download leaves no file
     assert not [p for p in nowhere.rglob("*") if p.is_file()]
 
 
@@ -143,7 +143,7 @@ def test_files_in_the_cache_are_found(nowhere: Path) -> None:
         find_fashion_mnist("test", download=False)
 
 
-def test_download_puts_whole_files_where_the_variable_says(
+def test_download_writes_complete_files_to_the_folder_of_the_variable(
     nowhere: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = [gzip.compress(idx_bytes(np.full(n, 7, np.uint8))) for n in (5, 6)]
