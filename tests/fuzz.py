@@ -249,9 +249,9 @@ def yaml_files() -> dict[str, bytes]:
     files["config"] = b"MODEL:\n  WEIGHTS: ''\n  RPN: {IOU_LABELS: [0, -1, 1]}\nSEED: 1\nVERSION: 2"
     files["base"] = b"_BASE_: [other.yaml, other.yaml]\nSOLVER: {STEPS: (1, 2), BASE_LR: 1e-3}\n"
     files["tag"] = b"SEED: !!python/object/apply:eval ['1']\n"
-    arms = {"bn": "a.yaml", "gn": {"config": "b.yaml", "overrides": {"SOLVER.BASE_LR": 0.1}}}
+    variants = {"bn": "a.yaml", "gn": {"config": "b.yaml", "overrides": {"SOLVER.BASE_LR": 0.1}}}
     study = {
-        "arms": arms,
+        "variants": variants,
         "batches": [1, 2],
         "seeds": [1],
         "images": 8,

@@ -1,10 +1,11 @@
-"""Runs a study: arms x batch sizes x seeds, each cell a training, then a report of all."""
+"""Runs a study: trains variants x batch sizes x seeds, then writes a report of all runs."""
 
 import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.lab.study import (
     Options,
@@ -17,26 +18,26 @@ from ws_detectron.lab.study import (
 
 EXAMPLES = """
 examples:
-  # all of it, on the CPU; the same again goes on where it was stopped
+  # all of it, on the CPU; the same command resumes it
   python tools/run_study.py configs/studies/fashion_scenes.yaml
 
-  # two cells at a time; only what the commands are; only a report of what is there
+  # two runs at a time; only what the commands are; only a report of what is there
   python tools/run_study.py configs/studies/fashion_scenes.yaml --jobs 2
   python tools/run_study.py configs/studies/fashion_scenes.yaml --dry-run
   python tools/run_study.py configs/studies/fashion_scenes.yaml --report-only
 
-  # in several sittings: finished cells are recorded, recorded ones are not run again
+  # in several sittings: finished runs are recorded, and not trained again
   python tools/run_study.py configs/studies/fashion_scenes.yaml --records records --seeds 1
 
-  # small cells on one GPU, four at a time
+  # small runs on one GPU, four at a time
   python tools/run_study.py configs/studies/fashion_scenes.yaml --device cuda \\
       --jobs 4 --gpus 0 0 0 0
 
-  # on 8 GPUs of this machine; one Slurm job per cell (pip install -e .[slurm])
+  # on 8 GPUs of this machine; one Slurm job per run (pip install -e .[slurm])
   python tools/run_study.py configs/studies/coco_8gpu.yaml --gpus 0 1 2 3 4 5 6 7
   python tools/run_study.py configs/studies/coco_8gpu.yaml --launcher slurm --seeds 1
 
-Exit status 1 where a cell failed or is missing; it is named, and the others are reported.
+Exit status 1 where a run failed or is missing; it is named, and the others are reported.
 """
 
 
@@ -45,26 +46,28 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("study", help="a study file")
-    parser.add_argument("--jobs", type=_positive, default=1, help="cells at a time (default: 1)")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the study file's")
     parser.add_argument(
         "--gpus", type=int, nargs="+", metavar="N",
-        help="default: all, once each; one named several times is shared by as many cells",
+        help="default: all, once each; one named several times is shared by as many runs",
     )  # fmt: skip
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    parser.add_argument("--arms", nargs="+", help="run only these")
+    parser.add_argument("--variants", nargs="+", help="run only these")
     parser.add_argument("--batches", type=int, nargs="+", help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these")
     parser.add_argument(
-        "--records", metavar="DIR", type=Path, help="take finished cells from here, and keep them"
-    )
+        "--records", metavar="DIR", type=Path,
+        help="keep runs.jsonl and metrics.csv of finished runs here, and do not train them again",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument(
         "--report-only", action="store_true", help="run nothing, change nothing but the report"
     )
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="default: `report` in the study's output"
+        "--report", metavar="DIR", type=Path, help="default: that of --records, else OUTPUT/report"
     )
+    parser.add_argument("--html", action="store_true", help="write report.html, one page, as well")
     args = parser.parse_args()
     with exit_on_user_error():
         study = read_study(args.study)
@@ -75,7 +78,7 @@ def main() -> None:
             jobs=args.jobs,
             gpus=args.gpus,
             launcher=args.launcher,
-            arms=args.arms,
+            variants=args.variants,
             batches=args.batches,
             seeds=args.seeds,
             records=args.records,
@@ -87,7 +90,8 @@ def main() -> None:
             results = read_study_results(study, args.records)
         else:
             results = run_study(study, options, _say)
-        problems = report_study(results, args.report or study.output / "report", _say)
+        folder = args.report or args.records or study.output / "report"
+        problems = report_study(results, folder, _say, page=args.html)
     if problems:
         print("missing or failed:", *problems, sep="\n  ", file=sys.stderr)
         sys.exit(1)

@@ -1,7 +1,7 @@
 """tools/run_study.py as a user runs it, with real trainings of a few steps."""
 
-import csv
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -16,9 +16,9 @@ from ws_detectron.engine import load_config
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TOOL = "run_study.py"
 STUDY = """
-title: Two arms, one of which cannot be built
+title: Two variants, one of which cannot be built
 output: {output}
-arms:
+variants:
   gn_ws: quickstart/mask_rcnn_R_18_FPN_coco_gn_ws.yaml
   broken:
     config: quickstart/mask_rcnn_R_18_FPN_coco_gn_ws.yaml
@@ -48,7 +48,12 @@ def study(tmp_path: Path) -> Path:
     return path
 
 
-def test_cells_train_and_are_reported_and_a_broken_one_is_named(
+def rows_of_runs(report: str) -> list[str]:
+    """Of the variants gn_ws and broken."""
+    return re.findall(r"^\| (?:gn_ws|broken)_2img_seed1 .*$", report, re.MULTILINE)
+
+
+def test_runs_train_and_are_reported_and_a_broken_one_is_named(
     run_tool, call_tool, study: Path, tmp_path: Path
 ) -> None:
     records = tmp_path / "records"
@@ -57,56 +62,68 @@ def test_cells_train_and_are_reported_and_a_broken_one_is_named(
     assert "broken_2img_seed1 is failed: " in result.stderr and "GN_GROUPS is 48" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert "gn_ws_2img_seed1 finished in" in result.stdout
-    report = tmp_path / "out" / "report"
-    cell, broken = csv.DictReader((report / "cells.csv").open())
-    assert (cell["state"], cell["iterations"], broken["state"]) == ("finished", "4", "failed")
-    assert float(cell["bbox/AP"]) >= 0 and float(cell["segm/AP"]) >= 0
-    assert float(cell["peak_memory_bytes"]) > 1e8 and float(cell["training_seconds"]) > 0
-    assert "GN_GROUPS is 48" in (report / "index.html").read_text()
-    ran = load_config(str(tmp_path / "out" / "cells" / "gn_ws_2img_seed1" / "config.yaml"))
+    assert {path.name for path in records.iterdir()} == {
+        *("runs.jsonl", "metrics.csv", ".lock"),
+        *("report.md", "ap_over_batch.png", "learning_curves.png"),
+    }
+    report = (records / "report.md").read_text()
+    run, broken = rows_of_runs(report)
+    assert re.match(r"\| gn_ws_2img_seed1 +\| finished +(\| [\d.]+ +){2}\| 0.01 +\| 4 / 4 ", run)
+    assert re.search(r"\| [\d,]{3,} MiB ", run) and "| failed " in broken
+    assert "GN_GROUPS is 48" in broken
+    (recorded,) = map(json.loads, (records / "runs.jsonl").read_text().splitlines()[1:])
+    assert (recorded["name"], recorded["state"]) == ("gn_ws_2img_seed1", "finished")
+    assert recorded["run_record"]["peak_memory_bytes"] > 1e8
+    assert len((records / "metrics.csv").read_text().splitlines()) > 2
+    ran = load_config(str(tmp_path / "out" / "runs" / "gn_ws_2img_seed1" / "config.yaml"))
     # the config: LR 0.02 at 4 images
     assert ran.SOLVER.BASE_LR == pytest.approx(0.01) and ran.SEED == 1
-    assert not list((tmp_path / "out").glob("cells/*/*.pth"))
+    assert not list((tmp_path / "out").glob("runs/*/*.pth"))
 
-    options = ["--report-only", "--report", tmp_path / "again"]
-    status, output, errors = call_tool(TOOL, study, *options)
+    again = tmp_path / "again" / "report.md"
+    options = ["--report-only", "--report", again.parent]
+    status, output, errors = call_tool(TOOL, study, *options, "--html")
     assert status == 1 and "broken_2img_seed1 is failed" in errors
-    assert (tmp_path / "again" / "cells.csv").read_text() == (report / "cells.csv").read_text()
+    assert again.read_text() == report
+    assert "GN_GROUPS is 48" in again.with_suffix(".html").read_text()
 
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     status, output, errors = call_tool(TOOL, study, *options, "--records", records)
     assert status == 1 and "1 of 2 not started: broken_2img_seed1" in errors
-    (again, _) = csv.DictReader((tmp_path / "again" / "cells.csv").open())
-    assert again == cell
+    from_records, _ = rows_of_runs(again.read_text())
+    assert from_records.split() == run.split()
 
 
-def test_a_killed_study_goes_on_from_the_checkpoint_of_its_cell(
+def test_a_killed_study_goes_on_from_the_checkpoint_of_its_run(
     run_tool, study: Path, tmp_path: Path
 ) -> None:
-    cell = tmp_path / "out" / "cells" / "gn_ws_2img_seed1"
-    job = [sys.executable, str(TOOLS / TOOL), str(study), "--arms", "gn_ws"]
+    run = tmp_path / "out" / "runs" / "gn_ws_2img_seed1"
+    job = [sys.executable, str(TOOLS / TOOL), str(study), "--variants", "gn_ws"]
     with subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runner:
-        while not (cell / "last_checkpoint").is_file():  # an evaluation follows
+        while not (run / "last_checkpoint").is_file():  # an evaluation follows
             assert runner.poll() is None
             time.sleep(0.05)
         runner.send_signal(signal.SIGTERM)
-    assert json.loads((cell / "cell.json").read_text())["state"] == "running"
-    result = run_tool(TOOL, study, "--arms", "gn_ws")
+    assert json.loads((run / "run.json").read_text())["state"] == "running"
+    result = run_tool(TOOL, study, "--variants", "gn_ws")
     assert "gn_ws_2img_seed1 finished in" in result.stdout, result.stderr
-    assert "Starting training from iteration 2" in (cell / "log.txt").read_text()
-    first, _ = csv.DictReader((tmp_path / "out" / "report" / "cells.csv").open())
-    assert (first["state"], first["iterations"]) == ("finished", "4")
-    assert "resumed: 2 starts" in first["notes"] and float(first["bbox/AP"]) >= 0
+    assert "Starting training from iteration 2" in (run / "log.txt").read_text()
+    report = (tmp_path / "out" / "report" / "report.md").read_text()
+    row, _ = rows_of_runs(report)
+    assert re.match(r"\| gn_ws_2img_seed1 +\| finished +(\| [\d.]+ +){2}\| 0.01 +\| 4 / 4 ", row)
+    assert "resumed: 2 starts" in row
 
 
 def test_dry_run_prints_commands_and_runs_nothing(call_tool, study: Path, tmp_path: Path) -> None:
-    status, output, _ = call_tool(TOOL, study, "--dry-run", "--arms", "gn_ws")
+    status, output, _ = call_tool(TOOL, study, "--dry-run", "--variants", "gn_ws")
     (line,) = output.splitlines()
     words = shlex.split(line)
     assert status == 0 and words[1].endswith("tools/train_net.py") and "--resume" in words
     assert words[words.index("SOLVER.MAX_ITER") + 1] == "4"
     assert words[words.index("MODEL.DEVICE") + 1] == "cpu"
-    status, output, _ = call_tool(TOOL, study, "--dry-run", "--arms", "gn_ws", "--device", "cuda")
+    status, output, _ = call_tool(
+        TOOL, study, "--dry-run", "--variants", "gn_ws", "--device", "cuda"
+    )
     assert status == 0 and output == line.replace("MODEL.DEVICE cpu", "MODEL.DEVICE cuda") + "\n"
     assert not (tmp_path / "out").exists()
 
@@ -114,8 +131,16 @@ def test_dry_run_prints_commands_and_runs_nothing(call_tool, study: Path, tmp_pa
 def test_help_and_mistakes(call_tool, tmp_path: Path) -> None:
     status, output, _ = call_tool(TOOL, "--help")
     assert status == 0 and "configs/studies/fashion_scenes.yaml --jobs 2" in output
-    (tmp_path / "study.yaml").write_text("arm: {}")
+    (tmp_path / "study.yaml").write_text("variant: {}")
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml")
-    assert status == 2 and "`arms` is missing" in errors
+    assert status == 2 and "`variants` is missing" in errors
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml", "--jobs", 0)
     assert status == 2 and "less than 1" in errors
+
+
+def test_scenes_are_registered(run_tool, study: Path) -> None:
+    """In a process of its own: those of the tests have them already."""
+    text = study.read_text().replace("TRAIN: [coco_2017_val]", "TRAIN: [scenes_shapes_128_train]")
+    study.write_text(text.replace("TEST: [coco_2017_val]", "TEST: [no_set]"))
+    result = run_tool(TOOL, study)
+    assert result.returncode == 2 and "DATASETS.TEST names 'no_set'" in result.stderr

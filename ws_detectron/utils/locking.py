@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 import portalocker
 
@@ -18,12 +18,12 @@ class AlreadyLocked(UserError):
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[IO[Any]]:
-    """Locks a file without waiting; the lock ends with the process, also if it is killed.
+def locked(path: Path, busy: Optional[str]) -> Iterator[IO[Any]]:
+    """Locks a file; the lock ends with the process, also if it is killed.
 
     Args:
         path: of the lock file, which is empty; it and its folders are created if missing.
-        busy: message if another process holds the lock.
+        busy: message if another process holds the lock; None: wait for it.
 
     Yields:
         The open file. A child process that inherits it also holds the lock. On a file system
@@ -40,9 +40,11 @@ def locked(path: Path, busy: str) -> Iterator[IO[Any]]:
         raise write_error(error, path) from error
     with file:
         try:
-            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+            portalocker.lock(
+                file, portalocker.LOCK_EX | (portalocker.LOCK_NB if busy is not None else 0)
+            )
         except portalocker.AlreadyLocked as error:
-            raise AlreadyLocked(busy) from error
+            raise AlreadyLocked(busy or str(path)) from error
         except portalocker.LockException as error:
             logger.warning(
                 "%s cannot be locked (%s): a second process could write to the same files",

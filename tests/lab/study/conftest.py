@@ -1,4 +1,4 @@
-"""A small study whose cells a stand-in for tools/train_net.py runs."""
+"""A small study whose runs a stand-in for tools/train_net.py runs."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,7 +12,7 @@ from ws_detectron.lab.study import Options, Study
 
 @pytest.fixture(scope="session", autouse=True)
 def looks_often() -> Iterator[None]:
-    """The cells of the stand-in end at once."""
+    """The runs of the stand-in end at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ws_detectron.lab.study.local.POLL_SECONDS", 0.02)
         yield

@@ -1,4 +1,4 @@
-"""A small study file, and the stand-in for tools/train_net.py that runs its cells."""
+"""A small study file, and the stand-in for tools/train_net.py that runs its runs."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ import yaml
 from ws_detectron.lab.study import Study, read_study
 
 FAKE = Path(__file__).with_name("fake_train_net.py")
-ARM = "quickstart/mask_rcnn_R_18_FPN_fashion_{}_8img.yaml"
+VARIANT = "quickstart/mask_rcnn_R_18_FPN_fashion_{}_8img.yaml"
 
 
 def write_study(folder: Path, **changes: Any) -> Study:
-    """Two arms, two batches, two seeds: eight cells of 80 images, in `folder`/out.
+    """Two variants, two batches, two seeds: eight runs of 80 images, in `folder`/out.
 
     Args:
         folder: for the file, study.yaml.
@@ -22,7 +22,7 @@ def write_study(folder: Path, **changes: Any) -> Study:
     content = {
         "title": "A study",
         "output": str(folder / "out"),
-        "arms": {"bn": ARM.format("bn"), "gn": ARM.format("gn")},
+        "variants": {"bn": VARIANT.format("bn"), "gn": VARIANT.format("gn")},
         "batches": [1, 4],
         "seeds": [1, 2],
         "images": 80,
@@ -39,6 +39,6 @@ def write_study(folder: Path, **changes: Any) -> Study:
 
 
 def reach(folder: Path, box: float) -> None:
-    """Gives a cell's folder the metrics of a run that ended with this box AP; masks have half."""
+    """Gives a run's folder the metrics of a run that ended with this box AP; masks have half."""
     row = {"iteration": 20, "bbox/AP": box, "segm/AP": box / 2}
     (folder / "metrics.json").write_text(json.dumps(row) + "\n")

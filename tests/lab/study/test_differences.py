@@ -1,19 +1,18 @@
-"""Means and differences of arms, on cells whose AP is known."""
+"""Means and differences of variants, on runs whose AP is known."""
 
 import pytest
 from small_study import reach
 
 from ws_detectron.evaluation.statistics import student_t
-from ws_detectron.lab.study import study_cells
-from ws_detectron.lab.study.cell_state import FINISHED, write_state
+from ws_detectron.lab.study import study_runs
 from ws_detectron.lab.study.differences import (
-    arm_difference,
     change_of_difference,
     overall_difference,
     pairs_of_batches,
     summary,
+    variant_difference,
 )
-from ws_detectron.lab.study.results import read_results
+from ws_detectron.lab.study.records import FINISHED, read_results, write_state
 
 # seed 1, seed 2
 BOX = {("bn", 1): (10.0, 12.0), ("bn", 4): (40.0, 44.0), ("gn", 1): (40.0, 42.0)}
@@ -22,11 +21,11 @@ BOX["gn", 4] = (41.0, 45.0)
 
 @pytest.fixture
 def results(make_study) -> list:
-    cells = study_cells(make_study(), {})
-    for cell in cells:
-        write_state(cell, FINISHED, seconds=10.0)
-        reach(cell.folder, BOX[cell.arm, cell.batch][cell.seed - 1])
-    return read_results(cells)
+    runs = study_runs(make_study(), {})
+    for run in runs:
+        write_state(run, FINISHED, seconds=10.0)
+        reach(run.folder, BOX[run.variant, run.batch][run.seed - 1])
+    return read_results(runs, {})
 
 
 def test_means_over_seeds(results: list) -> None:
@@ -38,7 +37,7 @@ def test_means_over_seeds(results: list) -> None:
 
 
 def test_differences_at_a_batch_and_over_all(results: list) -> None:
-    at_one = arm_difference(results, ("gn", "bn"), 1, "bbox")
+    at_one = variant_difference(results, ("gn", "bn"), 1, "bbox")
     assert at_one is not None and at_one.mean == 30 and at_one.excludes_zero
     # over batches: gn (40.5, 43.5), bn (25, 28)
     overall = overall_difference(results, ("gn", "bn"), (1, 4), "bbox")
@@ -54,12 +53,12 @@ def test_how_a_difference_changes_with_the_batch(results: list) -> None:
     assert changed.high - 29 == pytest.approx(student_t(0.95, 100 / 34) * 10**0.5)
     back = change_of_difference(results, ("gn", "bn"), (4, 1), "bbox")
     assert back is not None and back.mean == pytest.approx(-29)
-    one = [r for r in results if r.cell.name not in ("bn_1img_seed1", "bn_1img_seed2")]
+    one = [r for r in results if r.run.name not in ("bn_1img_seed1", "bn_1img_seed2")]
     assert change_of_difference(one, ("gn", "bn"), (1, 4), "bbox") is None
 
 
-def test_a_seed_that_lacks_a_cell_is_not_in_the_overall_difference(results: list) -> None:
-    dropped = [r for r in results if r.cell.name != "bn_1img_seed1"]
+def test_a_seed_that_lacks_a_run_is_not_in_the_overall_difference(results: list) -> None:
+    dropped = [r for r in results if r.run.name != "bn_1img_seed1"]
     # bn of seed 2 alone: 28; gn as before: 42
     overall = overall_difference(dropped, ("gn", "bn"), (1, 4), "bbox")
     assert overall is not None and overall.mean == pytest.approx(42 - 28) and overall.low is None

@@ -1,4 +1,4 @@
-"""Running cells: skipped, resumed, failing, side by side, stopped."""
+"""Running runs: skipped, resumed, failing, side by side, stopped."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from ws_detectron.lab.study import (
     StudyResults,
     read_study_results,
     run_study,
-    search_cells,
-    study_cells,
+    search_runs,
+    study_runs,
 )
-from ws_detectron.lab.study.cell_state import RUNNING, last_words, read_state, write_state
 from ws_detectron.lab.study.local import _ended_by_signals, slots, study_lock
-from ws_detectron.lab.study.process import command, run_cell
+from ws_detectron.lab.study.process import command, train
+from ws_detectron.lab.study.records import RUNNING, last_words, read_state, write_state
 from ws_detectron.lab.study.report import problems_of
-from ws_detectron.lab.study.run_study import _gpus, commands
+from ws_detectron.lab.study.runner import _gpus, commands
 from ws_detectron.lab.study.slurm import JOB
 
 ONE = {"seeds": [1], "batches": [4]}
@@ -36,82 +36,82 @@ def starts(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "starts.txt").read_text().splitlines()]
 
 
-def test_all_cells_run_and_finished_ones_are_skipped(make_study, options: Options) -> None:
+def test_all_runs_run_and_finished_ones_are_skipped(make_study, options: Options) -> None:
     study = make_study()
     lines: list[str] = []
     results = run_study(study, options, lines.append)
-    assert [result.word for result in results.cells] == ["finished"] * 8
-    folder = study.output / "cells" / "bn_4img_seed1"
+    assert [result.status for result in results.runs] == ["finished"] * 8
+    folder = study.output / "runs" / "bn_4img_seed1"
     assert starts(folder)[0]["resume"] and len(starts(folder)) == 1
     assert any("[8/8]" in line and "finished in" in line for line in lines)
 
     again: list[str] = []
     run_study(study, options, again.append)
     assert len(starts(folder)) == 1
-    assert any("8 of 8 cells are finished already" in line for line in again)
+    assert any("8 of 8 runs are finished already" in line for line in again)
 
 
-def test_a_failing_cell_is_named_and_the_others_run(make_study, options: Options) -> None:
+def test_a_failing_run_is_named_and_the_others_run(make_study, options: Options) -> None:
     study = make_study(**ONE)
-    folder = study.output / "cells" / "bn_4img_seed1"
+    folder = study.output / "runs" / "bn_4img_seed1"
     folder.mkdir(parents=True)
     (folder / "fail").touch()
     lines: list[str] = []
     results = run_study(study, options, lines.append)
-    assert [result.word for result in results.cells] == ["failed", "finished"]
-    state = results.cells[0].state
+    assert [result.status for result in results.runs] == ["diverged", "finished"]
+    state = results.runs[0].state
     assert state and state.reason == (
         "training diverged at iteration 3: loss_mask is nan (exit status 3)"
     )
-    assert any("bn_4img_seed1 FAILED: training diverged" in line for line in lines)
+    assert any("bn_4img_seed1 DIVERGED: training diverged" in line for line in lines)
 
     (folder / "fail").unlink()  # it is tried again
     results = run_study(study, options, lines.append)
-    assert [result.word for result in results.cells] == ["finished", "finished"]
+    assert [result.status for result in results.runs] == ["finished", "finished"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: int) -> None:
-    """SIGTERM and SIGHUP take the cell along; after SIGKILL it lives on, and keeps the study
+    """SIGTERM and SIGHUP take the run along; after SIGKILL it lives on, and keeps the study
     locked."""
     study = make_study(**ONE)
-    (cell, other) = study_cells(study, {})
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "hang").touch()
+    (run, other) = study_runs(study, {})
+    run.folder.mkdir(parents=True)
+    (run.folder / "hang").touch()
     script = (
-        "import sys\nfrom pathlib import Path\n"
-        "from ws_detectron.study import Options, read_study, run_study\n"
+        "import sys\nfrom pathlib import Path\nimport ws_detectron.lab.scenes\n"
+        "from ws_detectron.lab.study import Options, read_study, run_study\n"
         "run_study(read_study(sys.argv[1]), Options(Path(sys.argv[2])), print)\n"
     )
     job = [sys.executable, "-c", script, str(study.output.parent / "study.yaml")]
     runner = subprocess.Popen([*job, str(options.train_net)], stdout=subprocess.DEVNULL)
     try:
-        while not (cell.folder / "starts.txt").is_file():
+        while not (run.folder / "starts.txt").is_file():
             assert runner.poll() is None
             time.sleep(0.05)
         with pytest.raises(UserError, match="is being worked on"):
             run_study(study, options, print)
         runner.send_signal(number)
         assert runner.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
-        state = read_state(cell)
+        state = read_state(run)
         assert state and state.state == "running"
         if number == signal.SIGKILL:
             with pytest.raises(UserError, match="is being worked on"):
                 run_study(study, options, print)
-        else:  # nobody holds the lock that the cell has inherited
+        else:  # nobody holds the lock that the run has inherited
             with study_lock(study.output):
                 pass
     finally:
         runner.kill()
-        (cell.folder / "hang").unlink()
+        (run.folder / "hang").unlink()
     while True:
         try:
             results = run_study(study, options, print)
             break
         except UserError:
-            time.sleep(0.05)  # the cell is about to end
-    assert [result.word for result in results.cells] == ["finished", "finished"]
-    assert len(starts(cell.folder)) == 2 and len(starts(other.folder)) == 1
+            time.sleep(0.05)  # the run is about to end
+    assert [result.status for result in results.runs] == ["finished", "finished"]
+    assert len(starts(run.folder)) == 2 and len(starts(other.folder)) == 1
 
 
 def test_nohup_keeps_a_study_from_ending() -> None:
@@ -132,10 +132,10 @@ def test_other_settings_in_the_same_folder_are_refused(make_study, options: Opti
         run_study(make_study(**ONE, overrides={"SOLVER.WEIGHT_DECAY": 0.1}), options, print)
 
 
-def test_cells_run_side_by_side(make_study, options: Options) -> None:
+def test_runs_run_side_by_side(make_study, options: Options) -> None:
     """Both hang until the other has begun: one after another they never would end."""
     study = make_study(**ONE)
-    folders = [study.output / "cells" / f"{arm}_4img_seed1" for arm in ("bn", "gn")]
+    folders = [study.output / "runs" / f"{variant}_4img_seed1" for variant in ("bn", "gn")]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "hang").touch()
@@ -146,7 +146,7 @@ def test_cells_run_side_by_side(make_study, options: Options) -> None:
                 (folder / "hang").unlink()
 
     results = run_study(study, replace(options, jobs=2), say)
-    assert [result.word for result in results.cells] == ["finished"] * 2
+    assert [result.status for result in results.runs] == ["finished"] * 2
 
 
 def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options) -> None:
@@ -161,14 +161,14 @@ def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options
     expected = {"bn": pytest.approx(0.02), "gn": pytest.approx(0.01)}
     assert lrs(results) == expected
 
-    (folder / "fail").unlink()  # it has lost: cells with another LR are finished
+    (folder / "fail").unlink()  # it diverged: runs with another LR are finished
     results = run_study(study, options, print)
-    assert lrs(results) == expected and [r.word for r in results.cells] == ["finished"] * 2
+    assert lrs(results) == expected and [r.status for r in results.runs] == ["finished"] * 2
     assert len(starts(folder)) == 1
 
 
 def lrs(results: StudyResults) -> dict[str, float]:
-    return {result.cell.arm: result.cell.options["SOLVER.BASE_LR"] for result in results.cells}
+    return {result.run.variant: result.run.options["SOLVER.BASE_LR"] for result in results.runs}
 
 
 def test_a_search_all_of_which_failed_is_tried_again(make_study, options: Options) -> None:
@@ -190,7 +190,7 @@ def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Option
     search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4]}
     study = make_study(**ONE, search=search)
     run_study(study, options, print)
-    write_state(search_cells(study)[0], RUNNING)  # as if it had been killed
+    write_state(search_runs(study)[0], RUNNING)  # as if it had been killed
     results = read_study_results(study)
     assert [*lrs(results)] == ["gn"]
     assert any("for bn at 4 images has not ended" in text for text in problems_of(results))
@@ -199,10 +199,10 @@ def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Option
 
 def test_only_what_was_asked_for_runs(make_study, options: Options) -> None:
     study = make_study()
-    results = run_study(study, replace(options, arms=["gn"], batches=[1], seeds=[2]), print)
-    assert [r.cell.name for r in results.cells if r.state] == ["gn_1img_seed2"]
-    with pytest.raises(UserError, match="--arms has ln; the study has bn, gn"):
-        run_study(study, replace(options, arms=["ln"]), print)
+    results = run_study(study, replace(options, variants=["gn"], batches=[1], seeds=[2]), print)
+    assert [r.run.name for r in results.runs if r.state] == ["gn_1img_seed2"]
+    with pytest.raises(UserError, match="--variants has ln; the study has bn, gn"):
+        run_study(study, replace(options, variants=["ln"]), print)
 
 
 @pytest.mark.parametrize(
@@ -213,25 +213,25 @@ def test_only_what_was_asked_for_runs(make_study, options: Options) -> None:
         ("none", set()),
     ],
 )
-def test_checkpoints_of_finished_cells(make_study, options: Options, keep: str, kept: set) -> None:
+def test_checkpoints_of_finished_runs(make_study, options: Options, keep: str, kept: set) -> None:
     study = make_study(**ONE, checkpoints=keep)
-    failing = study.output / "cells" / "gn_4img_seed1"
+    failing = study.output / "runs" / "gn_4img_seed1"
     failing.mkdir(parents=True)
     (failing / "fail").touch()
     (failing / "model_0000001.pth").touch()
     run_study(study, options, print)
-    finished = study.output / "cells" / "bn_4img_seed1"
+    finished = study.output / "runs" / "bn_4img_seed1"
     assert {path.stem for path in finished.glob("*.pth")} == kept
     assert (finished / "last_checkpoint").exists() == bool(kept)
     assert (failing / "model_0000001.pth").exists()
 
 
 @pytest.mark.parametrize("keep", ["last", "none"])
-def test_a_cell_is_finished_before_its_checkpoints_go(
+def test_a_run_is_finished_before_its_checkpoints_go(
     make_study, options: Options, monkeypatch: pytest.MonkeyPatch, keep: str
 ) -> None:
     """Ctrl-C may come between any two of these steps."""
-    (cell, _) = study_cells(make_study(**ONE, checkpoints=keep), {})
+    (run, _) = study_runs(make_study(**ONE, checkpoints=keep), {})
 
     def interrupt(path: Path) -> None:
         assert not (path.parent / "last_checkpoint").exists() or keep == "last"
@@ -240,16 +240,16 @@ def test_a_cell_is_finished_before_its_checkpoints_go(
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda p: interrupt(p) if p.suffix == ".pth" else unlink(p))
     with pytest.raises(KeyboardInterrupt):
-        run_cell(cell, options.train_net)
-    state = read_state(cell)
+        train(run, options.train_net)
+    state = read_state(run)
     assert state and state.state == "finished"
 
 
-def test_a_cell_that_is_a_job_of_slurm_is_left_alone(make_study, options: Options) -> None:
+def test_a_run_that_is_a_job_of_slurm_is_left_alone(make_study, options: Options) -> None:
     study = make_study(**ONE)
-    (cell, _) = study_cells(study, {})
-    cell.folder.mkdir(parents=True)
-    (cell.folder / JOB).write_text("12345")
+    (run, _) = study_runs(study, {})
+    run.folder.mkdir(parents=True)
+    (run.folder / JOB).write_text("12345")
     with pytest.raises(UserError, match="bn_4img_seed1 is job 12345 of an earlier --laun"):
         run_study(study, options, print)
     assert not [*study.output.glob("*/*/starts.txt")]
@@ -258,23 +258,23 @@ def test_a_cell_that_is_a_job_of_slurm_is_left_alone(make_study, options: Option
 def test_several_processes_are_asked_for(make_study, options: Options) -> None:
     study = make_study(**ONE, processes=2)
     run_study(study, options, print)
-    cell = study_cells(study, {})[0]
-    assert starts(cell.folder)[0]["processes"] == 2
-    line = command(cell, options.train_net)
+    run = study_runs(study, {})[0]
+    assert starts(run.folder)[0]["processes"] == 2
+    line = command(run, options.train_net)
     assert line[line.index("--dist-url") + 1] == "auto"
 
 
-def test_cpu_cells_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_runs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    # two cells of 4 cores; train_net.py gives each of a cell's processes its share of them
+    # two runs of 4 cores; train_net.py gives each of a run's processes its share of them
     assert slots(2, None, 2) == [{"OMP_NUM_THREADS": "4"}] * 2
     assert slots(99, None, 1)[0] == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert slots(2, None, 1) == [{}, {}]
 
 
-def test_gpu_cells_get_their_own() -> None:
+def test_gpu_runs_get_their_own() -> None:
     places = slots(2, ["4", "5", "6", "7"], 2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["4,5", "6,7"]
     with pytest.raises(UserError, match="--jobs 2 with 2 .* need 4 GPUs; there are 3 .*0, 1, 2"):
@@ -283,10 +283,10 @@ def test_gpu_cells_get_their_own() -> None:
         slots(1, [], 1)
 
 
-def test_small_cells_may_share_a_gpu_but_the_processes_of_one_may_not() -> None:
+def test_small_runs_may_share_a_gpu_but_the_processes_of_one_may_not() -> None:
     assert slots(3, ["0", "0", "1"], 1) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "001"]
     assert len(slots(2, ["0", "1", "0", "1"], 2)) == 2
-    with pytest.raises(UserError, match="--gpus gives a cell 0, 0; its 2 processes need a GPU"):
+    with pytest.raises(UserError, match="--gpus gives a run 0, 0; its 2 processes need a GPU"):
         slots(2, ["0", "1", "0", "0"], 2)
 
 
@@ -313,7 +313,7 @@ def test_visible_gpus_are_the_default(
 def test_gpus_without_work_are_named(
     make_study, options: Options, monkeypatch: pytest.MonkeyPatch, jobs: int, told: bool
 ) -> None:
-    monkeypatch.setattr("ws_detectron.lab.study.run_study.check_cells", lambda cells: None)
+    monkeypatch.setattr("ws_detectron.lab.study.runner.check_runs", lambda runs: None)
     lines: list[str] = []
     study = make_study(**ONE, device="cuda", processes=2)
     run_study(study, replace(options, gpus=[0, 1, 2, 3, 4], jobs=jobs), lines.append)

@@ -4,9 +4,9 @@ from typing import Optional
 
 import pytest
 
-from ws_detectron.lab.study import study_cells
-from ws_detectron.lab.study.cell_state import FAILED, FINISHED, write_state
+from ws_detectron.lab.study import study_runs
 from ws_detectron.lab.study.progress import Progress
+from ws_detectron.lab.study.records import FAILED, FINISHED, read_results, write_state
 
 
 @pytest.fixture
@@ -14,16 +14,16 @@ def clock() -> list[float]:
     return [0.0]
 
 
-def progress(cells: list, clock: list[float], side_by_side: Optional[int] = 1) -> Progress:
-    return Progress(cells, side_by_side, lambda line: None, now=lambda: clock[0])
+def progress(runs: list, clock: list[float], workers: Optional[int] = 1) -> Progress:
+    return Progress(read_results(runs, {}), workers, lambda line: None, now=lambda: clock[0])
 
 
-def test_time_left_is_that_of_the_cells_of_the_same_batch(make_study, clock: list[float]) -> None:
-    """Cells of 80 images: at batch 4 40 s, at batch 1 not known yet, then 160 s."""
-    cells = study_cells(make_study(), {})
-    large = [cell for cell in cells if cell.batch == 4]
-    small = [cell for cell in cells if cell.batch == 1]
-    watched = progress(cells, clock)
+def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list[float]) -> None:
+    """Runs of 80 images: at batch 4 40 s, at batch 1 not known yet, then 160 s."""
+    runs = study_runs(make_study(), {})
+    large = [run for run in runs if run.batch == 4]
+    small = [run for run in runs if run.batch == 1]
+    watched = progress(runs, clock)
     assert watched.seconds_left() is None and "unknown" in watched.left()
     watched.ended(large[0], write_state(large[0], FINISHED, seconds=40.0))
     assert watched.seconds_left() == pytest.approx(7 * 40)
@@ -34,36 +34,36 @@ def test_time_left_is_that_of_the_cells_of_the_same_batch(make_study, clock: lis
     assert watched.seconds_left() == pytest.approx(3 * 40 + 2 * 160 + 60)
     clock[0] += 1000
     assert watched.seconds_left() == pytest.approx(3 * 40 + 2 * 160)
-    assert progress(cells, clock, side_by_side=2).seconds_left() == pytest.approx(300)
-    assert progress(cells, clock, side_by_side=None).seconds_left() is None
+    assert progress(runs, clock, workers=2).seconds_left() == pytest.approx(300)
+    assert progress(runs, clock, workers=None).seconds_left() is None
 
 
-def test_failed_cells_teach_nothing_and_are_not_awaited(make_study, clock: list[float]) -> None:
-    cells = study_cells(make_study(), {})
-    watched = progress(cells, clock)
-    watched.ended(cells[0], write_state(cells[0], FAILED, reason="no", seconds=1.0))
+def test_failed_runs_teach_nothing_and_are_not_awaited(make_study, clock: list[float]) -> None:
+    runs = study_runs(make_study(), {})
+    watched = progress(runs, clock)
+    watched.ended(runs[0], write_state(runs[0], FAILED, reason="no", seconds=1.0))
     assert watched.seconds_left() is None
-    watched.ended(cells[1], write_state(cells[1], FINISHED, seconds=40.0))
+    watched.ended(runs[1], write_state(runs[1], FINISHED, seconds=40.0))
     assert watched.seconds_left() == pytest.approx(6 * 40)
 
 
-def test_resumed_cells_teach_nothing(make_study, clock: list[float]) -> None:
+def test_resumed_runs_teach_nothing(make_study, clock: list[float]) -> None:
     """Their seconds are those of the last start alone."""
-    (cell, *_) = cells = study_cells(make_study(), {})
-    state = write_state(cell, FINISHED, seconds=4.0)
-    (cell.folder / "run_record.json").write_text('{"starts": 2}')
-    watched = progress(cells, clock)
-    watched.ended(cell, state)
+    (run, *_) = runs = study_runs(make_study(), {})
+    state = write_state(run, FINISHED, seconds=4.0)
+    (run.folder / "run_record.json").write_text('{"starts": 2}')
+    watched = progress(runs, clock)
+    watched.ended(run, state)
     assert watched.seconds_left() is None
 
 
-def test_a_sign_of_life_says_how_far_each_cell_is(make_study, clock: list[float]) -> None:
+def test_a_sign_of_life_says_how_far_each_run_is(make_study, clock: list[float]) -> None:
     lines: list[str] = []
-    (cell, *_) = cells = study_cells(make_study(), {})
-    watched = Progress(cells, 1, lines.append, now=lambda: clock[0])
-    cell.folder.mkdir(parents=True)
-    (cell.folder / "metrics.json").write_text('{"iteration": 7, "total_loss": 1.0}\n')
-    watched.began(cell)
-    watched.beat([cell])
+    (run, *_) = runs = study_runs(make_study(), {})
+    watched = Progress(read_results(runs, {}), 1, lines.append, now=lambda: clock[0])
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.json").write_text('{"iteration": 7, "total_loss": 1.0}\n')
+    watched.began(run)
+    watched.beat([run])
     assert "begins again, its metrics end at 8 of 20 iterations" in lines[0]
     assert "bn_4img_seed1 8/20" in lines[1]

@@ -5,16 +5,37 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Optional
 
 import pytest
+from small_study import reach
 
-from ws_detectron.errors import ConfigError, UserError
+from ws_detectron.errors import ConfigError
+from ws_detectron.evaluation.runs import Run
 from ws_detectron.lab.study import Options, Study, read_study_results, run_study
-from ws_detectron.lab.study.cell_state import FAILED, FINISHED, RUNNING, is_finished, write_state
-from ws_detectron.lab.study.cells import search_cells, study_cells
-from ws_detectron.lab.study.records import FILES
+from ws_detectron.lab.study.plan import search_runs, study_runs
+from ws_detectron.lab.study.records import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    LOCK,
+    RUNNING,
+    Record,
+    RunState,
+    add_records,
+    final_ap,
+    is_finished,
+    read_records,
+    read_result,
+    read_results,
+    write_records,
+    write_state,
+)
 from ws_detectron.lab.study.slurm import JOB
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4], "seed": 9}
@@ -25,7 +46,7 @@ Recorded = tuple[Study, Options, Path]
 
 @pytest.fixture
 def recorded(make_study, options: Options, tmp_path: Path) -> Recorded:
-    """A study of one cell for each arm that has run, the options that it ran with, its records."""
+    """A finished study of one run per variant, the options that it ran with, its records."""
     study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
     kept = Options(options.train_net, records=records)
     run_study(study, kept, print)
@@ -33,28 +54,24 @@ def recorded(make_study, options: Options, tmp_path: Path) -> Recorded:
 
 
 def report_of(results) -> list:
-    return [(r.cell.name, r.word, r.ap, r.record, len(r.run.rows)) for r in results.cells]
+    return [(r.run.name, r.status, r.ap, r.run_record, len(r.metrics.rows)) for r in results.runs]
 
 
 def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path: Path) -> None:
     study, records = make_study(search=SEARCH), tmp_path / "records"
     kept = Options(options.train_net, records=records, seeds=[1])
     run_study(study, kept, print)
-    names = {path.name for path in records.iterdir()}
-    assert (
-        "bn_4img_seed1" in names and "search_gn_4img_BASE_LR_0.04" in names and len(names) == 4 + 4
-    )
-    # the stand-in writes no config
-    files = {path.name for path in (records / "bn_4img_seed1").iterdir()}
-    assert files == {*FILES} - {"config.yaml"}
+    names = read_records(records).keys()
+    assert {"bn_4img_seed1", "search_gn_4img_BASE_LR_0.04"} <= names and len(names) == 4 + 4
+    assert {path.name for path in records.iterdir()} == {"runs.jsonl", "metrics.csv", LOCK}
 
     shutil.rmtree(study.output)
     lines: list[str] = []
     everything = run_study(study, Options(options.train_net, records=records), lines.append)
-    assert any("4 finished cells taken from" in line for line in lines)
-    assert [result.word for result in everything.cells] == ["finished"] * 8
+    assert any("4 runs taken from" in line for line in lines)
+    assert [result.status for result in everything.runs] == ["finished"] * 8
     ran = {path.parent.name for path in study.output.glob("*/*/starts.txt")}
-    assert ran == {f"{arm}_{batch}img_seed2" for arm in ("bn", "gn") for batch in (1, 4)}
+    assert ran == {f"{variant}_{batch}img_seed2" for variant in ("bn", "gn") for batch in (1, 4)}
 
     shutil.rmtree(study.output)
     again = run_study(study, Options(options.train_net, records=records), print)
@@ -62,24 +79,24 @@ def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path
     assert not [*study.output.glob("*/*/starts.txt")]
 
 
-def test_failed_runs_of_a_search_are_recorded_and_failed_cells_are_not(
+def test_failed_runs_of_a_search_are_recorded_and_failed_runs_are_not(
     make_study, options: Options, tmp_path: Path
 ) -> None:
     study, records = make_study(search=SEARCH), tmp_path / "records"
     lost = study.output / "search" / "gn_4img_BASE_LR_0.04"
-    for folder in (lost, study.output / "cells" / "bn_4img_seed1"):
+    for folder in (lost, study.output / "runs" / "bn_4img_seed1"):
         folder.mkdir(parents=True)
         (folder / "fail").touch()
     kept = Options(options.train_net, records=records, seeds=[1])
     ran = run_study(study, kept, print)
-    names = {path.name for path in records.iterdir()}
+    names = read_records(records).keys()
     assert len(names) == 4 + 3 and "bn_4img_seed1" not in names
 
     shutil.rmtree(study.output)
     again = run_study(study, kept, print)
     assert not (lost / "starts.txt").exists()
-    assert [r.cell.choice for r in again.cells] == [r.cell.choice for r in ran.cells]
-    assert (study.output / "cells" / "bn_4img_seed1" / "starts.txt").exists()
+    assert [r.run.choice for r in again.runs] == [r.run.choice for r in ran.runs]
+    assert (study.output / "runs" / "bn_4img_seed1" / "starts.txt").exists()
 
 
 def test_data_may_lie_elsewhere_on_another_machine(
@@ -90,27 +107,30 @@ def test_data_may_lie_elsewhere_on_another_machine(
     for place in ("one", "other"):
         (tmp_path / place).mkdir()
         monkeypatch.chdir(tmp_path / place)
-        cell = study_cells(study, {})[0]
-        assert cell.settings["DATASETS.REGISTER"][0][1] == str(tmp_path / place / "mine.json")
+        run = study_runs(study, {})[0]
+        assert run.settings["DATASETS.REGISTER"][0][1] == str(tmp_path / place / "mine.json")
         if place == "one":
-            write_state(cell, FINISHED)
-    assert is_finished(cell)
+            write_state(run, FINISHED)
+    assert is_finished(run)
 
 
 def test_another_device_is_no_other_setting(make_study) -> None:
-    on_cpu, on_gpu = (study_cells(make_study(device=d), {})[0] for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (study_runs(make_study(device=d), {})[0] for d in ("cpu", "cuda"))
     assert on_cpu.settings["MODEL.DEVICE"] == "cpu" != on_gpu.settings["MODEL.DEVICE"]
     write_state(on_cpu, FINISHED)
     assert is_finished(on_gpu)
     write_state(on_cpu, RUNNING)  # its record would name the GPU alone
     with pytest.raises(ConfigError, match="DEVICE was 'cpu' and is 'cuda'.* --device it was begun"):
         is_finished(on_gpu)
-    write_state(on_cpu, FAILED, lost=True)  # is tried again, from its checkpoint
+    write_state(on_cpu, DIVERGED)  # is tried again, from its checkpoint
     with pytest.raises(ConfigError, match="MODEL.DEVICE"):
         is_finished(on_gpu)
-    on_cpu, on_gpu = (search_cells(make_study(search=SEARCH, device=d))[0] for d in ("cpu", "cuda"))
-    write_state(on_cpu, FAILED, lost=True)  # is not
+    on_cpu, on_gpu = (search_runs(make_study(search=SEARCH, device=d))[0] for d in ("cpu", "cuda"))
+    write_state(on_cpu, DIVERGED)  # is not
     assert not is_finished(on_gpu)
+    write_state(on_cpu, FAILED)  # is
+    with pytest.raises(ConfigError, match="MODEL.DEVICE"):
+        is_finished(on_gpu)
 
 
 def absolute(entries: Sequence[list[str]]) -> list[list[str]]:
@@ -121,27 +141,27 @@ def absolute(entries: Sequence[list[str]]) -> list[list[str]]:
 @pytest.mark.parametrize(
     "cause, reason", [("die", "killed by signal 9"), ("refuse", "no CUDA device was found")]
 )
-def test_a_run_of_a_search_that_did_not_diverge_has_not_lost(
+def test_a_run_of_a_search_that_did_not_diverge_is_tried_again(
     make_study, options: Options, tmp_path: Path, cause: str, reason: str
 ) -> None:
-    """Its arm waits for it: without it, another LR could be chosen."""
+    """Its variant waits for it: without it, another LR could be chosen."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
     killed = study.output / "search" / "gn_4img_BASE_LR_0.04"
     killed.mkdir(parents=True)
     (killed / cause).touch()
     kept = Options(options.train_net, records=records, seeds=[1])
     ran = run_study(study, kept, print)
-    assert {r.cell.arm for r in ran.cells} == {"bn"}
-    assert f"search_{killed.name}" not in {path.name for path in records.iterdir()}
-    (state,) = [r.state for r in ran.search if r.cell.folder == killed]
+    assert {r.run.variant for r in ran.runs} == {"bn"}
+    assert f"search_{killed.name}" not in read_records(records)
+    (state,) = [r.state for r in ran.search if r.run.folder == killed]
     assert state and state.state == "failed" and reason in state.reason
 
     (killed / cause).unlink()
     again = run_study(study, kept, print)
     assert len((killed / "starts.txt").read_text().splitlines()) == 2
-    assert [r.word for r in again.search] == ["finished"] * 4
-    assert f"search_{killed.name}" in {path.name for path in records.iterdir()}
-    assert {r.cell.choice["SOLVER.BASE_LR"] for r in again.cells if r.cell.arm == "gn"} == {0.04}
+    assert [r.status for r in again.search] == ["finished"] * 4
+    assert f"search_{killed.name}" in read_records(records)
+    assert {r.run.choice["SOLVER.BASE_LR"] for r in again.runs if r.run.variant == "gn"} == {0.04}
 
 
 def test_a_report_needs_nothing_but_the_records(
@@ -151,7 +171,7 @@ def test_a_report_needs_nothing_but_the_records(
     ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
     shutil.rmtree(study.output)
     found = read_study_results(study, records)
-    assert report_of(found) == report_of(ran) and found.cells[0].word == "finished"
+    assert report_of(found) == report_of(ran) and found.runs[0].status == "finished"
     assert [r.ap for r in found.search] == [r.ap for r in ran.search] != [{}] * 4
     assert not study.output.exists()
 
@@ -168,15 +188,16 @@ def tree(*folders: Path) -> dict[str, str]:
 def test_reading_changes_no_file(
     make_study, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With cells that are finished in both places, in one of them, running, or nowhere."""
+    """With runs that are finished in both places, in one of them, running, or nowhere."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
     ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
-    running = study.output / "cells" / "bn_4img_seed1"
-    state = json.loads((running / "cell.json").read_text())
-    (running / "cell.json").write_text(json.dumps({**state, "state": "running"}))
+    running = study.output / "runs" / "bn_4img_seed1"
+    state = json.loads((running / "run.json").read_text())
+    (running / "run.json").write_text(json.dumps({**state, "state": "running"}))
     (running / "model_0000001.pth").write_text("half of a run")
-    shutil.rmtree(study.output / "cells" / "gn_1img_seed1")
-    shutil.rmtree(records / "gn_4img_seed1")
+    shutil.rmtree(study.output / "runs" / "gn_1img_seed1")
+    kept = read_records(records)
+    write_records(records, "t", {k: v for k, v in kept.items() if k != "gn_4img_seed1"})
     (study.output / "study.lock").unlink()
     before = tree(tmp_path)
     found = read_study_results(study, records)
@@ -186,54 +207,203 @@ def test_reading_changes_no_file(
     monkeypatch.setattr("sys.argv", [tool, str(tmp_path / "study.yaml"), *report])
     with pytest.raises(SystemExit):  # seed 2 is missing
         runpy.run_path(tool, run_name="__main__")
-    assert (tmp_path / "report" / "index.html").is_file()
+    assert (tmp_path / "report" / "report.md").is_file()
     shutil.rmtree(tmp_path / "report")
     assert tree(tmp_path) == before
 
 
-def test_cells_that_finished_before_are_recorded(
+def test_runs_that_finished_before_are_recorded(
     make_study, options: Options, tmp_path: Path
 ) -> None:
     study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
     run_study(study, options, print)
     assert not records.exists()
     run_study(study, Options(options.train_net, records=records), print)
-    assert {path.name for path in records.iterdir()} == {"bn_4img_seed1", "gn_4img_seed1"}
+    assert read_records(records).keys() == {"bn_4img_seed1", "gn_4img_seed1"}
 
 
 def test_a_record_takes_the_place_of_what_is_unfinished(recorded: Recorded) -> None:
     study, kept, _ = recorded
-    folder = study.output / "cells" / "bn_4img_seed1"
-    state = json.loads((folder / "cell.json").read_text())
-    (folder / "cell.json").write_text(json.dumps({**state, "state": "running"}))
+    folder = study.output / "runs" / "bn_4img_seed1"
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**state, "state": "running"}))
     (folder / "metrics.json").write_text("")
     results = run_study(study, kept, print)
-    assert len(results.cells[0].run.rows) == 21 and not (folder / "starts.txt").exists()
+    assert results.runs[0].status == "finished" and len(results.runs[0].metrics.rows) == 21
+    assert len((folder / "starts.txt").read_text().splitlines()) == 1
 
 
-def test_a_record_does_not_take_the_folder_of_a_queued_job(recorded: Recorded) -> None:
-    study, kept, records = recorded
-    folder = study.output / "cells" / "bn_4img_seed1"
+def test_a_recorded_run_leaves_a_queued_job_alone(recorded: Recorded) -> None:
+    study, kept, _ = recorded
+    folder = study.output / "runs" / "bn_4img_seed1"
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / JOB).write_text("17")
-    with pytest.raises(UserError, match="is job 17"):
-        run_study(study, kept, print)
+    assert [r.status for r in run_study(study, kept, print).runs] == ["finished"] * 2
     assert [path.name for path in folder.iterdir()] == [JOB]
-    (folder / JOB).unlink()
-    run_study(study, kept, print)
-    assert {path.name for path in folder.iterdir()} == {
-        path.name for path in (records / folder.name).iterdir()
-    }
 
 
 def test_a_record_of_other_settings_is_refused(recorded: Recorded) -> None:
     study, kept, records = recorded
     shutil.rmtree(study.output)
-    path = records / "bn_4img_seed1" / "cell.json"
-    state = json.loads(path.read_text())
-    state["settings"]["SOLVER.BASE_LR"] = 7
-    path.write_text(json.dumps(state))
-    with pytest.raises(ConfigError, match="records/bn_4img_seed1 holds .* SOLVER.BASE_LR was 7"):
+    found = read_records(records)
+    found["bn_4img_seed1"].state.settings["SOLVER.BASE_LR"] = 7
+    write_records(records, "t", found)
+    with pytest.raises(ConfigError, match="record of bn_4img_seed1 holds .* SOLVER.BASE_LR was 7"):
         run_study(study, kept, print)
-    assert not (study.output / "cells" / "bn_4img_seed1").exists()
+    assert not (study.output / "runs" / "bn_4img_seed1").exists()
+
+
+def record(rows: list, **settings: object) -> Record:
+    return Record(RunState(FINISHED, settings, seconds=1 / 3), rows, {"starts": 1})
+
+
+def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
+    """Every type and digit; settings that another run lacks, or has as another type."""
+    rows = [
+        {"iteration": 19, "a": 0.1 + 0.2, "whole": 3, "point": 3.0, "tiny": 5e-324},
+        {"iteration": 19, "a": float("nan"), "b/c d": float("-inf")},
+        {"iteration": 20, "text": 'x, "y"', "flag": True, "nothing": None},
+    ]
+    written = {
+        "one": record(rows, same=[1, [2.0]], SEED=1, alone=""),
+        "two": record([], same=[1, [2.0]], SEED=1.0),
+        "three": record(rows[:1], same=[1, [2.0]], SEED=True),
+    }
+    write_records(tmp_path, "A study", written)
+    first, *lines = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert (first["title"], first["settings"]) == ("A study", {"same": [1, [2.0]]})
+    assert lines[0]["settings"] == {"SEED": 1, "alone": ""}
+    texts = (
+        {name: json.dumps(asdict(found), sort_keys=True) for name, found in records.items()}
+        for records in (read_records(tmp_path), written)
+    )
+    assert next(texts) == next(texts)
+    header, *table = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert header == "run,iteration,a,b/c d,flag,nothing,point,text,tiny,whole"
+    assert len(table) == 4 and table[1] == "one,19,NaN,-Infinity,,,,,,"
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_kill_between_writes_leaves_whole_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """Of the two files, none or the first is new."""
+    before = {"one": record([{"iteration": 1, "x": 0.5}], SEED=1)}
+    write_records(tmp_path, "t", before)
+    replace, done = os.replace, iter(range(9))
+
+    def killed(*paths: str) -> None:
+        if next(done) == writes:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_records(tmp_path, "t", {"two": record([{"iteration": 1, "y": 2.5}], SEED=2)})
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "metrics.csv", LOCK}
+    assert read_records(tmp_path) == before
+    again = {"two": record([{"iteration": 1, "y": 2.5}], SEED=2)}
+    add_records(tmp_path, "t", again)
+    assert read_records(tmp_path) == {**before, **again}
+
+
+def test_processes_that_record_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from ws_detectron.lab.study.records import Record, RunState, add_records\n"
+        "folder, mine, other = Path(sys.argv[1]), *sys.argv[2:]\n"
+        "(folder / mine).touch()\n"
+        "while not (folder / other).exists(): time.sleep(0.001)\n"
+        "for i in range(20):\n"
+        "    record = Record(RunState('finished', {'SEED': i}), [{'iteration': i}])\n"
+        "    add_records(folder, 't', {f'{mine}{i}': record})\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    writers = [subprocess.Popen([*command, *names]) for names in ("ab", "ba")]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert read_records(tmp_path).keys() == {f"{name}{i}" for name in "ab" for i in range(20)}
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("runs.jsonl", "{}", "runs.jsonl cannot be read: KeyError: 'format'"),
+        ("runs.jsonl", '{"format": 9}', "has format 9; allowed: 1"),
+        ("runs.jsonl", "<<<<<<< HEAD", "runs.jsonl cannot be read: JSONDecodeError"),
+        ("metrics.csv", "run,x\none,abc\n", "metrics.csv cannot be read: JSONDecodeError"),
+        ("metrics.csv", None, "metrics.csv cannot be read: FileNotFoundError"),
+    ],
+)
+def test_damaged_records_are_named(
+    tmp_path: Path, name: str, text: Optional[str], message: str
+) -> None:
+    write_records(tmp_path, "t", {"one": record([{"iteration": 1}], SEED=1)})
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_records(tmp_path)
+
+
+def test_old_records_are_refused_with_the_tool_that_converts_them(
+    make_study, options: Options, tmp_path: Path
+) -> None:
+    study, old = make_study(), tmp_path / "cells"
+    (old / "bn_4img_seed1").mkdir(parents=True)
+    (old / "bn_4img_seed1" / "cell.json").write_text("{}")
+    with pytest.raises(ConfigError, match="tools/convert_records.py STUDY"):
+        read_study_results(study, old)
+    shutil.rmtree(old)
+    write_records(tmp_path, "t", {"one": record([], SEED=1)})
+    with pytest.raises(ConfigError, match=f"give --records {tmp_path}$"):
+        run_study(study, Options(options.train_net, records=old), print)
+    (tmp_path / "out" / "cells" / "gn_4img_seed1").mkdir(parents=True)
+    (tmp_path / "out" / "cells" / "gn_4img_seed1" / "cell.json").write_text("{}")
+    with pytest.raises(ConfigError, match="out/cells holds runs in the old form"):
+        run_study(study, options, print)
+
+
+def test_only_finished_runs_count(make_study) -> None:
+    new, failed, running, *_ = study_runs(make_study(), {})
+    write_state(failed, FAILED, reason="it broke")
+    reach(failed.folder, 50.0)
+    write_state(running, RUNNING)
+    reach(running.folder, 50.0)
+    found = read_results([new, failed, running], {})
+    assert [result.ap for result in found] == [{}, {}, {}]
+    assert [result.status for result in found] == ["not started", "failed", "running"]
+    assert found[1].notes == ("FAILED: it broke",)
+
+
+def test_the_last_evaluation_counts_and_not_the_best() -> None:
+    rows = [{"iteration": i, "bbox/AP": ap, "segm/AP": ap} for i, ap in ((9, 50.0), (19, 40.0))]
+    assert final_ap(Run("r", Path(), rows=rows), ["bbox", "segm"]) == (
+        {"bbox": 40.0, "segm": 40.0},
+        [],
+    )
+
+
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero() -> None:
+    """detectron2 then writes NaN for boxes and leaves masks out, whatever it found earlier."""
+    rows = [
+        {"iteration": 9, "bbox/AP": 5.0, "segm/AP": 5.0},
+        {"iteration": 19, "bbox/AP": float("nan")},
+    ]
+    ap, notes = final_ap(Run("r", Path(), rows=rows), ["bbox", "segm"])
+    assert ap == {"bbox": 0.0, "segm": 0.0} and "detects nothing" in notes[0]
+
+
+def test_never_evaluated_is_not_zero() -> None:
+    rows = [{"iteration": 9, "total_loss": 1.0}]
+    ap, notes = final_ap(Run("r", Path(), rows=rows), ["bbox"])
+    assert ap == {} and "never evaluated" in notes[0]
+
+
+def test_resumed_runs_are_marked(make_study) -> None:
+    (run, *_) = study_runs(make_study(), {})
+    write_state(run, FINISHED)
+    reach(run.folder, 5.0)
+    (run.folder / "run_record.json").write_text(json.dumps({"starts": 3}))
+    assert read_result(run, {}).notes == ("resumed: 3 starts",)

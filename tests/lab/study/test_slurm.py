@@ -8,59 +8,58 @@ from pathlib import Path
 import pytest
 
 from ws_detectron.errors import UserError
-from ws_detectron.lab.study import Options, run_study, study_cells
-from ws_detectron.lab.study.cell_state import FINISHED, RUNNING, write_state
+from ws_detectron.lab.study import Options, run_study, study_runs
 from ws_detectron.lab.study.progress import Progress
-from ws_detectron.lab.study.results import read_results
-from ws_detectron.lab.study.slurm import JOB, CellJob, _outcome, run_on_slurm
+from ws_detectron.lab.study.records import FINISHED, RUNNING, read_results, write_state
+from ws_detectron.lab.study.slurm import JOB, RunJob, _outcome, run_on_slurm
 
 submitit = pytest.importorskip("submitit", reason="--launcher slurm needs the package submitit")
 ONE = {"seeds": [1], "batches": [4]}
 
 
-def run(study, options: Options, cluster: str = "local") -> list[str]:
-    cells, lines = study_cells(study, {}), []
+def submit(study, options: Options, cluster: str = "local") -> list[str]:
+    runs, lines = study_runs(study, {}), []
     run_on_slurm(
-        cells,
+        runs,
         options.train_net,
         study.slurm,
         study.output / "submitit",
-        Progress(cells, 1, lines.append),
+        Progress(read_results(runs, {}), 1, lines.append),
         cluster=cluster,
         poll_seconds=0.1,
     )
     return lines
 
 
-def test_cells_are_jobs_and_a_failing_one_is_named(make_study, options: Options) -> None:
+def test_runs_are_jobs_and_a_failing_one_is_named(make_study, options: Options) -> None:
     study = make_study(**ONE, slurm={"timeout_min": 5})
-    bn, gn = study_cells(study, {})
+    bn, gn = study_runs(study, {})
     bn.folder.mkdir(parents=True)
     (bn.folder / "fail").touch()
-    lines = run(study, options)
-    failed, finished = read_results([bn, gn])
+    lines = submit(study, options)
+    failed, finished = read_results([bn, gn], {})
     assert finished.ap["bbox"] == pytest.approx(101)
     assert failed.state and "diverged" in failed.state.reason
-    assert any("bn_4img_seed1 FAILED" in line for line in lines)
+    assert any("bn_4img_seed1 DIVERGED" in line for line in lines)
     assert not (gn.folder / JOB).exists()
 
     (bn.folder / "fail").unlink()
-    run(study, options)
-    assert [result.word for result in read_results([bn, gn])] == ["finished", "finished"]
+    submit(study, options)
+    assert [result.status for result in read_results([bn, gn], {})] == ["finished", "finished"]
     assert len((gn.folder / "starts.txt").read_text().splitlines()) == 1
 
 
 def test_a_job_that_is_cut_short_is_submitted_again_as_it_is(make_study, options: Options) -> None:
-    (cell, _) = study_cells(make_study(**ONE), {})
-    again = CellJob().checkpoint(cell, options.train_net)
-    assert isinstance(again.function, CellJob) and again.args == (cell, options.train_net)
+    (run, _) = study_runs(make_study(**ONE), {})
+    again = RunJob().checkpoint(run, options.train_net)
+    assert isinstance(again.function, RunJob) and again.args == (run, options.train_net)
 
 
 def test_a_job_in_the_queue_is_not_submitted_twice(
     make_study, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = make_study(**ONE)
-    bn, gn = study_cells(study, {})
+    bn, gn = study_runs(study, {})
     write_state(gn, FINISHED, seconds=1.0)
     bn.folder.mkdir(parents=True)
     (bn.folder / JOB).write_text("12345")
@@ -84,23 +83,23 @@ def test_a_job_in_the_queue_is_not_submitted_twice(
             return write_state(bn, FINISHED, seconds=2.0)
 
     monkeypatch.setattr(submitit, "LocalJob", Queued)
-    run(study, options)
+    submit(study, options)
     assert Queued.looks == 3 and not (bn.folder / "starts.txt").exists()
     assert not (gn.folder / "starts.txt").exists()
 
 
 def test_a_job_that_ended_unwatched_is_forgotten(make_study, options: Options) -> None:
     study = make_study(**ONE)
-    cells = study_cells(study, {})
-    for cell in cells:
-        write_state(cell, FINISHED, seconds=1.0)
-        (cell.folder / JOB).write_text("12345")
+    runs = study_runs(study, {})
+    for run in runs:
+        write_state(run, FINISHED, seconds=1.0)
+        (run.folder / JOB).write_text("12345")
     run_study(study, options, print)  # not refused: there is nothing to wait for
-    run(study, options)
-    assert not any((cell.folder / JOB).exists() for cell in cells)
+    submit(study, options)
+    assert not any((run.folder / JOB).exists() for run in runs)
 
 
-def test_a_finished_cell_stays_so_when_its_job_fails_afterwards(
+def test_a_finished_run_stays_so_when_its_job_fails_afterwards(
     make_study, options: Options
 ) -> None:
     """A node may die between the end of the training and the end of the job."""
@@ -109,18 +108,18 @@ def test_a_finished_cell_stays_so_when_its_job_fails_afterwards(
         def exception(self) -> Exception:
             return RuntimeError("job 12345 has no result")
 
-    (bn, gn) = study_cells(make_study(**ONE), {})
+    (bn, gn) = study_runs(make_study(**ONE), {})
     write_state(bn, FINISHED, seconds=1.0)
     write_state(gn, RUNNING)
     assert _outcome(bn, Lost()).state == FINISHED
     outcome = _outcome(gn, Lost())
-    assert outcome.reason == "job 12345 has no result" and not outcome.lost
+    assert outcome.reason == "job 12345 has no result" and outcome.state == "failed"
 
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="needs a machine without Slurm")
 def test_without_slurm_it_says_so(make_study, options: Options) -> None:
     with pytest.raises(UserError, match="--launcher slurm cannot submit jobs here"):
-        run(make_study(**ONE), options, cluster="slurm")
+        submit(make_study(**ONE), options, cluster="slurm")
 
 
 def test_a_refused_job_is_named(
@@ -131,14 +130,14 @@ def test_a_refused_job_is_named(
 
     monkeypatch.setattr(submitit.AutoExecutor, "submit", refuse)
     with pytest.raises(UserError, match="bn_4img_seed1 could not be .* partition specified: gpus"):
-        run(make_study(**ONE), options)
+        submit(make_study(**ONE), options)
 
 
 def test_unknown_parameters_are_named(make_study, options: Options) -> None:
     with pytest.raises(UserError, match="slurm.*timeout_minutes"):
-        run(make_study(**ONE, slurm={"timeout_minutes": 5}), options)
+        submit(make_study(**ONE, slurm={"timeout_minutes": 5}), options)
 
 
 def test_submitit_is_needed_for_nothing_else() -> None:
-    code = "import sys; sys.modules['submitit'] = None; import ws_detectron.lab.study.run_study"
+    code = "import sys; sys.modules['submitit'] = None; import ws_detectron.lab.study.runner"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from ws_detectron.errors import ConfigError, UserError
-from ws_detectron.lab.study import Arm, read_study
+from ws_detectron.lab.study import Variant, read_study
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.1, 0.2]}, "images": 40, "batches": [4]}
 
 
 def test_everything_is_read(make_study) -> None:
     study = make_study(
-        arms={"bn": "a.yaml", "gn": {"config": "b.yaml", "overrides": {"SOLVER.BASE_LR": 0.1}}},
+        variants={"bn": "a.yaml", "gn": {"config": "b.yaml", "overrides": {"SOLVER.BASE_LR": 0.1}}},
         search={**SEARCH, "seed": 9},
         comparisons=[["gn", "bn"]],
         slurm={"timeout_min": 5},
@@ -21,7 +21,10 @@ def test_everything_is_read(make_study) -> None:
         processes=2,
     )
     assert study.name == "study" and study.title == "A study"
-    assert study.arms == (Arm("bn", "a.yaml"), Arm("gn", "b.yaml", {"SOLVER.BASE_LR": 0.1}))
+    assert study.variants == (
+        Variant("bn", "a.yaml"),
+        Variant("gn", "b.yaml", {"SOLVER.BASE_LR": 0.1}),
+    )
     assert (study.batches, study.seeds, study.images) == ((1, 4), (1, 2), 80)
     assert study.search and study.search.grid == {"SOLVER.BASE_LR": (0.1, 0.2)}
     assert (study.search.images, study.search.batches, study.search.seed) == (40, (4,), 9)
@@ -36,20 +39,20 @@ def test_numbers_of_a_grid_that_yaml_takes_for_text(make_study) -> None:
     assert search.grid["MODEL.RESNETS.NORM"] == ("GN", "BN")
 
 
-def test_first_arm_is_the_baseline_unless_said_otherwise(make_study) -> None:
-    arms = {"a": "a.yaml", "b": "b.yaml", "c": "c.yaml"}
-    assert make_study(arms=arms).comparisons == (("b", "a"), ("c", "a"))
-    assert make_study(arms=arms, comparisons=[]).comparisons == ()
+def test_first_variant_is_the_baseline_unless_said_otherwise(make_study) -> None:
+    variants = {"a": "a.yaml", "b": "b.yaml", "c": "c.yaml"}
+    assert make_study(variants=variants).comparisons == (("b", "a"), ("c", "a"))
+    assert make_study(variants=variants, comparisons=[]).comparisons == ()
 
 
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"arms": None}, ["`arms` is missing"]),
-        ({"arms": {}}, ["`arms` is empty"]),
-        ({"arms": {"b/n": "a.yaml"}}, ["arm b/n", "letters"]),
-        ({"arms": {"bn": {"confg": "a.yaml"}}}, ["arm bn", "`config` is missing"]),
-        ({"arms": {"bn": {"config": "a.yaml", "overide": {}}}}, ["`overide`", "`overrides`"]),
+        ({"variants": None}, ["`variants` is missing"]),
+        ({"variants": {}}, ["`variants` is empty"]),
+        ({"variants": {"b/n": "a.yaml"}}, ["variant b/n", "letters"]),
+        ({"variants": {"bn": {"confg": "a.yaml"}}}, ["variant bn", "`config` is missing"]),
+        ({"variants": {"bn": {"config": "a.yaml", "overide": {}}}}, ["`overide`", "`overrides`"]),
         ({"batches": [0, 1]}, ["`batches`", "1 or more"]),
         ({"batches": [1, 1]}, ["`batches`", "different"]),
         ({"batches": 4}, ["`batches` is 4"]),
@@ -60,7 +63,7 @@ def test_first_arm_is_the_baseline_unless_said_otherwise(make_study) -> None:
         ({"checkpoints": "best"}, ["`checkpoints` is 'best'", "all, last, none"]),
         ({"comparisons": [["gn", "ln"]]}, ["`comparisons`", "['gn', 'ln']", "bn, gn"]),
         ({"comparisons": [[{}, "bn"]]}, ["`comparisons`", "[{}, 'bn']"]),
-        ({"overrides": {"SOLVER.MAX_ITER": 5}}, ["SOLVER.MAX_ITER", "sets for every cell"]),
+        ({"overrides": {"SOLVER.MAX_ITER": 5}}, ["SOLVER.MAX_ITER", "sets for every run"]),
         (
             {"evaluations": 2, "overrides": {"TEST.EVAL_PERIOD": 5}},
             ["TEST.EVAL_PERIOD", "`evaluations` is 2"],
@@ -78,7 +81,7 @@ def test_mistakes_name_the_key(make_study, changes: dict[str, Any], parts: list[
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["arms: [", "\x00"])
+@pytest.mark.parametrize("text", ["variants: [", "\x00"])
 def test_file_that_is_no_yaml(tmp_path: Path, text: str) -> None:
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(UserError, match="s.yaml is not YAML"):
@@ -91,3 +94,14 @@ def test_missing_file_and_no_mapping(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("just words")
     with pytest.raises(ConfigError, match="no mapping"):
         read_study(tmp_path / "s.yaml")
+
+
+def test_arms_are_read_as_variants_with_a_warning(
+    make_study, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = make_study(variants=None, arms={"bn": "a.yaml"})
+    assert study.variants == (Variant("bn", "a.yaml"),)
+    assert "study.yaml: `arms` is now called `variants`" in caplog.text
+    caplog.clear()
+    make_study()
+    assert not caplog.records

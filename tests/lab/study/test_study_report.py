@@ -1,7 +1,8 @@
 """The report of a study that a stand-in has run."""
 
-import csv
+import base64
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from small_study import ARM, FAKE, write_study
+from small_study import FAKE, VARIANT, write_study
 
 from ws_detectron.errors import UserError
 from ws_detectron.lab.study import (
@@ -19,9 +20,8 @@ from ws_detectron.lab.study import (
     run_study,
     write_report,
 )
-from ws_detectron.lab.study.blocks import Picture, Problems, Table, Text, as_html, as_markdown
 from ws_detectron.lab.study.figures import draw_ap_over_batch, draw_study_curves
-from ws_detectron.lab.study.report import problems_of, report_blocks
+from ws_detectron.lab.study.report import as_page, problems_of, report_text, table
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
 
@@ -36,7 +36,7 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
         for name, value in attrs:
             if name == "id":
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list) -> None:
         self.handle_starttag(tag, attrs)
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
@@ -55,10 +55,10 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> StudyResults:
-    """Both arms, batches and seeds after a search; gn of seed 2 at batch 1 failed."""
+    """Both variants, batches and seeds after a search; gn of seed 2 at batch 1 failed."""
     folder = tmp_path_factory.mktemp("study")
     study = write_study(folder, search=SEARCH, evaluations=2)
-    failing = study.output / "cells" / "gn_1img_seed2"
+    failing = study.output / "runs" / "gn_1img_seed2"
     failing.mkdir(parents=True)
     (failing / "fail").touch()
     return run_study(study, Options(FAKE, jobs=2), lambda line: None)
@@ -67,13 +67,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> StudyResults:
 @pytest.fixture(scope="module")
 def report(ran: StudyResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write_report(ran, folder / "report")
+    write_report(ran, folder / "report", page=True)
     return folder / "report"
-
-
-def rows(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_markdown_has_figures_intervals_and_what_is_missing(report: Path) -> None:
@@ -85,7 +80,7 @@ def test_markdown_has_figures_intervals_and_what_is_missing(report: Path) -> Non
     assert "of each seed's mean over all batches, and how the difference changes" in text
     assert re.search(r"\| more at 1 image than at 4 images +\| -0\.50 +\|", text)
     assert re.search(r"\| 4 images +\| \+0\.00 \(-3\.04 to \+3\.04\)", text)
-    assert "- **gn_1img_seed2 is failed: training diverged at iteration 3" in text
+    assert "- **gn_1img_seed2 is diverged: training diverged at iteration 3" in text
     assert "| `MODEL.RESNETS.NORM` " in text and "`SOLVER.MAX_ITER`" in text
     assert "Measured on a processor, 1 thread(s) per process, torch 2.11, 2026-01-02" in text
     assert "Searched on a processor, 1 thread(s) per process, torch 2.11, 2026-01-02" in text
@@ -102,45 +97,41 @@ def test_search_is_reported_with_its_choice(report: Path) -> None:
     assert [lr for _, lr, mean in found if mean.startswith("**")] == ["0.04", "0.04"]
 
 
-def test_search_is_listed_in_the_order_of_arms_and_upwards(make_study) -> None:
+def test_search_is_listed_in_the_order_of_variants_and_upwards(make_study) -> None:
     grid = {"SOLVER.BASE_LR": [0.04, 0.08, 0.02], "MODEL.RESNETS.NORM": ["GN", "BN"]}
-    arms = {name: ARM.format(name) for name in ("gn", "bn")}
-    study = make_study(arms=arms, search={**SEARCH, "grid": grid})
-    (table,) = (
-        block
-        for block in report_blocks(read_study_results(study), [])
-        if isinstance(block, Table) and "`SOLVER.BASE_LR`" in block.headers
-    )
-    assert [row[0] for row in table.rows] == ["gn"] * 6 + ["bn"] * 6
+    variants = {name: VARIANT.format(name) for name in ("gn", "bn")}
+    study = make_study(variants=variants, search={**SEARCH, "grid": grid})
+    text = report_text(read_study_results(study))
+    found = re.findall(r"^\| (gn|bn) +\| 4 +\| (0\.0\d) +\| (GN|BN) ", text, re.MULTILINE)
+    assert [variant for variant, _, _ in found] == ["gn"] * 6 + ["bn"] * 6
     values = [("0.02", "GN"), ("0.02", "BN"), ("0.04", "GN"), ("0.04", "BN")]
-    assert [row[2:4] for row in table.rows[:4]] == values
+    assert [row[1:] for row in found[:4]] == values
 
 
 def test_page_is_sound_and_needs_nothing_else(report: Path) -> None:
-    text = (report / "index.html").read_text()
+    text = (report / "report.html").read_text()
     page = Page()
     page.feed(text)
-    assert page.open == [] and text.count("<svg") == 2
-    assert all(address.startswith("#") for address in page.addresses)
-    assert {address[1:] for address in page.addresses} <= set(page.ids)
-    assert len(page.ids) == len(set(page.ids))
-    assert not re.search(r"url\((?!#)|@import|<script", text)
-    assert "gn_1img_seed2 is failed" in text and "101.50 ± 0.71" in text
+    assert page.open == [] and len(page.addresses) == 2
+    for address, name in zip(page.addresses, ("ap_over_batch.png", "learning_curves.png")):
+        kind, _, data = address.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data) == (report / name).read_bytes()
+    assert not re.search(r"url\(|@import|<script", text)
+    assert "gn_1img_seed2 is diverged" in text and "101.50 ± 0.71" in text
+    assert "<td>gn_1img_seed2</td>" in text and "<code>MODEL.RESNETS.NORM</code>" in text
 
 
-def test_csv_files_are_for_programs(report: Path) -> None:
-    cells = rows(report / "cells.csv")
-    assert len(cells) == 6 + 8
-    failed = next(row for row in cells if row["cell"] == "gn_1img_seed2")
-    assert (failed["state"], failed["bbox/AP"]) == ("failed", "")
-    sound = next(row for row in cells if row["cell"] == "bn_4img_seed2")
-    assert float(sound["segm/AP"]) == 51 and float(sound["SOLVER.BASE_LR"]) == 0.02
-    assert float(sound["training_seconds"]) == 20 * 0.25
-    means = {(r["arm"], r["batch"], r["task"]): r for r in rows(report / "summary.csv")}
-    assert len(means) == 8 and means["gn", "1", "bbox"]["cells"] == "1"
-    assert means["gn", "1", "bbox"]["deviation"] == ""
-    differences = rows(report / "differences.csv")
-    assert {row["batch"] for row in differences} == {"1", "4", "all", "1 less 4"}
+def test_page_is_written_on_request_alone(ran: StudyResults, tmp_path: Path) -> None:
+    names = [path.name for path in write_report(ran, tmp_path)]
+    assert names == ["report.md", "ap_over_batch.png", "learning_curves.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {*names}
+
+
+def test_page_needs_markdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "markdown", None)
+    with pytest.raises(UserError, match="--html needs the package markdown"):
+        as_page("t", "text", tmp_path)
 
 
 def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:
@@ -164,7 +155,7 @@ def test_folder_that_cannot_be_written(ran: StudyResults, tmp_path: Path) -> Non
 
 
 def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
-    box, mask = draw_ap_over_batch(ran.study, ran.cells).axes
+    box, mask = draw_ap_over_batch(ran.study, ran.runs).axes
     assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP (per cent)", "mask AP (per cent)")
     (line, _, (bars,)) = box.containers[0]
     assert [*line.get_ydata()] == [101.5, 101.5]
@@ -173,19 +164,19 @@ def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
     assert ends == pytest.approx([101.5 - 0.5**0.5, 101.5 + 0.5**0.5])
 
 
-def test_arms_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
-    box, _ = draw_ap_over_batch(replace(ran.study, batches=(4,)), ran.cells).axes
+def test_variants_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
+    box, _ = draw_ap_over_batch(replace(ran.study, batches=(4,)), ran.runs).axes
     low, high = box.get_xlim()
     places = [container[0].get_xdata()[0] for container in box.containers]
     assert len(places) == 2 and places[1] - places[0] < (high - low) / 10
 
 
-def test_legend_of_many_arms_is_not_cut_off(ran: StudyResults) -> None:
-    arms = [replace(ran.study.arms[0], name=f"{n}_of_many_arms") for n in range(8)]
-    study = replace(ran.study, arms=arms, batches=[1])
-    (seen, *_) = (c for c in ran.cells if c.word == "finished" and c.cell.batch == 1)
-    cells = [replace(seen, cell=replace(seen.cell, arm=arm.name)) for arm in arms]
-    figure = draw_study_curves(study, cells)
+def test_legend_of_many_variants_is_not_cut_off(ran: StudyResults) -> None:
+    variants = [replace(ran.study.variants[0], name=f"{n}_of_eight_all") for n in range(8)]
+    study = replace(ran.study, variants=variants, batches=[1])
+    (seen, *_) = (c for c in ran.runs if c.status == "finished" and c.run.batch == 1)
+    runs = [replace(seen, run=replace(seen.run, variant=variant.name)) for variant in variants]
+    figure = draw_study_curves(study, runs)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 8
@@ -194,7 +185,7 @@ def test_legend_of_many_arms_is_not_cut_off(ran: StudyResults) -> None:
 
 
 def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResults) -> None:
-    panels = draw_study_curves(ran.study, ran.cells).axes
+    panels = draw_study_curves(ran.study, ran.runs).axes
     loss_1, loss_4 = panels[:2]
     assert (loss_1.get_title(), loss_4.get_title()) == ("1 image per step", "4 images per step")
     np.testing.assert_array_equal(loss_1.lines[0].get_xdata(), np.arange(1, 81))
@@ -205,44 +196,35 @@ def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResult
     np.testing.assert_allclose(box_4.lines[0].get_ydata(), [101.5])
 
 
-def test_curves_are_of_finished_cells_and_may_lack_a_place(ran: StudyResults) -> None:
+def test_curves_are_of_finished_runs_and_may_lack_a_place(ran: StudyResults) -> None:
     """gn of seed 2 at batch 1 failed; bn of seed 2 at batch 4 lost what it had at 40 images."""
-    cells = [*ran.cells]
-    number = next(i for i, r in enumerate(cells) if r.cell.name == "bn_4img_seed2")
-    rows = [row for row in cells[number].run.rows if row["iteration"] != 9]
-    cells[number] = replace(cells[number], run=replace(cells[number].run, rows=rows))
-    loss_1, loss_4 = draw_study_curves(ran.study, cells).axes[:2]
+    runs = [*ran.runs]
+    number = next(i for i, r in enumerate(runs) if r.run.name == "bn_4img_seed2")
+    rows = [row for row in runs[number].metrics.rows if row["iteration"] != 9]
+    runs[number] = replace(runs[number], metrics=replace(runs[number].metrics, rows=rows))
+    loss_1, loss_4 = draw_study_curves(ran.study, runs).axes[:2]
     (gn,) = (line for line in loss_1.lines if line.get_label() == "gn")
     assert len(gn.get_xdata()) == 80
     np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
     assert np.isfinite(loss_4.lines[0].get_ydata()).all()
 
-    number = next(i for i, r in enumerate(cells) if r.cell.name == "gn_1img_seed2")
+    number = next(i for i, r in enumerate(runs) if r.run.name == "gn_1img_seed2")
     diverged = [{"iteration": 0, "total_loss": 1000.0}]
-    cells[number] = replace(cells[number], run=replace(cells[number].run, rows=diverged))
-    (gn,) = (x for x in draw_study_curves(ran.study, cells).axes[0].lines if x.get_label() == "gn")
+    runs[number] = replace(runs[number], metrics=replace(runs[number].metrics, rows=diverged))
+    (gn,) = (x for x in draw_study_curves(ran.study, runs).axes[0].lines if x.get_label() == "gn")
     assert len(gn.get_xdata()) == 80 and max(gn.get_ydata()) < 10
 
 
-def test_what_is_not_for_html_is_escaped() -> None:
-    blocks = [
-        Text("a < b & `x<y`"),
-        Problems(("<b>",)),
-        Table(("h|1",), (("**1 < 2**",),)),
-        Picture("p", 'say "hi"', '<?xml?><svg><g id="a"/><use xlink:href="#a"/></svg>'),
-    ]
-    page = as_html("t<i>", blocks)
-    for part in ("a &lt; b &amp; <code>x&lt;y</code>", "<title>t&lt;i&gt;", "&lt;b&gt;"):
-        assert part in page
-    assert '<g id="p-a"/><use xlink:href="#p-a"/>' in page and "&quot;hi&quot;" in page
-    assert "<strong>1 &lt; 2</strong>" in page
-    assert "h|1" not in as_markdown("t", [Table(("a",), (("h|1",),))])
-
-
-def test_only_sentences_of_a_table_wrap() -> None:
-    figure = "**+18.51 (+15.85 to +21.17)**"
-    note = "FAILED: the loss became infinite or NaN at iteration 12"
-    page = as_html("t", [Table(("box AP", "notes"), ((figure, note),))])
-    assert "<td><strong>+18.51" in page and f'<td class="sentence">{note}</td>' in page
-    assert "td { white-space: nowrap; }" in page
-    assert "td.sentence { white-space: normal;" in page
+def test_what_a_log_says_is_no_markup(ran: StudyResults, tmp_path: Path) -> None:
+    number = next(i for i, r in enumerate(ran.runs) if r.run.name == "gn_1img_seed2")
+    runs = [*ran.runs]
+    state = runs[number].state
+    assert state is not None
+    said = replace(state, reason="<class 'x'> & a|b")
+    runs[number] = replace(runs[number], state=said, notes=("FAILED: <class 'x'> & a|b",))
+    text = report_text(replace(ran, runs=runs))
+    assert "is diverged: &lt;class 'x'&gt; &amp; a|b**" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| gn_1img_seed2"))
+    assert row.rstrip(" |").endswith("FAILED: &lt;class 'x'&gt; &amp; a\\|b")
+    assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "text", tmp_path)
+    assert "h|1" not in table(["a"], [["h|1"]])

@@ -1,14 +1,14 @@
-"""Studies: arms compared over batch sizes and seeds, run cell by cell and reported."""
+"""Studies: variants compared over batch sizes and seeds, trained run by run and reported."""
 
-from .cells import Cell, search_cells, study_cells
+from .plan import StudyRun, search_runs, study_runs
+from .records import StudyResults
 from .report import write_report
-from .results import StudyResults
-from .run_study import Options, commands, read_study_results, report_study, run_study
-from .spec import Arm, Search, Study, read_study
+from .runner import Options, commands, read_study_results, report_study, run_study
+from .spec import Search, Study, Variant, read_study
 
 __all__ = [
-    "Arm",
-    "Cell",
+    "Variant",
+    "StudyRun",
     "Options",
     "Search",
     "Study",
@@ -18,7 +18,7 @@ __all__ = [
     "read_study_results",
     "report_study",
     "run_study",
-    "search_cells",
-    "study_cells",
+    "search_runs",
+    "study_runs",
     "write_report",
 ]

@@ -1,44 +1,43 @@
-"""What a search found: the values with which an arm's cells run."""
+"""What a search found: the values that a variant's runs train with."""
 
 import math
 from collections.abc import Sequence
 from typing import Optional
 
-from .cell_state import FINISHED, has_lost
-from .cells import Values
-from .results import CellResult
+from .plan import Values
+from .records import DIVERGED, FINISHED, RunResult
 from .spec import Study
 
 
-def score(result: CellResult) -> Optional[float]:
+def score(result: RunResult) -> Optional[float]:
     """By what a search chooses: the mean of box and mask AP."""
     return sum(result.ap.values()) / len(result.ap) if result.ap else None
 
 
-def choose(study: Study, results: Sequence[CellResult]) -> dict[tuple[str, int], Optional[Values]]:
-    """(arm, searched batch) -> the combination with the highest mean of box and mask AP.
+def choose(study: Study, results: Sequence[RunResult]) -> dict[tuple[str, int], Optional[Values]]:
+    """(variant, searched batch) -> the combination with the highest mean of box and mask AP.
 
-    A run whose training failed (a high LR may diverge) loses; None where all did, and as long as
-    not all have ended. The earlier in the grid wins a tie.
+    A run that diverged, as a high LR may, is never chosen; None where all did, and as long as not
+    all have ended. The earlier in the grid wins a tie.
     """
     choices: dict[tuple[str, int], Optional[Values]] = {}
     if study.search is None:
         return choices
-    for arm in study.arms:
+    for variant in study.variants:
         for batch in study.search.batches:
-            tried = [r for r in results if (r.cell.arm, r.cell.batch) == (arm.name, batch)]
+            tried = [r for r in results if (r.run.variant, r.run.batch) == (variant.name, batch)]
             best = max(tried, key=_rank)
             found = score(best) is not None and all(has_ended(result) for result in tried)
-            choices[arm.name, batch] = best.cell.choice if found else None
+            choices[variant.name, batch] = best.run.choice if found else None
     return choices
 
 
-def has_ended(result: CellResult) -> bool:
-    """Whether it is finished or has lost; another failure is tried again."""
-    return result.word == FINISHED or has_lost(result.state)
+def has_ended(result: RunResult) -> bool:
+    """Whether it is finished or diverged; another failure is tried again."""
+    return result.status in (FINISHED, DIVERGED)
 
 
-def _rank(result: CellResult) -> float:
+def _rank(result: RunResult) -> float:
     reached = score(result)
     return -math.inf if reached is None else reached
 

@@ -1,4 +1,4 @@
-"""AP over the seeds of an arm, and how arms differ, with intervals."""
+"""AP over the seeds of a variant, and how variants differ, with intervals."""
 
 from collections.abc import Sequence
 from typing import Optional
@@ -11,37 +11,39 @@ from ws_detectron.evaluation.statistics import (
     summarize,
 )
 
-from .results import CellResult
+from .records import RunResult
 
 
-def values_of(results: Sequence[CellResult], arm: str, batch: int, task: str) -> dict[int, float]:
-    """Seed -> AP of the finished cells of an arm at a batch."""
+def values_of(
+    results: Sequence[RunResult], variant: str, batch: int, task: str
+) -> dict[int, float]:
+    """Seed -> AP of the finished runs of a variant at a batch."""
     return {
-        result.cell.seed: result.ap[task]
+        result.run.seed: result.ap[task]
         for result in results
-        if (result.cell.arm, result.cell.batch) == (arm, batch) and task in result.ap
+        if (result.run.variant, result.run.batch) == (variant, batch) and task in result.ap
     }
 
 
-def summary(results: Sequence[CellResult], arm: str, batch: int, task: str) -> Optional[Summary]:
-    return summarize([*values_of(results, arm, batch, task).values()])
+def summary(results: Sequence[RunResult], variant: str, batch: int, task: str) -> Optional[Summary]:
+    return summarize([*values_of(results, variant, batch, task).values()])
 
 
-def arm_difference(
-    results: Sequence[CellResult], pair: tuple[str, str], batch: int, task: str
+def variant_difference(
+    results: Sequence[RunResult], pair: tuple[str, str], batch: int, task: str
 ) -> Optional[Difference]:
-    """First arm less second, at one batch."""
-    first, second = (values_of(results, arm, batch, task) for arm in pair)
+    """First variant less second, at one batch."""
+    first, second = (values_of(results, variant, batch, task) for variant in pair)
     return difference([*first.values()], [*second.values()])
 
 
 def change_of_difference(
-    results: Sequence[CellResult], pair: tuple[str, str], batches: tuple[int, int], task: str
+    results: Sequence[RunResult], pair: tuple[str, str], batches: tuple[int, int], task: str
 ) -> Optional[Difference]:
-    """By how much first arm less second is more at the first batch than at the second."""
+    """By how much first variant less second is more at the first batch than at the second."""
     samples = {
-        (arm, batch): [*values_of(results, arm, batch, task).values()]
-        for arm in pair
+        (variant, batch): [*values_of(results, variant, batch, task).values()]
+        for variant in pair
         for batch in batches
     }
     (first, second), (here, there) = pair, batches
@@ -52,15 +54,15 @@ def change_of_difference(
 
 
 def overall_difference(
-    results: Sequence[CellResult], pair: tuple[str, str], batches: Sequence[int], task: str
+    results: Sequence[RunResult], pair: tuple[str, str], batches: Sequence[int], task: str
 ) -> Optional[Difference]:
-    """First arm less second, over all batches: of each seed's mean over the batches.
+    """First variant less second, over all batches: of each seed's mean over the batches.
 
-    Seeds for which a cell is missing are left out.
+    Seeds for which a run is missing are left out.
     """
     sides: list[list[float]] = []
-    for arm in pair:
-        by_batch = [values_of(results, arm, batch, task) for batch in batches]
+    for variant in pair:
+        by_batch = [values_of(results, variant, batch, task) for batch in batches]
         complete = set.intersection(*(set(values) for values in by_batch))
         sides.append(
             [sum(values[seed] for values in by_batch) / len(by_batch) for seed in sorted(complete)]

@@ -1,4 +1,4 @@
-"""AP over batch size, and learning curves of all arms at each batch."""
+"""AP over batch size, and learning curves of all variants at each batch."""
 
 import math
 from collections.abc import Sequence
@@ -12,36 +12,35 @@ from ws_detectron.evaluation.coco_report import TITLES
 from ws_detectron.evaluation.curves import line_style
 from ws_detectron.evaluation.runs import ap_key, series
 
-from .cell_state import FINISHED
 from .differences import summary
-from .results import CellResult, tasks_of
+from .records import FINISHED, RunResult, tasks_of
 from .spec import Study
 
 LEGEND_WIDTH = 1.7
 """Inches for a column of the legend: its line, and a name like bn_ws_decay."""
 
 
-def draw_ap_over_batch(study: Study, results: Sequence[CellResult]) -> Figure:
-    """Mean AP of each arm over the batch, bars of one standard deviation; a panel per task."""
+def draw_ap_over_batch(study: Study, results: Sequence[RunResult]) -> Figure:
+    """Mean AP of each variant over the batch, bars of one standard deviation; a panel per task."""
     tasks = tasks_of(results)
     figure = Figure(figsize=(1 + 4.6 * len(tasks), 4.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     batches = sorted(study.batches)
     for panel, task in zip(panels, tasks):
-        for number, arm in enumerate(study.arms):
+        for number, variant in enumerate(study.variants):
             found = [
                 (batch, reached)
                 for batch in batches
-                if (reached := summary(results, arm.name, batch, task)) is not None
+                if (reached := summary(results, variant.name, batch, task)) is not None
             ]
             if found:
-                # bars of different arms stand beside each other
-                shift = 1.02 ** (number - (len(study.arms) - 1) / 2)
+                # bars of different variants stand beside each other
+                shift = 1.02 ** (number - (len(study.variants) - 1) / 2)
                 panel.errorbar(
                     [batch * shift for batch, _ in found],
                     [reached.mean for _, reached in found],
                     yerr=[reached.deviation or 0.0 for _, reached in found],
-                    label=arm.name,
+                    label=variant.name,
                     capsize=3,
                     **line_style(number),
                 )
@@ -55,7 +54,7 @@ def draw_ap_over_batch(study: Study, results: Sequence[CellResult]) -> Figure:
     return figure
 
 
-def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
+def draw_study_curves(study: Study, results: Sequence[RunResult]) -> Figure:
     """Loss and AP over the images seen: a column per batch, a row per quantity.
 
     Lines are means over the seeds that have finished (over all, where none has); the band is from
@@ -68,16 +67,16 @@ def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
     panels = figure.subplots(len(keys), len(batches), squeeze=False, sharex=True, sharey="row")
     for row, key in zip(panels, keys):
         for panel, batch in zip(row, batches):
-            for number, arm in enumerate(study.arms):
-                runs = [r for r in results if (r.cell.arm, r.cell.batch) == (arm.name, batch)]
-                done = [run for run in runs if run.word == FINISHED]
+            for number, variant in enumerate(study.variants):
+                runs = [r for r in results if (r.run.variant, r.run.batch) == (variant.name, batch)]
+                done = [run for run in runs if run.status == FINISHED]
                 images, values = _curves(done or runs, key)
                 if len(images):
                     style = line_style(number)
                     markers = max(1, len(images) // 6)
                     mean = np.nanmean(values, 0)
                     low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-                    panel.plot(images, mean, label=arm.name, markevery=markers, **style)
+                    panel.plot(images, mean, label=variant.name, markevery=markers, **style)
                     panel.fill_between(images, low, high, color=style["color"], alpha=0.15, lw=0)
         name = "total loss" if key == "total_loss" else f"{TITLES[key]} AP"
         row[0].set_ylabel(name)
@@ -91,22 +90,22 @@ def draw_study_curves(study: Study, results: Sequence[CellResult]) -> Figure:
     return figure
 
 
-def _curves(runs: Sequence[CellResult], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images seen, and values (runs, places) where any run has one; NaN for those that have none.
+def _curves(runs: Sequence[RunResult], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images seen, and values (runs, positions) where any run has one; NaN where a run has none.
 
     A run that was killed in an evaluation lacks it: it resumes behind it.
     """
     curves = []
     for result in runs:
-        name = key if key == "total_loss" else ap_key(result.run, key)
-        iterations, values = series(result.run.rows, name)
-        per_step = result.cell.batch * result.cell.processes
+        name = key if key == "total_loss" else ap_key(result.metrics, key)
+        iterations, values = series(result.metrics.rows, name)
+        per_step = result.run.batch * result.run.processes
         # a last evaluation is written one iteration after the last step
-        last = result.cell.iterations
+        last = result.run.iterations
         curves.append({min(i + 1, last) * per_step: value for i, value in zip(iterations, values)})
-    places = sorted({place for curve in curves for place in curve})
-    table = [[curve.get(place, math.nan) for place in places] for curve in curves]
-    return np.array(places), np.array(table)
+    positions = sorted({position for curve in curves for position in curve})
+    table = [[curve.get(position, math.nan) for position in positions] for curve in curves]
+    return np.array(positions), np.array(table)
 
 
 def _finish(figure: Figure, panels: Sequence[Axes]) -> None:

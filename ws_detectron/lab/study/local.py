@@ -1,4 +1,4 @@
-"""Runs cells on this machine, a number of them side by side."""
+"""Trains the runs of a study on this machine, several at a time."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ from typing import IO, Any, Optional
 from ws_detectron.errors import UserError
 from ws_detectron.utils.locking import locked
 
-from .cell_state import is_finished
-from .cells import Cell
-from .process import CellProcess
+from .plan import StudyRun
+from .process import RunProcess
 from .progress import Progress
+from .records import is_finished
 
 POLL_SECONDS = 0.5
 BEAT_SECONDS = 600.0
@@ -23,19 +23,19 @@ LOCK = "study.lock"
 
 
 def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict[str, str]]:
-    """The environment of each place where a cell can run.
+    """The environment of each worker, which trains one run at a time.
 
-    CPU cells share the cores, and `tools/train_net.py` shares those of a cell out to its processes;
-    GPU cells get the next `processes` GPUs each.
+    CPU runs share the cores, and `tools/train_net.py` shares those of a run out to its processes;
+    GPU runs get the next `processes` GPUs each.
 
     Args:
-        jobs: how many cells run side by side.
-        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES names them, one as often as cells may share
+        jobs: how many runs train at a time.
+        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES names them, one as often as runs may share
             it; None for the CPU.
-        processes: of each cell.
+        processes: of each run.
 
     Raises:
-        UserError: there are not enough GPUs, or a cell would get the same one twice.
+        UserError: there are not enough GPUs, or a run would get the same one twice.
     """
     if gpus is None:
         if "OMP_NUM_THREADS" in os.environ:
@@ -46,57 +46,57 @@ def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict
         raise UserError(
             f"--jobs {jobs} with {processes} process(es) each need {jobs * processes} GPUs; "
             f"there are {len(gpus)} (--gpus, else the visible ones): {', '.join(gpus) or 'none'}. "
-            "A GPU that several small cells may share is named once for each: --gpus 0 0 0 0"
+            "A GPU that several small runs may share is named once for each: --gpus 0 0 0 0"
         )
     shares = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
     for share in shares:
         if len(set(share)) < len(share):
             raise UserError(
-                f"--gpus gives a cell {', '.join(share)}; its {processes} processes need a GPU each"
+                f"--gpus gives a run {', '.join(share)}; its {processes} processes need a GPU each"
             )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
 def run_locally(
-    cells: Sequence[Cell],
+    runs: Sequence[StudyRun],
     train_net: Path,
-    places: Sequence[dict[str, str]],
+    workers: Sequence[dict[str, str]],
     progress: Progress,
     lock: IO[Any],
 ) -> None:
-    """Runs all cells that are not finished; a cell that fails does not keep the others from it.
+    """Trains all runs that are not finished; one that fails does not stop the others.
 
-    Cells that were killed go on from their last checkpoint, and failed ones are tried again.
+    Runs that were killed resume from their last checkpoint, and failed ones are tried again.
 
     Args:
-        cells: in the order in which they start.
+        runs: in the order in which they start.
         train_net: path of tools/train_net.py.
-        places: an environment for each cell that runs at a time, of `slots`.
+        workers: an environment for each worker, from `slots`.
         progress: is told of every start and end.
-        lock: of `study_lock`; the cells keep it, so that the study stays locked as long as one of
+        lock: of `study_lock`; the runs keep it, so that the study stays locked as long as one of
             them lives, even if this process is killed.
     """
-    waiting = [cell for cell in cells if not is_finished(cell)]
+    waiting = [run for run in runs if not is_finished(run)]
     waiting.reverse()
-    free = list(reversed(range(len(places))))
-    running: dict[int, CellProcess] = {}
+    free = list(reversed(range(len(workers))))
+    running: dict[int, RunProcess] = {}
     beat = time.monotonic()
     with _ended_by_signals():
         try:
             while waiting or running:
                 while waiting and free:
-                    place, cell = free.pop(), waiting.pop()
-                    progress.began(cell)
-                    running[place] = CellProcess(
-                        cell, train_net, places[place], pass_fds=[lock.fileno()]
+                    worker, run = free.pop(), waiting.pop()
+                    progress.began(run)
+                    running[worker] = RunProcess(
+                        run, train_net, workers[worker], pass_fds=[lock.fileno()]
                     )
-                for place in [place for place, process in running.items() if process.poll()]:
-                    process = running.pop(place)
-                    free.append(place)
-                    progress.ended(process.cell, process.finish())
+                for worker in [worker for worker, process in running.items() if process.poll()]:
+                    process = running.pop(worker)
+                    free.append(worker)
+                    progress.ended(process.run, process.finish())
                 if time.monotonic() - beat > BEAT_SECONDS:
                     beat = time.monotonic()
-                    progress.beat(process.cell for process in running.values())
+                    progress.beat(process.run for process in running.values())
                 time.sleep(POLL_SECONDS)
         finally:
             for process in running.values():
@@ -107,12 +107,12 @@ def study_lock(output: Path) -> AbstractContextManager[IO[Any]]:
     """Keeps a study's folder from being worked on twice, for as long as it is entered.
 
     Raises:
-        AlreadyLocked: somebody else works on it, be it only a cell whose `run_study` was killed.
+        AlreadyLocked: somebody else works on it, be it only a run whose `run_study` was killed.
     """
     path = output / LOCK
     return locked(
         path,
-        f"{output} is being worked on by another run_study.py, or by a cell of one that was "
+        f"{output} is being worked on by another run_study.py, or by a run of one that was "
         f"killed; wait for it or end it (fuser {path} shows it)",
     )
 
@@ -126,7 +126,7 @@ def _cores() -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Turns SIGTERM, and SIGHUP of a terminal that closes, into an exception, so that the cells are
+    """Turns SIGTERM, and SIGHUP of a terminal that closes, into an exception, so that the runs are
     stopped on the way out. What is ignored, as SIGHUP under nohup, stays so."""
 
     def leave(number: int, frame: Optional[FrameType]) -> None:

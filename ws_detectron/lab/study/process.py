@@ -1,4 +1,4 @@
-"""One cell in a process of its own: `tools/train_net.py`, in the cell's folder."""
+"""One run in a process of its own: `tools/train_net.py`, in the run's folder."""
 
 import os
 import shlex
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from ws_detectron.errors import DivergedError
 
-from .cell_state import FAILED, FINISHED, OUTPUT, RUNNING, CellState, last_words, write_state
-from .cells import Cell, words
+from .plan import StudyRun, words
+from .records import DIVERGED, FAILED, FINISHED, OUTPUT, RUNNING, RunState, last_words, write_state
 
-# How long a cell may take to end when it is asked to
+# How long a run may take to end when it is asked to
 PATIENCE = 20.0
 
 
-def command(cell: Cell, train_net: Path) -> list[str]:
-    """The command line of a cell; given once more, it goes on where the cell stopped.
+def command(run: StudyRun, train_net: Path) -> list[str]:
+    """The command line of a run; given once more, it resumes the run.
 
     Without a checkpoint in the folder, `--resume` starts from the beginning.
     """
-    start = [sys.executable, str(train_net), "--resume", "--config-file", cell.config]
-    if cell.processes > 1:
-        # the default address is one for all runs of a user; cells may run side by side
-        start += ["--num-gpus", str(cell.processes), "--dist-url", "auto"]
-    return [*start, *words(cell.options)]
+    start = [sys.executable, str(train_net), "--resume", "--config-file", run.config]
+    if run.processes > 1:
+        # the default address is one for all runs of a user, and several may train at a time
+        start += ["--num-gpus", str(run.processes), "--dist-url", "auto"]
+    return [*start, *words(run.options)]
 
 
 def shown(command: Sequence[str]) -> str:
@@ -35,13 +35,13 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-class CellProcess:
-    """A cell that runs.
+class RunProcess:
+    """A run that trains.
 
-    Starting it makes its folder, notes that it runs, and begins its log anew.
+    Starting it makes its folder, notes that it runs, and starts a new log.
 
     Args:
-        cell: to run.
+        run: to run.
         train_net: path of tools/train_net.py.
         environ: variables besides the ones of this process.
         pass_fds: file descriptors that the process keeps open.
@@ -49,21 +49,21 @@ class CellProcess:
 
     def __init__(
         self,
-        cell: Cell,
+        run: StudyRun,
         train_net: Path,
         environ: Mapping[str, str],
         pass_fds: Sequence[int] = (),
     ) -> None:
-        self.cell = cell
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        write_state(cell, RUNNING)
+        self.run = run
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_state(run, RUNNING)
         self._start = time.perf_counter()
-        self._log = cell.folder / OUTPUT
-        # Written anew: what an earlier process said must not pass for the last words of this one.
+        self._log = run.folder / OUTPUT
+        # A new one: what an earlier process said must not pass for the last words of this one.
         # All of them are in detectron2's log.txt.
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                command(cell, train_net),
+                command(run, train_net),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -76,19 +76,19 @@ class CellProcess:
         """Whether it has ended."""
         return self._process.poll() is not None
 
-    def finish(self) -> CellState:
+    def finish(self) -> RunState:
         """Waits for its end and notes how it ended."""
         status = self._process.wait()
         seconds = time.perf_counter() - self._start
         if status == 0:
-            # in this order, as without checkpoints a cell that is not finished would start anew
-            state = write_state(self.cell, FINISHED, seconds=seconds)
-            drop_checkpoints(self.cell)
+            # in this order: without checkpoints, an unfinished run starts from the beginning
+            state = write_state(self.run, FINISHED, seconds=seconds)
+            drop_checkpoints(self.run)
             return state
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         reason = f"{last_words(self._log)} ({how})"
-        lost = status == DivergedError.exit_status
-        return write_state(self.cell, FAILED, reason=reason, seconds=seconds, lost=lost)
+        failure = DIVERGED if status == DivergedError.exit_status else FAILED
+        return write_state(self.run, failure, reason=reason, seconds=seconds)
 
     def stop(self) -> None:
         """Ends it and its children; its state stays "running", so that it is resumed."""
@@ -106,17 +106,17 @@ class CellProcess:
             pass
 
 
-def drop_checkpoints(cell: Cell) -> None:
-    """Deletes what a finished cell does not keep."""
+def drop_checkpoints(run: StudyRun) -> None:
+    """Deletes what a finished run does not keep."""
     patterns = {"all": [], "last": ["model_[0-9]*.pth"], "none": ["last_checkpoint", "*.pth"]}
-    for pattern in patterns[cell.checkpoints]:
-        for path in cell.folder.glob(pattern):
+    for pattern in patterns[run.checkpoints]:
+        for path in run.folder.glob(pattern):
             path.unlink()
 
 
-def run_cell(cell: Cell, train_net: Path) -> CellState:
-    """Runs a cell to its end, in the environment as it is."""
-    process = CellProcess(cell, train_net, {})
+def train(run: StudyRun, train_net: Path) -> RunState:
+    """Runs a run to its end, in the environment as it is."""
+    process = RunProcess(run, train_net, {})
     try:
         return process.finish()
     except BaseException:

@@ -1,74 +1,72 @@
 """What is printed while a study runs: what began, what ended, how long the rest will take."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Optional
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Optional
 
 from ws_detectron.evaluation.coco_report import TITLES, UNDEFINED
 from ws_detectron.evaluation.comparison import duration
 from ws_detectron.evaluation.runs import METRICS, Run, read_run
 
-from .cell_state import FINISHED, CellState, read_state
-from .cells import Cell
-from .results import read_record
+from .plan import StudyRun
+from .records import FINISHED, OUTPUT, RunResult, RunState, read_run_record
 
 
 class Progress:
-    """Prints a line for each start and each end of a cell, with the time left.
+    """Prints a line for each start and each end of a run, with the time left.
 
-    The time left is reckoned from the seconds per image of the cells that have finished: those of
+    The time left is estimated from the seconds per image of the runs that have finished: those of
     the same batch where there are any, else all.
 
     Args:
-        cells: all that are to be run, finished ones included.
-        side_by_side: how many run at a time; None if that is not ours to say, as in a queue, and
-            then nothing is reckoned.
+        results: of all runs that are wanted, finished ones included.
+        workers: how many runs train at a time; None where that is unknown, as in a queue, and
+            then nothing is estimated.
         say: takes a line.
         now: a clock in seconds.
-        keep: is called with each cell that has ended and its state, before it is said.
+        keep: is called with each run that has ended and its state, before the line is printed.
     """
 
     def __init__(
         self,
-        cells: Sequence[Cell],
-        side_by_side: Optional[int],
+        results: Sequence[RunResult],
+        workers: Optional[int],
         say: Callable[[str], None],
         now: Callable[[], float] = time.monotonic,
-        keep: Optional[Callable[[Cell, CellState], None]] = None,
+        keep: Optional[Callable[[StudyRun, RunState], None]] = None,
     ) -> None:
-        self._cells, self._side_by_side = cells, side_by_side
+        self._runs, self._workers = [result.run for result in results], workers
         self._say, self._now, self._keep = say, now, keep
         self._begun: dict[str, float] = {}
         self._ended: set[str] = set()
         self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
-        for cell in cells:
-            state = read_state(cell)
-            if state is not None and state.state == FINISHED:
-                self._ended.add(cell.name)
-                self._learn(cell, state)
+        for result in results:
+            if result.state is not None and result.status == FINISHED:
+                self._ended.add(result.run.name)
+                self._learn(result.run, result.state, result.run_record)
         if self._ended:
-            say(f"{len(self._ended)} of {len(cells)} cells are finished already")
+            say(f"{len(self._ended)} of {len(results)} runs are finished already")
 
-    def began(self, cell: Cell) -> None:
-        self._begun[cell.name] = self._now()
-        done = steps_done(cell)
-        again = f" again, its metrics end at {done} of {cell.iterations} iterations" if done else ""
-        self._say(f"{self._position()} {cell.name} begins{again}; log: {cell.folder}/cell.log")
+    def began(self, run: StudyRun) -> None:
+        self._begun[run.name] = self._now()
+        done = steps_done(run)
+        again = f" again, its metrics end at {done} of {run.iterations} iterations" if done else ""
+        self._say(f"{self._position()} {run.name} begins{again}; log: {run.folder}/{OUTPUT}")
 
-    def ended(self, cell: Cell, state: CellState) -> None:
-        self._ended.add(cell.name)
-        self._learn(cell, state)
+    def ended(self, run: StudyRun, state: RunState) -> None:
+        self._ended.add(run.name)
+        self._learn(run, state, read_run_record(run.folder))
         if self._keep is not None:
-            self._keep(cell, state)
+            self._keep(run, state)
         if state.state == FINISHED:
-            what = f"finished in {duration(state.seconds)}: {figures(read_run(cell.folder, ''))}"
+            what = f"finished in {duration(state.seconds)}: {ap_text(read_run(run.folder, ''))}"
         else:
-            what = f"FAILED: {state.reason}"
-        self._say(f"{self._position()} {cell.name} {what}; {self.left()}")
+            what = f"{state.state.upper()}: {state.reason}"
+        self._say(f"{self._position()} {run.name} {what}; {self.left()}")
 
-    def beat(self, running: Iterable[Cell]) -> None:
-        """A sign of life: how far the running cells are."""
-        shown = [f"{cell.name} {steps_done(cell)}/{cell.iterations}" for cell in running]
+    def beat(self, running: Iterable[StudyRun]) -> None:
+        """A sign of life: how far the running runs are."""
+        shown = [f"{run.name} {steps_done(run)}/{run.iterations}" for run in running]
         self._say(f"{self._position()} running: {', '.join(shown)}; {self.left()}")
 
     def left(self) -> str:
@@ -77,38 +75,38 @@ class Progress:
         return "time left unknown" if seconds is None else f"about {duration(seconds)} left"
 
     def seconds_left(self) -> Optional[float]:
-        """None before any cell has finished, and for a queue."""
+        """None before any run has finished, and for a queue."""
         everything = [speed for speeds in self._speeds.values() for speed in speeds]
-        if not everything or self._side_by_side is None:
+        if not everything or self._workers is None:
             return None
         total = 0.0
-        for cell in self._cells:
-            if cell.name not in self._ended:
-                known = self._speeds.get(cell.batch, everything)
-                whole = cell.images * sum(known) / len(known)
-                begun = self._begun.get(cell.name)
+        for run in self._runs:
+            if run.name not in self._ended:
+                known = self._speeds.get(run.batch, everything)
+                whole = run.images * sum(known) / len(known)
+                begun = self._begun.get(run.name)
                 total += max(0.0, whole - (self._now() - begun)) if begun is not None else whole
-        return total / self._side_by_side
+        return total / self._workers
 
-    def _learn(self, cell: Cell, state: CellState) -> None:
-        # `seconds` are of the last start, which for a resumed cell is a part of its images
-        whole = read_record(cell.folder).get("starts", 1) == 1
+    def _learn(self, run: StudyRun, state: RunState, run_record: Mapping[str, Any]) -> None:
+        # `seconds` are of the last start, which for a resumed run is a part of its images
+        whole = run_record.get("starts", 1) == 1
         if state.state == FINISHED and state.seconds and whole:
-            self._speeds.setdefault(cell.batch, []).append(state.seconds / cell.images)
+            self._speeds.setdefault(run.batch, []).append(state.seconds / run.images)
 
     def _position(self) -> str:
-        return f"[{len(self._ended)}/{len(self._cells)}]"
+        return f"[{len(self._ended)}/{len(self._runs)}]"
 
 
-def steps_done(cell: Cell) -> int:
-    """Iterations in the cell's metrics; 0 before the first are written."""
-    if not (cell.folder / METRICS).is_file():
+def steps_done(run: StudyRun) -> int:
+    """Iterations in the run's metrics; 0 before the first are written."""
+    if not (run.folder / METRICS).is_file():
         return 0
-    steps = [row["iteration"] + 1 for row in read_run(cell.folder, "").rows if "total_loss" in row]
+    steps = [row["iteration"] + 1 for row in read_run(run.folder, "").rows if "total_loss" in row]
     return steps[-1] if steps else 0
 
 
-def figures(run: Run) -> str:
+def ap_text(run: Run) -> str:
     """Box and mask AP of a run, in words."""
     found = [
         f"{title} AP {UNDEFINED if value is None else format(value, '.1f')}"

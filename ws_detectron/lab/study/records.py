@@ -1,113 +1,373 @@
-"""Records of finished cells: their small files, kept where the runs themselves are not.
+"""What is known of a study's runs: in their own folders, and in the two files of its records.
 
-A study may take longer than one sitting, and its folder may lie on a machine that is given back. A
-record is what the report and a search need of a cell, in a folder of its name: its state with all
-settings, its config, its metrics and on what it ran. Finished cells are recorded, and those of a
-search that have lost, as it has its result from them, too.
+A study may take several sittings, on machines that keep nothing else, so a folder of records keeps
+what the report and a search need of runs that have ended:
+
+- `runs.jsonl`: its first line has the title and the settings that all runs share; then one line
+  per run with its state, the settings that are its own, and its `run_record.json`;
+- `metrics.csv`: a row per line of the runs' `metrics.json`, a column per metric, each value as
+  JSON writes it, so that it is read again exactly.
 """
 
-import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-from ws_detectron.errors import UserError
-from ws_detectron.evaluation.runs import CONFIG, METRICS
-from ws_detectron.utils.io import write_text
+from ws_detectron.errors import ConfigError
+from ws_detectron.evaluation.coco_eval import TASKS
+from ws_detectron.evaluation.runs import Run, ap_key, merge_rows, read_run
+from ws_detectron.utils.io import csv_text, write_json, write_text
+from ws_detectron.utils.locking import locked
 
-from .cell_state import FINISHED, STATE, CellState, has_lost, read_state
-from .cells import Cell
-from .results import RECORD
-from .slurm import JOB
+from .plan import StudyRun
+from .spec import Study
 
-_NOTHING = 2  # rank of what is not recorded
+STATE, OUTPUT, RUN_RECORD = "run.json", "run.log", "run_record.json"  # in a run's folder
+RUNS, METRICS, LOCK = "runs.jsonl", "metrics.csv", ".lock"  # in the folder of records
+FORMAT = 1
 
-# The state comes last: a folder that has it is whole.
-FILES = (METRICS, CONFIG, RECORD, STATE)
+RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed"
+
+# What another start of the same run may change without another result: on another machine, data
+# are stored elsewhere
+FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
+# What another machine may change for runs that have not ended: half a run belongs to one of them
+FREE_AT_THE_END = ("MODEL.DEVICE",)
 
 
-def keep_record(cell: Cell, state: CellState, folder: Path, what: str) -> None:
-    """Copies the small files of a cell that is to be recorded to `folder`/<name of the cell>.
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run.
 
     Args:
-        cell: of the "study", or of its "search".
-        state: where it stands.
-        folder: of the records.
-        what: which of the two it is.
-
-    Raises:
-        UserError: a file cannot be read or written.
+        state: "running" (also where its process was killed: it then resumes from its checkpoint),
+            "finished", "diverged" (its loss became infinite, which would come again) or "failed"
+            (killed, or its machine or a file failed).
+        settings: the config that it trains with, by full key.
+        reason: why it diverged or failed.
+        seconds: wall time of its last process, start-up and evaluations included.
     """
-    if _rank(state, what) < _NOTHING:
-        _copy(cell.folder, folder / cell.name)
+
+    state: str
+    settings: dict[str, Any]
+    reason: str = ""
+    seconds: Optional[float] = None
 
 
-def recorded_cells(
-    cells: Sequence[Cell], folder: Optional[Path], what: str = "study"
-) -> list[Cell]:
-    """The cells, to be read: one whose record is further than its folder has the record's folder.
+@dataclass(frozen=True)
+class Record:
+    """What is recorded of a run.
 
     Args:
-        cells: all of the study, or of its search.
-        folder: of the records; None for none.
-        what: "study" or "search", as for `keep_record`.
+        state: its state.
+        rows: lines of its metrics.json.
+        run_record: the training engine's `RunRecord`; empty where there is none.
+    """
+
+    state: RunState
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    run_record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run and what is known of it.
+
+    Args:
+        run: the run.
+        state: None if it was never started.
+        metrics: its config and metrics; the name is that of the run.
+        ap: task -> AP in per cent at the end of training; empty unless it finished.
+        run_record: the training engine's `RunRecord`; empty where there is none.
+        notes: what a reader has to know of these metrics.
+    """
+
+    run: StudyRun
+    state: Optional[RunState]
+    metrics: Run
+    ap: dict[str, float] = field(default_factory=dict)
+    run_record: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """The state's name; "running" includes runs that were interrupted."""
+        return self.state.state if self.state else "not started"
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study with all that was run of it.
+
+    Args:
+        study: the study.
+        runs: of the study proper, in order.
+        search: of its search; empty without one.
+    """
+
+    study: Study
+    runs: Sequence[RunResult]
+    search: Sequence[RunResult]
+
+
+def read_state(run: StudyRun) -> Optional[RunState]:
+    """What `write_state` wrote; None for a run that was never started.
 
     Raises:
-        ConfigError: a record is of other settings than its cell; names them.
+        ConfigError: the folder holds a run with other settings; names the keys.
+    """
+    path = run.folder / STATE
+    try:
+        state = RunState(**json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is broken: {error}; delete the folder to start again") from error
+    _check_settings(run, state, str(run.folder), "the folder")
+    return state
+
+
+def is_finished(run: StudyRun) -> bool:
+    """Raises as `read_state` does."""
+    state = read_state(run)
+    return state is not None and state.state == FINISHED
+
+
+def write_state(
+    run: StudyRun, state: str, *, reason: str = "", seconds: Optional[float] = None
+) -> RunState:
+    """Writes and returns a run's state."""
+    written = RunState(state, run.settings, reason, seconds)
+    write_json(run.folder / STATE, asdict(written))
+    return written
+
+
+def last_words(path: Path) -> str:
+    """Why a process failed: its last `error:` line, else its last line that is not empty."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return "it wrote nothing"
+    said = [line.strip() for line in lines if line.strip()]
+    errors = [line[len("error: ") :] for line in said if line.startswith("error: ")]
+    return (errors or said or ["it wrote nothing"])[-1]
+
+
+def read_records(folder: Optional[Path]) -> dict[str, Record]:
+    """The records of a study by the names of its runs; none where there are no files.
+
+    Raises:
+        ConfigError: a file is damaged, or of the form before these files; names it.
     """
     if folder is None:
-        return list(cells)
-    found = []
-    for cell in cells:
-        source = folder / cell.name
-        ours, recorded = (_rank(read_state(cell, place), what) for place in (None, source))
-        found.append(replace(cell, folder=source) if recorded < ours else cell)
-    return found
+        return {}
+    refuse_old_form(folder)
+    path = folder / RUNS
+    if not path.is_file():
+        return {}
+    try:
+        shared, *runs = map(json.loads, path.read_text("utf-8").splitlines())
+        if shared["format"] != FORMAT:
+            raise ConfigError(f"{path} has format {shared['format']!r}; allowed: {FORMAT}")
+        rows: dict[str, list[dict[str, Any]]] = {run["name"]: [] for run in runs}
+        path = folder / METRICS
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                # of a run that is not listed: its process was killed between the two files
+                rows.setdefault(row.pop("run"), []).append(
+                    {key: json.loads(value) for key, value in row.items() if value}
+                )
+        path = folder / RUNS
+        return {
+            run["name"]: Record(
+                RunState(
+                    run["state"],
+                    {**shared["settings"], **run["settings"]},
+                    run["reason"],
+                    run["seconds"],
+                ),
+                rows[run["name"]],
+                run["run_record"],
+            )
+            for run in runs
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {type(error).__name__}: {error}; restore it"
+        ) from error
 
 
-def exchange_records(cells: Sequence[Cell], folder: Path, what: str = "study") -> int:
-    """Gives cells what was recorded of them, and records those that are further than that.
-
-    What an unfinished run left in the folder of a cell with a record is deleted, but where a job of
-    Slurm is queued for the folder or trains in it.
+def write_records(folder: Path, title: str, records: Mapping[str, Record]) -> None:
+    """Writes both files, each atomically; a run counts as recorded once `runs.jsonl` names it.
 
     Args:
-        cells: all of the study, or of its search.
         folder: of the records.
-        what: "study" or "search", as for `keep_record`.
+        title: of the study.
+        records: of all its runs, by name.
 
-    Returns:
-        How many cells were taken from their records.
+    Raises:
+        UserError: a file cannot be written.
+    """
+    texts = {
+        name: {(key, json.dumps(value)) for key, value in record.state.settings.items()}
+        for name, record in records.items()
+    }
+    shared = set.intersection(*texts.values())
+    first: dict[str, Any] = {"format": FORMAT, "title": title, "settings": {}}
+    lines = [first]
+    for name, record in records.items():
+        own: dict[str, Any] = {}
+        for key, value in record.state.settings.items():
+            (first["settings"] if (key, json.dumps(value)) in shared else own)[key] = value
+        state = {**asdict(record.state), "settings": own}
+        lines.append({"name": name, **state, "run_record": record.run_record})
+    keys = sorted({key for record in records.values() for row in record.rows for key in row})
+    columns = ["iteration", *(key for key in keys if key != "iteration")]
+    table = [
+        [name, *(json.dumps(row[key]) if key in row else "" for key in columns)]
+        for name, record in records.items()
+        for row in record.rows
+    ]
+    write_text(folder / METRICS, csv_text([["run", *columns], *table]))
+    write_text(folder / RUNS, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def add_records(folder: Path, title: str, records: Mapping[str, Record]) -> None:
+    """Adds records to those that are there, in place of earlier ones of the same runs.
 
     Raises:
         UserError: a file cannot be read or written.
-        ConfigError: a record is of other settings than its cell; names them.
     """
-    restored = 0
-    for cell in cells:
-        source = folder / cell.name
-        ours, recorded = (_rank(read_state(cell, place), what) for place in (None, source))
-        if ours < recorded:
-            _copy(cell.folder, source)
-        elif recorded < ours and not (cell.folder / JOB).exists():
-            shutil.rmtree(cell.folder, ignore_errors=True)
-            _copy(source, cell.folder)
-            restored += 1
-    return restored
+    if records:
+        with locked(folder / LOCK, busy=None):
+            write_records(folder, title, {**read_records(folder), **records})
 
 
-def _rank(state: Optional[CellState], what: str) -> int:
-    """0 of a finished cell, 1 of one that has lost in a search, else `_NOTHING`."""
+def refuse_old_form(folder: Path) -> None:
+    """Before `runs.jsonl`, there was a folder with a `cell.json` for each run.
+
+    Raises:
+        ConfigError: `folder` is of that form, or was before it was converted.
+    """
+    if any(folder.glob("*/cell.json")):
+        raise ConfigError(
+            f"{folder} holds runs in the old form, a folder with a cell.json for each; convert "
+            f"them: python tools/convert_records.py STUDY {folder} NEW_FOLDER"
+        )
+    if folder.name == "cells" and (folder.parent / RUNS).is_file():
+        raise ConfigError(f"the records are {folder.parent / RUNS}; give --records {folder.parent}")
+
+
+def is_recorded(run: StudyRun, state: Optional[RunState]) -> bool:
+    """Whether a run in this state is recorded: it is finished, or diverged in a search.
+
+    A search has its result from runs that diverged, too; a diverged run of the study proper is
+    tried again.
+    """
+    return _rank(run, state) < _NOT_ENDED
+
+
+def folder_record(run: StudyRun, state: RunState) -> Record:
+    """What a run's folder holds, with its state."""
+    return Record(state, read_run(run.folder, run.name).rows, read_run_record(run.folder))
+
+
+def read_results(runs: Sequence[StudyRun], records: Mapping[str, Record]) -> list[RunResult]:
+    """Results in the order of the runs."""
+    return [read_result(run, records) for run in runs]
+
+
+def read_result(run: StudyRun, records: Mapping[str, Record]) -> RunResult:
+    """What a run has reached, also where it was never started or has failed; changes no file.
+
+    Args:
+        run: of the study or its search.
+        records: from `read_records`; the run's own folder counts only where it is further.
+
+    Raises:
+        ConfigError: its folder or record is of a run with other settings.
+    """
+    state, record = read_state(run), records.get(run.name)
+    if record is not None:
+        _check_settings(run, record.state, f"the record of {run.name}", "its line in runs.jsonl")
+    damaged = False
+    if record is None or _rank(run, state) < _rank(run, record.state):
+        if state is None:
+            return RunResult(run, None, Run(run.name, run.folder))
+        record = folder_record(run, state)
+        damaged = not record.run_record and (run.folder / RUN_RECORD).is_file()
+    state = record.state
+    metrics = Run(run.name, run.folder, config=state.settings, rows=merge_rows(record.rows))
+    notes = [f"{state.state.upper()}: {state.reason}"] if state.state in (DIVERGED, FAILED) else []
+    ap: dict[str, float] = {}
+    if state.state == FINISHED:
+        ap, more = final_ap(metrics, TASKS[: 2 if run.settings["MODEL.MASK_ON"] else 1])
+        notes += more
+    if damaged:
+        notes.append(f"{RUN_RECORD} is damaged: machine, time and memory are unknown")
+    starts = record.run_record.get("starts", 1)
+    if starts > 1:
+        notes.append(f"resumed: {starts} starts")
+    return RunResult(run, state, metrics, ap, record.run_record, tuple(notes))
+
+
+def final_ap(run: Run, tasks: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """AP of the last evaluation, and notes on it.
+
+    A detector that finds nothing at all has no AP in detectron2's metrics. By COCO's rules it is 0,
+    and left out it would make the mean of its variant look better than it is, so it counts as 0.
+    """
+    box = ap_key(run, TASKS[0])
+    evaluations = [row for row in run.rows if box in row]
+    if not evaluations:
+        return {}, ["it was never evaluated: DATASETS.TEST is empty"]
+    values = {task: evaluations[-1].get(ap_key(run, task), math.nan) for task in tasks}
+    missing = [task for task, value in values.items() if not math.isfinite(value)]
+    notes = ["it detects nothing: AP counts as 0"] if missing else []
+    return {task: value if task not in missing else 0.0 for task, value in values.items()}, notes
+
+
+def read_run_record(folder: Path) -> dict[str, Any]:
+    """A run's `RunRecord`; empty where there is none."""
+    try:
+        content = json.loads((folder / RUN_RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def tasks_of(results: Sequence[RunResult]) -> list[str]:
+    """Tasks of which there is any AP; box AP where there is none yet."""
+    return [task for task in TASKS if any(task in result.ap for result in results)] or [TASKS[0]]
+
+
+_NOT_ENDED = 2
+
+
+def _rank(run: StudyRun, state: Optional[RunState]) -> int:
+    """0 of a finished run, 1 of one that diverged in a search, else `_NOT_ENDED`."""
     if state is not None and state.state == FINISHED:
         return 0
-    return 1 if what == "search" and has_lost(state) else _NOTHING
+    diverged = state is not None and state.state == DIVERGED
+    return 1 if run.searching and diverged else _NOT_ENDED
 
 
-def _copy(source: Path, target: Path) -> None:
-    try:
-        for name in FILES:
-            if (source / name).is_file():
-                write_text(target / name, (source / name).read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot copy {source} to {target}: {error.strerror or error}") from error
+def _check_settings(run: StudyRun, state: RunState, where: str, what: str) -> None:
+    # Keys that only one of them has are new or gone with a version of detectron2.
+    free = (*FREE, *FREE_AT_THE_END) if is_recorded(run, state) else FREE
+    differing = {
+        key: f"{key} was {state.settings[key]!r} and is {value!r}"
+        for key, value in run.settings.items()
+        if key in state.settings and state.settings[key] != value and key not in free
+    }
+    if differing:
+        device = ", or end it with the --device it was begun on"
+        raise ConfigError(
+            f"{where} holds a run with other settings: {'; '.join(differing.values())}. Give the "
+            f"study another `output`, or delete {what}"
+            + (device if "MODEL.DEVICE" in differing else "")
+        )

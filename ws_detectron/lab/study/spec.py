@@ -1,6 +1,7 @@
-"""A study file: which arms, batches and seeds are compared, and on what terms."""
+"""A study file: which variants, batches and seeds are compared, and on what terms."""
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, Optional, Union
 from ws_detectron.errors import ConfigError
 from ws_detectron.utils.yaml_files import read_yaml
 
-# What the study itself decides for every cell; an override of it would be lost or break the match.
+logger = logging.getLogger(__name__)
+
+# What the study itself decides for every run; an override would have no effect or break the match.
 DECIDED = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.REFERENCE_IMS_PER_BATCH",
@@ -22,13 +25,13 @@ DECIDED = (
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One side of the comparison.
 
     Args:
         name: for folders and tables.
         config: file, or name of a config of this package; its batch, LR, warm-up and schedule are
-            the reference from which every cell is scaled.
+            the reference from which every run is scaled.
         overrides: config key -> value, at the reference batch.
     """
 
@@ -39,12 +42,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Search:
-    """Short runs before the study that choose values for each arm, with one budget for all.
+    """Short runs before the study that choose values for each variant, with one budget for all.
 
     Args:
         grid: config key -> values, at the reference batch; all combinations are tried.
         images: that each run sees.
-        batches: images per process at which is searched; a cell takes what was found at the
+        batches: images per process at which is searched; a run takes what was found at the
             nearest of them (by ratio).
         seed: of all runs; better none of the study's.
         overrides: for the search alone, such as other DATASETS.TEST.
@@ -65,17 +68,17 @@ class Study:
         name: of the study.
         title: for the report.
         output: folder of all runs.
-        arms: in the order of the report; the first is the baseline of `comparisons` by default.
+        variants: in the order of the report; the first is the baseline of `comparisons` by default.
         batches: images per process and optimizer step.
-        seeds: each makes a cell of every arm and batch.
-        images: training images that every cell sees; None: as many as the arms' configs say.
-        processes: of each cell, one per GPU, or CPU processes.
+        seeds: each makes a run of every variant and batch.
+        images: training images that every run sees; None: as many as the variants' configs say.
+        processes: of each run, one per GPU, or CPU processes.
         device: "cpu" or "cuda".
-        evaluations: per cell, spread evenly; None: as the configs say.
-        checkpoints: what a cell keeps when it has finished: "all", "last" (the final and the best
-            model) or "none"; a run cannot be resumed without, so an unfinished cell keeps all.
-        overrides: config key -> value for all arms, at the reference batch.
-        comparisons: pairs of arms (a, b) for which "a - b" is reported.
+        evaluations: per run, spread evenly; None: as the configs say.
+        checkpoints: what a run keeps when it has finished: "all", "last" (the final and the best
+            model) or "none"; a run cannot be resumed without, so an unfinished run keeps all.
+        overrides: config key -> value for all variants, at the reference batch.
+        comparisons: pairs of variants (a, b) for which "a - b" is reported.
         search: None for none.
         slurm: what submitit's executor is told (`timeout_min`, `slurm_partition`, ...).
     """
@@ -83,7 +86,7 @@ class Study:
     name: str
     title: str
     output: Path
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     batches: tuple[int, ...]
     seeds: tuple[int, ...]
     images: Optional[int] = None
@@ -113,19 +116,22 @@ def read_study(path: Union[str, Path]) -> Study:
     """
     path = Path(path)
     content = read_yaml(path, "study file")
+    if isinstance(content, dict) and "arms" in content and "variants" not in content:
+        logger.warning("study file %s: `arms` is now called `variants`; rename it", path)
+        content["variants"] = content.pop("arms")
     return _study(_Keys(content, f"study file {path}"), path.stem)
 
 
 def _study(keys: "_Keys", name: str) -> Study:
-    arms = tuple(_arm(name, value) for name, value in keys.mapping("arms").items())
-    if not arms:
-        raise ConfigError(f"{keys.where}: `arms` is empty; name at least one")
-    names = [arm.name for arm in arms]
+    variants = tuple(_variant(name, value) for name, value in keys.mapping("variants").items())
+    if not variants:
+        raise ConfigError(f"{keys.where}: `variants` is empty; name at least one")
+    names = [variant.name for variant in variants]
     study = Study(
         name=name,
         title=keys.text("title", name),
         output=Path(keys.text("output", f"output/studies/{name}")),
-        arms=arms,
+        variants=variants,
         batches=keys.counts("batches"),
         seeds=keys.counts("seeds", least=0),
         images=keys.count("images", None),
@@ -144,7 +150,7 @@ def _study(keys: "_Keys", name: str) -> Study:
 
 
 def _check_evaluations(study: Study, where: str) -> None:
-    given = [study.overrides, *(arm.overrides for arm in study.arms)]
+    given = [study.overrides, *(variant.overrides for variant in study.variants)]
     search = study.search
     if search and "TEST.EVAL_PERIOD" in {**search.grid, **search.overrides}:
         raise ConfigError(
@@ -158,16 +164,16 @@ def _check_evaluations(study: Study, where: str) -> None:
         )
 
 
-def _arm(name: Any, value: Any) -> Arm:
-    where = f"arm {name}"
+def _variant(name: Any, value: Any) -> Variant:
+    where = f"variant {name}"
     if isinstance(value, str):
         value = {"config": value}
     keys = _Keys(value, where)
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
         raise ConfigError(f"{where}: allowed in names are letters, digits, - and _")
-    arm = Arm(name, keys.text("config"), _overrides(keys, "overrides"))
+    variant = Variant(name, keys.text("config"), _overrides(keys, "overrides"))
     keys.end()
-    return arm
+    return variant
 
 
 def _comparisons(keys: "_Keys", names: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -175,7 +181,7 @@ def _comparisons(keys: "_Keys", names: Sequence[str]) -> tuple[tuple[str, str], 
     if given is None:
         return tuple((name, names[0]) for name in names[1:])
     if not isinstance(given, list):
-        raise ConfigError(f"{keys.where}: `comparisons` is no list of pairs of arms")
+        raise ConfigError(f"{keys.where}: `comparisons` is no list of pairs of variants")
     for pair in given:
         if not isinstance(pair, list) or len(pair) != 2 or not all(name in names for name in pair):
             raise ConfigError(
@@ -216,7 +222,7 @@ def _overrides(keys: "_Keys", name: str) -> dict[str, Any]:
     for key in overrides:
         if key in DECIDED:
             raise ConfigError(
-                f"{keys.where}: `{name}` has {key}, which the study sets for every cell"
+                f"{keys.where}: `{name}` has {key}, which the study sets for every run"
             )
     return overrides
 
