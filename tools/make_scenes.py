@@ -1,4 +1,4 @@
-"""Makes scenes: small COCO-format data sets with masks exact to the pixel."""
+"""Makes scenes: small COCO-format data sets whose masks are exact to the pixel."""
 
 import argparse
 import logging
@@ -16,8 +16,8 @@ from ws_detectron.utils.io import refuse_overwrite
 EXAMPLE = """example:
   python tools/make_scenes.py --kind shapes --image-size 128 --preview scenes.png
 
-Without --output the scenes go where the data sets scenes_<kind>_<size>_<split> look for them
-($WS_DETECTRON_CACHE, else ~/.cache/ws_detectron), so training starts at once.
+By default the scenes are written to the cache ($WS_DETECTRON_CACHE, else ~/.cache/ws_detectron),
+where the data sets scenes_<kind>_<size>_<split> are read.
 """
 PREVIEW_IMAGES = 12
 
@@ -26,10 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kind", choices=KINDS, default="shapes", help="what the objects are")
+    parser.add_argument("--kind", choices=KINDS, default="shapes", help="type of the objects")
     parser.add_argument("--image-size", type=int, default=128, help="height and width, pixels")
-    parser.add_argument("--train", type=int, help="training images (default: by size); 0: none")
-    parser.add_argument("--val", type=int, help="validation images (default: by size); 0: none")
+    parser.add_argument("--train", type=int, help="training images; default: by size; 0: none")
+    parser.add_argument("--val", type=int, help="validation images; default: by size; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--objects", type=int, nargs=2, metavar=("LEAST", "MOST"), help="per image")
     parser.add_argument(
@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--min-visible", type=float, help="least visible share of an object")
     parser.add_argument("--output", metavar="DIR", help="root folder of the data sets")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
-    parser.add_argument("--preview", metavar="PNG", help="contact sheet of the first images")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--preview", metavar="PNG", help="picture of the first annotated images")
     return parser
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from train_fashion_mnist import build_parser
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_fashion_mnist.py"
 
@@ -20,14 +21,14 @@ def command(datasets_root: Path, tmp_path: Path) -> list[str]:
         str(TOOL),
         "--data-dir",
         str(datasets_root),
-        "--output-dir",
+        "--output",
         str(tmp_path),
     ]
 
 
 def replace_output(job: list[str], folder: Path) -> list[str]:
-    place = job.index("--output-dir") + 1
-    return [*job[:place], str(folder), *job[place + 1 :]]
+    position = job.index("--output") + 1
+    return [*job[:position], str(folder), *job[position + 1 :]]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -46,7 +47,7 @@ def test_quick_check_passes(command: list[str], tmp_path: Path) -> None:
 
 
 def test_a_killed_training_is_resumed(call_tool, command: list[str], tmp_path: Path) -> None:
-    job = [*command, "--arm", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "8"]
+    job = [*command, "--variant", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "8"]
     folder = tmp_path / "gn_ws_batch50_seed0"
     process = subprocess.Popen(job, stdout=subprocess.DEVNULL)
     while not (folder / "history.json").is_file():
@@ -58,7 +59,7 @@ def test_a_killed_training_is_resumed(call_tool, command: list[str], tmp_path: P
     assert 1 <= done < 8 and not (folder / "result.json").exists()
 
     status, _, errors = call_tool(TOOL.name, *job[2:])
-    assert status == 2 and "resume it by --resume" in errors
+    assert status == 2 and "resume it with --resume" in errors
     status, output, errors = call_tool(TOOL.name, *job[2:], "--resume")
     assert status == 0, errors
     assert f"epoch {done}/8" not in output and "epoch 8/8" in output
@@ -74,18 +75,28 @@ def test_a_killed_training_is_resumed(call_tool, command: list[str], tmp_path: P
 
 
 def test_grid_is_trained_and_reported(call_tool, command: list[str], tmp_path: Path) -> None:
-    job = [*command[2:], "--all", "--arms", "bn", "gn_ws", "--batch-sizes", "50", "--seeds", "0"]
+    job = [
+        *command[2:],
+        "--all",
+        "--variants",
+        "bn",
+        "gn_ws",
+        "--batch-sizes",
+        "50",
+        "--seeds",
+        "0",
+    ]
     job += ["--images", "500", "--epochs", "1"]
     status, output, errors = call_tool(TOOL.name, *job)
     assert status == 0, errors
     assert "[2/2] gn_ws_batch50_seed0: test accuracy" in output
     assert "GN+WS" in (tmp_path / "report" / "README.md").read_text()
     _, output, _ = call_tool(TOOL.name, *job)
-    assert "[2/2] gn_ws_batch50_seed0: finished already" in output
+    assert "[2/2] gn_ws_batch50_seed0: already finished" in output
 
     # the report needs nothing but what it has recorded
     (tmp_path / "report" / "README.md").unlink()
-    paths = ["--output-dir", str(tmp_path / "gone"), "--report", str(tmp_path / "report")]
+    paths = ["--output", str(tmp_path / "gone"), "--report", str(tmp_path / "report")]
     status, _, errors = call_tool(TOOL.name, "--report-only", *paths)
     assert status == 0, errors
     text = (tmp_path / "report" / "README.md").read_text()
@@ -95,11 +106,11 @@ def test_grid_is_trained_and_reported(call_tool, command: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say --arm and --batch-size, or one of --all"),
-        (["--arm", "bn", "--batch-size", "1"], "--batch-size is 1; allowed: from 2"),
+        ([], "needs --variant and --batch-size, or --all"),
+        (["--variant", "bn", "--batch-size", "1"], "--batch-size is 1; allowed: from 2"),
         (["--report-only", "--report", "nowhere"], "holds no finished trainings"),
-        (["--all", "--seed", "1"], "--seed has no effect with --all; allowed are --arms, --batch-"),
-        (["--arm", "bn", "--seeds", "1"], "--seeds has no effect without --all"),
+        (["--all", "--seed", "1"], "--seed has no effect with --all; allowed are --variants"),
+        (["--variant", "bn", "--seeds", "1"], "--seeds has no effect without --all"),
         (["--quick", "--amp"], "--amp has no effect with --quick; allowed are --data-dir"),
     ],
 )
@@ -115,7 +126,7 @@ def test_missing_data_are_named(command: list[str], tmp_path: Path) -> None:
     raw.mkdir(parents=True)
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         (raw / name).write_bytes(b"not gzip")
-    job = [*command, "--arm", "gn", "--batch-size", "50"]
+    job = [*command, "--variant", "gn", "--batch-size", "50"]
     job[job.index("--data-dir") + 1] = str(tmp_path)
     result = run(*job)
     assert (
@@ -126,4 +137,11 @@ def test_missing_data_are_named(command: list[str], tmp_path: Path) -> None:
 
 def test_help_has_examples() -> None:
     result = run(sys.executable, TOOL, "--help")
-    assert result.returncode == 0 and "--arm gn_ws --batch-size 2 --resume" in result.stdout
+    assert result.returncode == 0 and "--variant gn_ws --batch-size 2 --resume" in result.stdout
+
+
+def test_option_names_of_version_0_1_work_but_are_not_shown() -> None:
+    parser = build_parser()
+    args = parser.parse_args("--arm bn --arms gn wn --output-dir runs".split())
+    assert (args.variant, args.variants, args.output) == ("bn", ["gn", "wn"], Path("runs"))
+    assert "--arm" not in parser.format_help() and "--output-dir" not in parser.format_help()

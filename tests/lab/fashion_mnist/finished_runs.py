@@ -20,7 +20,7 @@ def write_run(folder: Path, accuracy: float, seconds: float = 20.0, **settings: 
     """A run of two epochs and 100 test images with this test accuracy, in `folder`/name.
 
     Args:
-        settings: of `TrainingSettings`; `arm` and `batch_size` at least.
+        settings: of `TrainingSettings`; `variant` and `batch_size` at least.
     """
     chosen = TrainingSettings(**{"epochs": 2, "images": 500, **settings})  # type: ignore[arg-type]
     path = folder / chosen.name

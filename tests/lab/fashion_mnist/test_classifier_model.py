@@ -5,9 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ws_detectron.errors import UserError
-from ws_detectron.lab.fashion_mnist.dropout import ByteDropout
-from ws_detectron.lab.fashion_mnist.model import build_classifier
-from ws_detectron.lab.fashion_mnist.variants import ARMS, DETECTOR_ORDER
+from ws_detectron.lab.fashion_mnist.model import ByteDropout, build_classifier
+from ws_detectron.lab.fashion_mnist.training_settings import DETECTOR_ORDER, VARIANTS
 from ws_detectron.layers import WSConv2d, standardize_weight
 
 # The report's table of layers, and what its framework counts: 3x3 convs 1-32-32-64-64 and dense
@@ -23,12 +22,12 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("arm", sorted(ARMS))
-def test_every_arm_has_the_reports_parameters(arm: str) -> None:
-    model = build_classifier(arm)
-    extra = 2 * NORM_CHANNELS if ARMS[arm].norm else 0
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_variant_has_the_reports_parameters(variant: str) -> None:
+    model = build_classifier(variant)
+    extra = 2 * NORM_CHANNELS if VARIANTS[variant].norm else 0
     # weight norm keeps a length for each output channel of each layer
-    extra += NORM_CHANNELS + 10 if ARMS[arm].weight_norm else 0
+    extra += NORM_CHANNELS + 10 if VARIANTS[variant].weight_norm else 0
     assert count(model) == PARAMETERS + extra
     assert model(torch.randn(4, 1, 28, 28)).shape == (4, 10)
 
@@ -47,11 +46,11 @@ def test_layers_stand_where_the_report_has_them() -> None:
     assert found == [*block, *block, *tail]
 
 
-@pytest.mark.parametrize("arm", sorted(set(ARMS) - {"wn"}))
-def test_starts_as_keras_does(arm: str) -> None:
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"wn"}))
+def test_starts_as_keras_does(variant: str) -> None:
     """Glorot-uniform weights, zero biases, and BN with eps 0.001 that keeps 0.99 of the old."""
     torch.manual_seed(0)
-    for layer in build_classifier(arm).modules():
+    for layer in build_classifier(variant).modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             area = layer.weight[0, 0].numel()
             fans = (layer.weight.shape[0] + layer.weight.shape[1]) * area
@@ -65,29 +64,29 @@ def test_starts_as_keras_does(arm: str) -> None:
             assert (layer.eps, layer.momentum) == (1e-3, 0.01)
 
 
-@pytest.mark.parametrize("arm", sorted(ARMS))
-def test_standardized_are_the_four_convs_of_ws_arms_and_nothing_else(arm: str) -> None:
-    convs = [m for m in build_classifier(arm).modules() if isinstance(m, nn.Conv2d)]
-    assert [isinstance(conv, WSConv2d) for conv in convs] == [ARMS[arm].ws] * 4
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_standardized_are_the_four_convs_of_ws_variants_and_nothing_else(variant: str) -> None:
+    convs = [m for m in build_classifier(variant).modules() if isinstance(m, nn.Conv2d)]
+    assert [isinstance(conv, WSConv2d) for conv in convs] == [VARIANTS[variant].ws] * 4
 
 
-def reference(model: nn.Module, x: torch.Tensor, arm: str, report: bool) -> torch.Tensor:
+def reference(model: nn.Module, x: torch.Tensor, variant: str, report: bool) -> torch.Tensor:
     """The network in evaluation, written down layer by layer."""
     w = dict(model.state_dict())
 
     def conv(x: torch.Tensor, n: int) -> torch.Tensor:
         weight = w[f"conv{n}.weight"]
-        if ARMS[arm].ws:
+        if VARIANTS[variant].ws:
             weight = standardize_weight(weight, mode="official")
         return F.conv2d(x, weight, w[f"conv{n}.bias"], padding=1)
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        kind = ARMS[arm].norm
-        if kind == "BN":
+        layer = VARIANTS[variant].norm
+        if layer == "BN":
             mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
             return F.batch_norm(x, mean, var, w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-3)
-        if kind:
-            groups = 32 if kind == "GN" else 1
+        if layer:
+            groups = 32 if layer == "GN" else 1
             return F.group_norm(x, groups, w[f"{name}.weight"], w[f"{name}.bias"])
         return x
 
@@ -103,16 +102,16 @@ def reference(model: nn.Module, x: torch.Tensor, arm: str, report: bool) -> torc
 
 
 @pytest.mark.parametrize("order", ["report", "detector"])
-@pytest.mark.parametrize("arm", sorted(set(ARMS) - {"wn"}))
-def test_outputs_are_those_of_the_report_network(arm: str, order: str) -> None:
-    model = build_classifier(arm, order=order)
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"wn"}))
+def test_outputs_are_those_of_the_report_network(variant: str, order: str) -> None:
+    model = build_classifier(variant, order=order)
     for name, value in model.state_dict().items():  # no bias at 0, no scale at 1
         if value.is_floating_point():
             value.add_(torch.rand_like(value) * (0.5 if "norm" in name else 0.02))
     model.eval()
     x = torch.randn(6, 1, 28, 28)
     with torch.no_grad():
-        expected = reference(model, x, arm, order == "report")
+        expected = reference(model, x, variant, order == "report")
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -141,10 +140,10 @@ def test_the_order_of_relu_and_norm_is_the_one_asked_for() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arm": "in"}, "arm is 'in'; allowed: none, bn"),
-        ({"arm": "gn", "order": "norm"}, "order is 'norm'; allowed: report, detector"),
-        ({"arm": "gn", "groups": 24}, "groups is 24; it must divide 32"),
-        ({"arm": "gn", "groups": 64}, "groups is 64; it must divide 32"),
+        ({"variant": "in"}, "variant is 'in'; allowed: none, bn"),
+        ({"variant": "gn", "order": "norm"}, "order is 'norm'; allowed: report, detector"),
+        ({"variant": "gn", "groups": 24}, "groups is 24; it must divide 32"),
+        ({"variant": "gn", "groups": 64}, "groups is 64; it must divide 32"),
     ],
 )
 def test_what_cannot_be_built_is_named(options: dict, message: str) -> None:
@@ -190,14 +189,14 @@ def test_dropout_passes_the_gradient_of_what_it_keeps() -> None:
 
 
 @pytest.mark.parametrize("p", [0.3, 1.0, -0.25])
-def test_dropout_refuses_what_a_byte_cannot_meet(p: float) -> None:
+def test_dropout_refuses_what_a_byte_cannot_represent(p: float) -> None:
     with pytest.raises(ValueError, match="multiple of 1/256"):
         ByteDropout(p)
 
 
-@pytest.mark.parametrize("arm", sorted(ARMS))
-def test_features_stay_channels_last_so_that_no_layer_reorders_them(arm: str) -> None:
-    model = build_classifier(arm)
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_features_stay_channels_last_so_that_no_layer_reorders_them(variant: str) -> None:
+    model = build_classifier(variant)
     x = torch.randn(2, 28, 28, 1).permute(0, 3, 1, 2)  # as the data are
     for name, layer in model.named_children():
         if name == "flatten":

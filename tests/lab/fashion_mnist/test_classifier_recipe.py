@@ -2,8 +2,9 @@ import math
 
 import pytest
 
+from ws_detectron.lab.fashion_mnist.loop import Schedule, build_optimizer
 from ws_detectron.lab.fashion_mnist.model import build_classifier
-from ws_detectron.lab.fashion_mnist.recipe import Schedule, build_optimizer, default_lr
+from ws_detectron.lab.fashion_mnist.training_settings import default_lr
 
 
 def test_cosine_rises_and_falls() -> None:
@@ -27,9 +28,9 @@ def test_default_lr_scales_from_the_nearest_known_batch() -> None:
     assert default_lr(40) == pytest.approx(default_lr(32) * 40 / 32)
 
 
-@pytest.mark.parametrize("arm", ["gn_ws", "wn"])
-def test_biases_and_norm_layers_do_not_decay(arm: str) -> None:
-    model = build_classifier(arm)
+@pytest.mark.parametrize("variant", ["gn_ws", "wn"])
+def test_biases_and_norm_layers_do_not_decay(variant: str) -> None:
+    model = build_classifier(variant)
     optimizer = build_optimizer(model, 0.1)
     decayed, free = optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}

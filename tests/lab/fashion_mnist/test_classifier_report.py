@@ -6,32 +6,30 @@ import numpy as np
 import pytest
 from finished_runs import ENVIRONMENT, write_run
 
-from ws_detectron.lab.fashion_mnist.accuracy_figures import (
-    draw_accuracy_over_batch,
-    draw_learning_curves,
-    draw_misclassified,
-)
 from ws_detectron.lab.fashion_mnist.accuracy_report import (
     accuracy_table,
     difference_text,
+    draw_accuracy_over_batch,
+    draw_learning_curves,
+    draw_misclassified,
     report_text,
     write_report,
 )
-from ws_detectron.lab.fashion_mnist.accuracy_results import gather, read_runs
+from ws_detectron.lab.fashion_mnist.accuracy_results import group_runs, read_runs
 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
     folder = tmp_path / "runs"
     for seed, (gn, gn_ws) in enumerate([(0.91, 0.92), (0.93, 0.92), (0.92, 0.95)]):
-        write_run(folder, gn, arm="gn", batch_size=32, seed=seed)
-        write_run(folder, gn_ws, arm="gn_ws", batch_size=32, seed=seed)
-    write_run(folder, 0.1, arm="bn", batch_size=2, compile=True)
+        write_run(folder, gn, variant="gn", batch_size=32, seed=seed)
+        write_run(folder, gn_ws, variant="gn_ws", batch_size=32, seed=seed)
+    write_run(folder, 0.1, variant="bn", batch_size=2, compile=True)
     return folder
 
 
-def test_table_has_the_reports_row_beside_ours(runs: Path) -> None:
-    lines = accuracy_table(gather(read_runs(runs))).splitlines()
+def test_table_shows_the_reports_results_next_to_ours(runs: Path) -> None:
+    lines = accuracy_table(group_runs(read_runs(runs))).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert rows == [
         ["BN", "2", "0.0015", "1", "22, compiled", "10.00", "255", "18.76"],
@@ -41,12 +39,12 @@ def test_table_has_the_reports_row_beside_ours(runs: Path) -> None:
 
 
 def test_differences_are_taken_seed_by_seed(runs: Path) -> None:
-    text = difference_text(gather(read_runs(runs)))
+    text = difference_text(group_runs(read_runs(runs)))
     # mean 1, deviation 2, and t = 4.303 for two degrees of freedom: 1 -+ 4.303 * 2 / sqrt(3)
     assert "- GN+WS - GN, batch 32: +1.00 (-3.97 to +5.97; +1.00, -1.00, +3.00)\n" in text
     assert "- BN" not in text
-    write_run(runs, 0.5, arm="gn_ws", batch_size=2, compile=True)  # beside a BN of one seed
-    more = difference_text(gather(read_runs(runs)))
+    write_run(runs, 0.5, variant="gn_ws", batch_size=2, compile=True)  # beside a BN of one seed
+    more = difference_text(group_runs(read_runs(runs)))
     assert more.startswith(text)
     assert more[len(text) :] == "- GN+WS - BN, batch 2: +40.00 (one seed, so no interval)\n"
 
@@ -61,7 +59,7 @@ def test_report_holds_everything(runs: Path, datasets_root: Path, tmp_path: Path
     text = paths[0].read_text()
     assert text.count("    python tools/train_fashion_mnist.py --all\n") == 1
     # the best is 93 %: 100 * sqrt(0.93 * 0.07 / 100 images)
-    assert "leaves another\n2.55 points of standard error in an accuracy of 93.0 %" in text
+    assert "adds a standard\nerror of 2.55 points to an accuracy of 93.0 %" in text
     assert "Nesterov momentum 0.9, weight decay\n0.0005" in text
     assert "A CPU, 2 threads" in text and "device cpu" in text
     assert "500 / 100 / 100 images" in text and "torch 2.11.0" in text and "2026-01-02" in text
@@ -79,13 +77,13 @@ def test_every_machine_of_a_resumed_run_is_named(runs: Path) -> None:
     result["resumed"] = [{**ENVIRONMENT, "cpu": "B CPU", "threads": 7}]
     result["finished"] = "2026-02-03 04:05 UTC"
     path.write_text(json.dumps(result))
-    text = report_text(gather(read_runs(runs)))
+    text = report_text(group_runs(read_runs(runs)))
     assert "A CPU, 2 threads, torch 2.11.0, Python 3.11.1; B CPU, 7 threads" in text
-    assert "they ended 2026-01-02 03:04 UTC to 2026-02-03 04:05 UTC" in text
+    assert "finished 2026-01-02 03:04 UTC to 2026-02-03 04:05 UTC" in text
 
 
 def test_a_single_seed_has_no_bar(runs: Path) -> None:
-    whole, _ = draw_accuracy_over_batch(gather(read_runs(runs))).axes
+    whole, _ = draw_accuracy_over_batch(group_runs(read_runs(runs))).axes
     bars = {bar.get_label(): bar.lines[1][0] for bar in whole.containers}  # type: ignore[attr-defined]
     ends = {name: caps.get_ydata().astype(float) for name, caps in bars.items()}
     assert np.isnan(ends["BN"]).all()
@@ -93,27 +91,27 @@ def test_a_single_seed_has_no_bar(runs: Path) -> None:
 
 
 def test_curves_show_means_over_seeds(runs: Path) -> None:
-    cells = gather(read_runs(runs))
-    figure = draw_learning_curves(cells)
+    groups = group_runs(read_runs(runs))
+    figure = draw_learning_curves(groups)
     top = figure.axes[:2]
     assert [panel.get_title() for panel in top] == ["batch 2", "batch 32"]
     assert [line.get_label() for line in top[1].lines] == ["GN", "GN+WS"]
     np.testing.assert_allclose(top[1].lines[0].get_ydata(), [50, 40])
-    whole, _ = draw_accuracy_over_batch(cells).axes
+    whole, _ = draw_accuracy_over_batch(groups).axes
     points = {bar.get_label(): bar.lines[0].get_ydata() for bar in whole.containers}  # type: ignore[attr-defined]
     assert {name: [round(v, 6) for v in y] for name, y in points.items()} == {
         "BN": [10], "GN": [92], "GN+WS": [93],
     }  # fmt: skip
 
 
-def test_lines_have_the_order_of_the_arms(runs: Path) -> None:
-    """Whatever batch they were finished at first; other models than the report's come last."""
-    write_run(runs, 0.9, arm="none", batch_size=32)
-    write_run(runs, 0.9, arm="bn", batch_size=2, groups=8, compile=True)
-    whole, _ = draw_accuracy_over_batch(gather(read_runs(runs))).axes
+def test_lines_have_the_order_of_the_variants(runs: Path) -> None:
+    """Other models than the report's come last."""
+    write_run(runs, 0.9, variant="none", batch_size=32)
+    write_run(runs, 0.9, variant="bn", batch_size=2, groups=8, compile=True)
+    whole, _ = draw_accuracy_over_batch(group_runs(read_runs(runs))).axes
     names = [bar.get_label() for bar in whole.containers]  # type: ignore[attr-defined]
     assert names == ["none", "BN", "GN", "GN+WS", "BN, 8 groups"]
-    (legend,) = draw_learning_curves(gather(read_runs(runs))).legends
+    (legend,) = draw_learning_curves(group_runs(read_runs(runs))).legends
     assert [text.get_text() for text in legend.get_texts()] == names
 
 
@@ -122,14 +120,14 @@ def test_a_run_that_diverged_does_not_hide_the_others(runs: Path) -> None:
     history = json.loads(path.read_text())
     history[1]["train_loss"] = None
     path.write_text(json.dumps(history))
-    losses = draw_learning_curves(gather(read_runs(runs))).axes[3]
+    losses = draw_learning_curves(group_runs(read_runs(runs))).axes[3]
     np.testing.assert_allclose(losses.lines[0].get_ydata(), [1, 0.5])
 
 
-def test_sheet_shows_the_most_confident_mistakes_first() -> None:
+def test_misclassified_images_are_sorted_by_confidence() -> None:
     logits = np.zeros((4, 10), dtype=np.float32)
     labels = np.array([0, 1, 2, 3])
-    logits[0, 0] = 9  # right
+    logits[0, 0] = 9  # correct
     logits[1, 5], logits[2, 6], logits[3, 7] = 2, 8, 4  # wrong, with rising confidence 1, 3, 2
     images = np.zeros((4, 28, 28), dtype=np.uint8)
     classes = [f"class {n}" for n in range(10)]

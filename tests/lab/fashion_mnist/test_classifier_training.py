@@ -12,17 +12,17 @@ import torch
 
 from ws_detectron.errors import UserError
 from ws_detectron.lab.fashion_mnist import loop, training
-from ws_detectron.lab.fashion_mnist.epoch_progress import Progress
 from ws_detectron.lab.fashion_mnist.files import find_fashion_mnist
-from ws_detectron.lab.fashion_mnist.loop import compile_model
-from ws_detectron.lab.fashion_mnist.run_files import (
+from ws_detectron.lab.fashion_mnist.loop import Progress, compile_model
+from ws_detectron.lab.fashion_mnist.training import (
     CHECKPOINT,
     ENVIRONMENT,
     HISTORY,
     RESULT,
+    SETTINGS,
     WEIGHTS,
+    train,
 )
-from ws_detectron.lab.fashion_mnist.training import train
 from ws_detectron.lab.fashion_mnist.training_settings import TrainingSettings
 
 SMALL = TrainingSettings("gn_ws", 20, epochs=3, images=300, seed=3)
@@ -121,11 +121,11 @@ def test_every_start_of_a_run_is_recorded(
     assert result["finished"] == "c"
 
 
-@pytest.mark.parametrize("arm", ["bn", "wn"])
+@pytest.mark.parametrize("variant", ["bn", "wn"])
 def test_buffers_and_parametrizations_resume_as_well(
-    datasets_root: Path, tmp_path: Path, arm: str
+    datasets_root: Path, tmp_path: Path, variant: str
 ) -> None:
-    settings = replace(SMALL, arm=arm, epochs=2, images=100)
+    settings = replace(SMALL, variant=variant, epochs=2, images=100)
     whole = train(settings, tmp_path / "whole", data_dir=datasets_root)
     with pytest.raises(Killed):
         train(settings, tmp_path / "cut", data_dir=datasets_root, progress=KillAfter(1))
@@ -248,9 +248,11 @@ def test_test_images_are_seen_once_by_the_epoch_that_validation_chose(
 
 def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -> None:
     before = (finished / RESULT).stat().st_mtime_ns
-    with pytest.raises(UserError, match="holds a training; resume it by --resume.* by --overwrite"):
+    with pytest.raises(
+        UserError, match="holds a training; resume it with --resume.* with --overwrite"
+    ):
         train(SMALL, finished, data_dir=datasets_root)
-    with pytest.raises(UserError, match="with batch_size 20, asked for is 10"):
+    with pytest.raises(UserError, match="with batch_size 20, requested is 10"):
         train(replace(SMALL, batch_size=10), finished, data_dir=datasets_root, resume=True)
     result = train(SMALL, finished, data_dir=datasets_root, resume=True)
     assert result == json.loads((finished / RESULT).read_text())
@@ -260,6 +262,15 @@ def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -
         (finished / name).touch()
     train(SMALL, finished, data_dir=datasets_root, resume=True)
     assert not [*finished.glob(f"*{CHECKPOINT}*")]
+
+
+def test_a_run_of_version_0_1_calls_its_variant_arm(
+    finished: Path, datasets_root: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "old")
+    path = folder / SETTINGS
+    path.write_text(path.read_text().replace('"variant"', '"arm"'))
+    assert train(SMALL, folder, data_dir=datasets_root, resume=True)["test_images"] == 60
 
 
 def test_a_training_is_overwritten_where_that_is_asked_for(
@@ -312,10 +323,13 @@ def test_seeds_differ_and_bfloat16_trains(datasets_root: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arm": "in"}, "--arm is in; allowed: none or bn"),
+        ({"variant": "in"}, "--variant is in; allowed: none or bn"),
         ({"batch_size": 0}, "--batch-size is 0; allowed: from 1 to"),
-        ({"arm": "bn", "batch_size": 1}, "--batch-size is 1; allowed: from 2 to"),
-        ({"arm": "bn", "batch_size": 23, "images": 300}, "leaves a last batch of one image of 300"),
+        ({"variant": "bn", "batch_size": 1}, "--batch-size is 1; allowed: from 2 to"),
+        (
+            {"variant": "bn", "batch_size": 23, "images": 300},
+            "leaves one image of 300 for the last batch",
+        ),
         ({"epochs": 0}, "--epochs is 0"),
         ({"images": 120}, "--images is 120; allowed: a multiple of 50"),
         ({"images": 60_000}, "--images is 60000"),

@@ -51,7 +51,7 @@ def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture
 def nowhere(tmp_path: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both places where Fashion-MNIST is looked for are empty; `mirror` is the only mirror."""
+    """Both folders that are searched for Fashion-MNIST are empty; `mirror` is the only mirror."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "stated"))
     monkeypatch.setenv("WS_DETECTRON_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [mirror[1]])
@@ -97,11 +97,14 @@ def test_truncated_file_is_named(raw_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a whole gzip file|not an idx file"),
-        (b"not gzip", "not a whole gzip file"),
-        (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8)))[:-9], "not a whole gzip file"),
+        (b"", "not a complete gzip file|not an idx file"),
+        (b"not gzip", "not a complete gzip file"),
+        (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8)))[:-9], "not a complete gzip file"),
         (gzip.compress(b"\0\0\x0d\x01" + bytes(8)), "not an idx file of unsigned bytes"),
-        (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8))[:-1]), "states .3, 4. .*holds 11"),
+        (
+            gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8))[:-1]),
+            "holds 11 values, but .* .3, 4.",
+        ),
         (gzip.compress(b"\0\0\x08\x03\0\0"), "ends within its header, after 6"),
     ],
     ids=["empty", "text", "cut short", "other type", "too few values", "header alone"],
@@ -113,7 +116,7 @@ def test_damaged_file_is_named(content: bytes, message: str, tmp_path: Path) -> 
         read_idx_gz(path)
 
 
-def test_missing_data_say_where_they_were_sought_and_what_to_set(nowhere: Path) -> None:
+def test_the_message_on_missing_data_names_folders_and_variables(nowhere: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_fashion_mnist("train")
     message = str(caught.value)
@@ -126,7 +129,7 @@ def test_missing_data_say_where_they_were_sought_and_what_to_set(nowhere: Path) 
         "WS_DETECTRON_CACHE",
     ):
         assert part in message
-    # a failed download leaves no file that looks like data
+    # a failed download leaves no file
     assert not [p for p in nowhere.rglob("*") if p.is_file()]
 
 
@@ -140,7 +143,7 @@ def test_files_in_the_cache_are_found(nowhere: Path) -> None:
         find_fashion_mnist("test", download=False)
 
 
-def test_download_puts_whole_files_where_the_variable_says(
+def test_download_writes_complete_files_to_the_folder_of_the_variable(
     nowhere: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contents = [gzip.compress(idx_bytes(np.full(n, 7, np.uint8))) for n in (5, 6)]

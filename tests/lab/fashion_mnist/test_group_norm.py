@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from ws_detectron.lab.fashion_mnist.classifier_norm import ChannelsLastGroupNorm
+from ws_detectron.lab.fashion_mnist.model import ChannelsLastGroupNorm
 
 
 def layers(groups: int, channels: int, **options: Any) -> tuple[nn.GroupNorm, nn.GroupNorm]:
     """torch's and ours, with the same random scales and biases."""
     torch.manual_seed(groups + channels)
     theirs, ours = (
-        kind(groups, channels, **options) for kind in (nn.GroupNorm, ChannelsLastGroupNorm)
+        layer(groups, channels, **options) for layer in (nn.GroupNorm, ChannelsLastGroupNorm)
     )
     with torch.no_grad():
         for parameter in theirs.parameters():

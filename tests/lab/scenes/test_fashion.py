@@ -78,15 +78,15 @@ def test_article_in_pieces_has_no_mask() -> None:
 def test_masks_of_real_articles_equal_a_flood_fill(
     articles: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    passed_over = 0
+    skipped = 0
     for grey in articles[0][:150]:
         expected, found = naive_mask(grey), article_mask(grey)
         if expected is None:
             assert found is None
-            passed_over += 1
+            skipped += 1
         else:
             np.testing.assert_array_equal(found, expected)
-    assert passed_over < 10
+    assert skipped < 10
 
 
 @pytest.mark.parametrize("size", [16, 40, 150])
@@ -102,7 +102,7 @@ def test_sprites_show_their_article(
         assert max(sprite.alpha.shape) <= size + 2
         grey, mask = images[sprite.source_index], article_mask(images[sprite.source_index])
         assert mask is not None
-        # turning and scaling keep the filling of the article's own frame; the frame of a turned
+        # rotation and scaling keep the share of the frame that is filled; the frame of a rotated
         # article is larger than the article by up to |sin 20| + |cos 20| = 1.28
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         longest = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
@@ -113,8 +113,8 @@ def test_sprites_show_their_article(
             assert sprite.tone[sprite.mask].mean() == pytest.approx(grey[mask].mean(), abs=8)
 
 
-def test_articles_are_turned_both_ways_but_mildly(source: FashionSprites) -> None:
-    # Trousers are long and straight: their principal axis is the angle of the turn.
+def test_articles_are_rotated_mildly_in_both_directions(source: FashionSprites) -> None:
+    # Trousers are long and straight: their principal axis gives the rotation.
     draws, angles = Draws(3), []
     while len(angles) < 40:
         sprite = source.draw(draws, 60)

@@ -34,7 +34,7 @@ def test_sheet_has_a_cell_per_image_and_the_rest_white(registered: str) -> None:
         assert sheet[top : top + 100, left : left + 100].std() > 5
 
 
-def test_colour_lies_on_the_masks_and_boxes_only(registered: str) -> None:
+def test_only_masks_boxes_and_labels_are_coloured(registered: str) -> None:
     record = DatasetCatalog.get(registered)[0]
     drawn = draw_annotations(registered, record, 256).astype(int)
     image = cv2.imread(record["file_name"])[:, :, ::-1].repeat(4, axis=0).repeat(4, axis=1)
@@ -46,14 +46,14 @@ def test_colour_lies_on_the_masks_and_boxes_only(registered: str) -> None:
         mask = mask.repeat(4, axis=0).repeat(4, axis=1)
         assert changed[mask].mean() > 0.8
         covered |= mask
-        # labels stand within 30 pixels of their box
+        # labels are within 30 pixels of their box
         x, y, width, height = (int(4 * value) for value in annotation["bbox"])
         near_box[max(y - 30, 0) : y + height + 30, max(x - 30, 0) : x + width + 30] = True
     assert not changed[~near_box].any()
     assert covered.any()
 
 
-def test_large_images_are_made_smaller(registered: str) -> None:
+def test_large_images_are_scaled_down(registered: str) -> None:
     record = DatasetCatalog.get(registered)[0]
     assert draw_annotations(registered, record, 32).shape == (32, 32, 3)
 
@@ -65,9 +65,9 @@ def test_pictures_are_written_as_they_are(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, picture)
 
 
-def test_other_formats_and_places_are_refused(tmp_path: Path) -> None:
+def test_other_formats_and_unwritable_paths_are_refused(tmp_path: Path) -> None:
     picture = np.zeros((2, 2, 3), dtype=np.uint8)
-    with pytest.raises(UserError, match=r"a\.jpg must end in \.png"):
+    with pytest.raises(UserError, match=r"a\.jpg: .* must end in \.png"):
         write_png(tmp_path / "a.jpg", picture)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):

@@ -187,7 +187,7 @@ def test_remains_of_a_killed_build_are_cleared(tmp_path: Path) -> None:
     assert not remains.parent.exists()
 
 
-def test_of_many_at_once_one_builds(tmp_path: Path, builds: list[Path]) -> None:
+def test_concurrent_requests_build_a_set_once(tmp_path: Path, builds: list[Path]) -> None:
     # The lock is on the open file, so threads exclude each other as processes do.
     found: list[Path] = []
     threads = [Thread(target=lambda: found.append(ensure_scenes(SPEC, tmp_path))) for _ in range(4)]

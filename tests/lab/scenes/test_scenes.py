@@ -34,7 +34,7 @@ def need_data(kind: str, request: pytest.FixtureRequest) -> None:
 
 
 class Labelled:
-    """Shapes with hard edges, the n-th of a scene in one flat colour that is its name."""
+    """Shapes with hard edges, the n-th of a scene in one colour that identifies it."""
 
     classes = ShapeSprites.classes
 
@@ -49,7 +49,7 @@ class Labelled:
         return self._last
 
     def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
-        # asked for only when the sprite has got a place
+        # called only for sprites with a position
         self.shown.append(self._last)
         colour = (len(self.shown), 255 - len(self.shown), 77)
         return colour, colour
@@ -77,7 +77,7 @@ def test_masks_are_exactly_the_pixels_that_show_the_object(min_visible: float) -
             assert window.sum() == painted.sum()
             for edge in (window[0], window[-1], window[:, 0], window[:, -1]):
                 assert edge.any()
-    # occlusion and objects at the border do happen where they may
+    # occlusion and objects at the border occur if they are allowed
     assert (occluded > 20) == (min_visible < 1.0)
     assert cut > 5
 
@@ -91,7 +91,7 @@ def test_box_of_one_pixel() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_are_the_same_everywhere(kind: str, request: pytest.FixtureRequest) -> None:
-    # Pinned on x86-64 with numpy 2.4 and OpenCV 5. A change here changes everybody's data: raise
+    # Pinned on x86-64 with numpy 2.4 and OpenCV 5. A change here changes all data sets: raise
     # GENERATOR_VERSION with it.
     need_data(kind, request)
     spec = SceneSpec(kind=kind, image_size=96, num_images=3)
@@ -141,17 +141,17 @@ def test_number_and_size_of_objects_stay_in_their_ranges() -> None:
     spec = SceneSpec(num_images=150, min_visible=1.0)
     scenes = [make_scene(spec, index, ShapeSprites()) for index in range(150)]
     counts = np.bincount([len(scene.objects) for scene in scenes])
-    # 3 to 6; a scene has fewer where no room is left for a fully visible one, so few have 6
+    # 3 to 6; fewer if there is no room for a fully visible one, so few scenes have 6
     assert counts[0] == 0 and len(counts) == 7 and (counts[3:6] > 10).all() and counts[6] > 0
     sides = np.array([max(item.box[2:]) for scene in scenes for item in scene.objects])
     # 0.21875 * 128 = 28 and 0.5 * 128 = 64 pixels; fully visible, so up to the thin points
     assert 25 <= sides.min() <= 30 and 58 <= sides.max() <= 64
-    # logarithmic: half lie below sqrt(28 * 64) = 42, more where large ones found no room
+    # logarithmic: half are below sqrt(28 * 64) = 42, more as large ones find no room
     assert 0.4 < np.mean(sides < 42) < 0.65
 
 
 def test_no_image_is_empty() -> None:
-    # objects as large as the image, which must be visible as a whole: one place is left
+    # objects as large as the image that must be fully visible: there is one position
     spec = SceneSpec(num_images=20, image_size=64, object_scale=(1.0, 1.0), min_visible=1.0)
     for index in range(20):
         (item,) = make_scene(spec, index, ShapeSprites()).objects

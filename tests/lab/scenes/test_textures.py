@@ -1,10 +1,10 @@
 import numpy as np
 
 from ws_detectron.lab.scenes.draws import Draws
-from ws_detectron.lab.scenes.textures import draw_texture
+from ws_detectron.lab.scenes.raster import draw_texture
 
 
-def test_textures_of_all_kinds_appear_and_fill_the_frame() -> None:
+def test_textures_of_all_types_appear_and_fill_the_frame() -> None:
     draws = Draws(4)
     plain = graded = two_toned = 0
     for _ in range(300):
@@ -30,8 +30,8 @@ def test_one_seed_gives_one_texture_whatever_came_before() -> None:
     np.testing.assert_array_equal(first, draw_texture(Draws(9), 33, 21))
 
 
-def test_every_kind_takes_the_same_number_of_draws() -> None:
-    # what follows a texture in the stream must not depend on its kind
+def test_every_type_takes_the_same_number_of_draws() -> None:
+    # what follows a texture in the stream must not depend on its type
     following = {}
     for seed in range(30):
         draws, counted = Draws(seed), Draws(seed)

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ws_detectron.lab.fashion_mnist.epoch_progress import Progress
-from ws_detectron.lab.fashion_mnist.loop import compile_model, train_epoch
+from ws_detectron.lab.fashion_mnist.loop import (
+    Progress,
+    Schedule,
+    build_optimizer,
+    compile_model,
+    train_epoch,
+)
 from ws_detectron.lab.fashion_mnist.model import build_classifier
-from ws_detectron.lab.fashion_mnist.recipe import Schedule, build_optimizer
 from ws_detectron.lab.fashion_mnist.training_data import Images
 from ws_detectron.lab.fashion_mnist.training_settings import TRAIN_IMAGES
 

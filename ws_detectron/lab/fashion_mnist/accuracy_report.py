@@ -1,4 +1,4 @@
-"""The report of the runs: table, figures, and all figures as data."""
+"""The report on finished runs: README with table, figures, and all metrics as data."""
 
 import math
 from collections.abc import Sequence
@@ -6,20 +6,28 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from tabulate import tabulate
 
-from ws_detectron.evaluation.curves import write_figure
+from ws_detectron.evaluation.curves import line_style, write_figure
 from ws_detectron.evaluation.statistics import LEVEL, mean_with_interval
 from ws_detectron.utils.io import csv_text, write_json, write_text
 
-from .accuracy_figures import draw_accuracy_over_batch, draw_learning_curves, draw_misclassified
-from .accuracy_results import RECORDS, SHARED, Cell, FinishedRun, gather, read_records, read_runs
+from .accuracy_results import (
+    RECORDS,
+    SHARED,
+    FinishedRun,
+    RunGroup,
+    group_runs,
+    read_records,
+    read_runs,
+)
 from .files import FASHION_CLASSES, find_fashion_mnist, load_fashion_mnist
-from .recipe import RECIPE, WARMUP
-from .training_settings import TrainingSettings
+from .training_settings import RECIPE, VARIANTS, WARMUP, TrainingSettings
 
 UNDEFINED = "–"
-SHOWN_ARM = "gn_ws"
 COLUMNS = (
     "normalization",
     "batch",
@@ -30,18 +38,20 @@ COLUMNS = (
     "report: time / epoch, s",
     "report: accuracy, %",
 )
+SHOWN_VARIANT = "gn_ws"
+SHEET = (5, 8)  # rows and columns of misclassified images
 
 
 def write_report(runs_folder: Path, folder: Path, data_dir: Optional[Path] = None) -> list[Path]:
-    """Writes README.md, table.csv, runs.json, and the figures, of all finished runs.
+    """Writes README.md, table.csv, runs.json and the figures for all finished runs.
 
-    Runs that an earlier report in `folder` recorded count as well, so a grid can be made bit by
-    bit, on machines that keep nothing but the report.
+    They include the runs that an earlier report in `folder` recorded, so a grid can be trained in
+    parts, on machines that keep nothing but the report.
 
     Args:
         runs_folder: holds a folder for each run.
-        folder: where to; made if need be.
-        data_dir: of Fashion-MNIST, see `find_fashion_mnist`.
+        folder: for the report; created if missing.
+        data_dir: see `root` of `find_fashion_mnist`.
 
     Returns:
         The paths, README.md first.
@@ -50,20 +60,20 @@ def write_report(runs_folder: Path, folder: Path, data_dir: Optional[Path] = Non
         UserError: there are no finished runs, or some cannot be averaged.
     """
     runs = read_runs(runs_folder, read_records(folder))
-    cells = gather(runs)
+    groups = group_runs(runs)
     paths = [folder / name for name in ("README.md", "table.csv", RECORDS)]
-    write_text(paths[0], report_text(cells))
-    write_text(paths[1], _csv(cells))
+    write_text(paths[0], report_text(groups))
+    write_text(paths[1], _csv(groups))
     write_json(paths[2], [run.as_record() for run in runs])
-    paths.append(write_figure(draw_learning_curves(cells), folder / "learning_curves.png"))
-    paths.append(write_figure(draw_accuracy_over_batch(cells), folder / "accuracy_over_batch.png"))
-    chosen = _to_be_looked_at(cells)
-    if chosen is None:  # an earlier report's sheet, if any, stays
+    paths.append(write_figure(draw_learning_curves(groups), folder / "learning_curves.png"))
+    paths.append(write_figure(draw_accuracy_over_batch(groups), folder / "accuracy_over_batch.png"))
+    chosen = _best_with_logits(groups)
+    if chosen is None:  # the figure of an earlier report, if any, stays
         return paths
-    cell, run, logits = chosen
+    group, run, logits = chosen
     images, labels = load_fashion_mnist("test", find_fashion_mnist("test", root=data_dir))
     figure = draw_misclassified(
-        f"{cell.title}, batch {cell.batch_size}, seed {run.settings['seed']}",
+        f"{group.title}, batch {group.batch_size}, seed {run.settings['seed']}",
         images[: len(logits)],
         labels[: len(logits)],
         logits,
@@ -72,65 +82,70 @@ def write_report(runs_folder: Path, folder: Path, data_dir: Optional[Path] = Non
     return [*paths, write_figure(figure, folder / "misclassified.png")]
 
 
-def _to_be_looked_at(cells: Sequence[Cell]) -> Optional[tuple[Cell, FinishedRun, np.ndarray]]:
-    """A run of the best cell, of `SHOWN_ARM` if there is one, whose logits are there."""
-    for cell in sorted(cells, key=lambda cell: (cell.arm != SHOWN_ARM, -cell.accuracy)):
-        for run in cell.runs:
+def _best_with_logits(
+    groups: Sequence[RunGroup],
+) -> Optional[tuple[RunGroup, FinishedRun, np.ndarray]]:
+    """A run with logits from the best possible group, preferably of `SHOWN_VARIANT`."""
+    for group in sorted(groups, key=lambda g: (g.variant != SHOWN_VARIANT, -g.accuracy)):
+        for run in group.runs:
             logits = run.test_logits()
             if logits is not None:
-                return cell, run, logits
+                return group, run, logits
     return None
 
 
-def report_text(cells: Sequence[Cell]) -> str:
+def report_text(groups: Sequence[RunGroup]) -> str:
     """README.md of the results."""
-    runs = [run for cell in cells for run in cell.runs]
+    runs = [run for group in groups for run in group.runs]
     settings = runs[0].settings
     kept = {name: sorted({str(run.settings[name]) for run in runs}) for name in (*SHARED, "device")}
     facts = "; ".join(f"{name} {' or '.join(values)}" for name, values in kept.items())
     machines = sorted({machine for run in runs for machine in _machines(run)})
-    # results that do not name their end have the date of it in place of that of their start
+    # older results have the date of their start alone
     dates = sorted(run.result.get("finished", run.result["environment"]["date"]) for run in runs)
     commands = sorted({run.result.get("command") or UNDEFINED for run in runs})
     held_out = TrainingSettings(**settings).held_out
     split = f"{settings['images']:,} / {held_out:,} / {held_out:,}"
-    best = max(cells, key=lambda cell: cell.accuracy).accuracy
+    best = max(groups, key=lambda group: group.accuracy).accuracy
     error = 100 * math.sqrt(best / 100 * (1 - best / 100) / held_out)
     return f"""# Fashion-MNIST
 
-Made by
+Made with
 
 {"".join(f"    {command}{chr(10)}" for command in commands)}
-which go on with what was interrupted, and with `--report` and this folder skip what is recorded
-here.
+These commands resume interrupted runs; with `--report` and this folder they skip the runs that are
+recorded here.
 
-{accuracy_table(cells)}
+{accuracy_table(groups)}
 
-Test accuracy after training on {split} images (training, validation, test), of the epoch with the
-best validation accuracy; the test images are looked at once. Mean ± standard deviation (n - 1) over
-seeds, none of a single one; that {held_out:,} images were drawn for the test leaves another
-{error:.2f} points of standard error in an accuracy of {best:.1f} %, which all rows share in part.
-The time is the median of all training epochs, without validation, "compiled" with
-`--compile`; what runs at the same time on the machine changes it, so times of different rows are to
-be compared by `tools/benchmark.py classifier`, interleaved. The report is that of
-Ehling and Rouault (IIT, April 2019; Keras on a GPU), whose WS never acted: its GN+WS rows are GN.
+Test accuracy after training on {split} images (training, validation, test), at the epoch
+with the best validation accuracy; the test images are evaluated once. Mean ± standard deviation
+(n - 1) over seeds; a single seed has none. The choice of {held_out:,} test images adds a standard
+error of {error:.2f} points to an accuracy of {best:.1f} %, part of which all rows share.
 
-{difference_text(cells)}
+Times are the median over all training epochs, without validation; "compiled": with `--compile`.
+They depend on what else the machine ran; to compare variants, use `tools/benchmark.py classifier`,
+which interleaves them.
+
+The report is by Ehling and Rouault (IIT, April 2019; Keras on a GPU). Its WS had no effect, so its
+GN+WS rows are GN.
+
+{difference_text(groups)}
 ![test accuracy over batch size](accuracy_over_batch.png)
 
 ![learning curves](learning_curves.png)
 
-[misclassified.png](misclassified.png) shows articles that were taken for something else;
-[table.csv](table.csv) and [runs.json](runs.json) hold all figures.
+[misclassified.png](misclassified.png) shows misclassified test images;
+[table.csv](table.csv) and [runs.json](runs.json) hold all metrics.
 
 Settings of all runs: {facts}; {RECIPE["optimizer"]} {RECIPE["momentum"]}, weight decay
 {RECIPE["weight_decay"]:g}; the cosine schedule's LR rises in the first {WARMUP:.0%} of all steps.
-Measured on {"; ".join(machines)}; they ended {dates[0]} to {dates[-1]}.
+Measured on {"; ".join(machines)}; finished {dates[0]} to {dates[-1]}.
 """
 
 
 def _machines(run: FinishedRun) -> list[str]:
-    """Where a run was begun, and where it was resumed."""
+    """Machine and versions at the start of a run and at each resume."""
     texts = []
     for about in (run.result["environment"], *run.result.get("resumed", ())):
         device = about["gpu" if run.settings["device"] == "cuda" else "cpu"]
@@ -140,21 +155,21 @@ def _machines(run: FinishedRun) -> list[str]:
     return texts
 
 
-def accuracy_table(cells: Sequence[Cell]) -> str:
-    """The report's table, in Markdown, with ours beside it."""
+def accuracy_table(groups: Sequence[RunGroup]) -> str:
+    """Our results in Markdown, with those of the report in the last two columns."""
     rows = []
-    for cell in cells:
-        report = cell.reported
-        deviation = "" if cell.deviation is None else f" ± {cell.deviation:.2f}"
-        compiled = ", compiled" if cell.runs[0].settings["compile"] else ""
+    for group in groups:
+        report = group.reported
+        deviation = "" if group.deviation is None else f" ± {group.deviation:.2f}"
+        compiled = ", compiled" if group.runs[0].settings["compile"] else ""
         rows.append(
             (
-                cell.title,
-                cell.batch_size,
-                f"{cell.runs[0].settings['lr']:g}",
-                len(cell.runs),
-                f"{cell.seconds:.0f}{compiled}",
-                f"{cell.accuracy:.2f}{deviation}",
+                group.title,
+                group.batch_size,
+                f"{group.runs[0].settings['lr']:g}",
+                len(group.runs),
+                f"{group.seconds:.0f}{compiled}",
+                f"{group.accuracy:.2f}{deviation}",
                 UNDEFINED if report is None else f"{report[0]:.0f}",
                 UNDEFINED if report is None else f"{report[1]:.2f}",
             )
@@ -162,29 +177,29 @@ def accuracy_table(cells: Sequence[Cell]) -> str:
     return tabulate(rows, COLUMNS, tablefmt="github", disable_numparse=True)
 
 
-def difference_text(cells: Sequence[Cell]) -> str:
-    """GN+WS less GN and less BN, as measured, seed by seed; empty where there is no such pair."""
+def difference_text(groups: Sequence[RunGroup]) -> str:
+    """GN+WS minus GN and minus BN, paired by seed; empty if there is no such pair."""
     lines = []
-    by_key = {(c.arm, c.order, c.groups, c.batch_size): c for c in cells}
+    by_key = {(g.variant, g.order, g.groups, g.batch_size): g for g in groups}
     for baseline in ("gn", "bn"):
-        for (arm, *rest), cell in by_key.items():
-            other = by_key.get((baseline, *rest)) if arm == "gn_ws" else None  # type: ignore[arg-type]
-            if other is not None:
-                lines += _difference_line(cell, other)
+        for (variant, order, norm_groups, batch), group in by_key.items():
+            other = by_key.get((baseline, order, norm_groups, batch))
+            if variant == "gn_ws" and other is not None:
+                lines += _difference_line(group, other)
     if not lines:
         return ""
     return (
-        "GN+WS less GN, which is what WS adds, and less BN, in points: mean over the seeds (its "
-        f"{LEVEL:.0%} interval,\nStudent's t; each seed).\n\n" + "".join(lines)
+        "GN+WS minus GN, which is the effect of WS, and minus BN, in points: mean over seeds (its "
+        f"{LEVEL:.0%}\ninterval, Student's t; each seed).\n\n" + "".join(lines)
     )
 
 
-def _difference_line(cell: Cell, other: Cell) -> list[str]:
-    """None where the two have no seed in common, which is also that of their split."""
+def _difference_line(group: RunGroup, other: RunGroup) -> list[str]:
+    """Empty if the two have no seed, and so no split of the images, in common."""
     accuracies = dict(zip((run.settings["seed"] for run in other.runs), other.accuracies))
     pairs = [
         accuracy - accuracies[run.settings["seed"]]
-        for run, accuracy in zip(cell.runs, cell.accuracies)
+        for run, accuracy in zip(group.runs, group.accuracies)
         if run.settings["seed"] in accuracies
     ]
     found = mean_with_interval(pairs)
@@ -195,21 +210,157 @@ def _difference_line(cell: Cell, other: Cell) -> list[str]:
         each = ", ".join(f"{pair:+.2f}" for pair in pairs)
         about = f"{found.low:+.2f} to {found.high:+.2f}; {each}"
     return [
-        f"- {cell.title} - {other.title}, batch {cell.batch_size}: {found.mean:+.2f} ({about})\n"
+        f"- {group.title} - {other.title}, batch {group.batch_size}: {found.mean:+.2f} ({about})\n"
     ]
 
 
-def _csv(cells: Sequence[Cell]) -> str:
-    rows: list[Sequence[Any]] = [
-        ["arm", "order", "groups", "batch_size", "lr", "seed", "best_epoch", "test_accuracy"]
-        + ["validation_accuracy", "test_loss", "seconds_per_epoch"]
-    ]
-    for cell in cells:
-        for run in cell.runs:
-            s, r = run.settings, run.result
-            rows.append(
-                [s["arm"], s["order"], s["groups"], s["batch_size"], s["lr"], s["seed"]]
-                + [r["best_epoch"], r["test_accuracy"], r["validation_accuracy"], r["test_loss"]]
-                + [round(r["seconds_per_epoch"], 3)]
-            )
+def _csv(groups: Sequence[RunGroup]) -> str:
+    settings = ("variant", "order", "groups", "batch_size", "lr", "seed")
+    results = ("best_epoch", "test_accuracy", "validation_accuracy", "test_loss")
+    rows: list[Sequence[Any]] = [[*settings, *results, "seconds_per_epoch"]]
+    for run in (run for group in groups for run in group.runs):
+        row = [run.settings[name] for name in settings] + [run.result[name] for name in results]
+        rows.append([*row, round(run.result["seconds_per_epoch"], 3)])
     return csv_text(rows)
+
+
+def draw_learning_curves(groups: Sequence[RunGroup]) -> Figure:
+    """Validation error (top) and training loss over epochs, a column for each batch size.
+
+    Lines are means over seeds. The axes are logarithmic, as all variants that did not collapse end
+    within a point of accuracy.
+    """
+    batches = sorted({group.batch_size for group in groups})
+    figure = Figure(figsize=(0.8 + 3.4 * len(batches), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(batches), squeeze=False, sharex=True, sharey="row")
+    titles = _titles(groups)
+    for column, batch in enumerate(batches):
+        panels[0][column].set_title(f"batch {batch}", fontsize=10)
+        panels[1][column].set_xlabel("epoch")
+        panels[1][column].xaxis.set_major_locator(MaxNLocator(integer=True))
+        for group in groups:
+            if group.batch_size != batch:
+                continue
+            style = line_style(titles.index(group.title))
+            for row, key in enumerate(("validation_accuracy", "train_loss")):
+                values = np.array(
+                    [[_number(entry[key]) for entry in run.history] for run in group.runs]
+                )
+                # a diverged run has no loss; the mean is over the others
+                values = np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
+                epochs = np.arange(1, len(values) + 1)
+                panels[row][column].plot(
+                    epochs, 100 * (1 - values) if row == 0 else values, label=group.title, **style
+                )
+    panels[0][0].set_ylabel("validation error (%)")
+    panels[1][0].set_ylabel("training loss")
+    for panel in panels.flat:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_locator(NullLocator())
+    _finish(figure, list(panels.flat), titles)
+    return figure
+
+
+def draw_accuracy_over_batch(groups: Sequence[RunGroup]) -> Figure:
+    """Mean test accuracy over batch size: the whole range (left) and the best 3 points (right).
+
+    Error bars are one standard deviation over seeds; a single seed has none.
+    """
+    batches = sorted({group.batch_size for group in groups})
+    titles = _titles(groups)
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel in panels:
+        for number, title in enumerate(titles):
+            line = [group for group in groups if group.title == title]
+            shift = 1.03 ** (number - (len(titles) - 1) / 2)  # error bars must not overlap
+            panel.errorbar(
+                [group.batch_size * shift for group in line],
+                [group.accuracy for group in line],
+                yerr=[_number(group.deviation) for group in line],
+                label=title,
+                capsize=3,
+                **line_style(number),
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(batches, [str(batch) for batch in batches])
+        panel.minorticks_off()
+        panel.set_xlabel("images per step")
+    panels[0].set_ylabel("test accuracy (%)")
+    panels[0].set_ylim(0, 100)
+    best = max(group.accuracy for group in groups)
+    panels[1].set_ylim(best - 2.5, best + 0.5)
+    panels[1].set_title("enlarged", fontsize=10)
+    _finish(figure, list(panels), titles)
+    return figure
+
+
+def draw_misclassified(
+    title: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    logits: np.ndarray,
+    classes: Sequence[str],
+) -> Figure:
+    """The misclassified images with the highest confidence.
+
+    Args:
+        title: of the model.
+        images: (N, 28, 28) uint8.
+        labels: (N,) classes.
+        logits: (N, 10).
+        classes: names of the classes.
+    """
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    confidence = shifted / shifted.sum(axis=1, keepdims=True)
+    predicted = logits.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    worst = wrong[np.argsort(-confidence[wrong, predicted[wrong]], kind="stable")]
+    rows, columns = SHEET
+    figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.5), layout="constrained")
+    panels = list(figure.subplots(rows, columns).flat)
+    for panel in panels:
+        panel.axis("off")
+    for panel, index in zip(panels, worst):
+        panel.imshow(images[index], cmap="gray_r", vmin=0, vmax=255)
+        panel.set_title(
+            f"{classes[predicted[index]]} {confidence[index, predicted[index]]:.0%}\n"
+            f"is {classes[labels[index]]}",
+            fontsize=8,
+        )
+    figure.suptitle(
+        f"{title}: {len(wrong):,} of {len(labels):,} test images are misclassified; "
+        "these with the highest confidence",
+        fontsize=10,
+    )
+    return figure
+
+
+def _titles(groups: Sequence[RunGroup]) -> list[str]:
+    """Titles in the order of `VARIANTS`; other models than the report's come last."""
+    variants = list(VARIANTS)
+    ordered = sorted(
+        groups, key=lambda g: (g.title != VARIANTS[g.variant].title, variants.index(g.variant))
+    )
+    return list(dict.fromkeys(group.title for group in ordered))
+
+
+def _number(value: Optional[float]) -> float:
+    return np.nan if value is None else float(value)
+
+
+def _finish(figure: Figure, panels: Sequence[Axes], titles: Sequence[str]) -> None:
+    """Adds grids, and one legend for all panels, in the order of `titles`."""
+    entries: dict[str, Any] = {}
+    for panel in panels:
+        panel.grid(True, linewidth=0.4, color="0.8")
+        lines, names = panel.get_legend_handles_labels()
+        entries.update(zip(names, lines))
+    figure.legend(
+        [entries[title] for title in titles],
+        titles,
+        loc="outside lower center",
+        ncols=min(7, len(titles)),
+    )

@@ -1,8 +1,8 @@
-"""The official Fashion-MNIST files, read as they are.
+"""The official Fashion-MNIST files.
 
 Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
 Algorithms", arXiv:1708.07747. 60,000 training and 10,000 test images of 28 x 28 grey pixels, in the
-idx format of MNIST, gzip-compressed. The files are unpacked in memory only.
+idx format of MNIST, gzip-compressed. They are decompressed in memory only.
 """
 
 import gzip
@@ -58,7 +58,7 @@ def load_fashion_mnist(
     Args:
         split: `"train"` or `"test"`.
         folder: holds the four gz files; by default `find_fashion_mnist(split)`, which downloads
-            them if need be.
+            them if they are missing.
 
     Returns:
         images (N, 28, 28) uint8 and labels (N,) uint8 in [0, 10); N is 60,000 or 10,000.
@@ -82,30 +82,30 @@ def read_idx_gz(path: Union[str, Path], md5: Optional[str] = None) -> np.ndarray
 
     Args:
         path: the .gz file.
-        md5: what the MD5 sum of the compressed file must be.
+        md5: the expected MD5 sum of the compressed file.
 
     Returns:
-        A uint8 array with the dimensions that the file states.
+        A uint8 array with the dimensions in the header of the file.
 
     Raises:
-        UserError: the file is missing, has another MD5 sum, or does not hold what it states.
+        UserError: the file is missing, has another MD5 sum, or is damaged.
     """
     path = Path(path)
     try:
-        packed = path.read_bytes()
+        compressed = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if md5 is not None:
-        found = hashlib.md5(packed).hexdigest()
+        found = hashlib.md5(compressed).hexdigest()
         if found != md5:
             raise UserError(
-                f"{path} is not the published file: {len(packed)} bytes with MD5 {found}, expected "
-                f"MD5 {md5}. It may be truncated: delete it to have it downloaded again."
+                f"{path} is not the published file: {len(compressed)} bytes with MD5 {found}, "
+                f"expected MD5 {md5}. It may be truncated: delete it to download it again."
             )
     try:
-        content = gzip.decompress(packed)
+        content = gzip.decompress(compressed)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file: {error}") from error
+        raise UserError(f"{path} is not a complete gzip file: {error}") from error
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise UserError(
             f"{path} is not an idx file of unsigned bytes: it starts with {content[:4].hex()!r}, "
@@ -116,7 +116,7 @@ def read_idx_gz(path: Union[str, Path], md5: Optional[str] = None) -> np.ndarray
         raise UserError(f"{path} ends within its header, after {len(content)} bytes")
     shape = tuple(int(n) for n in np.frombuffer(content[4:start], dtype=">u4"))
     if len(content) - start != math.prod(shape):
-        raise UserError(f"{path} states {shape} values but holds {len(content) - start}")
+        raise UserError(f"{path} holds {len(content) - start} values, but its header says {shape}")
     return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
@@ -125,24 +125,23 @@ def find_fashion_mnist(
 ) -> Path:
     """The folder that holds the gz files of a split.
 
-    Looked for in `$DETECTRON2_DATASETS/FashionMNIST/raw` (torchvision's layout; detectron2 takes
-    `./datasets` where the variable is not set), then in the package's cache. If neither has them,
-    they are downloaded from torchvision's mirrors: into the first folder where the variable is set,
-    into the cache otherwise.
+    Searches `$DETECTRON2_DATASETS/FashionMNIST/raw` (torchvision's layout; `./datasets` if the
+    variable is not set, as in detectron2), then the package's cache. If neither has the files,
+    downloads them from torchvision's mirrors: to the first folder if the variable is set, else to
+    the cache.
 
     Args:
         split: `"train"` or `"test"`.
-        download: whether that is allowed.
-        root: where to look, and to download to, in place of all of these: this folder itself, and
-            `FashionMNIST/raw` in it.
+        download: whether to download missing files.
+        root: if given, only this folder and `FashionMNIST/raw` in it are searched, and files are
+            downloaded to the latter.
 
     Raises:
-        UserError: not found, and not to be downloaded or not downloadable.
+        UserError: the files are not found, and not downloaded.
         ValueError: no such split.
     """
     files = _files(split)
     stated = os.environ.get(DATASETS_VARIABLE)
-    # torchvision's layout below a root folder
     candidates = [
         Path(os.path.expanduser(parent)).absolute() / "FashionMNIST" / "raw"
         for parent in (stated or "datasets", cache_root())
@@ -169,10 +168,10 @@ def find_fashion_mnist(
         f"{' and '.join(name for name, _ in files)} in {' and in '.join(map(str, candidates))}; "
         f"{problem}. "
         + (
-            "Give the folder that holds them, or FashionMNIST/raw with them."
+            "Give the folder that holds them directly or in FashionMNIST/raw."
             if root is not None
             else f"Set {DATASETS_VARIABLE} to the folder that holds FashionMNIST/raw with the "
-            f"official gz files, or {CACHE_VARIABLE} to a folder that can be written."
+            f"official gz files, or {CACHE_VARIABLE} to a writable folder."
         )
     )
 
@@ -184,7 +183,7 @@ def _files(split: str) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def _download(name: str, md5: str, folder: Path) -> None:
-    """Fetches one file; it appears under its name only when it is whole."""
+    """Downloads one file; it gets its name only when it is complete."""
     from torchvision.datasets import FashionMNIST
     from torchvision.datasets.utils import download_url
 

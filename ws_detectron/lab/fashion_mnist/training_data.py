@@ -1,7 +1,4 @@
-"""Fashion-MNIST in memory: split, normalized and ready to be cut into batches.
-
-Shape letters: N images, 28 x 28 pixels, one channel.
-"""
+"""Fashion-MNIST in memory: split, normalized and cut into batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ from .files import find_fashion_mnist, load_fashion_mnist
 
 @dataclass(frozen=True)
 class Images:
-    """Images (N, 1, 28, 28) float32 and their classes (N,) int64."""
+    """Images (N, 1, 28, 28) float32 and their labels (N,) int64."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -27,7 +24,7 @@ class Images:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training sees; `mean` and `std` are of its training pixels, on a scale of 0 to 1."""
+    """The two parts of the training images; mean and std of the pixels of `train`, in [0, 1]."""
 
     train: Images
     validation: Images
@@ -38,13 +35,13 @@ class TrainingData:
 def load_training_data(
     folder: Optional[Path], seed: int, train: int, validation: int, device: str = "cpu"
 ) -> TrainingData:
-    """Splits the official training images; pixels are normalized by mean and deviation of `train`.
+    """Splits the official training images and normalizes pixels by mean and std of `train`.
 
     Args:
-        folder: a data folder, see `find_fashion_mnist`.
+        folder: see `root` of `find_fashion_mnist`.
         seed: of the split.
         train, validation: numbers of images, multiples of 10.
-        device: where the images are kept.
+        device: that stores the images.
 
     Raises:
         UserError: files are missing, truncated or not the published ones.
@@ -64,13 +61,13 @@ def load_training_data(
 def load_test_data(
     folder: Optional[Path], count: int, mean: float, std: float, device: str = "cpu"
 ) -> Images:
-    """The first `count` of the official test images, normalized as the training images were."""
+    """The first `count` of the official test images, normalized by `mean` and `std`."""
     images, labels = load_fashion_mnist("test", find_fashion_mnist("test", root=folder))
     return _prepare(images[:count], labels[:count], mean, std, device)
 
 
 def check_test_data(folder: Optional[Path]) -> None:
-    """That the test images can be loaded when a training has ended; they are not kept.
+    """Checks that the test images can be loaded at the end of a training.
 
     Raises:
         UserError: files are missing, truncated or not the published ones.
@@ -85,11 +82,11 @@ def stratified_split(
 
     Args:
         labels: (N,) in [0, 10).
-        train, validation: their sizes, multiples of 10; each class must have a tenth of their sum.
+        train, validation: sizes of the sets, multiples of 10.
         seed: the same seed gives the same sets.
 
     Returns:
-        The sorted indices of the two.
+        The sorted indices of both sets.
 
     Raises:
         ValueError: a size is no multiple of 10, or a class has too few images.
@@ -112,8 +109,8 @@ def stratified_split(
 def batches(data: Images, order: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """Cuts the images into batches, in the given order; the last may be smaller.
 
-    Thousands of images are gathered at once and batches are views of them: at batch 2, gathering
-    for each step would take longer than some layers.
+    Thousands of images are gathered at once and batches are views of them: at batch size 2,
+    gathering at each step would take longer than some layers.
     """
     chunk = max(size, 8192 // size * size)
     for start in range(0, len(order), chunk):
@@ -125,7 +122,7 @@ def _prepare(
     images: np.ndarray, labels: np.ndarray, mean: float, std: float, device: str
 ) -> Images:
     pixels = torch.from_numpy(images.astype(np.float32)).div_(255).sub_(mean).div_(std)
-    # (N, 28, 28, 1) -> (N, 1, 28, 28): with these strides a CPU's convolution works channels last,
-    # which for one input channel takes an eighth of the time
+    # (N, 28, 28, 1) -> (N, 1, 28, 28): these strides make a CPU convolve channels last, which for
+    # one input channel takes an eighth of the time
     pixels = pixels.unsqueeze(-1).permute(0, 3, 1, 2)
     return Images(pixels.to(device), torch.from_numpy(labels.astype(np.int64)).to(device))

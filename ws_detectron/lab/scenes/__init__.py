@@ -1,4 +1,4 @@
-"""Scenes: COCO data sets that are made on the spot. Importing this registers the built-in ones."""
+"""Scenes: generated COCO-format data sets. The import registers the built-in ones."""
 
 from .dataset import (
     builtin_scenes,

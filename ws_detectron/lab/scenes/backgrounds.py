@@ -1,4 +1,4 @@
-"""What lies behind and over the objects of a scene: colours, distractors, grain."""
+"""Background, distractors and grain of a scene."""
 
 import math
 
@@ -9,19 +9,19 @@ from .raster import (
     OPAQUE,
     UNIT,
     blend,
+    draw_texture,
     enlarge,
     polygon_alpha,
     to_fixed,
 )
 from .sprites import Colour, draw_colour
-from .textures import draw_texture
 
-# Images above this size get coarser grain, so that their files do not consist of noise.
+# Larger images get coarser grain, so that their files do not consist of noise.
 _FINE_GRAIN = 256
 
 
 def draw_background(draws: Draws, size: int) -> np.ndarray:
-    """A smooth field of related colours, (size, size, 3) uint8."""
+    """A smooth gradient of similar colours, (size, size, 3) uint8."""
     rows, columns = draws.integer(2, 5), draws.integer(2, 5)
     base = draw_colour(draws)
     grid = np.array(base, dtype=np.int16) + draws.noise(60, (rows, columns, 3))
@@ -29,7 +29,7 @@ def draw_background(draws: Draws, size: int) -> np.ndarray:
 
 
 def draw_distractor(draws: Draws, canvas: np.ndarray) -> None:
-    """Draws one thing that no annotation mentions, in place.
+    """Draws something that is not annotated, in place.
 
     A thin line, a soft blob of one colour, or a soft patch of texture; none has the hard closed
     outline of an object.
@@ -53,9 +53,9 @@ def draw_distractor(draws: Draws, canvas: np.ndarray) -> None:
 
 
 def add_grain(draws: Draws, canvas: np.ndarray, amplitude: int) -> np.ndarray:
-    """Adds uniform noise of up to `amplitude` grey levels to each channel; a new image.
+    """A new image with uniform noise of up to `amplitude` grey levels in each channel.
 
-    One grain covers 1 pixel in images of up to 511 pixels, then 2 pixels, from 768 on 3, ...
+    A grain is 1 pixel wide in images of up to 511 pixels, then 2 pixels, from 768 on 3, ...
     """
     size = len(canvas)
     grain = max(1, size // _FINE_GRAIN)
@@ -73,7 +73,7 @@ def mix(first: Colour, second: Colour, tone: np.ndarray) -> np.ndarray:
 
 
 def paste(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray, top: int, left: int) -> None:
-    """Blends a piece into the canvas in place; what reaches beyond its border is cut off.
+    """Blends a piece into the canvas, in place; the part beyond its border is cropped.
 
     Args:
         canvas: (H, W, 3) uint8.
@@ -90,7 +90,7 @@ def paste(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray, top: int, l
 def overlap(
     canvas: tuple[int, ...], piece: tuple[int, ...], top: int, left: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Where a piece at (top, left) meets the canvas: the window in the canvas and in the piece."""
+    """The overlap of the canvas and a piece at (top, left), as slices of each."""
     row, column = max(top, 0), max(left, 0)
     bottom = max(min(top + piece[0], canvas[0]), row)
     right = max(min(left + piece[1], canvas[1]), column)
@@ -101,7 +101,7 @@ def overlap(
 
 
 def _line(draws: Draws, size: int) -> tuple[np.ndarray, int, int]:
-    """A straight line of 1 to 2.5 % of the image size, at least 1 pixel: alpha, top, left."""
+    """A straight line, 1 to 2.5 % of the image size and at least 1 pixel wide: alpha, top, left."""
     x, y = draws.uniform(0, size), draws.uniform(0, size)
     length = size * draws.uniform(0.2, 0.9)
     half = max(1.0, size * draws.uniform(0.01, 0.025)) / 2
@@ -118,7 +118,7 @@ def _line(draws: Draws, size: int) -> tuple[np.ndarray, int, int]:
 
 
 def _soft_ellipse(height: int, width: int) -> np.ndarray:
-    """Alpha of 255 in the centre falling to 0 at an upright ellipse that fills the frame."""
+    """Alpha that falls from 255 in the centre to 0 at an upright ellipse that fills the frame."""
     y = (2 * np.arange(height, dtype=np.int64) + 1 - height)[:, None]
     x = (2 * np.arange(width, dtype=np.int64) + 1 - width)[None, :]
     away = y * y * OPAQUE // height**2 + x * x * OPAQUE // width**2

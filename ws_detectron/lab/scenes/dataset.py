@@ -1,6 +1,6 @@
-"""Scenes on disk: a COCO JSON and PNG files, written once and reused.
+"""Scenes on disk: COCO JSON and PNG files, written once and reused.
 
-A set lies in a folder of its own, named after its parameters:
+Each set has a folder, named after its parameters:
 
     <root>/scenes/shapes_128_train_1a2b3c4d5e6f/
         annotations.json     COCO instance annotations; masks as compressed RLE
@@ -9,13 +9,13 @@ A set lies in a folder of its own, named after its parameters:
                              a digest
 
 The digest is the SHA-256 of all pixels and annotations. The same parameters give the same digest on
-every machine, although the bytes of the PNG files may differ with the version of zlib.
+every machine, although the bytes of the PNG files depend on the version of zlib.
 
-The folder gets its name when everything in it is written. A set whose files are missing or have
-another size than the fingerprint states is made again.
+The folder gets its name when all its files are written. A set is made again if files are missing or
+do not have the size in the fingerprint.
 
-Masks are RLE because polygons cannot be exact to the pixel and cannot hold the hole of a ring, so
-detectron2 must be told `INPUT.MASK_FORMAT: "bitmask"`.
+Masks are RLE, as polygons are not exact to the pixel and cannot have the hole of a ring. Training
+therefore needs `INPUT.MASK_FORMAT: "bitmask"`.
 """
 
 import hashlib
@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,10 +52,10 @@ logger = logging.getLogger(__name__)
 ANNOTATIONS = "annotations.json"
 IMAGES = "images"
 FINGERPRINT = "fingerprint.json"
-# Fast compression; higher levels save 10 % of the space for 3 times the time.
+# Higher levels save 10 % of the space and take 3 times as long.
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)
 _REPORT_SECONDS = 10.0
-# Images per task when several processes share the work.
+# Images per task of a worker.
 _CHUNK = 50
 _LICENSES = {
     "shapes": {"name": "Apache License 2.0", "url": "http://www.apache.org/licenses/LICENSE-2.0"},
@@ -68,7 +67,7 @@ _LICENSES = {
 
 
 def scene_folder(spec: SceneSpec, root: Optional[Union[str, Path]] = None) -> Path:
-    """Where a set of scenes lies, made or not; every parameter has a part in the name.
+    """The folder of a set of scenes, whether it exists or not; its name depends on all parameters.
 
     Args:
         spec: the scenes.
@@ -83,18 +82,18 @@ def scene_folder(spec: SceneSpec, root: Optional[Union[str, Path]] = None) -> Pa
 def ensure_scenes(
     spec: SceneSpec, root: Optional[Union[str, Path]] = None, workers: int = 1
 ) -> Path:
-    """Makes a set of scenes unless it is there, and returns its folder.
+    """Makes a set of scenes unless it exists, and returns its folder.
 
-    Several processes may ask for the same set at once: one makes it, the others wait for it.
+    If several processes request the same set at once, one makes it and the others wait.
 
     Args:
         spec: the scenes.
         root: `cache_root()` by default.
-        workers: number of processes that draw; the result does not depend on it.
+        workers: number of processes; the result does not depend on it.
 
     Raises:
-        UserError: the folder cannot be written, or Fashion-MNIST is needed and not to be had.
-            Or `workers` is below 1.
+        UserError: the folder cannot be written, Fashion-MNIST is needed but not available, or
+            `workers` is below 1.
     """
     if workers < 1:
         raise UserError(f"scenes: workers must be at least 1, got {workers}")
@@ -102,7 +101,8 @@ def ensure_scenes(
     if find_damage(spec, folder) is None:
         return folder
     try:
-        with _locked(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(str(folder)):  # the system releases it when a process is killed
             damage = find_damage(spec, folder)
             if damage is not None:
                 if folder.exists():
@@ -111,21 +111,20 @@ def ensure_scenes(
     except OSError as error:
         raise UserError(
             f"cannot write scenes to {folder}: {error.strerror or error}. Set {CACHE_VARIABLE} to "
-            "a folder that can be written and has room."
+            "a writable folder with free space."
         ) from error
     except LockException as error:
         raise UserError(
             f"cannot lock {folder}.lock: {error!r}. Another process may have held it for an hour, "
-            f"or the file system has no locks; {CACHE_VARIABLE} sets another folder."
+            f"or the file system has no locks. Set {CACHE_VARIABLE} to another folder."
         ) from error
     return folder
 
 
 def find_damage(spec: SceneSpec, folder: Path) -> Optional[str]:
-    """What keeps a folder from being the finished set of a spec, or None where nothing does.
+    """Why a folder is not the finished set of a spec, or None if it is.
 
-    Looks at the fingerprint and at the size of each file, which takes milliseconds; it does not
-    read the images.
+    Checks the fingerprint and the size of each file, which takes milliseconds; reads no image.
     """
     path = folder / FINGERPRINT
     try:
@@ -137,7 +136,7 @@ def find_damage(spec: SceneSpec, folder: Path) -> Optional[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} cannot be read ({error})"
     if made_from != (GENERATOR_VERSION, spec.as_dict()):
-        return f"{path} names other parameters"
+        return f"{path} is of other parameters"
     if len(files) != spec.num_images + 1:
         return f"{path} lists {len(files)} files, expected {spec.num_images + 1}"
     for name, size in files.items():
@@ -151,10 +150,10 @@ def find_damage(spec: SceneSpec, folder: Path) -> Optional[str]:
 
 
 def scene_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """The COCO annotations of a scene, `category_id` from 1.
+    """The COCO annotations of a scene, with `category_id` from 1.
 
-    Two keys are ours: `full_area`, the pixels of the whole object, of which `area` are visible, and
-    for articles `source_index`, its index in its split of Fashion-MNIST.
+    Two keys are not COCO's: `full_area`, the number of pixels of the whole object, of which `area`
+    are visible, and for articles `source_index`, the index in the split of Fashion-MNIST.
     """
     annotations = []
     for number, item in enumerate(scene.objects):
@@ -177,12 +176,12 @@ def scene_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[s
 
 @dataclass(frozen=True)
 class _Written:
-    """What remains of a scene when its image is on disk."""
+    """The result of writing an image."""
 
     index: int
     file_size: int
     pixels: str  # SHA-256 of the image
-    annotations: list[dict[str, Any]]  # ids not yet given
+    annotations: list[dict[str, Any]]  # without final ids
 
 
 def _image_name(index: int) -> str:
@@ -206,7 +205,7 @@ def _write_chunk(spec: SceneSpec, folder: Path, start: int) -> list[_Written]:
 
 
 def _write_all(spec: SceneSpec, folder: Path, workers: int) -> Iterator[_Written]:
-    # Made here in any case, so that missing data are reported, or downloaded, only once.
+    # Made here even for other workers, so that data are downloaded, or reported missing, once.
     source = sprite_source(spec)
     if workers == 1:
         for index in range(spec.num_images):
@@ -219,12 +218,12 @@ def _write_all(spec: SceneSpec, folder: Path, workers: int) -> Iterator[_Written
 
 
 def _build(spec: SceneSpec, folder: Path, workers: int) -> None:
-    """Writes a set beside its place and moves it there; the caller holds the lock."""
+    """Writes a set to a temporary folder and renames that; the caller holds the lock."""
     for left_over in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(left_over, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        # mkdtemp makes folders private; give this one the usual permissions
+        # mkdtemp makes folders private
         umask = os.umask(0)
         os.umask(umask)
         scratch.chmod(0o777 & ~umask)
@@ -297,19 +296,11 @@ def _coco(spec: SceneSpec, results: list[_Written]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock file beside `folder`; the system frees it when a process dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(str(folder)):
-        yield
-
-
 BUILTIN_SIZES = (128, 256, 512, 800)
 
 
 def builtin_scenes() -> dict[str, SceneSpec]:
-    """The scenes that importing `ws_detectron` registers, by name."""
+    """Name -> scenes, as registered when `ws_detectron.lab.scenes` is imported."""
     return {
         f"scenes_{kind}_{size}_{split}": SceneSpec.for_size(kind, size, split)
         for kind in KINDS
@@ -319,7 +310,7 @@ def builtin_scenes() -> dict[str, SceneSpec]:
 
 
 def register_builtin_scenes(root: Optional[Union[str, Path]] = None) -> None:
-    """Registers every set of `builtin_scenes()`; see `register_scenes`."""
+    """Registers all `builtin_scenes()`; see `register_scenes`."""
     for name, spec in builtin_scenes().items():
         register_scenes(name, spec, root)
 
@@ -327,20 +318,20 @@ def register_builtin_scenes(root: Optional[Union[str, Path]] = None) -> None:
 def register_scenes(name: str, spec: SceneSpec, root: Optional[Union[str, Path]] = None) -> None:
     """Registers a set of scenes with detectron2 under `name`.
 
-    The set is made, if need be, by `DatasetCatalog.get(name)`, which building a data loader calls.
-    `json_file` in the metadata names the file from the start, so build the test loader before
-    `COCOEvaluator`, as `DefaultTrainer.test` does, or call `ensure_scenes` first.
+    `DatasetCatalog.get(name)`, called when a data loader is built, makes the set unless it exists.
+    `json_file` in the metadata is set at once, so build the test loader before `COCOEvaluator`, as
+    `DefaultTrainer.test` does, or call `ensure_scenes` first.
 
-    The same call twice changes nothing. A name registered here before, for another spec or root, is
-    registered anew.
+    A second call with the same arguments is a no-op; one with another spec or root replaces the
+    first.
 
     Args:
         name: for `DATASETS.TRAIN` and `DATASETS.TEST`.
         spec: the scenes.
-        root: where they are kept; `cache_root()`, read now, by default.
+        root: `cache_root()` by default, as of this call.
 
     Raises:
-        ValueError: the name belongs to another data set.
+        ValueError: the name belongs to a data set that is not scenes.
     """
     folder = scene_folder(spec, root)
     json_file, image_root = str(folder / ANNOTATIONS), str(folder / IMAGES)
@@ -353,7 +344,7 @@ def register_scenes(name: str, spec: SceneSpec, root: Optional[Union[str, Path]]
             return
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    # the root is settled now, so that the metadata and the data stay in the same place
+    # the root as of now, so that data and metadata agree
     DatasetCatalog.register(name, partial(_load, name, spec, folder.parents[1]))
     MetadataCatalog.get(name).set(
         thing_classes=list(spec.classes),
@@ -371,10 +362,10 @@ def _load(name: str, spec: SceneSpec, root: Path) -> list[dict[str, Any]]:
 
 
 def summarize(folder: Path) -> str:
-    """Counts, sizes and the digest of a set, several lines of text.
+    """Counts, sizes and digest of a set, as several lines of text.
 
     Args:
-        folder: a finished set, as `ensure_scenes` returns it.
+        folder: as returned by `ensure_scenes`.
     """
     data = json.loads((folder / ANNOTATIONS).read_text(encoding="utf-8"))
     fingerprint = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
@@ -393,8 +384,8 @@ def summarize(folder: Path) -> str:
             f"  objects   {len(annotations)}: {min(counts)} to {max(counts)} per image, "
             f"{len(annotations) / len(data['images']):.2f} on average",
             f"  sides     {small:.0f} / {middle:.0f} / {large:.0f} pixels "
-            "(5 % / half / 95 % of the longer sides lie below)",
-            f"  visible   {visible.min():.0%} of an object at least, "
+            "(5th / 50th / 95th percentile of the longer sides)",
+            f"  visible   at least {visible.min():.0%} of each object; "
             f"{np.mean(visible < 0.95):.0%} of the objects are hidden by more than 5 %",
             f"  classes   {classes}",
             f"  digest    {fingerprint['digest']}",

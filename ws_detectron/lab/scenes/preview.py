@@ -18,13 +18,13 @@ def contact_sheet(
     """Draws images with their annotated masks, boxes and classes, side by side.
 
     Args:
-        name: the registered data set that the records are from.
+        name: of the registered data set of the records.
         records: in detectron2's standard format.
         columns: images per row.
         cell: width and height of a picture, pixels; images are scaled to fit.
 
     Returns:
-        (rows * cell, columns * cell, 3) uint8, RGB; white where there is no picture.
+        (rows * cell, columns * cell, 3) uint8, RGB; empty cells are white.
     """
     rows = -(-len(records) // columns)
     sheet = np.full((rows * cell, columns * cell, 3), 255, dtype=np.uint8)
@@ -39,10 +39,10 @@ def draw_annotations(name: str, record: dict[str, Any], longer_side: int) -> np.
     """Draws an image with its annotated masks, boxes and classes; one colour per class.
 
     Image and masks are enlarged without smoothing, so that every pixel of a mask can be checked.
-    detectron2's `draw_dataset_dict` is not used: it fills the holes of masks.
+    detectron2's `draw_dataset_dict` would fill the holes of masks.
 
     Args:
-        name: the registered data set that the record is from; its masks must be RLE.
+        name: of the registered data set of the record; its masks must be RLE.
         record: in detectron2's standard format.
         longer_side: of the picture, pixels.
 

@@ -1,22 +1,29 @@
 """Drawing in integer arithmetic.
 
-Whether a pixel belongs to a mask is decided here by exact integer comparison, so the same numbers
-give the same pixels with every build of every library. Drawing routines of image libraries change
-between versions and instruction sets.
+Exact integer comparison decides whether a pixel belongs to a mask, so the same input gives the same
+pixels with every build of every library. Drawing routines of image libraries change between
+versions and instruction sets.
 
-Coordinates are fixed-point, `UNIT` steps to a pixel; pixel (row r, column c) covers
-[c, c + 1) x [r, r + 1) pixels, its centre lies at (c + 1/2, r + 1/2).
+Coordinates are fixed-point, `UNIT` steps per pixel; pixel (row r, column c) covers
+[c, c + 1) x [r, r + 1) pixels, with its centre at (c + 1/2, r + 1/2).
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
 
+from .draws import Draws
+
 UNIT = 256
 # Samples per pixel and axis; the alpha of an edge pixel has SUPERSAMPLE**2 + 1 levels.
 SUPERSAMPLE = 4
 OPAQUE = 255
+
+TEXTURES = ("plain", "gradient", "stripes", "checker", "dots")
+# Fractional bits of rotated texture coordinates.
+_BITS = 10
 
 
 def to_fixed(points: np.ndarray) -> np.ndarray:
@@ -25,15 +32,14 @@ def to_fixed(points: np.ndarray) -> np.ndarray:
 
 
 def polygon_alpha(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """The share of each pixel inside the polygons, even-odd rule.
+    """The share of each pixel inside the polygons, by the even-odd rule.
 
-    A point is inside when a ray from it crosses the outlines an odd number of times, so a polygon
-    within another is a hole. Every pixel is judged at `SUPERSAMPLE` x `SUPERSAMPLE` points.
+    A point is inside if a ray from it crosses the outlines an odd number of times, so a polygon
+    within another is a hole. Each pixel is sampled at `SUPERSAMPLE` x `SUPERSAMPLE` points.
 
     Args:
-        polygons: each (V, 2) fixed-point x, y; closed by itself; may leave the canvas.
-        height: of the canvas, in pixels.
-        width: of the canvas, in pixels.
+        polygons: each (V, 2) fixed-point x, y, closed implicitly; may extend beyond the canvas.
+        height, width: of the canvas, in pixels.
 
     Returns:
         (height, width) uint8, 0 outside to 255 inside.
@@ -49,7 +55,7 @@ def polygon_alpha(polygons: Sequence[np.ndarray], height: int, width: int) -> np
     )
     sample_y = np.arange(rows, dtype=np.int64) * step + step // 2
 
-    # An edge crosses the sample row y where y0 <= y < y1: half open, so a vertex counts once.
+    # An edge crosses the sample row y if y0 <= y < y1: half open, so a vertex counts once.
     edge, row = np.nonzero(
         (start[:, 1, None] <= sample_y[None, :]) & (sample_y[None, :] < end[:, 1, None])
     )
@@ -62,7 +68,7 @@ def polygon_alpha(polygons: Sequence[np.ndarray], height: int, width: int) -> np
     toggles = np.zeros((rows, columns + 1), dtype=np.uint8)
     np.bitwise_xor.at(toggles, (row, column), np.uint8(1))
     inside = np.bitwise_xor.accumulate(toggles, axis=1)[:, :columns]
-    # at most 16, so bytes will do; strided sums are several times faster than a sum over axes
+    # at most 16, which fits a byte; strided sums are several times faster than a sum over axes
     lines = reduce(np.add, (inside[k::SUPERSAMPLE] for k in range(SUPERSAMPLE)))
     count = reduce(np.add, (lines[:, k::SUPERSAMPLE] for k in range(SUPERSAMPLE))).astype(np.int32)
     samples = SUPERSAMPLE**2
@@ -76,10 +82,9 @@ def resample(
 
     Args:
         planes: (C, h, w) uint8 source planes.
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        height, width: of the result, in pixels.
         inverse: 2 x 3 integers in 1/65536: maps result pixel indices (column, row, 1) to source
-            pixel indices (column, row). Pixel index i stands for the pixel's centre.
+            pixel indices (column, row). Indices refer to pixel centres.
 
     Returns:
         (C, height, width) uint8.
@@ -90,7 +95,7 @@ def resample(
     # 8 fractional bits suffice for 8-bit planes and keep every product below 2**24.
     x = (column * a + row * b + tx) >> 8
     y = (column * c + row * d + ty) >> 8
-    # One pixel of zeros around the source makes "outside" an ordinary neighbour.
+    # Pixels outside the source are zero.
     padded = np.pad(planes, ((0, 0), (1, 1), (1, 1))).astype(np.int32)
     limit_y, limit_x = padded.shape[1] - 2, padded.shape[2] - 2
     x = np.clip(x + 256, 0, limit_x * 256 + 255)
@@ -103,12 +108,11 @@ def resample(
 
 
 def enlarge(grid: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear enlargement of a coarse grid whose corners become the corners of the result.
+    """Bilinear enlargement of a coarse grid, with aligned corners.
 
     Args:
         grid: (h, w, C) integers in [0, 255], h and w at least 2.
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        height, width: of the result, in pixels.
 
     Returns:
         (height, width, C) int32 in [0, 255].
@@ -128,7 +132,7 @@ def enlarge(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def blend(canvas: np.ndarray, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Puts `colours` over `canvas`: (a * colour + (255 - a) * canvas) / 255, rounded.
+    """Blends `colours` over `canvas`: (a * colour + (255 - a) * canvas) / 255, rounded.
 
     Args:
         canvas: (H, W, 3) uint8.
@@ -141,3 +145,43 @@ def blend(canvas: np.ndarray, colours: np.ndarray, alpha: np.ndarray) -> np.ndar
     a = alpha.astype(np.int32)[:, :, None]
     mixed = a * colours.astype(np.int32) + (OPAQUE - a) * canvas.astype(np.int32)
     return ((mixed + OPAQUE // 2) // OPAQUE).astype(np.uint8)
+
+
+def draw_texture(draws: Draws, height: int, width: int) -> np.ndarray:
+    """A two-tone texture of random type, direction, period and phase.
+
+    The period is 1/5 to 1/2 of the longer side and at least 6 pixels, so that it is visible.
+
+    Returns:
+        (height, width) uint8 tone: 0 is one colour, 255 the other.
+    """
+    kind = draws.choice(TEXTURES)
+    angle = draws.uniform(0.0, math.pi)
+    period = max(6.0, max(height, width) * draws.uniform(0.2, 0.5))
+    phase_u, phase_v = draws.integer(0, 2**16), draws.integer(0, 2**16)
+    if kind == "plain":
+        return np.zeros((height, width), dtype=np.uint8)
+
+    # In units of 2**-_BITS pixels; all that follows is integer arithmetic.
+    cosine = math.floor(math.cos(angle) * 2**_BITS + 0.5)
+    sine = math.floor(math.sin(angle) * 2**_BITS + 0.5)
+    step = math.floor(period * 2**_BITS + 0.5)
+    column = np.arange(width, dtype=np.int64)[None, :]
+    row = np.arange(height, dtype=np.int64)[:, None]
+    u = column * cosine + row * sine
+    v = row * cosine - column * sine
+    if kind == "gradient":
+        low, high = int(u.min()), int(u.max())
+        return ((u - low) * 255 // max(high - low, 1)).astype(np.uint8)
+
+    u = (u + phase_u * step // 2**16) % step
+    if kind == "stripes":
+        lit = u * 2 < step
+    else:
+        v = (v + phase_v * step // 2**16) % step
+        if kind == "checker":
+            lit = (u * 2 < step) ^ (v * 2 < step)
+        else:
+            # dots of radius 0.32 periods cover about a third of the area
+            lit = ((u - step // 2) ** 2 + (v - step // 2) ** 2) * 10 < step**2
+    return np.where(lit, 255, 0).astype(np.uint8)

@@ -1,8 +1,8 @@
-"""Scenes: images with several objects whose masks are known to the pixel.
+"""Scenes: images with several objects whose masks are exact to the pixel.
 
-A scene is fixed by its `SceneSpec` and its index alone, so scenes can be made in any order and by
-any number of processes. Colours and masks come from integer arithmetic on the raw output of a
-generator that numpy keeps stable; sine, cosine and powers are rounded before they decide a pixel.
+A scene depends only on its `SceneSpec` and its index, so scenes can be made in any order and by any
+number of processes. Colours and masks come from integer arithmetic on random numbers that numpy
+keeps stable; sines, cosines and powers are rounded before they affect a pixel.
 """
 
 import dataclasses
@@ -26,19 +26,18 @@ from .backgrounds import (
 from .draws import Draws
 from .sprites import SHAPE_CLASSES, FashionSprites, ShapeSprites, Sprite, SpriteSource
 
-# Part of every cache's fingerprint: raise it with any change to the pixels or annotations.
+# Part of the fingerprint of every set: raise it with any change to pixels or annotations.
 GENERATOR_VERSION = 7
 
 KINDS = ("shapes", "fashion")
 SPLITS = ("train", "val")
-# Below this a class can no longer be told from its outline.
+# Pixels; the outlines of smaller objects do not show their class.
 LEAST_OBJECT = 12
-# Positions tried for one object before it is given up.
+# Number of positions tried for an object before it is dropped.
 _TRIES = 20
-# An object may reach over the image border by this share of its own side.
+# An object may extend beyond the image border by this share of its own side.
 _OVERHANG = 0.15
-# From this image size on: objects per image, least visible share, training images, validation
-# images.
+# Least image size, objects per image, least visible share, training images, validation images.
 _BY_SIZE: tuple[tuple[int, tuple[int, int], float, int, int], ...] = (
     (800, (4, 16), 0.8, 4000, 500),
     (512, (3, 12), 0.8, 4000, 500),
@@ -49,25 +48,24 @@ _BY_SIZE: tuple[tuple[int, tuple[int, int], float, int, int], ...] = (
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """Everything that decides a set of scenes.
+    """All parameters of a set of scenes.
 
-    Raises on construction:
-        UserError: a value is outside its range; the message names the field.
+    Raises:
+        UserError: a value is outside its range; names the field.
     """
 
     kind: str = "shapes"  # "shapes" (drawn) or "fashion" (Fashion-MNIST articles)
-    split: str = "train"  # "train" or "val": other seeds and, for fashion, other articles
+    split: str = "train"  # "train" or "val": different seeds and, for fashion, different articles
     image_size: int = 128  # height and width, pixels
     num_images: int = 2000
-    # Least and most objects per image. A scene gets fewer where its objects leave no room.
+    # Least and most objects per image; fewer if there is no room for more.
     objects: tuple[int, int] = (3, 6)
-    # Longer side of an object as a share of the image size. Logarithms are uniform, so that small
-    # objects are as common as large ones.
+    # Longer side of an object as a share of the image size, log-uniform.
     object_scale: tuple[float, float] = (0.21875, 0.5)
-    # Least share of an object's pixels that later objects and the image border leave visible.
+    # Least share of an object's pixels that other objects and the image border leave visible.
     min_visible: float = 0.9
     distractors: tuple[int, int] = (1, 4)  # least and most per image, never annotated
-    noise: int = 10  # most grey levels that the grain adds or takes
+    noise: int = 10  # largest absolute value of the grain, grey levels
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,17 +96,17 @@ class SceneSpec:
     def for_size(
         cls, kind: str = "shapes", image_size: int = 128, split: str = "train", **changes: Any
     ) -> "SceneSpec":
-        """A spec with defaults that suit the image size.
+        """A spec with defaults for the image size.
 
-        The smallest objects are 28 pixels or 3.5 % of the image, whichever is more: larger images
-        span a wider range of scales, and hold more objects, as photographs do. At 128 pixels a
+        The smallest objects are 28 pixels or 3.5 % of the image, whichever is larger: as in
+        photographs, larger images have a wider range of scales and more objects. At 128 pixels, a
         small detector learns the shapes from scratch within minutes on a CPU.
 
         Args:
             kind: `"shapes"` or `"fashion"`.
             image_size: height and width, pixels.
             split: `"train"` or `"val"`.
-            changes: fields that shall differ from the defaults.
+            changes: values of other fields.
 
         Raises:
             UserError: a value is outside its range.
@@ -140,14 +138,14 @@ class SceneObject:
 
     category: int  # index into the classes of the spec
     mask: np.ndarray  # (H, W) bool, the visible pixels
-    full_area: int  # pixels of the whole object, hidden ones and those beyond the border included
-    source_index: Optional[int] = None  # which article of the split's source data, if any
+    full_area: int  # pixels of the whole object, including those hidden or beyond the border
+    source_index: Optional[int] = None  # of the article in its split of Fashion-MNIST, if any
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """x, y, width, height in pixels: the tightest box that holds every visible pixel.
+        """x, y, width, height in pixels: the tightest box around the visible pixels.
 
-        Edges, not centres: a single pixel at column 3, row 5 has the box (3, 5, 1, 1).
+        It encloses whole pixels: that of a single pixel at column 3, row 5 is (3, 5, 1, 1).
         """
         columns = np.flatnonzero(self.mask.any(axis=0))
         rows = np.flatnonzero(self.mask.any(axis=1))
@@ -174,10 +172,10 @@ class _Placed:
 
 
 def sprite_source(spec: SceneSpec) -> SpriteSource:
-    """The sprites that a spec asks for.
+    """The source of a spec's sprites.
 
     Raises:
-        UserError: Fashion-MNIST is needed and missing or damaged.
+        UserError: Fashion-MNIST is needed, but missing or damaged.
     """
     return ShapeSprites() if spec.kind == "shapes" else FashionSprites(spec.split)
 
@@ -185,13 +183,13 @@ def sprite_source(spec: SceneSpec) -> SpriteSource:
 def make_scene(spec: SceneSpec, index: int, source: SpriteSource) -> Scene:
     """Makes one scene.
 
-    Objects are laid one over the other. A place is refused where the new object would show less
-    than `min_visible` of its pixels, or leave less of an earlier one.
+    Objects are drawn one over the other. A position is rejected if less than `min_visible` of the
+    new object or of an earlier one would be visible.
 
     Args:
-        spec: what to make.
-        index: which scene, in [0, num_images).
-        source: from `sprite_source(spec)`.
+        spec: parameters of the set.
+        index: of the scene, in [0, num_images).
+        source: as returned by `sprite_source(spec)`.
 
     Raises:
         ValueError: index out of range.
@@ -211,7 +209,7 @@ def make_scene(spec: SceneSpec, index: int, source: SpriteSource) -> Scene:
     for _ in range(draws.integer(*spec.objects)):
         side = math.floor(size * draws.log_uniform(*spec.object_scale) + 0.5)
         sprite = source.draw(draws, side)
-        position = _find_place(draws, sprite, owner, placed, spec.min_visible)
+        position = _find_position(draws, sprite, owner, placed, spec.min_visible)
         if position is None:
             continue
         top, left = position
@@ -236,12 +234,12 @@ def make_scene(spec: SceneSpec, index: int, source: SpriteSource) -> Scene:
     return Scene(image, objects)
 
 
-def _find_place(
+def _find_position(
     draws: Draws, sprite: Sprite, owner: np.ndarray, placed: list[_Placed], min_visible: float
 ) -> Optional[tuple[int, int]]:
-    """Row and column for the sprite's first pixel, or None where every place tried was refused.
+    """Row and column of the sprite's top left corner; None if all positions tried are rejected.
 
-    The first object always gets a place.
+    The first object always gets a position.
     """
     mask = sprite.mask
     height, width = mask.shape
@@ -262,5 +260,5 @@ def _find_place(
             return top, left
     if placed:
         return None
-    # An image is never empty: an object too large for the draws above goes to the middle.
+    # No image is empty: an object that fits nowhere is centred.
     return (len(owner) - height) // 2, (len(owner) - width) // 2

@@ -1,4 +1,4 @@
-"""Sprites: the single objects that scenes are made of."""
+"""Sprites: the objects of which scenes are composed."""
 
 import math
 from dataclasses import dataclass
@@ -11,22 +11,21 @@ import numpy as np
 from ws_detectron.lab.fashion_mnist.files import FASHION_CLASSES, load_fashion_mnist
 
 from .draws import Draws
-from .raster import OPAQUE, UNIT, polygon_alpha, resample, to_fixed
-from .textures import draw_texture
+from .raster import OPAQUE, UNIT, draw_texture, polygon_alpha, resample, to_fixed
 
 Colour = tuple[int, int, int]
-# A pixel belongs to the object where the object covers at least half of it.
+# A pixel belongs to the object if the object covers at least half of it.
 MASK_THRESHOLD = 128
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """One object, cropped to its extent, not yet coloured."""
+    """One object, cropped to its extent, without colours."""
 
     category: int  # index into the source's classes
     alpha: np.ndarray  # (h, w) uint8, 0 outside, 255 inside
-    tone: np.ndarray  # (h, w) uint8, mixes the two colours of the palette
-    source_index: Optional[int] = None  # which entry of the source data it shows
+    tone: np.ndarray  # (h, w) uint8, interpolates between the two colours of the palette
+    source_index: Optional[int] = None  # of the article in its split of Fashion-MNIST
 
     @property
     def mask(self) -> np.ndarray:
@@ -35,7 +34,7 @@ class Sprite:
 
 
 class SpriteSource(Protocol):
-    """Where the sprites of one kind and one split come from."""
+    """Draws the sprites of a data set."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -45,7 +44,7 @@ class SpriteSource(Protocol):
         """A random sprite whose longer side is about `size` pixels."""
 
     def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
-        """The colours for tone 0 and tone 255, set off from the mean colour behind the sprite."""
+        """The colours for tone 0 and 255, which contrast with the mean colour behind the sprite."""
 
 
 def distance(a: Colour, b: Colour) -> int:
@@ -54,15 +53,15 @@ def distance(a: Colour, b: Colour) -> int:
 
 
 def draw_colour(draws: Draws, *apart_from: Colour, gap: int = 140, darkest: int = 0) -> Colour:
-    """A random colour at least `gap` away from each given one.
+    """A random colour with a `distance` of at least `gap` from each given one.
 
-    After 32 colours that come too near, the best of them is taken: three colours can leave no room.
+    The most distant of 32 colours if none has it: three colours can exclude all others.
 
     Args:
         draws: the stream to draw from.
-        apart_from: colours to keep away from.
+        apart_from: colours to avoid.
         gap: the least `distance`.
-        darkest: the least sum of the channels, for colours that must be bright.
+        darkest: the least sum of the channels, for bright colours.
     """
     best, best_gap = (0, 0, 0), -1
     for _ in range(32):
@@ -78,7 +77,7 @@ def draw_colour(draws: Draws, *apart_from: Colour, gap: int = 140, darkest: int 
 
 
 def trim(alpha: np.ndarray, *planes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Crops `alpha` and the planes like it to the pixels where alpha is not zero.
+    """Crops `alpha` and planes of its shape to the extent of its nonzero pixels.
 
     Raises:
         ValueError: alpha is zero everywhere.
@@ -91,17 +90,15 @@ def trim(alpha: np.ndarray, *planes: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 SHAPE_CLASSES = ("circle", "ring", "triangle", "bar", "cross", "arch")
-# Corners of a polygon that stands for a circle: at a radius of 150 pixels the polygon is at most
-# 0.2 pixels away from it.
+# Corners of the polygon for a circle: at a radius of 150 pixels they differ by at most 0.2 pixels.
 _ROUND = 64
-# Largest stretch of one axis against the other: more would turn classes into one another.
+# Largest ratio of the axes: a larger one would make classes ambiguous.
 _STRETCH = 1.3
-# Largest rotation to either side, radians (30 degrees): more is hard to learn in minutes.
+# Largest rotation in either direction, radians (30 degrees): more is hard to learn in minutes.
 _TILT = math.pi / 6
-# The outline stands out more than the texture: least difference of the first colour from the
-# background, largest difference per channel between the two colours, least difference of the second
-# colour from the background. With two colours as far apart as each is from the background, texture
-# outweighs form, and a small model learns little in minutes.
+# Least distance of the first colour from the background, largest difference per channel between the
+# two colours, least distance of the second colour from the background. So the outline has more
+# contrast than the texture; with equal contrast, a small model learns little in minutes.
 _EDGE, _SHADE, _FAINT_EDGE = 170, 60, 110
 
 
@@ -125,10 +122,10 @@ def _cross() -> np.ndarray:
 
 
 def outline(name: str) -> list[np.ndarray]:
-    """The polygons of a shape within the unit circle, (V, 2) floats each; the second is a hole.
+    """The polygons of a shape in the unit circle, (V, 2) floats each; the second is a hole.
 
     Raises:
-        ValueError: no shape has this name.
+        ValueError: there is no such shape.
     """
     if name == "circle":
         return [_disc(1.0)]
@@ -147,7 +144,7 @@ def outline(name: str) -> list[np.ndarray]:
 
 
 class ShapeSprites:
-    """Shapes of all classes, equally likely."""
+    """Shapes of all classes, with equal probability."""
 
     classes = SHAPE_CLASSES
 
@@ -161,7 +158,7 @@ class ShapeSprites:
 
         low = polygons[0].min(axis=0)
         scale = size / (polygons[0].max(axis=0) - low).max()
-        # From here on integers: the last bits of sine and cosine differ between machines.
+        # Integers from here on: the last bits of sine and cosine differ between machines.
         polygons = [to_fixed((polygon - low) * scale) for polygon in polygons]
         width, height = (-(-int(side) // UNIT) for side in polygons[0].max(axis=0))
         alpha = polygon_alpha(polygons, height, width)
@@ -181,39 +178,39 @@ class ShapeSprites:
         return first, first
 
 
-# Scenes call their splits as COCO does; the validation scenes show test articles.
+# Split of the scenes -> split of Fashion-MNIST
 _ARTICLES = {"train": "train", "val": "test"}
-# Grey level from which a pixel counts as article. Below it lie halos left by the rescaling to
-# 28 x 28 pixels; the darkest clothes start not far above.
+# Least grey level of an article. Lower levels are halos, left by the rescaling to 28 x 28 pixels;
+# the darkest clothes are only slightly brighter.
 _DARKEST = 16
-# Enclosed dark spots up to this many pixels are prints and folds; larger ones are openings, such as
-# the handle of a bag, and stay open.
+# Pixels; smaller enclosed dark spots are prints and folds and get filled, larger ones are openings,
+# such as the handle of a bag.
 _LARGEST_SPOT = 16
-# An article that falls apart, its largest piece below this share of its pixels, is passed over.
-# This concerns 1 in 100 articles: dark stripes, white soles.
+# An article is skipped if its largest connected piece has less than this share of its pixels: 1 in
+# 100 articles, with dark stripes or white soles.
 _LEAST_PIECE = 0.8
-_MOST_TURN = math.radians(20)
+_MAX_ROTATION = math.radians(20)
 _FIXED = 2**16
 
 
 def article_mask(grey: np.ndarray) -> Optional[np.ndarray]:
-    """The pixels of the article in a 28 x 28 picture.
+    """The mask of the article in a 28 x 28 image.
 
-    The largest 4-connected piece of the pixels of grey level 16 and more, with holes of up to 16
+    The largest 4-connected piece of the pixels of grey level 16 or more, with holes of up to 16
     pixels filled.
 
     Args:
         grey: (h, w) uint8, black background.
 
     Returns:
-        (h, w) bool, or None where the largest piece has less than 80 % of the pixels.
+        (h, w) bool, or None if the largest piece has less than 80 % of the pixels.
     """
     lit = (grey >= _DARKEST).astype(np.uint8)
     _, labels, stats, _ = cv2.connectedComponentsWithStats(lit, connectivity=4)
     areas = stats[1:, cv2.CC_STAT_AREA]
     if not len(areas) or areas.max() < _LEAST_PIECE * areas.sum():
         return None
-    # The border makes everything outside the article one piece, too large for a spot.
+    # With a border, all pixels outside the article are one piece, too large for a spot.
     mask = np.pad(labels == 1 + int(areas.argmax()), 1)
     _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
     spot = stats[:, cv2.CC_STAT_AREA] <= _LARGEST_SPOT
@@ -221,19 +218,19 @@ def article_mask(grey: np.ndarray) -> Optional[np.ndarray]:
 
 
 class FashionSprites:
-    """Articles of one split, tinted, scaled and turned by up to 20 degrees."""
+    """Articles of one split, tinted, scaled and rotated by up to 20 degrees."""
 
     classes = FASHION_CLASSES
 
     def __init__(self, split: str, folder: Optional[Union[str, Path]] = None) -> None:
         """
         Args:
-            split: `"train"` shows the 60,000 training articles, `"val"` the 10,000 test articles.
+            split: `"train"`: the 60,000 training articles; `"val"`: the 10,000 test articles.
             folder: see `load_fashion_mnist`.
 
         Raises:
             UserError: Fashion-MNIST is missing or damaged.
-            ValueError: no such split.
+            ValueError: there is no such split.
         """
         if split not in _ARTICLES:
             raise ValueError(f"split must be 'train' or 'val', got {split!r}")
@@ -246,8 +243,8 @@ class FashionSprites:
         while mask is None:
             index = draws.integer(0, len(self._images) - 1)
             mask = article_mask(self._images[index])
-        angle = draws.uniform(-_MOST_TURN, _MOST_TURN)
-        alpha, tone = _turn(mask, self._images[index], size, angle)
+        angle = draws.uniform(-_MAX_ROTATION, _MAX_ROTATION)
+        alpha, tone = _rotate(mask, self._images[index], size, angle)
         return Sprite(int(self._labels[index]), alpha, tone, source_index=index)
 
     def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
@@ -255,26 +252,26 @@ class FashionSprites:
         return (red // 4, green // 4, blue // 4), tint
 
 
-def _turn(mask: np.ndarray, grey: np.ndarray, size: int, angle: float) -> tuple[np.ndarray, ...]:
-    """Alpha and tone of an article, its turned frame `size` pixels long."""
+def _rotate(mask: np.ndarray, grey: np.ndarray, size: int, angle: float) -> tuple[np.ndarray, ...]:
+    """Alpha and tone of an article whose rotated frame is `size` pixels long."""
     outline, grey = trim(mask.astype(np.uint8) * OPAQUE, grey)
     source_height, source_width = outline.shape
     cosine, sine = math.cos(angle), math.sin(angle)
     frame_width = abs(cosine) * source_width + abs(sine) * source_height
     frame_height = abs(sine) * source_width + abs(cosine) * source_height
     scale = size / max(frame_width, frame_height)
-    # a margin of one pixel for the soft edge
+    # one pixel of margin for the antialiased edge
     width = math.floor(frame_width * scale + 0.5) + 2
     height = math.floor(frame_height * scale + 0.5) + 2
 
-    # result pixel -> source pixel: about the two centres, turned back and scaled down
+    # result pixel -> source pixel: rotation and scaling about the centres
     a, b = cosine / scale, sine / scale
     inverse = [
         [a, b, (source_width - 1) / 2 - a * (width - 1) / 2 - b * (height - 1) / 2],
         [-b, a, (source_height - 1) / 2 + b * (width - 1) / 2 - a * (height - 1) / 2],
     ]
     fixed = [[math.floor(value * _FIXED + 0.5) for value in line] for line in inverse]
-    # Grey is interpolated within the article only: weighted by alpha, then divided by it.
+    # Grey is interpolated within the article: weighted by alpha, then divided by it.
     weighted = np.where(outline > 0, grey, 0).astype(np.uint8)
     alpha, tone = resample(np.stack([outline, weighted]), height, width, fixed)
     tone = np.minimum(tone.astype(np.int32) * OPAQUE // np.maximum(alpha, 1), OPAQUE)
