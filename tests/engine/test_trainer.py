@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from small_trainer import SmallTrainer, small_cfg
@@ -153,6 +154,33 @@ def test_config_that_builds_no_model(tiny_cfg: CfgNode, key: str, value: object,
     tiny_cfg.merge_from_list([key, value])
     with pytest.raises(ConfigError, match=part):
         Trainer.build_model(tiny_cfg)
+
+
+@pytest.mark.parametrize("error", [KeyError("res3"), AssertionError("4 inputs"), ValueError("x")])
+def test_a_builder_that_fails_keeps_its_error(tiny_cfg: CfgNode, error: Exception) -> None:
+    def build_broken_backbone(cfg: CfgNode, input_shape: object) -> nn.Module:
+        raise error
+
+    BACKBONE_REGISTRY.register(build_broken_backbone)
+    tiny_cfg.MODEL.BACKBONE.NAME = "build_broken_backbone"
+    try:
+        with pytest.raises(type(error)) as caught:
+            Trainer.build_model(tiny_cfg)
+    finally:
+        del BACKBONE_REGISTRY._obj_map["build_broken_backbone"]
+    assert caught.value is error and caught.traceback[-1].name == "build_broken_backbone"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_memory_that_runs_out_is_not_about_the_weights(tmp_path: Path, resume: bool) -> None:
+    cfg = small_cfg(tmp_path)
+    if resume:
+        SmallTrainer(cfg).train()
+    trainer = SmallTrainer(cfg)
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    with mock.patch.object(trainer.checkpointer, "load", side_effect=error):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            trainer.resume_or_load(resume=resume)
 
 
 def test_weights_that_cannot_be_read(tiny_cfg: CfgNode, tmp_path: Path) -> None:

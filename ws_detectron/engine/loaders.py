@@ -12,8 +12,8 @@ from detectron2.data import (
 )
 from detectron2.data.detection_utils import SizeMismatchError
 
-from ws_detectron.data.images import check_image_file, read_annotated
-from ws_detectron.errors import DataError
+from ws_detectron.data.images import check_image_file, read_annotated, read_rgb
+from ws_detectron.errors import DataError, shown
 
 from .accumulation import part_of_batch
 from .checks import check_classes, check_keypoints, check_proposals, differing_classes
@@ -37,22 +37,25 @@ class NamingMapper:
         """Maps one example.
 
         Raises:
-            DataError: the image is one that `check_image_file` refuses, the mapper failed, or
-                there are boxes without masks for a model that is trained on masks; names the file
-                and the reason.
+            DataError: an image cannot be read, is one that `check_image_file` refuses or of
+                another size than annotated, or there are boxes without masks for a model that is
+                trained on masks; names the file and the reason. Other errors of the mapper are its
+                own; the file is logged.
         """
-        for key in ("file_name", "sem_seg_file_name"):
-            if key in dataset_dict:
-                check_image_file(dataset_dict[key])
+        images = [dataset_dict[k] for k in ("file_name", "sem_seg_file_name") if k in dataset_dict]
+        for image in images:
+            check_image_file(image)
         name = dataset_dict.get("file_name", "an example without file_name")
         try:
             mapped = self._mapper(dataset_dict)
         except SizeMismatchError:
             read_annotated(dataset_dict)  # says more
             raise
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else "no further message"
-            raise DataError(f"cannot read {name}: {type(error).__name__}: {reason}") from error
+        except Exception:
+            for image in images:
+                read_rgb(image)  # raises where it is the file that is broken
+            logger.error("the dataset mapper failed on %s", shown(name))
+            raise
         instances: Any = mapped.get("instances", ()) if self._masks else ()
         if len(instances) and not instances.has("gt_masks"):
             raise DataError(

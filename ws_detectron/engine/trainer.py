@@ -1,7 +1,6 @@
 """`Trainer`: detectron2's DefaultTrainer with COCO evaluation, on any number of CPUs or GPUs."""
 
 import logging
-import pickle
 import re
 import weakref
 from collections.abc import Iterable, Iterator
@@ -35,7 +34,7 @@ from .checks import (
     check_keypoints,
     make_output_dir,
 )
-from .config import ConfigState
+from .config import ConfigState, as_flat_dict
 from .guards import find_traps
 from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterations
 from .loaders import build_test_loader, build_train_loader
@@ -46,18 +45,10 @@ logger = logging.getLogger(__name__)
 
 EVALUATOR_FILES = ("coco_instances_results.json", "instances_predictions.pth")
 
-# What torch, fvcore and detectron2 raise for a file that is missing, damaged or no checkpoint
-_LOADING_ERRORS = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+# What cannot be fetched, and what optimizers, schedulers and hooks raise for a state that is not
+# theirs. Errors of torch and CUDA, such as memory that runs out, are RuntimeErrors.
+_FETCHING_ERRORS = (AssertionError, OSError)
+_STATE_ERRORS = (*_FETCHING_ERRORS, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Trainer(DefaultTrainer):
@@ -113,14 +104,15 @@ class Trainer(DefaultTrainer):
         """
         self._resumes = resume
         configured = [_hyperparameters(group) for group in self.optimizer.param_groups]
+        what, errors = f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r}", _FETCHING_ERRORS
+        if resume and self.checkpointer.has_checkpoint():
+            what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
+            errors = _STATE_ERRORS
         try:
             super().resume_or_load(resume=resume)
         except UserError:
             raise
-        except _LOADING_ERRORS as error:
-            what = f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r}"
-            if resume and self.checkpointer.has_checkpoint():
-                what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
+        except errors as error:
             raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}") from error
         if self.start_iter > 0:
             self._follow_config(configured)
@@ -283,13 +275,16 @@ class Trainer(DefaultTrainer):
         """The model of `cfg`.
 
         Raises:
-            ConfigError: detectron2 or a WS builder refuses the config.
+            ConfigError: a name is not registered, or a builder refuses a key of the config; other
+                errors of a builder are its own.
         """
         try:
             return super().build_model(cfg)
         except UserError:
             raise
         except (AssertionError, KeyError, ValueError) as error:
+            if not _is_about(cfg, error):
+                raise
             raise ConfigError(
                 f"no model can be built from this config: {type(error).__name__}: {error}"
             ) from error
@@ -372,6 +367,14 @@ def explain_divergence(message: str, iteration: int) -> str:
 def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer knows of a group of parameters besides these."""
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _is_about(cfg: CfgNode, error: Exception) -> bool:
+    """Whether a builder's error is that of a registry, or names a key of the config."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        return "No object named" in text
+    return any("." in key and key in text for key in as_flat_dict(cfg))
 
 
 def _is_no_user_error(record: logging.LogRecord) -> bool:
