@@ -15,7 +15,8 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.structures import Boxes, Instances
@@ -26,6 +27,7 @@ from torch import nn
 from ws_detectron import WSConv2d
 from ws_detectron.engine import Trainer, run
 from ws_detectron.engine.checks import check_annotations
+from ws_detectron.engine.hooks import RunRecord
 from ws_detectron.engine.trainer import explain_divergence
 from ws_detectron.errors import ConfigError, DataError, DivergedError, UserError
 
@@ -63,6 +65,22 @@ def test_trains_evaluates_saves_resumes(tiny_cfg: CfgNode) -> None:
     assert resumed["iteration"] == straight["iteration"] == 3
     schedules = [state["trainer"]["hooks"]["LRScheduler"] for state in (resumed, straight)]
     assert schedules[0]["last_epoch"] == schedules[1]["last_epoch"] == 4
+
+
+def test_has_all_that_detectron2s_own_trainer_has(tmp_path: Path) -> None:
+    """Its constructor is not called."""
+
+    class Stock(DefaultTrainer):
+        build_model, build_train_loader = SmallTrainer.build_model, SmallTrainer.build_train_loader
+
+    stock, own = Stock(small_cfg(tmp_path)), SmallTrainer(small_cfg(tmp_path))
+    assert vars(stock).keys() <= vars(own).keys()
+    for name in ("_trainer", "scheduler"):
+        assert type(vars(own)[name]) is type(vars(stock)[name])
+    mine = [type(hook) for hook in own._hooks]
+    assert [hook for hook in mine if hook is not RunRecord] == [type(h) for h in stock._hooks]
+    savers = [hook for hook in own._hooks if isinstance(hook, PeriodicCheckpointer)]
+    assert [saver.checkpointer for saver in savers] == [own.checkpointer]
 
 
 def test_eval_only_loads_the_weights(tiny_cfg: CfgNode, tmp_path: Path) -> None:
@@ -236,8 +254,11 @@ def test_divergence_names_iteration_and_loss(
         return losses
 
     trainer.model.forward = diverging
+    filters = logging.getLogger("detectron2.engine.train_loop").filters
+    before = filters[:]
     with pytest.raises(DivergedError) as caught:
         trainer.train()
+    assert filters == before
     assert "iteration 1: loss_mask is nan; lower SOLVER.BASE_LR" in str(caught.value)
     assert "Traceback" not in caplog.text
 
@@ -259,9 +280,8 @@ def test_scaling_is_said_where_nobody_set_loggers_up(tiny_cfg: CfgNode, tmp_path
     (tmp_path / "scaled.yaml").write_text(tiny_cfg.dump())
     script = (
         "from ws_detectron.engine import Trainer, load_config; import ws_detectron.engine.scaling\n"
-        "from unittest import mock\n"
-        "with mock.patch('detectron2.engine.DefaultTrainer.__init__'):\n"
-        "    Trainer(load_config('scaled.yaml'))"
+        "Trainer.build_model = lambda *_: exit()\n"
+        "Trainer(load_config('scaled.yaml'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -543,7 +563,7 @@ def test_a_checkpoint_without_its_config_follows_the_present_one(
     torch.save(content, path)
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER = 0.002, 3
     assert lr_of_each_iteration(cfg, resume=True) == [(2, pytest.approx(0.002))]
-    assert "is of a run with BASE_LR 0.001; this one goes on with that of the config, 0.002" in (
+    assert "is of a run with BASE_LR 0.001; this one resumes with that of the config, 0.002" in (
         caplog.text
     )
 

@@ -94,7 +94,7 @@ def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
             (scaler.scale(total) if scaler else total).backward()
         for name, share in shares.items():
             losses[name] = losses.get(name, 0) + share.detach()
-    if getattr(loop, "log_grad_scaler", False):
+    if scaler and getattr(loop, "log_grad_scaler", False):
         get_event_storage().put_scalar("[metric]grad_scaler", scaler.get_scale())
     if hasattr(loop, "after_backward"):
         loop.after_backward()

@@ -15,8 +15,6 @@ from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.utils.yaml_files import check_integers, merge_config_file
 
-from .scaling import Change
-
 logger = logging.getLogger(__name__)
 
 # What else yacs raises for values: it evaluates text as a Python literal
@@ -113,38 +111,6 @@ def _explain(cfg: CfgNode, error: Exception, where: str) -> str:
         if near:
             message += f" (did you mean {', '.join(sorted({names[n] for n in near}))}?)"
     return message
-
-
-class ConfigState:
-    """The config as a part of checkpoints, so that a resumed run can say what has changed since.
-
-    Args:
-        cfg: that of the run, scaled.
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self._cfg = cfg
-        self.was_loaded = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Full key -> value."""
-        return as_flat_dict(self._cfg)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Logs what differs; the present config stays. A key that one of them lacks is new or gone
-        with a version of detectron2, and left out."""
-        self.was_loaded = True
-        changes = [
-            str(Change(key, state[key], value))
-            for key, value in as_flat_dict(self._cfg).items()
-            if key in state and state[key] != value and key != "OUTPUT_DIR"
-        ]
-        if changes:
-            logger.warning(
-                "The config has changed since the checkpoint that this run resumes from; the new "
-                "values are used: %s",
-                ", ".join(changes),
-            )
 
 
 def as_flat_dict(node: CfgNode, prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ws_detectron.errors import UserError, find_user_error
-from ws_detectron.utils.compat import create_local_process_group
+from ws_detectron.utils.compat import create_local_process_group, destroy_process_groups
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -132,7 +132,7 @@ def _run_on_cpu(
     create_local_process_group(num_processes)
     comm.synchronize()
     _run_quietly(main, args)
-    _destroy_process_groups()
+    destroy_process_groups()
 
 
 def _run_on_gpu(main: Callable[..., Any], args: tuple) -> None:
@@ -167,17 +167,7 @@ def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> A
     try:
         return main(*args)
     finally:
-        _destroy_process_groups()
-
-
-def _destroy_process_groups() -> None:
-    """Ends the threads of gloo, which only the last reference to a group does.
-
-    detectron2 keeps two. A thread that frees a tensor while Python shuts down aborts the process.
-    """
-    comm._LOCAL_PROCESS_GROUP = None
-    comm._get_global_gloo_group.cache_clear()
-    dist.destroy_process_group()
+        destroy_process_groups()
 
 
 def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
