@@ -26,8 +26,9 @@ from torch import nn
 
 from ws_detectron import WSConv2d
 from ws_detectron.engine import Trainer, run
-from ws_detectron.engine.checks import check_annotations
+from ws_detectron.engine.checks import Purpose
 from ws_detectron.engine.hooks import RunRecord
+from ws_detectron.engine.prepare import prepare
 from ws_detectron.engine.trainer import explain_divergence
 from ws_detectron.errors import ConfigError, DataError, DivergedError, UserError
 
@@ -371,9 +372,9 @@ def test_a_set_of_somebodys_own_function_keeps_it(tiny_cfg: CfgNode, tmp_path: P
     stock = DatasetCatalog.pop(name)
     mine = lambda: [{**record, "mine": True} for record in stock()]  # noqa: E731
     DatasetCatalog.register(name, mine)
-    check_annotations(tiny_cfg, train=True)
+    prepare(tiny_cfg)
     assert DatasetCatalog[name] is mine
-    check_annotations(tiny_cfg, train=False)
+    prepare(tiny_cfg, Purpose.EVALUATE)
     assert DatasetCatalog[name] is mine
     assert MetadataCatalog.get(name).json_file.startswith(tiny_cfg.OUTPUT_DIR)
     assert MetadataCatalog.get(name).image_root == str(tmp_path / "images")

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.solver import LRMultiplier
 
-from .config import as_flat_dict
+from .prepare import as_flat_dict
 from .scaling import Change
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,6 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
-from ws_detectron.data import register_coco_sets
 from ws_detectron.errors import ConfigError, DivergedError, UserError
 from ws_detectron.modeling import folded_copy
 from ws_detectron.utils.compat import (
@@ -31,20 +30,11 @@ from ws_detectron.utils.compat import (
 from ws_detectron.utils.io import refuse_overwrite
 
 from .accumulation import accumulated_step
-from .checks import (
-    check_annotations,
-    check_batch,
-    check_datasets,
-    check_keypoints,
-    make_output_dir,
-)
-from .config import as_flat_dict
-from .guards import find_traps
 from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterations
 from .loaders import build_test_loader, build_train_loader
 from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
+from .prepare import as_flat_dict, prepare
 from .resume import ConfigState, follow_config, hyperparameters
-from .scaling import scale_config
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +55,11 @@ class Trainer(DefaultTrainer):
     An iteration is one optimizer step, whatever the number of parts.
 
     Args:
-        cfg: a merged config. SOLVER.REFERENCE_IMS_PER_BATCH scales it to the batch,
-            SOLVER.REFERENCE_WORLD_SIZE to the number of processes; see `scale_config`.
+        cfg: a merged config; `prepare` checks it and scales it to the batch and to the number of
+            processes, unless it has done so before.
 
     Raises:
-        ConfigError: the batch cannot be shared out to processes and parts, OUTPUT_DIR cannot be
-            made, a data set is not registered, or DATASETS.REGISTER cannot be.
-        DataError: an annotation file cannot be used; see `ws_detectron.data.validate`.
+        UserError: of `prepare`.
     """
 
     iter: int
@@ -83,17 +71,8 @@ class Trainer(DefaultTrainer):
             setup_logger(distributed_rank=comm.get_rank(), name="ws_detectron")
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # as DefaultTrainer
             setup_logger()
-        register_coco_sets(cfg.DATASETS.get("REGISTER"))
-        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-        check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-        check_batch(cfg, comm.get_world_size())
-        cfg = scale_config(cfg, comm.get_world_size())
+        cfg = prepare(cfg)
         self._resumes = False
-        if comm.is_main_process():
-            make_output_dir(cfg)
-            for trap in find_traps(cfg, comm.get_world_size()):
-                logger.warning(trap)
-        check_annotations(cfg, train=True)
 
         # As DefaultTrainer's constructor, which takes neither another checkpointer nor a model on
         # several CPU processes, for which `device_ids` must be None.
@@ -314,11 +293,9 @@ class Trainer(DefaultTrainer):
         """Box, mask and keypoint AP by the COCO rules, written to OUTPUT_DIR/inference.
 
         Raises:
-            ConfigError: the data set is not in COCO format, or the numbers of keypoints of data,
-                model and TEST.KEYPOINT_OKS_SIGMAS differ.
+            ConfigError: the data set is not in COCO format.
             UserError: a result would overwrite the annotations or MODEL.WEIGHTS.
         """
-        check_keypoints(cfg, train=False)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind not in ("coco", "coco_panoptic_seg"):
             raise ConfigError(
