@@ -102,6 +102,18 @@ def test_the_package_itself_still_reports_what_breaks_it(tmp_path: Path) -> None
     assert done.stderr.endswith("OSError: libcudart.so.12: no such file\n")
 
 
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 does not say what it runs")
+def test_other_modules_that_are_run_meet_what_breaks_it(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: no such file')\n")
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("import ws_detectron\n")
+    (package / "train.py").write_text("print('trains without WS')\n")
+    done = run_broken("mine.train", "-m", path=tmp_path)
+    assert done.returncode == 1 and "trains without WS" not in done.stdout
+    assert done.stderr.endswith("OSError: libcudart.so.12: no such file\n")
+
+
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         doctor.main(["--help"])

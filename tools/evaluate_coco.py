@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start
+from ws_detectron.engine.checks import Purpose
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.coco_eval import TASKS, evaluate
 from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
@@ -74,7 +75,7 @@ def evaluate_files(args: argparse.Namespace) -> None:
 def evaluate_config(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     extra = (args.task, args.reference, args.output)
-    start(evaluate_in_process, cfg, args, eval_only=True, args=extra)
+    start(evaluate_in_process, cfg, args, Purpose.REPORT, args=extra)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
-from ws_detectron.engine import check_run, load_config, run
+from ws_detectron.engine import load_config, run
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.drawing import draw_sheet
 from ws_detectron.evaluation.runs import read_run
@@ -40,7 +40,6 @@ def main() -> None:
     args.eval_only = False
     with exit_on_user_error():
         cfg = load_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
-        check_run(cfg, num_gpus=1, world_size=1, eval_only=False)
         output = Path(args.output)
         status = 0
         try:

@@ -3,7 +3,7 @@
 from detectron2.engine import default_argument_parser
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
-from ws_detectron.engine import load_config, run, start
+from ws_detectron.engine import load_config, start_run
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.utils.command_line import add_overrides
 
@@ -42,8 +42,7 @@ def main() -> None:
     add_overrides(parser, nargs=None)
     args = parser.parse_args()
     with exit_on_user_error():
-        cfg = load_config(args.config_file, args.opts or [])
-        start(run, cfg, args, eval_only=args.eval_only, args=(args,))
+        start_run(load_config(args.config_file, args.opts or []), args)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ try:
 
     register_weight_names()
 except Exception:
-    # `python -m ws_detectron.doctor` imports this file too, and must be able to say what is
-    # missing or broken. While Python looks for the module to run, argv[0] is "-m".
-    if sys.argv[:1] != ["-m"]:
+    # The doctor, which must be able to say what is missing or broken. While Python looks for the
+    # module to run, argv[0] is "-m"; 3.9 has no orig_argv and does not say which module that is.
+    _command = getattr(sys, "orig_argv", ["ws_detectron.doctor"])
+    if sys.argv[:1] != ["-m"] or "ws_detectron.doctor" not in _command:
         raise
 
 __all__ = [

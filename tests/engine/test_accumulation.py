@@ -1,7 +1,9 @@
 """Gradient accumulation: what it equals, and what an optimizer step stays."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Optional
 
 import exhaustive
 import numpy as np
@@ -118,6 +120,69 @@ def test_amp_runs_the_model_in_low_precision_and_unscales_once() -> None:
     assert model.weight.item() == pytest.approx(1 + 16)
     assert loop.grad_scaler.get_scale() == 2048  # updated once: it doubles at each update
     assert kinds == [torch.bfloat16] * 2
+
+
+class MainLoop(SimpleTrainer):
+    """With what the loops of detectron2's main branch have, each of which notes its turn."""
+
+    def __init__(self, model: nn.Module, batches: list, **options: bool) -> None:
+        super().__init__(model, batches, torch.optim.SGD(model.parameters(), lr=1.0))
+        self.turns: list[object] = []
+        self.zero_grad_before_forward = options.get("zero_grad_before_forward", False)
+        self.async_write_metrics = options.get("async_write_metrics", False)
+        self.log_grad_scaler = False
+        self.concurrent_executor = self
+        self.iter = 7
+        model.register_forward_pre_hook(lambda *_: self.turns.append("forward"))
+        zero_grad, take_step = self.optimizer.zero_grad, self.optimizer.step
+        self.optimizer.zero_grad = lambda: (self.turns.append("zero_grad"), zero_grad())
+        self.optimizer.step = lambda: (self.turns.append("step"), take_step())
+
+    def submit(self, write: Callable, *args: object, **kwargs: object) -> None:
+        self.turns.append("submit")
+        write(*args, **kwargs)
+
+    def after_backward(self) -> None:
+        gradients = [parameter.grad.item() for parameter in self.model.parameters()]
+        self.turns.append(("after_backward", gradients))
+
+    def _write_metrics(
+        self, losses: dict, data_time: float, prefix: str = "", iter: Optional[int] = None
+    ) -> None:
+        self.turns.append(("write", sorted(losses), iter))
+
+
+@pytest.mark.parametrize("zero_first", [True, False])
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_what_the_main_branch_calls_in_a_step_is_called(zero_first: bool, in_thread: bool) -> None:
+    model = Squares()
+    model.weight.grad = torch.tensor(5.0)  # of an earlier step
+    options = {"zero_grad_before_forward": zero_first, "async_write_metrics": in_thread}
+    loop = MainLoop(model, [[2.0], [4.0]], **options)
+    with EventStorage(7):
+        accumulated_step(loop, 2)
+    start = ["zero_grad", "forward"] if zero_first else ["forward", "zero_grad"]
+    write = ["submit", ("write", ["a", "b"], 7)] if in_thread else [("write", ["a", "b"], None)]
+    assert loop.turns == [*start, "forward", ("after_backward", [-16.0]), *write, "step"]
+
+
+def test_a_loss_that_only_some_parts_have_is_zero_in_the_others() -> None:
+    class Sometimes(Squares):
+        def forward(self, batch: list[float]) -> dict[str, torch.Tensor]:
+            losses = super().forward(batch)
+            if batch[0] == 4.0:
+                del losses["b"]
+            return losses
+
+    for batches in ([[2.0], [4.0]], [[4.0], [2.0]]):
+        model = Sometimes()
+        loop = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=1.0))
+        with EventStorage() as storage:
+            accumulated_step(loop, 2)
+        # d/dw of ((w-2)² + 3 (w-2)² + (w-4)²) / 2 at w = 1 is (-2 - 6 - 6) / 2
+        assert model.weight.item() == pytest.approx(1 + 7)
+        logged = {name: value for name, (value, _) in storage.latest().items()}
+        assert (logged["a"], logged["b"], logged["total_loss"]) == (5, 1.5, 6.5)
 
 
 def file_names(accumulate: int, batches: int) -> list[str]:

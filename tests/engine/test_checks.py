@@ -11,8 +11,10 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ws_detectron.engine import Trainer, checks, load_config
+from ws_detectron.engine import checks, load_config
+from ws_detectron.engine.checks import Purpose
 from ws_detectron.engine.loaders import build_test_loader, build_train_loader
+from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, UserError
 
 
@@ -21,7 +23,7 @@ def config(*opts: object) -> CfgNode:
 
 
 def test_a_good_config_passes(tiny_cfg: CfgNode) -> None:
-    checks.check_run(tiny_cfg, num_gpus=1, world_size=1, eval_only=False)
+    prepare(tiny_cfg)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -104,10 +106,10 @@ def test_unregistered_data_set_names_the_near_ones() -> None:
 
 
 def test_no_training_set() -> None:
-    cfg = config("DATASETS.TRAIN", "()", "DATASETS.TEST", "()")
+    cfg = config("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.WEIGHTS", "")
     with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
-        checks.check_run(cfg, num_gpus=1, world_size=1, eval_only=False)
-    checks.check_run(cfg, num_gpus=1, world_size=1, eval_only=True)
+        build_train_loader(cfg)
+    prepare(cfg, Purpose.EVALUATE)
 
 
 def test_missing_folder_says_path_and_variable(coco_set: str, tmp_path: Path) -> None:
@@ -195,11 +197,11 @@ def test_numbers_of_keypoints_are_the_same_everywhere(keypoint_cfg: CfgNode) -> 
     }
     for message, (head.NUM_KEYPOINTS, keypoint_cfg.TEST.KEYPOINT_OKS_SIGMAS) in cases.items():
         with pytest.raises(ConfigError, match=message):
-            build_train_loader(keypoint_cfg)
+            prepare(keypoint_cfg)
     with pytest.raises(ConfigError, match="KEYPOINT_OKS_SIGMAS is"):
-        Trainer.build_evaluator(keypoint_cfg, name)
-    keypoint_cfg.MODEL.KEYPOINT_ON = False
-    build_train_loader(keypoint_cfg)
+        prepare(keypoint_cfg, Purpose.EVALUATE)
+    keypoint_cfg.MODEL.KEYPOINT_ON, keypoint_cfg.MODEL.MASK_ON = False, False
+    prepare(keypoint_cfg)
 
 
 def test_keypoints_of_sets_are_in_one_order(

@@ -47,6 +47,22 @@ def test_unreadable_image_is_named(
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_a_mapper_that_fails_keeps_its_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
+    image = tmp_path / "image.png"
+    cv2.imwrite(str(image), np.zeros((8, 8, 3), np.uint8))
+
+    def transform(record: dict) -> dict:
+        raise error("a bug of a transform")
+
+    with pytest.raises(error, match="^a bug of a transform$") as caught:
+        NamingMapper(transform)({"file_name": str(image)})
+    assert caught.traceback[-1].name == "transform"
+    assert f"failed on {image}" in caplog.text
+
+
 def test_image_of_another_size_than_annotated_is_named(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "images" / "2.png"), np.zeros((10, 10, 3), np.uint8))
     with pytest.raises(DataError, match="2.png"):

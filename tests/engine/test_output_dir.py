@@ -260,3 +260,23 @@ def test_a_full_disk_without_a_name_is_that_of_the_output(
     monkeypatch.setattr(RUN, "default_setup", full)
     with pytest.raises(WriteError, match=f"^no space left on device while writing {tmp_path}$"):
         run(small_cfg(tmp_path), arguments())
+
+
+def test_a_bug_keeps_its_traceback_and_the_log_is_named(
+    tmp_path: Path,
+    small_run: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("res3")
+
+    monkeypatch.setattr(SmallTrainer, "build_model", broken)
+    for eval_only, folder in ((False, tmp_path), (True, tmp_path / "inference")):
+        monkeypatch.setattr(RUN, "load_model_for_inference", broken)
+        with pytest.raises(KeyError, match="res3") as caught:
+            run(small_cfg(tmp_path), arguments(eval_only=eval_only))
+        assert caught.traceback[-1].name == "broken"
+        line = f"the log of this run is {folder}/log.txt"
+        assert capsys.readouterr().err.splitlines()[-1] == line
+        assert (folder / "log.txt").is_file()

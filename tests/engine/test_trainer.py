@@ -15,8 +15,10 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from small_trainer import SmallTrainer, small_cfg
@@ -24,7 +26,9 @@ from torch import nn
 
 from ws_detectron import WSConv2d
 from ws_detectron.engine import Trainer, run
-from ws_detectron.engine.checks import check_annotations
+from ws_detectron.engine.checks import Purpose
+from ws_detectron.engine.hooks import RunRecord
+from ws_detectron.engine.prepare import prepare
 from ws_detectron.engine.trainer import explain_divergence
 from ws_detectron.errors import ConfigError, DataError, DivergedError, UserError
 
@@ -62,6 +66,22 @@ def test_trains_evaluates_saves_resumes(tiny_cfg: CfgNode) -> None:
     assert resumed["iteration"] == straight["iteration"] == 3
     schedules = [state["trainer"]["hooks"]["LRScheduler"] for state in (resumed, straight)]
     assert schedules[0]["last_epoch"] == schedules[1]["last_epoch"] == 4
+
+
+def test_has_all_that_detectron2s_own_trainer_has(tmp_path: Path) -> None:
+    """Its constructor is not called."""
+
+    class Stock(DefaultTrainer):
+        build_model, build_train_loader = SmallTrainer.build_model, SmallTrainer.build_train_loader
+
+    stock, own = Stock(small_cfg(tmp_path)), SmallTrainer(small_cfg(tmp_path))
+    assert vars(stock).keys() <= vars(own).keys()
+    for name in ("_trainer", "scheduler"):
+        assert type(vars(own)[name]) is type(vars(stock)[name])
+    mine = [type(hook) for hook in own._hooks]
+    assert [hook for hook in mine if hook is not RunRecord] == [type(h) for h in stock._hooks]
+    savers = [hook for hook in own._hooks if isinstance(hook, PeriodicCheckpointer)]
+    assert [saver.checkpointer for saver in savers] == [own.checkpointer]
 
 
 def test_eval_only_loads_the_weights(tiny_cfg: CfgNode, tmp_path: Path) -> None:
@@ -155,6 +175,33 @@ def test_config_that_builds_no_model(tiny_cfg: CfgNode, key: str, value: object,
         Trainer.build_model(tiny_cfg)
 
 
+@pytest.mark.parametrize("error", [KeyError("res3"), AssertionError("4 inputs"), ValueError("x")])
+def test_a_builder_that_fails_keeps_its_error(tiny_cfg: CfgNode, error: Exception) -> None:
+    def build_broken_backbone(cfg: CfgNode, input_shape: object) -> nn.Module:
+        raise error
+
+    BACKBONE_REGISTRY.register(build_broken_backbone)
+    tiny_cfg.MODEL.BACKBONE.NAME = "build_broken_backbone"
+    try:
+        with pytest.raises(type(error)) as caught:
+            Trainer.build_model(tiny_cfg)
+    finally:
+        del BACKBONE_REGISTRY._obj_map["build_broken_backbone"]
+    assert caught.value is error and caught.traceback[-1].name == "build_broken_backbone"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_memory_that_runs_out_is_not_about_the_weights(tmp_path: Path, resume: bool) -> None:
+    cfg = small_cfg(tmp_path)
+    if resume:
+        SmallTrainer(cfg).train()
+    trainer = SmallTrainer(cfg)
+    error = torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    with mock.patch.object(trainer.checkpointer, "load", side_effect=error):
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            trainer.resume_or_load(resume=resume)
+
+
 def test_weights_that_cannot_be_read(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     weights.write_text("no weights")
@@ -208,8 +255,11 @@ def test_divergence_names_iteration_and_loss(
         return losses
 
     trainer.model.forward = diverging
+    filters = logging.getLogger("detectron2.engine.train_loop").filters
+    before = filters[:]
     with pytest.raises(DivergedError) as caught:
         trainer.train()
+    assert filters == before
     assert "iteration 1: loss_mask is nan; lower SOLVER.BASE_LR" in str(caught.value)
     assert "Traceback" not in caplog.text
 
@@ -231,9 +281,8 @@ def test_scaling_is_said_where_nobody_set_loggers_up(tiny_cfg: CfgNode, tmp_path
     (tmp_path / "scaled.yaml").write_text(tiny_cfg.dump())
     script = (
         "from ws_detectron.engine import Trainer, load_config; import ws_detectron.engine.scaling\n"
-        "from unittest import mock\n"
-        "with mock.patch('detectron2.engine.DefaultTrainer.__init__'):\n"
-        "    Trainer(load_config('scaled.yaml'))"
+        "Trainer.build_model = lambda *_: exit()\n"
+        "Trainer(load_config('scaled.yaml'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -323,9 +372,9 @@ def test_a_set_of_somebodys_own_function_keeps_it(tiny_cfg: CfgNode, tmp_path: P
     stock = DatasetCatalog.pop(name)
     mine = lambda: [{**record, "mine": True} for record in stock()]  # noqa: E731
     DatasetCatalog.register(name, mine)
-    check_annotations(tiny_cfg, train=True)
+    prepare(tiny_cfg)
     assert DatasetCatalog[name] is mine
-    check_annotations(tiny_cfg, train=False)
+    prepare(tiny_cfg, Purpose.EVALUATE)
     assert DatasetCatalog[name] is mine
     assert MetadataCatalog.get(name).json_file.startswith(tiny_cfg.OUTPUT_DIR)
     assert MetadataCatalog.get(name).image_root == str(tmp_path / "images")
@@ -515,7 +564,7 @@ def test_a_checkpoint_without_its_config_follows_the_present_one(
     torch.save(content, path)
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER = 0.002, 3
     assert lr_of_each_iteration(cfg, resume=True) == [(2, pytest.approx(0.002))]
-    assert "is of a run with BASE_LR 0.001; this one goes on with that of the config, 0.002" in (
+    assert "is of a run with BASE_LR 0.001; this one resumes with that of the config, 0.002" in (
         caplog.text
     )
 

@@ -1,21 +1,23 @@
-"""Training and evaluation runs: config, checks, processes, trainer."""
+"""Training and evaluation runs.
 
-from .checks import check_run
-from .config import as_flat_dict, load_config
-from .launch import launch, started_by_torchrun
+In reading order: `prepare` (config), `launch` (processes), `run`, `trainer`; beside them what each
+of these uses.
+"""
+
+from .launch import launch, start, started_by_torchrun
 from .output_dir import delete_run
-from .run import run
-from .start import start
+from .prepare import as_flat_dict, load_config
+from .run import run, start_run
 from .trainer import Trainer
 
 __all__ = [
     "Trainer",
     "as_flat_dict",
-    "check_run",
     "delete_run",
     "launch",
     "load_config",
     "run",
     "start",
+    "start_run",
     "started_by_torchrun",
 ]

@@ -57,18 +57,26 @@ def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
     their `step`, sees their sum. Logged are the mean losses; what the model itself logs (accuracy,
     numbers of samples, pictures) is that of the last part.
 
+    A loss that only some parts have counts as 0 in the others, in the gradient and in the log, so
+    that the logged losses sum to the one that is minimized.
+
     Args:
-        loop: detectron2's SimpleTrainer or AMPTrainer; its `run_step` is what this replaces.
+        loop: detectron2's SimpleTrainer or AMPTrainer; its `run_step` is what this replaces. What
+            the main branch's have (`zero_grad_before_forward`, `after_backward`,
+            `log_grad_scaler`, `async_write_metrics`) is honoured.
         steps: at least 1.
 
     Raises:
         FloatingPointError: a loss is infinite or NaN.
     """
     model: nn.Module = loop.model
+    assert model.training, "the model is in evaluation mode"
     scaler = getattr(loop, "grad_scaler", None)
+    zero_before_forward = getattr(loop, "zero_grad_before_forward", False)
     losses: dict[str, torch.Tensor] = {}
     data_time = 0.0
-    loop.optimizer.zero_grad()
+    if zero_before_forward:
+        loop.optimizer.zero_grad()
     for part in range(steps):
         start = time.perf_counter()
         batch = next(loop._data_loader_iter)
@@ -81,9 +89,19 @@ def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
             with _autocast(loop, scaler):
                 shares = {name: loss / steps for name, loss in _named(model(batch)).items()}
                 total = torch.stack([*shares.values()]).sum()
+            if part == 0 and not zero_before_forward:
+                loop.optimizer.zero_grad()
             (scaler.scale(total) if scaler else total).backward()
-        losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
-    loop._write_metrics(losses, data_time)
+        for name, share in shares.items():
+            losses[name] = losses.get(name, 0) + share.detach()
+    if scaler and getattr(loop, "log_grad_scaler", False):
+        get_event_storage().put_scalar("[metric]grad_scaler", scaler.get_scale())
+    if hasattr(loop, "after_backward"):
+        loop.after_backward()
+    if getattr(loop, "async_write_metrics", False):
+        loop.concurrent_executor.submit(loop._write_metrics, losses, data_time, iter=loop.iter)
+    else:
+        loop._write_metrics(losses, data_time)
     if scaler:
         scaler.step(loop.optimizer)
         scaler.update()

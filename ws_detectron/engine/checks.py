@@ -1,56 +1,40 @@
-"""What a user can get wrong, found before the first iteration."""
+"""What a user can get wrong, in the order in which `prepare` checks it; then what loaders check."""
 
 import difflib
-import io
 import logging
 import math
 import os
-import pickle
-import tempfile
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Optional, Union
+from typing import Union
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.checkpoint.safe_pickle import RefusedPickle, load_plain_pickle
-from ws_detectron.data import check_coco_set, keypoint_names, mirrored, use_annotations
-from ws_detectron.errors import ConfigError, DataError, UserError, shown
+from ws_detectron.data import check_coco_set, keypoint_names, mirrored
+from ws_detectron.errors import ConfigError, UserError, shown
 from ws_detectron.modeling import stock_name
 
 logger = logging.getLogger(__name__)
 
 COCO_KEYPOINTS = 17
 
-
-def check_run(cfg: CfgNode, *, num_gpus: int, world_size: int, eval_only: bool) -> None:
-    """Checks a config against this machine before any process is started.
-
-    Args:
-        cfg: the merged config.
-        num_gpus: `--num-gpus`, the number of processes on this machine.
-        world_size: processes in the whole job.
-        eval_only: whether no training is asked for.
-
-    Raises:
-        UserError: with one message that names key or path, what was found and what is allowed.
-    """
-    check_device(cfg, num_gpus)
-    check_weights(cfg)
-    check_registered(cfg)
-    check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-    if not eval_only:
-        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-        if not cfg.DATASETS.TRAIN:
-            raise ConfigError("DATASETS.TRAIN is empty; name at least one data set to train on")
-        check_batch(cfg, world_size)
+# Where an architecture reads its number of classes; the keys of somebody's own are not known.
+_CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
-def check_device(cfg: CfgNode, num_gpus: int) -> None:
+class Purpose(Enum):
+    """What a config is prepared for, which decides what its data must have."""
+
+    TRAIN = "training, with detectron2's evaluations"
+    EVALUATE = "detectron2's evaluation"
+    REPORT = "our evaluation of boxes and masks, which needs annotations"
+
+
+def check_device(cfg: CfgNode, num_gpus: int = 1) -> None:
     """MODEL.DEVICE, the number of GPUs, and what runs only on GPUs."""
     device = cfg.MODEL.DEVICE
     if device.startswith("cuda"):
@@ -184,7 +168,7 @@ def check_registered(cfg: CfgNode) -> None:
     Raises:
         ConfigError: a set that only another config's DATASETS.REGISTER has registered.
     """
-    registered = [name for name, *_ in cfg.DATASETS.REGISTER]
+    registered = [name for name, *_ in cfg.DATASETS.get("REGISTER") or ()]
     for key in ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             if MetadataCatalog.get(name).get("named_by") and name not in registered:
@@ -194,50 +178,108 @@ def check_registered(cfg: CfgNode) -> None:
                 )
 
 
-def check_proposals(cfg: CfgNode) -> None:
-    """Proposal files, which detectron2 unpickles, hold arrays and nothing that would run code.
+def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
+    """Reads and checks the annotation files that `purpose` needs.
+
+    What can be fixed is written to OUTPUT_DIR/annotations.
+
+    Returns:
+        Data set -> the file to read instead, for `use_annotations`.
 
     Raises:
-        DataError: one cannot be read, or is more than a pickle of lists and numeric arrays.
+        DataError: a file cannot be used; see `ws_detectron.data.validate`.
     """
-    if not cfg.MODEL.LOAD_PROPOSALS:
-        return
-    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+    report = purpose is Purpose.REPORT
+    masks = cfg.MODEL.MASK_ON and not report
+    trained = cfg.DATASETS.TRAIN if purpose is Purpose.TRAIN else ()
+    part = _CLASSES_IN.get(_stock_architecture(cfg))
+    # a report says itself which class is unknown
+    classes = cfg.MODEL[part].NUM_CLASSES if part and not report else 0
+    copies = {}
+    for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
+        of_training = name in trained
+        copy = check_coco_set(
+            name,
+            cfg.OUTPUT_DIR,
+            train=of_training,
+            classes=classes if name in cfg.DATASETS.TEST else 0,
+            masks=masks,
+            require_annotations=report or of_training,
+            mask_format=cfg.INPUT.MASK_FORMAT if masks and of_training else "",
+        )
+        if copy:
+            copies[name] = copy
+    return copies
+
+
+def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
+    """A model with MODEL.KEYPOINT_ON has the keypoints of its data sets, and a sigma for each.
+
+    Warns of keypoints that a horizontal flip would leave on the wrong side.
+
+    Args:
+        cfg: a merged config.
+        train: whether DATASETS.TRAIN is used, beside DATASETS.TEST.
+
+    Returns:
+        Data set -> its keypoints.
+
+    Raises:
+        ConfigError: numbers of keypoints differ; names the keys.
+        DataError: of `keypoint_names`.
+    """
+    if not cfg.MODEL.KEYPOINT_ON:
+        return {}
+    number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    found: dict[str, int] = {}
+    listed: dict[str, list[str]] = {}
+    for key in ("TRAIN", "TEST") if train else ("TEST",):
         for name in cfg.DATASETS[key]:
-            try:
-                with PathManager.open(name, "rb") as file:
-                    load_plain_pickle(io.BytesIO(file.read()))
-            except OSError as error:
-                reason = error.strerror or error
-                raise DataError(f"DATASETS.{key}: cannot read {name}: {reason}") from error
-            except (RefusedPickle, pickle.UnpicklingError) as error:
-                raise DataError(
-                    f"DATASETS.{key}: {name} is refused: it asks for {shown(error, 200)}; a "
-                    "proposal file is a pickle of lists and numeric arrays"
-                ) from error
-
-
-def make_output_dir(cfg: CfgNode) -> None:
-    """Makes OUTPUT_DIR, in which detectron2 opens files at once.
-
-    Raises:
-        ConfigError: it cannot be made, or no file can be written there.
-    """
-    try:
-        PathManager.mkdirs(cfg.OUTPUT_DIR)
-    except OSError as error:
-        raise ConfigError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made: {error}") from error
-    try:
-        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
-            pass
-    except OSError as error:
+            names = keypoint_names(name)
+            if names is not None:
+                listed[name] = names
+                found[f"{name} (DATASETS.{key})"] = len(names)
+            elif key == "TRAIN":
+                raise ConfigError(
+                    f"DATASETS.TRAIN names {name}, which has no annotation file; its metadata "
+                    "need keypoint_names and keypoint_flip_map, as MODEL.KEYPOINT_ON is True"
+                )
+    if cfg.DATASETS.TEST:
+        empty = "" if sigmas else " (empty: those of COCO)"
+        found[f"TEST.KEYPOINT_OKS_SIGMAS{empty}"] = len(sigmas) or COCO_KEYPOINTS
+    differing = [f"{what} has {count}" for what, count in found.items() if count != number]
+    if differing:
         raise ConfigError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written to: {error.strerror or error}"
-        ) from error
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {'; '.join(differing)}; all "
+            "must be the same"
+        )
+    first = next(iter(listed), "")
+    for name, names in listed.items():
+        if names != listed[first]:
+            raise ConfigError(
+                f"keypoints of {first} are {listed[first]}, those of {name} {names}; give both "
+                "files the same `keypoints` in the same order"
+            )
+    if not all(isinstance(s, (int, float)) and 0 < s < math.inf for s in sigmas):
+        raise ConfigError(f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}; allowed: numbers above 0")
+    if train and cfg.INPUT.RANDOM_FLIP == "horizontal":
+        for name in cfg.DATASETS.TRAIN:
+            _warn_of_flips(name)
+    return listed
 
 
-# Where an architecture reads its number of classes; the keys of somebody's own are not known.
-_CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+def _warn_of_flips(name: str) -> None:
+    metadata = MetadataCatalog.get(name)
+    paired = {keypoint for pair in metadata.keypoint_flip_map for keypoint in pair}
+    alone = [k for k in metadata.keypoint_names if k not in paired]
+    if not paired or any(mirrored(k) != k for k in alone):
+        logger.warning(
+            "INPUT.RANDOM_FLIP is horizontal, and keypoints of %s without a partner on the other "
+            "side keep their names when an image is flipped: %s. Pairs are told by names with left "
+            "and right; without sides this is right, otherwise set INPUT.RANDOM_FLIP to none",
+            name,
+            ", ".join(map(shown, alone)),
+        )
 
 
 def check_classes(cfg: CfgNode) -> None:
@@ -270,108 +312,3 @@ def differing_classes(train: Sequence[str], test: str) -> list[str]:
                 "names of the same in the same order; give both files the same `categories`"
             )
     return found
-
-
-def check_keypoints(cfg: CfgNode, *, train: bool) -> None:
-    """A model with MODEL.KEYPOINT_ON has the keypoints of its data sets, and a sigma for each.
-
-    Warns of keypoints that a horizontal flip would leave on the wrong side.
-
-    Args:
-        cfg: a merged config.
-        train: whether DATASETS.TRAIN is used, beside DATASETS.TEST.
-
-    Raises:
-        ConfigError: numbers of keypoints differ; names the keys.
-        DataError: of `keypoint_names`.
-    """
-    if not cfg.MODEL.KEYPOINT_ON:
-        return
-    number, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
-    found, listed = {}, {}
-    for key in ("TRAIN", "TEST") if train else ("TEST",):
-        for name in cfg.DATASETS[key]:
-            names = keypoint_names(name)
-            if names is not None:
-                listed[name] = names
-                found[f"{name} (DATASETS.{key})"] = len(names)
-            elif key == "TRAIN":
-                raise ConfigError(
-                    f"DATASETS.TRAIN names {name}, which has no annotation file; its metadata "
-                    "need keypoint_names and keypoint_flip_map, as MODEL.KEYPOINT_ON is True"
-                )
-    if cfg.DATASETS.TEST:
-        empty = "" if sigmas else " (empty: those of COCO)"
-        found[f"TEST.KEYPOINT_OKS_SIGMAS{empty}"] = len(sigmas) or COCO_KEYPOINTS
-    differing = [f"{what} has {count}" for what, count in found.items() if count != number]
-    if differing:
-        raise ConfigError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {number}, but {'; '.join(differing)}; all "
-            "must be the same"
-        )
-    first = next(iter(listed), None)
-    for name, names in listed.items():
-        if names != listed[first]:
-            raise ConfigError(
-                f"keypoints of {first} are {listed[first]}, those of {name} {names}; give both "
-                "files the same `keypoints` in the same order"
-            )
-    if not all(isinstance(s, (int, float)) and 0 < s < math.inf for s in sigmas):
-        raise ConfigError(f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}; allowed: numbers above 0")
-    if train and cfg.INPUT.RANDOM_FLIP == "horizontal":
-        for name in cfg.DATASETS.TRAIN:
-            _warn_of_flips(name)
-
-
-def _warn_of_flips(name: str) -> None:
-    metadata = MetadataCatalog.get(name)
-    paired = {keypoint for pair in metadata.keypoint_flip_map for keypoint in pair}
-    alone = [k for k in metadata.keypoint_names if k not in paired]
-    if not paired or any(mirrored(k) != k for k in alone):
-        logger.warning(
-            "INPUT.RANDOM_FLIP is horizontal, and keypoints of %s without a partner on the other "
-            "side keep their names when an image is flipped: %s. Pairs are told by names with left "
-            "and right; without sides this is right, otherwise set INPUT.RANDOM_FLIP to none",
-            name,
-            ", ".join(map(shown, alone)),
-        )
-
-
-def check_annotations(
-    cfg: CfgNode, *, train: bool, answers: bool = False, masks: Optional[bool] = None
-) -> None:
-    """Checks the annotation files of DATASETS.TEST, and with `train` those of DATASETS.TRAIN.
-
-    To be called in every process; the main one reads the files. What can be fixed is written to
-    OUTPUT_DIR/annotations and read from there.
-
-    Args:
-        cfg: a merged config.
-        train: whether a model is trained.
-        answers: whether sets of DATASETS.TEST need annotations, as they do for AP.
-        masks: whether every object needs a mask; None: as MODEL.MASK_ON says.
-
-    Raises:
-        DataError: a file cannot be used; see `ws_detectron.data.validate`.
-    """
-    copies = {}
-    if comm.is_main_process():
-        masks = cfg.MODEL.MASK_ON if masks is None else masks
-        trained = cfg.DATASETS.TRAIN if train else ()
-        part = _CLASSES_IN.get(_stock_architecture(cfg))
-        # `evaluate_checkpoint`, which needs answers, says so where it happens
-        classes = cfg.MODEL[part].NUM_CLASSES if part and not answers else 0
-        for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
-            of_training = name in trained
-            copy = check_coco_set(
-                name,
-                cfg.OUTPUT_DIR,
-                train=of_training,
-                classes=classes if name in cfg.DATASETS.TEST else 0,
-                masks=masks,
-                require_annotations=answers or of_training,
-                mask_format=cfg.INPUT.MASK_FORMAT if masks and of_training else "",
-            )
-            if copy:
-                copies[name] = copy
-    use_annotations(comm.all_gather(copies)[0])

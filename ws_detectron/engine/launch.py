@@ -1,5 +1,6 @@
 """Starts the processes of a run: CPU or GPU, one machine or several, by itself or by torchrun."""
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -12,13 +13,59 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.config import CfgNode
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ws_detectron.errors import UserError, find_user_error
-from ws_detectron.utils.compat import create_local_process_group
+from ws_detectron.utils.compat import create_local_process_group, destroy_process_groups
+
+from .checks import Purpose, check_device
+from .prepare import prepare
 
 TIMEOUT = timedelta(minutes=30)
+
+
+def start(
+    main: Callable[..., Any],
+    cfg: CfgNode,
+    options: argparse.Namespace,
+    purpose: Purpose,
+    *,
+    args: tuple = (),
+) -> Any:
+    """Prepares a config, then runs `main(cfg, *args)` in every process.
+
+    Args:
+        main: a function of a module, so that other processes can import it. It calls `prepare`,
+            which registers data sets there, and under torchrun, where the processes exist already,
+            does all of it.
+        cfg: a merged config.
+        options: with `num_gpus`, `num_machines`, `machine_rank` and `dist_url` of detectron2's
+            argument parser; torchrun's environment variables overrule them.
+        purpose: of `prepare`.
+        args: further arguments for `main`.
+
+    Returns:
+        What `main` returned, where it ran in this very process.
+
+    Raises:
+        UserError: the config cannot work here; see `prepare` and `launch`.
+    """
+    if started_by_torchrun():
+        check_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    else:
+        check_device(cfg, options.num_gpus)
+        cfg = prepare(cfg, purpose, options.num_gpus * options.num_machines)
+    return launch(
+        main,
+        options.num_gpus,
+        device=cfg.MODEL.DEVICE,
+        num_machines=options.num_machines,
+        machine_rank=options.machine_rank,
+        dist_url=options.dist_url,
+        args=(cfg, *args),
+    )
 
 
 def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
@@ -132,7 +179,7 @@ def _run_on_cpu(
     create_local_process_group(num_processes)
     comm.synchronize()
     _run_quietly(main, args)
-    _destroy_process_groups()
+    destroy_process_groups()
 
 
 def _run_on_gpu(main: Callable[..., Any], args: tuple) -> None:
@@ -167,17 +214,7 @@ def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> A
     try:
         return main(*args)
     finally:
-        _destroy_process_groups()
-
-
-def _destroy_process_groups() -> None:
-    """Ends the threads of gloo, which only the last reference to a group does.
-
-    detectron2 keeps two. A thread that frees a tensor while Python shuts down aborts the process.
-    """
-    comm._LOCAL_PROCESS_GROUP = None
-    comm._get_global_gloo_group.cache_clear()
-    dist.destroy_process_group()
+        destroy_process_groups()
 
 
 def _run_quietly(main: Callable[..., Any], args: tuple) -> None:

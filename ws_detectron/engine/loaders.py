@@ -1,6 +1,8 @@
 """detectron2's data loaders, with errors that name the file."""
 
+import io
 import logging
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,12 +13,14 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils.file_io import PathManager
 
-from ws_detectron.data.images import check_image_file, read_annotated
-from ws_detectron.errors import DataError
+from ws_detectron.checkpoint.safe_pickle import RefusedPickle, load_plain_pickle
+from ws_detectron.data.images import check_image_file, read_annotated, read_rgb
+from ws_detectron.errors import ConfigError, DataError, shown
 
 from .accumulation import part_of_batch
-from .checks import check_classes, check_keypoints, check_proposals, differing_classes
+from .checks import check_classes, differing_classes
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +41,25 @@ class NamingMapper:
         """Maps one example.
 
         Raises:
-            DataError: the image is one that `check_image_file` refuses, the mapper failed, or
-                there are boxes without masks for a model that is trained on masks; names the file
-                and the reason.
+            DataError: an image cannot be read, is one that `check_image_file` refuses or of
+                another size than annotated, or there are boxes without masks for a model that is
+                trained on masks; names the file and the reason. Other errors of the mapper are its
+                own; the file is logged.
         """
-        for key in ("file_name", "sem_seg_file_name"):
-            if key in dataset_dict:
-                check_image_file(dataset_dict[key])
+        images = [dataset_dict[k] for k in ("file_name", "sem_seg_file_name") if k in dataset_dict]
+        for image in images:
+            check_image_file(image)
         name = dataset_dict.get("file_name", "an example without file_name")
         try:
             mapped = self._mapper(dataset_dict)
         except SizeMismatchError:
             read_annotated(dataset_dict)  # says more
             raise
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else "no further message"
-            raise DataError(f"cannot read {name}: {type(error).__name__}: {reason}") from error
+        except Exception:
+            for image in images:
+                read_rgb(image)  # raises where it is the file that is broken
+            logger.error("the dataset mapper failed on %s", shown(name))
+            raise
         instances: Any = mapped.get("instances", ()) if self._masks else ()
         if len(instances) and not instances.has("gt_masks"):
             raise DataError(
@@ -67,12 +74,16 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
 
     Its batches are what goes through the model at once: with SOLVER.ACCUMULATE_STEPS, parts.
 
+    Args:
+        cfg: of `prepare`, which sets what a model with keypoints needs to know of the data.
+
     Raises:
         DataError: proposal files would run code; later, for images that cannot be read, when their
             turn comes.
-        ConfigError: the data have more classes than the model, or other keypoints.
+        ConfigError: DATASETS.TRAIN is empty, or the data have more classes than the model.
     """
-    check_keypoints(cfg, train=True)
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty; name at least one data set to train on")
     check_proposals(cfg)
     cfg = part_of_batch(cfg)
     mapper = NamingMapper(DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
@@ -93,3 +104,26 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     for difference in differing_classes(cfg.DATASETS.TRAIN, dataset_name):
         logger.warning(difference)
     return loader
+
+
+def check_proposals(cfg: CfgNode) -> None:
+    """Proposal files, which detectron2 unpickles, hold arrays and nothing that would run code.
+
+    Raises:
+        DataError: one cannot be read, or is more than a pickle of lists and numeric arrays.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        for name in cfg.DATASETS[key]:
+            try:
+                with PathManager.open(name, "rb") as file:
+                    load_plain_pickle(io.BytesIO(file.read()))
+            except OSError as error:
+                reason = error.strerror or error
+                raise DataError(f"DATASETS.{key}: cannot read {name}: {reason}") from error
+            except (RefusedPickle, pickle.UnpicklingError) as error:
+                raise DataError(
+                    f"DATASETS.{key}: {name} is refused: it asks for {shown(error, 200)}; a "
+                    "proposal file is a pickle of lists and numeric arrays"
+                ) from error

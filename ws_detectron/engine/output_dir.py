@@ -2,12 +2,15 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Union
 
-from ws_detectron.errors import UserError
+from detectron2.utils.file_io import PathManager
+
+from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.utils.locking import locked
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,25 @@ _RUN = (
 )
 _LOCK = ".lock"
 _reserved: set[Path] = set()
+
+
+def make_output_dir(output_dir: str) -> None:
+    """Makes the folder, in which detectron2 opens files at once.
+
+    Raises:
+        ConfigError: it cannot be made, or no file can be written there.
+    """
+    try:
+        PathManager.mkdirs(output_dir)
+    except OSError as error:
+        raise ConfigError(f"OUTPUT_DIR {output_dir!r} cannot be made: {error}") from error
+    try:
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR {output_dir!r} cannot be written to: {error.strerror or error}"
+        ) from error
 
 
 @contextmanager

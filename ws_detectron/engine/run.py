@@ -1,7 +1,8 @@
-"""One run, as one process of it sees it: set up, then train or evaluate."""
+"""One run: what the tools start, and what each process of it does."""
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,26 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ws_detectron.errors import UserError, find_disk_error, write_error
+from ws_detectron.errors import UserError, find_disk_error, find_user_error, write_error
 from ws_detectron.utils.io import write_text
 
-from .checks import check_annotations, make_output_dir
-from .config import find_config
+from .checks import Purpose
 from .inference import load_model_for_inference
-from .output_dir import check_unused, delete_run, reserved
-from .scaling import scale_config
+from .launch import start, started_by_torchrun
+from .output_dir import check_unused, delete_run, make_output_dir, reserved
+from .prepare import find_config, prepare
 from .trainer import Trainer
+
+
+def start_run(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    """`run` in as many processes as `args` ask for, or as torchrun has started."""
+    if not started_by_torchrun():
+        overwrite = _overwrites(args)
+        make_output_dir(cfg.OUTPUT_DIR)
+        if not (args.eval_only or args.resume or overwrite):
+            check_unused(cfg.OUTPUT_DIR)  # before data are read
+        _set_up_log(cfg, args)
+    return start(run, cfg, args, _purpose(args), args=(args,))
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
@@ -30,7 +42,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     in OUTPUT_DIR/inference: OUTPUT_DIR is often that of the training, whose files stay.
 
     Args:
-        cfg: a merged and checked config.
+        cfg: a merged config.
         args: with `eval_only`, `resume` and `config_file`, as detectron2's argument parser gives
             them, and `overwrite`, where a run in OUTPUT_DIR is to be deleted first.
 
@@ -42,12 +54,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
             and neither `resume` nor `overwrite` is set, or another process trains there.
         SystemExit: status 1, where a result is not the expected one.
     """
-    overwrite = getattr(args, "overwrite", False)
-    if overwrite and (args.resume or args.eval_only):
-        raise UserError(
-            f"--overwrite cannot be with {'--resume' if args.resume else '--eval-only'}"
-        )
-    make_output_dir(cfg)
+    overwrite = _overwrites(args)
+    make_output_dir(cfg.OUTPUT_DIR)
     try:
         if args.eval_only or not comm.is_main_process():
             return _run(cfg, args)
@@ -60,23 +68,23 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
             return _run(cfg, args)
     except Exception as error:
         full = find_disk_error(error)
-        if full is None:
-            raise
-        raise write_error(full, full.filename or cfg.OUTPUT_DIR) from error
+        if full is not None:
+            raise write_error(full, full.filename or cfg.OUTPUT_DIR) from error
+        if find_user_error(error) is None and comm.is_main_process():
+            sys.stderr.write(f"the log of this run is {_log_folder(cfg, args)}/log.txt\n")
+        raise
 
 
 def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    folder = os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
-    # beside the loggers of detectron2, which default_setup sets up
-    setup_logger(folder, distributed_rank=comm.get_rank(), name="ws_detectron")
-    cfg = scale_config(cfg, comm.get_world_size())
+    _set_up_log(cfg, args)
+    cfg = prepare(cfg, _purpose(args))
     cfg.freeze()
     if args.config_file:  # default_setup logs the file; it may be the name of a packaged one
         args = argparse.Namespace(**{**vars(args), "config_file": find_config(args.config_file)})
     set_up = cfg.clone()
     set_up.defrost()
-    set_up.OUTPUT_DIR = folder
-    written = Path(folder, "config.yaml")
+    set_up.OUTPUT_DIR = _log_folder(cfg, args)
+    written = Path(set_up.OUTPUT_DIR, "config.yaml")
     earlier = written.read_text("utf-8") if written.is_file() else ""
     default_setup(set_up, args)
     if not args.eval_only:
@@ -88,8 +96,30 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
         if not trainer.is_finished() and resumes:
             write_text(written, set_up.dump())
         return trainer.train()
-    check_annotations(cfg, train=False)
     results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
+
+
+def _overwrites(args: argparse.Namespace) -> bool:
+    overwrite: bool = getattr(args, "overwrite", False)
+    if overwrite and (args.resume or args.eval_only):
+        raise UserError(
+            f"--overwrite cannot be with {'--resume' if args.resume else '--eval-only'}"
+        )
+    return overwrite
+
+
+def _purpose(args: argparse.Namespace) -> Purpose:
+    return Purpose.EVALUATE if args.eval_only else Purpose.TRAIN
+
+
+def _log_folder(cfg: CfgNode, args: argparse.Namespace) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "inference") if args.eval_only else cfg.OUTPUT_DIR
+
+
+def _set_up_log(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """The log of this package, beside those of detectron2 that `default_setup` sets up."""
+    folder = _log_folder(cfg, args)
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="ws_detectron")

@@ -1,63 +1,49 @@
 """`Trainer`: detectron2's DefaultTrainer with COCO evaluation, on any number of CPUs or GPUs."""
 
 import logging
-import pickle
 import re
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
+from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
-from ws_detectron.data import register_coco_sets
-from ws_detectron.errors import ConfigError, DivergedError, UserError, find_user_error
+from ws_detectron.errors import ConfigError, DivergedError, UserError
 from ws_detectron.modeling import folded_copy
-from ws_detectron.utils.compat import distributed_on_cpu, has_compiled_ops, state_beside_the_trainer
+from ws_detectron.utils.compat import (
+    has_compiled_ops,
+    state_beside_the_trainer,
+    user_errors_unlogged,
+)
 from ws_detectron.utils.io import refuse_overwrite
 
 from .accumulation import accumulated_step
-from .checks import (
-    check_annotations,
-    check_batch,
-    check_datasets,
-    check_keypoints,
-    make_output_dir,
-)
-from .config import ConfigState
-from .guards import find_traps
 from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterations
 from .loaders import build_test_loader, build_train_loader
 from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
-from .scaling import scale_config
+from .prepare import as_flat_dict, prepare
+from .resume import ConfigState, follow_config, hyperparameters
 
 logger = logging.getLogger(__name__)
 
 EVALUATOR_FILES = ("coco_instances_results.json", "instances_predictions.pth")
 
-# What torch, fvcore and detectron2 raise for a file that is missing, damaged or no checkpoint
-_LOADING_ERRORS = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
+# What cannot be fetched, and what optimizers, schedulers and hooks raise for a state that is not
+# theirs. Errors of torch and CUDA, such as memory that runs out, are RuntimeErrors.
+_FETCHING_ERRORS: tuple[type[Exception], ...] = (AssertionError, OSError)
+_STATE_ERRORS = (*_FETCHING_ERRORS, AttributeError, LookupError, TypeError, ValueError)
 
 
 class Trainer(DefaultTrainer):
@@ -69,35 +55,45 @@ class Trainer(DefaultTrainer):
     An iteration is one optimizer step, whatever the number of parts.
 
     Args:
-        cfg: a merged config. SOLVER.REFERENCE_IMS_PER_BATCH scales it to the batch,
-            SOLVER.REFERENCE_WORLD_SIZE to the number of processes; see `scale_config`.
+        cfg: a merged config; `prepare` checks it and scales it to the batch and to the number of
+            processes, unless it has done so before.
 
     Raises:
-        ConfigError: the batch cannot be shared out to processes and parts, OUTPUT_DIR cannot be
-            made, a data set is not registered, or DATASETS.REGISTER cannot be.
-        DataError: an annotation file cannot be used; see `ws_detectron.data.validate`.
+        UserError: of `prepare`.
     """
 
     iter: int
 
     def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
         ours = logging.getLogger("ws_detectron")
         if ours.level == logging.NOTSET and not ours.hasHandlers():  # nobody set loggers up
             setup_logger(distributed_rank=comm.get_rank(), name="ws_detectron")
-        register_coco_sets(cfg.DATASETS.get("REGISTER"))
-        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-        check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-        check_batch(cfg, comm.get_world_size())
-        cfg = scale_config(cfg, comm.get_world_size())
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # as DefaultTrainer
+            setup_logger()
+        cfg = prepare(cfg)
         self._resumes = False
-        if comm.is_main_process():
-            make_output_dir(cfg)
-            for trap in find_traps(cfg, comm.get_world_size()):
-                logger.warning(trap)
-        check_annotations(cfg, train=True)
-        on_cpu = cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1
-        with distributed_on_cpu() if on_cpu else nullcontext():
-            super().__init__(cfg)
+
+        # As DefaultTrainer's constructor, which takes neither another checkpointer nor a model on
+        # several CPU processes, for which `device_ids` must be None.
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        ddp_options = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **ddp_options)
+        loop = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = loop(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._config_state = ConfigState(cfg)
+        self.checkpointer = WSCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            config=self._config_state,  # the first to be loaded: it explains what fails then
+            trainer=weakref.proxy(self),
+            **state_beside_the_trainer(self),
+        )
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint of OUTPUT_DIR (`resume`) or MODEL.WEIGHTS.
@@ -112,44 +108,19 @@ class Trainer(DefaultTrainer):
             WeightsError: the weights do not fit the model.
         """
         self._resumes = resume
-        configured = [_hyperparameters(group) for group in self.optimizer.param_groups]
+        configured = hyperparameters(self)
+        what, errors = f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r}", _FETCHING_ERRORS
+        if resume and self.checkpointer.has_checkpoint():
+            what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
+            errors = _STATE_ERRORS
         try:
             super().resume_or_load(resume=resume)
         except UserError:
             raise
-        except _LOADING_ERRORS as error:
-            what = f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r}"
-            if resume and self.checkpointer.has_checkpoint():
-                what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
+        except errors as error:
             raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}") from error
         if self.start_iter > 0:
-            self._follow_config(configured)
-
-    def _follow_config(self, configured: list[dict[str, Any]]) -> None:
-        """Sets optimizer and scheduler, whose states were loaded, to the values of the config."""
-        groups = self.optimizer.param_groups
-        if isinstance(self.scheduler, LRMultiplier):
-            base_lrs = [values["initial_lr"] for values in configured]
-            if self.scheduler.base_lrs != base_lrs and not self._config_state.was_loaded:
-                logger.warning(
-                    "The checkpoint, which does not hold its config, is of a run with BASE_LR %g; "
-                    "this one goes on with that of the config, %g",
-                    self.scheduler.base_lrs[0],
-                    base_lrs[0],
-                )
-            for group, values in zip(groups, configured):
-                group.update(values)
-            self.scheduler.base_lrs = base_lrs
-            if self.start_iter < self.max_iter:  # there is no LR behind the end of the schedule
-                for group, lr in zip(groups, self.scheduler.get_lr()):
-                    group["lr"] = lr
-            return
-        for group, values in zip(groups, configured):
-            group.update({k: v for k, v in values.items() if k not in ("lr", "initial_lr")})
-        logger.warning(
-            "LR and schedule are those of the checkpoint, whatever the config says: %s keeps them",
-            type(self.scheduler).__name__,
-        )
+            follow_config(self, configured, self._config_state)
 
     def is_finished(self) -> bool:
         """Whether the run that was resumed has trained to SOLVER.MAX_ITER and was evaluated.
@@ -189,15 +160,15 @@ class Trainer(DefaultTrainer):
                 self.max_iter,
             )
             return None
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_user_error)
-        if not comm.is_main_process():
-            super().train()
-            return None
-        with reserved(self.cfg.OUTPUT_DIR):
-            if self.start_iter == 0:
-                (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
-            end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
-            super().train()
+        with user_errors_unlogged():
+            if not comm.is_main_process():
+                super().train()
+                return None
+            with reserved(self.cfg.OUTPUT_DIR):
+                if self.start_iter == 0:
+                    (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
+                end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
+                super().train()
         # detectron2 returns it only where TEST.EXPECTED_RESULTS are to be checked
         return getattr(self, "_last_eval_results", None)
 
@@ -237,16 +208,6 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[Optional[HookBase]]:
         """detectron2's hooks and ours: statistics of BN shared, the best checkpoint, a record."""
-        # Replaced here, as DefaultTrainer's constructor makes its checkpointer just before the
-        # hooks, and the hooks keep it.
-        self._config_state = ConfigState(self.cfg)
-        self.checkpointer = WSCheckpointer(
-            self.model,
-            self.cfg.OUTPUT_DIR,
-            config=self._config_state,  # the first to be loaded: it explains what fails then
-            trainer=weakref.proxy(self),
-            **state_beside_the_trainer(self),
-        )
         hooks = super().build_hooks()
         for place, hook in enumerate(hooks):
             if isinstance(hook, PreciseBN):
@@ -283,13 +244,16 @@ class Trainer(DefaultTrainer):
         """The model of `cfg`.
 
         Raises:
-            ConfigError: detectron2 or a WS builder refuses the config.
+            ConfigError: a name is not registered, or a builder refuses a key of the config; other
+                errors of a builder are its own.
         """
         try:
             return super().build_model(cfg)
         except UserError:
             raise
         except (AssertionError, KeyError, ValueError) as error:
+            if not _is_about(cfg, error):
+                raise
             raise ConfigError(
                 f"no model can be built from this config: {type(error).__name__}: {error}"
             ) from error
@@ -329,11 +293,9 @@ class Trainer(DefaultTrainer):
         """Box, mask and keypoint AP by the COCO rules, written to OUTPUT_DIR/inference.
 
         Raises:
-            ConfigError: the data set is not in COCO format, or the numbers of keypoints of data,
-                model and TEST.KEYPOINT_OKS_SIGMAS differ.
+            ConfigError: the data set is not in COCO format.
             UserError: a result would overwrite the annotations or MODEL.WEIGHTS.
         """
-        check_keypoints(cfg, train=False)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
         if kind not in ("coco", "coco_panoptic_seg"):
             raise ConfigError(
@@ -369,20 +331,12 @@ def explain_divergence(message: str, iteration: int) -> str:
     )
 
 
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer knows of a group of parameters besides these."""
-    return {key: value for key, value in group.items() if key != "params"}
-
-
-def _is_no_user_error(record: logging.LogRecord) -> bool:
-    """Keeps tracebacks of user errors out of the log: their message is printed at the end.
-
-    A FloatingPointError becomes one in `run_step`; detectron2's main branch logs it before that.
-    """
-    error = record.exc_info[1] if record.exc_info else None
-    if error is None:
-        return True
-    return not isinstance(error, FloatingPointError) and find_user_error(error) is None
+def _is_about(cfg: CfgNode, error: Exception) -> bool:
+    """Whether a builder's error is that of a registry, or names a key of the config."""
+    text = str(error)
+    if isinstance(error, KeyError):
+        return "No object named" in text
+    return any("." in key and key in text for key in as_flat_dict(cfg))
 
 
 def _first_line(error: Exception) -> str:

@@ -21,13 +21,9 @@ from torch import nn
 
 from ws_detectron.data import check_files
 from ws_detectron.engine import Trainer
-from ws_detectron.engine.checks import (
-    check_annotations,
-    check_datasets,
-    check_device,
-    check_weights,
-)
+from ws_detectron.engine.checks import Purpose, check_datasets, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
+from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, DataError
 from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
@@ -117,7 +113,7 @@ class ImagePredictor:
     """
 
     def __init__(self, cfg: CfgNode, metadata: Metadata) -> None:
-        check_device(cfg, num_gpus=1)
+        check_device(cfg)
         check_weights(cfg)
         self._model = load_model_for_inference(cfg)
         self._ids = category_ids(metadata)
@@ -166,7 +162,7 @@ def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> li
     Raises:
         UserError: weights or data cannot work.
     """
-    check_device(cfg, num_gpus=1)
+    check_device(cfg)
     check_weights(cfg)
     check_datasets("the data set to predict on", [dataset_name])
     annotations = MetadataCatalog.get(dataset_name).get("json_file")
@@ -213,7 +209,7 @@ def evaluate_checkpoint(
     To be run in every process of a job.
 
     Args:
-        cfg: a merged and checked config.
+        cfg: a merged config.
         tasks: see `evaluate`.
         reference: see `evaluate`.
         output: folder of the files, with a folder for each data set where there are several;
@@ -239,7 +235,7 @@ def evaluate_checkpoint(
             inputs = MetadataCatalog.get(name).json_file, cfg.MODEL.WEIGHTS
             check_reports(folder, *inputs)
             refuse_overwrite(folder / RESULTS, inputs)
-    check_annotations(cfg, train=False, answers=True, masks=False)
+    cfg = prepare(cfg, Purpose.REPORT)
     truths = {}
     for name in names if comm.is_main_process() else ():
         path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)

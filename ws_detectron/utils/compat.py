@@ -1,16 +1,18 @@
 """What differs between detectron2 0.5, 0.6 and its main branch, in one place."""
 
 import functools
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, defaults
+from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
+
+from ws_detectron.errors import find_user_error
 
 
 @functools.cache
@@ -73,12 +75,33 @@ def state_beside_the_trainer(trainer: DefaultTrainer) -> dict[str, Any]:
 
 
 @contextmanager
-def distributed_on_cpu() -> Iterator[None]:
-    """Within it, `DefaultTrainer` wraps its model for several CPU processes.
+def user_errors_unlogged() -> Iterator[None]:
+    """Within it, detectron2's training loop logs no traceback of a user error.
 
-    Its `create_ddp_model` always passes `device_ids`, which torch refuses for CPU models, and
-    its constructor offers no argument to change that.
+    In all versions it logs what ends a training, and the message of a user error is printed at the
+    end. A FloatingPointError is divergence; the main branch logs it as soon as it is raised.
     """
-    create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
-    with mock.patch.object(defaults, "create_ddp_model", create_ddp_model):
+
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return True
+        return not isinstance(error, FloatingPointError) and find_user_error(error) is None
+
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    loop.addFilter(keep)
+    try:
         yield
+    finally:
+        loop.removeFilter(keep)
+
+
+def destroy_process_groups() -> None:
+    """Ends the threads of gloo, which only the last reference to a group does.
+
+    In all versions `detectron2.utils.comm` keeps two. A thread that frees a tensor while Python
+    shuts down aborts the process.
+    """
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    dist.destroy_process_group()

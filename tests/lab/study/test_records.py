@@ -102,7 +102,7 @@ def test_failed_runs_of_a_search_are_recorded_and_failed_runs_are_not(
 def test_data_may_lie_elsewhere_on_another_machine(
     make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ws_detectron.engine.config.register_coco_sets", absolute)
+    monkeypatch.setattr("ws_detectron.engine.prepare.register_coco_sets", absolute)
     study = make_study(overrides={"DATASETS.REGISTER": [["mine", "mine.json", "images"]]})
     for place in ("one", "other"):
         (tmp_path / place).mkdir()

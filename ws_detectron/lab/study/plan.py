@@ -16,7 +16,7 @@ from ws_detectron.engine.checks import (
     check_registered,
     check_weights,
 )
-from ws_detectron.engine.config import find_config
+from ws_detectron.engine.prepare import find_config
 from ws_detectron.engine.scaling import ITERATIONS, PERIODS, before_end, scale_to_batch
 from ws_detectron.errors import ConfigError
 

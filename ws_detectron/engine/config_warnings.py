@@ -21,8 +21,8 @@ SMALL_BATCH = 2
 SYNC_BN = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
-def find_traps(cfg: CfgNode, world_size: int) -> list[str]:
-    """One sentence for each trap in a training config: what is wrong and what to do.
+def find_warnings(cfg: CfgNode, world_size: int) -> list[str]:
+    """One sentence for each setting of a training config that looks wrong, and what to do.
 
     Args:
         cfg: scaled to the batch and to `world_size`, see `scaling`.

@@ -1,4 +1,4 @@
-"""Each trap is found where it is, with its remedy, and nowhere else."""
+"""Each warning is given where it belongs, with its remedy, and nowhere else."""
 
 import logging
 
@@ -6,27 +6,27 @@ import pytest
 from detectron2.config import CfgNode
 
 from ws_detectron.engine import Trainer, load_config
-from ws_detectron.engine.guards import find_traps
+from ws_detectron.engine.config_warnings import find_warnings
 from ws_detectron.model_zoo import config_names
 
 COCO = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{}.yaml"
 SCRATCH = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_3x_{}.yaml"
 
 
-def traps(name: str, *opts: object, world_size: int = 8) -> list[str]:
-    return find_traps(load_config(name, [*map(str, opts)]), world_size)
+def warned(name: str, *opts: object, world_size: int = 8) -> list[str]:
+    return find_warnings(load_config(name, [*map(str, opts)]), world_size)
 
 
 @pytest.mark.parametrize("arm", ["gn_ws", "gn", "sync_bn", "frozen_bn"])
 def test_sound_configs_are_quiet(arm: str) -> None:
     for images in (1, 2, 8):
-        assert traps(COCO.format(f"{arm}_{images}img")) == []
+        assert warned(COCO.format(f"{arm}_{images}img")) == []
 
 
 @pytest.mark.parametrize("images, found", [(1, 1), (2, 1), (8, 0)])
 def test_trainable_bn_on_one_or_two_images(images: int, found: int) -> None:
     for name in (COCO, SCRATCH):
-        got = traps(name.format(f"bn_{images}img"))
+        got = warned(name.format(f"bn_{images}img"))
         assert len(got) == found
     if found:
         for part in ("MODEL.ROI_MASK_HEAD.NORM", f"{images} image", "GN", "SyncBN", "FrozenBN"):
@@ -35,35 +35,37 @@ def test_trainable_bn_on_one_or_two_images(images: int, found: int) -> None:
 
 def test_sync_bn_of_one_process_is_bn() -> None:
     options = ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 0.0025]
-    (trap,) = traps(COCO.format("sync_bn_2img"), *options, world_size=1)
-    assert "MODEL.RESNETS.NORM" in trap and "2 image(s)" in trap
+    (text,) = warned(COCO.format("sync_bn_2img"), *options, world_size=1)
+    assert "MODEL.RESNETS.NORM" in text and "2 image(s)" in text
 
 
 def test_accumulation_does_not_hide_it() -> None:
     name = COCO.format("bn_8img")
-    assert traps(name) == []
-    (trap,) = traps(name, "SOLVER.ACCUMULATE_STEPS", 4)
-    assert "2 image(s)" in trap and "4 parts" in trap
+    assert warned(name) == []
+    (text,) = warned(name, "SOLVER.ACCUMULATE_STEPS", 4)
+    assert "2 image(s)" in text and "4 parts" in text
 
 
 def test_only_norms_that_the_model_has_count() -> None:
     retinanet = "COCO-Detection/retinanet_R_50_FPN_1x_gn_ws_1img.yaml"
-    assert traps(retinanet, "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN") == []
+    assert (
+        warned(retinanet, "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN") == []
+    )
     faster = "COCO-Detection/faster_rcnn_R_50_FPN_1x_gn_ws_1img.yaml"
-    assert traps(faster, "MODEL.ROI_MASK_HEAD.NORM", "BN") == []
-    assert len(traps(faster, "MODEL.ROI_BOX_HEAD.NORM", "BN")) == 1
+    assert warned(faster, "MODEL.ROI_MASK_HEAD.NORM", "BN") == []
+    assert len(warned(faster, "MODEL.ROI_BOX_HEAD.NORM", "BN")) == 1
 
 
 def test_frozen_stages_without_weights() -> None:
-    (trap,) = traps(COCO.format("gn_ws_1img"), "MODEL.WEIGHTS", "")
-    assert "FREEZE_AT is 2" in trap and "MODEL.BACKBONE.FREEZE_AT 0" in trap
-    assert traps(SCRATCH.format("gn_ws_1img")) == []
+    (text,) = warned(COCO.format("gn_ws_1img"), "MODEL.WEIGHTS", "")
+    assert "FREEZE_AT is 2" in text and "MODEL.BACKBONE.FREEZE_AT 0" in text
+    assert warned(SCRATCH.format("gn_ws_1img")) == []
 
 
 def test_frozen_bn_without_weights() -> None:
-    got = traps(COCO.format("frozen_bn_2img"), "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0)
-    (trap,) = got
-    assert "MODEL.RESNETS.NORM" in trap and "mean 0 and variance 1" in trap and "GN" in trap
+    got = warned(COCO.format("frozen_bn_2img"), "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0)
+    (text,) = got
+    assert "MODEL.RESNETS.NORM" in text and "mean 0 and variance 1" in text and "GN" in text
 
 
 @pytest.mark.parametrize(
@@ -80,31 +82,31 @@ def test_frozen_bn_without_weights() -> None:
 )
 def test_lr_far_off_the_linear_rule(lr: float, batch: int, part: str) -> None:
     opts = ["SOLVER.BASE_LR", lr, "SOLVER.IMS_PER_BATCH", batch]
-    got = traps(SCRATCH.format("gn_ws_2img"), *opts, world_size=1)
+    got = warned(SCRATCH.format("gn_ws_2img"), *opts, world_size=1)
     assert len(got) == bool(part)
     if part:
         assert part in got[0] and f"{0.02 * batch / 16:g}" in got[0]
         assert "SOLVER.REFERENCE_IMS_PER_BATCH" in got[0]
         stated = [*opts, "SOLVER.REFERENCE_IMS_PER_BATCH", batch]
-        assert traps(SCRATCH.format("gn_ws_2img"), *stated, world_size=1) == []
+        assert warned(SCRATCH.format("gn_ws_2img"), *stated, world_size=1) == []
 
 
 def test_ws_settings_that_nothing_reads() -> None:
     changed = ["MODEL.WS.GN_GROUPS", 16, "MODEL.WS.MODE", "bit"]
-    (trap,) = traps(COCO.format("gn_1img"), *changed)
-    assert "MODEL.WS.MODE bit, MODEL.WS.GN_GROUPS 16: without effect" in trap
-    assert "MODEL.BACKBONE.NAME build_resnet_fpn_backbone, MODEL.ROI_BOX_HEAD.NAME" in trap
-    assert traps(COCO.format("gn_ws_1img"), *changed) == []
+    (text,) = warned(COCO.format("gn_1img"), *changed)
+    assert "MODEL.WS.MODE bit, MODEL.WS.GN_GROUPS 16: without effect" in text
+    assert "MODEL.BACKBONE.NAME build_resnet_fpn_backbone, MODEL.ROI_BOX_HEAD.NAME" in text
+    assert warned(COCO.format("gn_ws_1img"), *changed) == []
     head = ["MODEL.ROI_MASK_HEAD.NAME", "WSMaskRCNNConvUpsampleHead"]
-    assert traps(COCO.format("gn_1img"), *changed, *head) == []
+    assert warned(COCO.format("gn_1img"), *changed, *head) == []
     for reader in (
         ["MODEL.META_ARCHITECTURE", "WSRetinaNet"],
         ["MODEL.SEM_SEG_HEAD.NAME", "WSSemSegFPNHead"],
     ):
-        assert traps(COCO.format("gn_1img"), *changed, *reader) == []
+        assert warned(COCO.format("gn_1img"), *changed, *reader) == []
     for key in ("BACKBONE.NAME", "META_ARCHITECTURE", "ROI_HEADS.NAME"):
         of_somebody = [f"MODEL.{key}", "Mine"]
-        assert traps(COCO.format("gn_1img"), *changed, *of_somebody) == []
+        assert warned(COCO.format("gn_1img"), *changed, *of_somebody) == []
 
 
 def test_every_coco_config_but_small_bn_is_quiet() -> None:
@@ -112,14 +114,14 @@ def test_every_coco_config_but_small_bn_is_quiet() -> None:
         if name.startswith("COCO-"):
             loud = "_bn_1img" in name or "_bn_2img" in name or "_bn_ws_" in name
             loud = loud and "frozen" not in name and "sync" not in name and "8img" not in name
-            assert bool(traps(name)) == loud, name
+            assert bool(warned(name)) == loud, name
 
 
 def test_quickstart_configs_are_quiet_or_about_bn() -> None:
     for name in config_names():
         if name.startswith("quickstart/mask_rcnn"):
             loud = "_bn_1img" in name or "_bn_ws_1img" in name
-            assert len(traps(name, world_size=1)) == loud, name
+            assert len(warned(name, world_size=1)) == loud, name
 
 
 def test_trainer_warns(tiny_cfg: CfgNode, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,14 +1,24 @@
-"""load_config: files, names and overrides, and errors that name the key."""
+"""load_config: files, names, overrides, errors that name the key. prepare: once, and it stays."""
 
+import argparse
+import json
 import logging
+import pickle
 import re
 from pathlib import Path
+from typing import Any, Optional
 
 import pytest
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ws_detectron.engine import as_flat_dict, load_config
+from ws_detectron.data import check_coco_set
+from ws_detectron.engine import as_flat_dict, load_config, run
+from ws_detectron.engine.checks import Purpose
+from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, UserError
+
+KNOWN = ("json_file", "image_root", "keypoint_names", "keypoint_flip_map")
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -118,3 +128,84 @@ def test_file_that_is_no_config(tmp_path: Path, text: str) -> None:
 def test_missing_file() -> None:
     with pytest.raises(UserError, match="no_such_config.yaml"):
         load_config("no_such_config.yaml")
+
+
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the data sets whose annotation files were read and validated, in turn."""
+    names: list[str] = []
+
+    def check(name: str, *args: Any, **options: Any) -> Optional[str]:
+        names.append(name)
+        return check_coco_set(name, *args, **options)
+
+    monkeypatch.setattr("ws_detectron.engine.checks.check_coco_set", check)
+    return names
+
+
+def test_a_prepared_config_is_not_prepared_again(tiny_cfg: CfgNode, validated: list[str]) -> None:
+    tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 2, 4
+    before = tiny_cfg.dump()
+    cfg = prepare(tiny_cfg)
+    assert tiny_cfg.dump() == before and cfg.SOLVER.BASE_LR == tiny_cfg.SOLVER.BASE_LR / 2
+    assert prepare(cfg) is cfg and len(validated) == 1
+    frozen = pickle.loads(pickle.dumps(cfg.clone()))
+    frozen.freeze()
+    assert prepare(frozen) is frozen and len(validated) == 1
+
+
+def test_what_was_changed_is_prepared_again(tiny_cfg: CfgNode, validated: list[str]) -> None:
+    cfg = prepare(tiny_cfg)
+    changed = cfg.clone()
+    changed.defrost()
+    changed.merge_from_list(["SOLVER.IMS_PER_BATCH", 3])
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH is 3"):
+        prepare(changed, world_size=2)
+    assert prepare(changed) is not changed and len(validated) == 2
+    prepare(cfg, Purpose.EVALUATE)
+    prepare(cfg, world_size=2)
+    prepare(CfgNode.load_cfg(cfg.dump()))  # as a config.yaml that was written
+    assert len(validated) == 5
+
+
+def test_a_written_config_has_detectron2s_keys_and_ours_alone(tiny_cfg: CfgNode) -> None:
+    assert CfgNode.load_cfg(prepare(tiny_cfg).dump()).keys() == tiny_cfg.keys()
+
+
+def test_a_run_validates_each_file_once(tiny_cfg: CfgNode, validated: list[str]) -> None:
+    args = argparse.Namespace(eval_only=False, resume=False, config_file="")
+    run(tiny_cfg, args)
+    assert validated == list(tiny_cfg.DATASETS.TRAIN)
+    tiny_cfg.MODEL.WEIGHTS = f"{tiny_cfg.OUTPUT_DIR}/model_final.pth"
+    args.eval_only = True
+    run(tiny_cfg, args)
+    assert validated == 2 * list(tiny_cfg.DATASETS.TRAIN)
+
+
+def test_another_process_registers_what_was_found(
+    keypoint_cfg: CfgNode, tmp_path: Path, validated: list[str]
+) -> None:
+    """The sets of DATASETS.REGISTER, the fixed copy of a file, and keypoints."""
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["iscrowd"]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    mine = ["mine", str(tmp_path / "annotations.json"), str(tmp_path / "images")]
+    keypoint_cfg.DATASETS.REGISTER = [mine]
+    keypoint_cfg.DATASETS.TRAIN = keypoint_cfg.DATASETS.TEST = ("mine",)
+    found = []
+    try:
+        cfg = prepare(keypoint_cfg)
+        for _ in range(2):
+            metadata = MetadataCatalog.get("mine")
+            found.append({key: metadata.get(key) for key in KNOWN})
+            DatasetCatalog.remove("mine")
+            MetadataCatalog.remove("mine")
+            (tmp_path / "annotations.json").unlink(missing_ok=True)  # nothing needs it any more
+            prepare(cfg)
+    finally:
+        DatasetCatalog.remove("mine")
+        MetadataCatalog.remove("mine")
+    assert found[1] == found[0] and len(validated) == 1
+    assert found[0]["json_file"] == f"{cfg.OUTPUT_DIR}/annotations/mine.json"
+    assert found[0]["keypoint_flip_map"] == [("left end", "right end")]

@@ -1,21 +1,39 @@
-"""From a config file and overrides to a checked detectron2 config."""
+"""From a config file and overrides to a config that is checked and scaled, once.
+
+`load_config` reads it. `prepare` makes it ready: the tools call it before they start processes, and
+`Trainer` for whoever has not; what a config was prepared for stays with it.
+"""
 
 import difflib
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
 
 from ws_detectron import model_zoo
 from ws_detectron.config import add_ws_config
-from ws_detectron.data import register_coco_sets
+from ws_detectron.data import keypoint_names, register_coco_sets, use_annotations
 from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.utils.yaml_files import check_integers, merge_config_file
 
-from .scaling import Change
+from .checks import (
+    Purpose,
+    check_annotations,
+    check_batch,
+    check_datasets,
+    check_device,
+    check_keypoints,
+    check_registered,
+    check_weights,
+)
+from .config_warnings import find_warnings
+from .output_dir import make_output_dir
+from .scaling import scale_config
 
 logger = logging.getLogger(__name__)
 
@@ -115,38 +133,6 @@ def _explain(cfg: CfgNode, error: Exception, where: str) -> str:
     return message
 
 
-class ConfigState:
-    """The config as a part of checkpoints, so that a resumed run can say what has changed since.
-
-    Args:
-        cfg: that of the run, scaled.
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self._cfg = cfg
-        self.was_loaded = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Full key -> value."""
-        return as_flat_dict(self._cfg)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Logs what differs; the present config stays. A key that one of them lacks is new or gone
-        with a version of detectron2, and left out."""
-        self.was_loaded = True
-        changes = [
-            str(Change(key, state[key], value))
-            for key, value in as_flat_dict(self._cfg).items()
-            if key in state and state[key] != value and key != "OUTPUT_DIR"
-        ]
-        if changes:
-            logger.warning(
-                "The config has changed since the checkpoint that this run resumes from; the new "
-                "values are used: %s",
-                ", ".join(changes),
-            )
-
-
 def as_flat_dict(node: CfgNode, prefix: str = "") -> dict[str, Any]:
     """All values of a config under their full names: `{"MODEL.WS.MODE": "official", ...}`."""
     flat: dict[str, Any] = {}
@@ -156,3 +142,84 @@ def as_flat_dict(node: CfgNode, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+class Prepared(NamedTuple):
+    """What `prepare` was asked for and has found, kept with the config that it returns.
+
+    Attributes:
+        config: a copy, from which a config that was changed since is told.
+        purpose: of `prepare`.
+        world_size: of `prepare`.
+        annotations: data set -> a fixed copy of its file.
+        keypoints: data set -> its keypoints.
+    """
+
+    config: CfgNode
+    purpose: Purpose
+    world_size: int
+    annotations: dict[str, str]
+    keypoints: dict[str, list[str]]
+
+
+_KEPT_AS = "prepared"
+
+
+def prepare(
+    cfg: CfgNode, purpose: Purpose = Purpose.TRAIN, world_size: Optional[int] = None
+) -> CfgNode:
+    """Registers the data sets of a config, checks it and scales it; every process must call it.
+
+    Annotation files are read by the main process. A config that comes from here, also through a
+    pickle, is not checked again: in a process that knows nothing of its data sets they are
+    registered. One that was changed in between is prepared anew, which does no harm.
+
+    Args:
+        cfg: left as it is.
+        purpose: what follows.
+        world_size: processes in the job to come; None for those of this job.
+
+    Returns:
+        The config that runs, frozen if `cfg` is. Its `dump` holds nothing of this.
+
+    Raises:
+        UserError: with one message that names key or path, what was found and what is allowed.
+    """
+    world_size = world_size or comm.get_world_size()
+    register_coco_sets(cfg.DATASETS.get("REGISTER"))
+    prepared: Optional[Prepared] = cfg.__dict__.get(_KEPT_AS)
+    if prepared is None or prepared[:3] != (cfg, purpose, world_size):
+        prepared = _prepare(cfg, purpose, world_size)
+        cfg = prepared.config.clone()
+        cfg.__dict__[_KEPT_AS] = prepared  # beside the keys, as yacs keeps whether it is frozen
+    use_annotations(prepared.annotations)
+    for name, keypoints in prepared.keypoints.items():
+        if MetadataCatalog.get(name).get("keypoint_names") is None:
+            MetadataCatalog.get(name).keypoint_names = keypoints
+        keypoint_names(name)  # sets what a flip exchanges
+    return cfg
+
+
+def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
+    train = purpose is Purpose.TRAIN
+    check_device(cfg)
+    check_weights(cfg)
+    check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+    if train:
+        check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        check_batch(cfg, world_size)
+    check_registered(cfg)
+    cfg = scale_config(cfg, world_size).clone()
+    cfg.__dict__.pop(_KEPT_AS, None)
+    annotations, keypoints = {}, {}
+    if comm.is_main_process():
+        if train:
+            make_output_dir(cfg.OUTPUT_DIR)
+            for warning in find_warnings(cfg, world_size):
+                logger.warning(warning)
+        annotations = check_annotations(cfg, purpose)
+        if purpose is not Purpose.REPORT:
+            use_annotations(annotations)
+            keypoints = check_keypoints(cfg, train=train)
+    annotations, keypoints = comm.all_gather((annotations, keypoints))[0]
+    return Prepared(cfg, purpose, world_size, annotations, keypoints)
