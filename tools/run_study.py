@@ -41,7 +41,7 @@ examples:
   # one figure of two studies, at their batches
   python tools/run_study.py configs/studies/fashion_scenes_6400_1img.yaml \\
       configs/studies/fashion_scenes_6400_8img.yaml --figure ap.png \\
-      --records results/batch_size_study_6400_1img results/batch_size_study_6400_8img
+      --records results/batch_size_study_6400_1img --records results/batch_size_study_6400_8img
 
 Exit status 1 where a run failed or is missing; it is named, and the others are reported.
 """
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these")
     parser.add_argument(
-        "--records", metavar="DIR", type=Path, nargs="+", default=[],
+        "--records", metavar="DIR", type=Path, action="append", default=[],
         help="keep runs.jsonl and metrics.csv of finished runs here, and do not train them again",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
