@@ -64,7 +64,7 @@ def test_runs_train_and_are_reported_and_a_broken_one_is_named(
     assert "gn_ws_2img_seed1 finished in" in result.stdout
     assert {path.name for path in records.iterdir()} == {
         *("runs.jsonl", "metrics.csv", ".lock"),
-        *("report.md", "ap_over_batch.png", "learning_curves.png"),
+        *("report.md", "ap_by_variant.png", "learning_curves.png"),
     }
     report = (records / "report.md").read_text()
     run, broken = rows_of_runs(report)

@@ -102,7 +102,7 @@ def as_page(title: str, text: str, folder: Path) -> str:
     try:
         import markdown
     except ImportError as error:
-        raise UserError("--html needs the package markdown: pip install markdown") from error
+        raise UserError("--html needs the package markdown: pip install -e '.[lab]'") from error
 
     def inside(match: re.Match) -> str:
         data = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
