@@ -1,4 +1,4 @@
-"""A Mask R-CNN whose losses weigh all images alike, whatever batch they are in, and inputs for it.
+"""A Mask R-CNN whose losses weight all images equally in any batch, and inputs for it.
 
 Nothing is sampled at random: RPN and RoI heads take all there is. Each image has two objects, which
 are its only foreground, and ten proposals besides.
@@ -25,14 +25,14 @@ EXHAUSTIVE = {
 }
 
 
-def config(arm: str) -> CfgNode:
-    """The quick start's fashion model of an arm, "bn" or "gn_ws", that samples nothing."""
-    cfg = load_config(CONFIG.format(arm))
+def config(variant: str) -> CfgNode:
+    """The quick start's fashion model of a variant, "bn" or "gn_ws", that samples nothing."""
+    cfg = load_config(CONFIG.format(variant))
     cfg.merge_from_list([word for pair in EXHAUSTIVE.items() for word in pair])
     return cfg
 
 
-def model(arm: str) -> nn.Module:
+def model(variant: str) -> nn.Module:
     """The same weights at each call, in float64.
 
     Among millions of activations some lie so near 0 that the rounding of float32, which depends on
@@ -40,7 +40,7 @@ def model(arm: str) -> nn.Module:
     1 %. Proposals are made in float32, as torchvision's NMS gets them.
     """
     torch.manual_seed(3)
-    made = build_model(config(arm)).double().train()
+    made = build_model(config(variant)).double().train()
     made.proposal_generator.anchor_generator.float()
     made.proposal_generator.rpn_head.register_forward_hook(_in_float32)
     return made

@@ -1,4 +1,4 @@
-"""Gradient accumulation: what it equals, and what an optimizer step stays."""
+"""Gradient accumulation: what it equals, and that an iteration is still one optimizer step."""
 
 import json
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from ws_detectron.engine.loaders import build_train_loader
 from ws_detectron.errors import ConfigError
 
 
-def detector_gradients(arm: str, parts: int) -> dict[str, torch.Tensor]:
+def detector_gradients(variant: str, parts: int) -> dict[str, torch.Tensor]:
     """Gradients of four images in equal parts; 1: detectron2's own step."""
-    model, images = exhaustive.model(arm), exhaustive.images(4)
+    model, images = exhaustive.model(variant), exhaustive.images(4)
     loader = [images[i : i + 4 // parts] for i in range(0, 4, 4 // parts)]
     loop = SimpleTrainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.0))
     with EventStorage():

@@ -161,7 +161,7 @@ def test_other_classes_in_the_test_set_are_warned_of(
     finally:
         MetadataCatalog.remove(train)
     (record,) = [r for r in caplog.records if r.name.startswith("ws_detectron")]
-    assert "classes square (1) and of_other_classes circle, square (2)" in record.getMessage()
+    assert "classes square (1) and of_other_classes has circle, square (2)" in record.getMessage()
 
 
 def test_more_classes_than_the_model_has_are_found_before_training(tiny_cfg: CfgNode) -> None:
@@ -190,7 +190,7 @@ def test_numbers_of_keypoints_are_the_same_everywhere(keypoint_cfg: CfgNode) -> 
     cases = {
         f"NUM_KEYPOINTS is 17, but {name} .DATASETS.TRAIN. has 2": (17, [0.1] * 17),
         "KEYPOINT_OKS_SIGMAS has 3": (2, [0.1] * 3),
-        "KEYPOINT_OKS_SIGMAS .empty: those of COCO. has 17": (2, []),
+        "KEYPOINT_OKS_SIGMAS .empty: COCO's. has 17": (2, []),
         r"KEYPOINT_OKS_SIGMAS is \[0.1, 0\]; allowed: numbers above 0": (2, [0.1, 0]),
         "KEYPOINT_OKS_SIGMAS is .*nan": (2, [0.1, math.nan]),
         "KEYPOINT_OKS_SIGMAS is .*'a'": (2, [0.1, "a"]),

@@ -17,10 +17,10 @@ def warned(name: str, *opts: object, world_size: int = 8) -> list[str]:
     return find_warnings(load_config(name, [*map(str, opts)]), world_size)
 
 
-@pytest.mark.parametrize("arm", ["gn_ws", "gn", "sync_bn", "frozen_bn"])
-def test_sound_configs_are_quiet(arm: str) -> None:
+@pytest.mark.parametrize("variant", ["gn_ws", "gn", "sync_bn", "frozen_bn"])
+def test_sound_configs_are_quiet(variant: str) -> None:
     for images in (1, 2, 8):
-        assert warned(COCO.format(f"{arm}_{images}img")) == []
+        assert warned(COCO.format(f"{variant}_{images}img")) == []
 
 
 @pytest.mark.parametrize("images, found", [(1, 1), (2, 1), (8, 0)])
@@ -73,11 +73,11 @@ def test_frozen_bn_without_weights() -> None:
     [
         (0.02, 16, ""),
         (0.04, 16, ""),  # twice the rule: tuning
-        (0.02, 4, "4 times"),  # cut the batch and forgot the LR
+        (0.02, 4, "4 times"),  # a smaller batch, with the LR unchanged
         (0.02, 2, "8 times"),
         (0.0005, 16, "1/40 of"),
         (0.01, 8, ""),
-        (0.0, 8, ""),  # a try of the data or of the speed
+        (0.0, 8, ""),  # a dry run
     ],
 )
 def test_lr_far_off_the_linear_rule(lr: float, batch: int, part: str) -> None:

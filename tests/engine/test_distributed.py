@@ -25,8 +25,9 @@ import exhaustive
 
 def main(path):
     found = {}
-    for arm, parts in (("gn_ws", 1), ("bn", 1), ("gn_ws", 2)):
-        model = create_ddp_model(exhaustive.model(arm), device_ids=None, broadcast_buffers=False)
+    for variant, parts in (("gn_ws", 1), ("bn", 1), ("gn_ws", 2)):
+        model = exhaustive.model(variant)
+        model = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
         exchanges = []
         def counting(state, bucket):
             exchanges.append(bucket.is_last())
@@ -37,7 +38,7 @@ def main(path):
         loop = SimpleTrainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.0))
         with EventStorage():
             accumulated_step(loop, parts)
-        found[arm, parts] = exhaustive.gradients(model.module), sum(exchanges)
+        found[variant, parts] = exhaustive.gradients(model.module), sum(exchanges)
     torch.manual_seed(comm.get_rank())
     norm = torch.nn.BatchNorm2d(2, momentum=1.0)  # keeps the statistics of its last batch
     batch = torch.randn(4, 2, 3, 3) * (1 + comm.get_rank()) + 3 * comm.get_rank()
@@ -54,7 +55,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """(arm, images per process) -> gradients, exchanges of the whole model."""
+    """(variant, images per process) -> gradients, exchanges of the whole model."""
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "job.py").write_text(SCRIPT)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
@@ -70,8 +71,8 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return torch.load(folder / "gradients.pth", weights_only=True)
 
 
-def of_one_process(arm: str, images: int) -> dict[str, torch.Tensor]:
-    model = exhaustive.model(arm)
+def of_one_process(variant: str, images: int) -> dict[str, torch.Tensor]:
+    model = exhaustive.model(variant)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with EventStorage():
         SimpleTrainer(model, [exhaustive.images(images)], optimizer).run_step()

@@ -1,4 +1,4 @@
-"""BestCheckpoint: keeps the best, survives a resume, and never becomes what a run resumes from."""
+"""BestCheckpoint: keeps the best, also after a resume, and a run never resumes from it."""
 
 import json
 from pathlib import Path

@@ -83,7 +83,7 @@ def test_torchrun(script: str) -> None:
     result = run(*torchrun, "--nproc-per-node", "2", script, "word")
     assert result.returncode == 0, result.stderr
     assert RANKS in result.stdout
-    # Threads of gloo that live on while Python shuts down can abort the process.
+    # gloo threads that are alive while Python shuts down can abort the process
     assert result.stdout.count("THREADS LEFT 0") == 2, result.stdout
 
 
@@ -125,7 +125,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_no_process_outlives_the_one_that_started_it(script: str) -> None:
-    """Started as by a shell's `&`, which lets its jobs ignore SIGINT."""
+    """Started as a shell does with `&`: the job ignores SIGINT."""
     job = subprocess.Popen(
         [sys.executable, script, "pids"],
         stdout=subprocess.PIPE,

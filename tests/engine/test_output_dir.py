@@ -43,7 +43,7 @@ def arguments(**kwargs: bool) -> argparse.Namespace:
 
 
 def train(cfg: CfgNode, resume: bool = False) -> int:
-    """Trains from Python, as somebody's script does; returns the iteration it began with."""
+    """Trains from Python, without the tools; returns the first iteration."""
     trainer = SmallTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
@@ -75,7 +75,7 @@ def test_a_new_run_in_a_used_folder_is_refused(tmp_path: Path, small_run: None, 
 
 
 def test_what_is_no_run_is_not_in_the_way(tmp_path: Path, small_run: None) -> None:
-    """A folder in which a `Trainer` was made and an evaluation has run, with files of one's own."""
+    """A folder in which a `Trainer` was made and an evaluation has run, with files of the user."""
     SmallTrainer(small_cfg(tmp_path))
     assert (tmp_path / "metrics.json").is_file()
     (tmp_path / "inference").mkdir()
@@ -154,7 +154,7 @@ def test_one_process_at_a_time_and_a_killed_one_is_none(
             for resume in (False, True):
                 with pytest.raises(AlreadyLocked):
                     train(small_cfg(tmp_path), resume)
-            # an evaluation may be made meanwhile
+            # an evaluation is allowed meanwhile
             with monkeypatch.context() as patch:
                 patch.setattr(RUN, "load_model_for_inference", lambda *_, **__: None)
                 patch.setattr(SmallTrainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
@@ -225,7 +225,7 @@ def test_delete_run_of_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the size of files")
 def test_a_disk_that_becomes_full_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    """A limit of the size of files stands for it, which no checkpoint of the second run fits in."""
+    """Simulated by a limit on file sizes that is below the size of a checkpoint."""
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
         "from small_trainer import SmallTrainer, small_cfg\n"

@@ -53,9 +53,9 @@ def test_an_evaluation_uses_the_statistics_of_the_checkpoint(
 
     monkeypatch.setattr(Trainer, "test", classmethod(watched))
     trainer = Trainer(tiny_cfg)
-    kinds = [type(hook).__name__ for hook in trainer._hooks]
-    assert kinds.index("SharedStatistics") == kinds.index("PreciseBN") + 1
-    assert kinds.index("SharedStatistics") < kinds.index("PeriodicCheckpointer")
+    hooks = [type(hook).__name__ for hook in trainer._hooks]
+    assert hooks.index("SharedStatistics") == hooks.index("PreciseBN") + 1
+    assert hooks.index("SharedStatistics") < hooks.index("PeriodicCheckpointer")
     trainer.train()
     saved = torch.load(Path(tiny_cfg.OUTPUT_DIR) / "model_final.pth", weights_only=False)["model"]
     assert len(seen) == 1 and any("mask_head" in name for name in seen[0])

@@ -59,7 +59,7 @@ def test_a_batch_that_changes_alone_is_warned_of(
     name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_2img.yaml"
     with caplog.at_level(logging.WARNING, logger="ws_detectron"):
         load_config(name, opts.split())
-    expected = "8 in place of the config's 16, .*add SOLVER.REFERENCE_IMS_PER_BATCH 16"
+    expected = "is 8, but .* are for 16; .*add SOLVER.REFERENCE_IMS_PER_BATCH 16"
     assert bool(re.search(expected, caplog.text)) == warned
     assert len(caplog.records) == warned
 
@@ -70,7 +70,7 @@ def test_a_batch_that_changes_alone_is_warned_of(
         ("SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.01 SOLVER.MAX_ITER 9", "BASE_LR and SOLVER.MAX_"),
         (
             "SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 9",
-            "SOLVER.MAX_ITER: taken as meant for 4",
+            "SOLVER.MAX_ITER: scaled from 4 images",
         ),
         ("SOLVER.IMS_PER_BATCH 2", ""),
         ("SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 9 SOLVER.REFERENCE_IMS_PER_BATCH 2", ""),
@@ -132,7 +132,7 @@ def test_missing_file() -> None:
 
 @pytest.fixture
 def validated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the data sets whose annotation files were read and validated, in turn."""
+    """Names of the data sets whose annotation files were read and validated, in order."""
     names: list[str] = []
 
     def check(name: str, *args: Any, **options: Any) -> Optional[str]:
@@ -164,7 +164,7 @@ def test_what_was_changed_is_prepared_again(tiny_cfg: CfgNode, validated: list[s
     assert prepare(changed) is not changed and len(validated) == 2
     prepare(cfg, Purpose.EVALUATE)
     prepare(cfg, world_size=2)
-    prepare(CfgNode.load_cfg(cfg.dump()))  # as a config.yaml that was written
+    prepare(CfgNode.load_cfg(cfg.dump()))  # as a run's config.yaml
     assert len(validated) == 5
 
 
@@ -201,7 +201,7 @@ def test_another_process_registers_what_was_found(
             found.append({key: metadata.get(key) for key in KNOWN})
             DatasetCatalog.remove("mine")
             MetadataCatalog.remove("mine")
-            (tmp_path / "annotations.json").unlink(missing_ok=True)  # nothing needs it any more
+            (tmp_path / "annotations.json").unlink(missing_ok=True)  # not needed any more
             prepare(cfg)
     finally:
         DatasetCatalog.remove("mine")

@@ -1,4 +1,4 @@
-"""The linear rule, by hand: 16 images at LR 0.02, and what becomes of it."""
+"""The linear rule, computed by hand from 16 images at LR 0.02."""
 
 import logging
 

@@ -51,7 +51,7 @@ def test_trains_evaluates_saves_resumes(tiny_cfg: CfgNode) -> None:
     assert list(output.glob("events.out.tfevents.*"))
     assert (output / "inference" / "coco_instances_results.json").is_file()
 
-    # A run that was killed after iteration 2 goes on at iteration 2, with the LR of iteration 2.
+    # A run that was killed after iteration 2 resumes at iteration 2, with the LR of iteration 2.
     straight = torch.load(output / "model_final.pth")
     (output / "last_checkpoint").write_text("model_0000001.pth")
     trainer = Trainer(tiny_cfg)
@@ -123,7 +123,7 @@ def test_expected_results_decide_the_status(tiny_cfg: CfgNode, tmp_path: Path) -
         run(tiny_cfg, arguments(eval_only=True))
     assert caught.value.code == 1
     tiny_cfg.defrost()
-    tiny_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.0  # no predictions, so no mask figures at all
+    tiny_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 1.0  # no predictions, so no mask metrics at all
     tiny_cfg.TEST.EXPECTED_RESULTS = [["segm", "AP", 99.0, 0.5]]
     with pytest.raises(SystemExit):
         run(tiny_cfg, arguments(eval_only=True))
@@ -322,7 +322,7 @@ def test_files_that_cannot_be_used_are_found_before_the_first_iteration(
 def test_fewer_classes_than_the_model_has_are_found_before_the_first_iteration(
     tiny_cfg: CfgNode,
 ) -> None:
-    """A prediction of another class ends detectron2's evaluation, after all of the training."""
+    """A prediction of another class makes detectron2's evaluation fail, after the training."""
     tiny_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     with pytest.raises(DataError, match="annotations.json have 1 categories, .* predicts 80"):
         Trainer(tiny_cfg)
@@ -339,7 +339,7 @@ def test_images_that_are_missing_are_found_before_the_first_iteration(
 def test_what_can_be_fixed_is_trained_and_evaluated_on(
     tiny_cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Text ids, no iscrowd, no area: detectron2 and pycocotools end in tracebacks of each."""
+    """Text ids, no iscrowd, no area: detectron2 or pycocotools fail on each."""
 
     def change(content: dict) -> None:
         for image in content["images"]:
@@ -592,7 +592,7 @@ def test_resuming_a_finished_run_changes_nothing(tiny_cfg: CfgNode) -> None:
     run(tiny_cfg.clone(), arguments())
 
     def state() -> tuple[dict[str, int], str]:
-        """Of what says what ran; all but the log and the empty files of TensorBoard."""
+        """Contents of all files but the log and TensorBoard's empty ones."""
         kept = [path for path in output.rglob("*") if path.is_file() and path.name != "log.txt"]
         return {
             str(path): (0 if path.name == "config.yaml" else path.stat().st_mtime_ns)
@@ -649,7 +649,7 @@ def test_tensorboard_is_not_needed(
     monkeypatch: pytest.MonkeyPatch,
     module: Optional[str],
 ) -> None:
-    """It is missing, or made for another protobuf."""
+    """It is not installed, or needs another protobuf."""
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)

@@ -100,5 +100,5 @@ def test_a_new_norm_is_one_function_and_one_row(
     assert (norms[0][0].weight != 1).any()
     assert all(torch.isfinite(value).all() for value in model.parameters())
 
-    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is 'MyNorm'.*cannot leave"):
+    with pytest.raises(ConfigError, match="MODEL.RESNETS.NORM is 'MyNorm'.*needs ws_detectron"):
         stock_config(cfg, "")

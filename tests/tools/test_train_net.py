@@ -43,11 +43,11 @@ def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("arm", ["gn_ws", "bn"])
+@pytest.mark.parametrize("variant", ["gn_ws", "bn"])
 def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
-    arm: str, coco_root: Path, tmp_path: Path
+    variant: str, coco_root: Path, tmp_path: Path
 ) -> None:
-    config = CONFIGS / f"mask_rcnn_R_50_FPN_1x_{arm}_1img.yaml"
+    config = CONFIGS / f"mask_rcnn_R_50_FPN_1x_{variant}_1img.yaml"
     common = ["--config-file", config, *SMALL, "OUTPUT_DIR", tmp_path]
 
     first = train_net(*common, "DATASETS.TEST", "()")  # the resumed run evaluates
@@ -78,9 +78,11 @@ def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("arm", ["gn_ws", "bn", "sync_bn"])
-def test_coco_config_trains_with_amp_on_a_gpu(arm: str, coco_root: Path, tmp_path: Path) -> None:
-    config = CONFIGS / f"mask_rcnn_R_50_FPN_1x_{arm}_2img.yaml"
+@pytest.mark.parametrize("variant", ["gn_ws", "bn", "sync_bn"])
+def test_coco_config_trains_with_amp_on_a_gpu(
+    variant: str, coco_root: Path, tmp_path: Path
+) -> None:
+    config = CONFIGS / f"mask_rcnn_R_50_FPN_1x_{variant}_2img.yaml"
     options = [*SMALL, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True]
     options += ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.ACCUMULATE_STEPS", 2]
     options += ["SOLVER.CLIP_GRADIENTS.ENABLED", True]

@@ -1,7 +1,7 @@
 """Training and evaluation runs.
 
-In reading order: `prepare` (config), `launch` (processes), `run`, `trainer`; beside them what each
-of these uses.
+In reading order: `prepare` (config), `launch` (processes), `run`, `trainer`; the other modules are
+their parts.
 """
 
 from .launch import launch, start, started_by_torchrun

@@ -1,22 +1,21 @@
 """Gradient accumulation: one optimizer step from a batch that is computed in parts.
 
 `SOLVER.IMS_PER_BATCH` stays the number of images per optimizer step, so LR, schedule, hooks,
-`EventStorage` and checkpoints know nothing of parts; `SOLVER.ACCUMULATE_STEPS` says in how many
-parts a batch goes through the model, and memory is that of one part.
+`EventStorage` and checkpoints do not change. `SOLVER.ACCUMULATE_STEPS` is the number of parts into
+which a batch is split; the memory needed is that of one part.
 
-**What equals what.** The loss of a step is the mean of its parts' losses. That is what
-DistributedDataParallel computes from as many processes, so k parts on one GPU equal k GPUs with one
-part each. They equal the *undivided* batch only as far as its loss is a mean of images' losses:
+**Equivalence.** The loss of a step is the mean of its parts' losses. DistributedDataParallel
+computes the same from as many processes, so k parts on one GPU equal k GPUs with one part each.
+They equal the *undivided* batch only where its loss is a mean over images:
 
 - Layers: BN normalizes over the images of one part, so accumulation does not give BN a larger
-  batch. GN and WS see each image or filter alone and do not notice the parts.
+  batch. GN and WS normalize each image or filter by itself, so parts make no difference.
 - RPN: its losses are divided by `RPN.BATCH_SIZE_PER_IMAGE` times the images: always equal.
-- Box head: its losses are divided by the sampled proposals: equal where each part samples equally
-  many, which is the rule (`ROI_HEADS.BATCH_SIZE_PER_IMAGE` each), unless too few are proposed.
+- Box head: its losses are divided by the sampled proposals: equal where all parts sample the same
+  number (`ROI_HEADS.BATCH_SIZE_PER_IMAGE` per image, unless too few are proposed).
 - Mask head: its loss is divided by the *foreground* proposals, and RetinaNet's losses by the
-  foreground anchors. Images have differently many, so each part counts the same where in an
-  undivided batch each object does. This is no error but another weighting, and the one of training
-  on several GPUs.
+  foreground anchors. Their number differs between images, so each part has the same weight, whereas
+  in an undivided batch each object has. Training on several GPUs weights them in the same way.
 - Images are padded to the largest of their part, not of the batch.
 """
 
@@ -33,13 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def part_of_batch(cfg: CfgNode) -> CfgNode:
-    """The config for a loader of parts: IMS_PER_BATCH is that of one part, on all processes.
+    """The config of a loader that yields parts: IMS_PER_BATCH counts one part, on all processes.
 
-    With detectron2's samplers, parts one after another hold the images of the undivided batch, but
-    for `DATALOADER.ASPECT_RATIO_GROUPING`, which sorts them into parts of one orientation.
+    With detectron2's samplers, consecutive parts hold the images of the undivided batch, except
+    with `DATALOADER.ASPECT_RATIO_GROUPING`, which sorts them into parts of one orientation.
 
     Args:
-        cfg: `check_batch` has passed it.
+        cfg: checked by `check_batch`.
     """
     if cfg.SOLVER.ACCUMULATE_STEPS == 1:
         return cfg
@@ -52,18 +51,18 @@ def part_of_batch(cfg: CfgNode) -> CfgNode:
 def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
     """One optimizer step from `steps` parts, each a batch of the loop's loader.
 
-    Gradients are those of the mean of the parts' losses. Processes exchange them once, with the
-    last part; under AMP they are unscaled once, and clipping, which detectron2's optimizers do in
-    their `step`, sees their sum. Logged are the mean losses; what the model itself logs (accuracy,
-    numbers of samples, pictures) is that of the last part.
+    The gradient is that of the mean of the parts' losses. Processes exchange it once, with the
+    last part; under AMP it is unscaled once, and gradient clipping, which detectron2's optimizers
+    do in their `step`, acts on the sum. The mean losses are logged; what the model itself logs
+    (accuracy, numbers of samples, pictures) is that of the last part.
 
     A loss that only some parts have counts as 0 in the others, in the gradient and in the log, so
-    that the logged losses sum to the one that is minimized.
+    that the logged losses sum to the minimized one.
 
     Args:
-        loop: detectron2's SimpleTrainer or AMPTrainer; its `run_step` is what this replaces. What
-            the main branch's have (`zero_grad_before_forward`, `after_backward`,
-            `log_grad_scaler`, `async_write_metrics`) is honoured.
+        loop: detectron2's SimpleTrainer or AMPTrainer, whose `run_step` this replaces. The options
+            of the main branch (`zero_grad_before_forward`, `after_backward`, `log_grad_scaler`,
+            `async_write_metrics`) work as there.
         steps: at least 1.
 
     Raises:

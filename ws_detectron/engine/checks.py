@@ -1,4 +1,4 @@
-"""What a user can get wrong, in the order in which `prepare` checks it; then what loaders check."""
+"""Checks of configs and data: those of `prepare`, in its order, then those of the loaders."""
 
 import difflib
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 COCO_KEYPOINTS = 17
 
-# Where an architecture reads its number of classes; the keys of somebody's own are not known.
+# Node of NUM_CLASSES by architecture; those of custom architectures are not known.
 _CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
@@ -35,7 +35,7 @@ class Purpose(Enum):
 
 
 def check_device(cfg: CfgNode, num_gpus: int = 1) -> None:
-    """MODEL.DEVICE, the number of GPUs, and what runs only on GPUs."""
+    """Checks MODEL.DEVICE, the number of GPUs, and settings that need a GPU."""
     device = cfg.MODEL.DEVICE
     if device.startswith("cuda"):
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -82,17 +82,17 @@ def _stock_architecture(cfg: CfgNode) -> str:
 
 
 def check_weights(cfg: CfgNode) -> None:
-    """MODEL.WEIGHTS, where it is a path on this machine, names a file."""
+    """Checks that MODEL.WEIGHTS, where it is a local path, names a file."""
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not Path(weights).is_file():
         raise ConfigError(
-            f"MODEL.WEIGHTS is {weights!r}, which is no file; "
+            f"MODEL.WEIGHTS is {weights!r}, which is not a file; "
             'allowed: a checkpoint, a name like detectron2://..., or "" for random weights'
         )
 
 
 def check_batch(cfg: CfgNode, world_size: int) -> None:
-    """SOLVER.IMS_PER_BATCH can be shared out evenly to processes, and there to parts."""
+    """Checks that processes, and the parts of each, divide SOLVER.IMS_PER_BATCH."""
     images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if images < 1:
         raise ConfigError(f"SOLVER.IMS_PER_BATCH is {images}; allowed: 1 or more")
@@ -104,8 +104,8 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
     if reference and images % reference:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH is {images}, not a multiple of SOLVER.REFERENCE_WORLD_SIZE, "
-            f"{reference}; set the batch to a multiple, or REFERENCE_WORLD_SIZE to 0 to turn the "
-            "scaling to the number of processes off"
+            f"{reference}; set the batch to a multiple, or REFERENCE_WORLD_SIZE to 0 to turn off "
+            "scaling to the number of processes"
         )
     if not reference and images % world_size:
         raise ConfigError(
@@ -115,22 +115,22 @@ def check_batch(cfg: CfgNode, world_size: int) -> None:
     if parts < 1 or per_process % parts:
         raise ConfigError(
             f"SOLVER.ACCUMULATE_STEPS is {parts}; allowed: a divisor of the {per_process} image(s) "
-            "per process and optimizer step, as each part gets equally many (1: no accumulation). "
-            "SOLVER.IMS_PER_BATCH counts the images of all parts"
+            "per process and optimizer step (1: no accumulation). SOLVER.IMS_PER_BATCH counts the "
+            "images of all parts"
         )
 
 
 def check_datasets(key: str, names: Union[str, Sequence[str]], files: bool = True) -> None:
-    """Every data set is registered, and its annotation file and image folder are there.
+    """Checks that data sets are registered, and that annotation files and image folders exist.
 
     Args:
-        key: config key or option that names them.
-        names: of data sets.
-        files: whether they are read; otherwise only their classes are used.
+        key: config key or option that names them, for messages.
+        names: data sets.
+        files: whether their files are needed; False where only their classes are used.
 
     Raises:
-        ConfigError: an unregistered name; says which registered names look like it.
-        UserError: a missing file or folder; says the path and how to set DETECTRON2_DATASETS.
+        ConfigError: a name is not registered; suggests similar names.
+        UserError: a file or folder is missing; says the path and how to set DETECTRON2_DATASETS.
     """
     if isinstance(names, str):
         raise ConfigError(f"{key} is the text {names!r}; allowed: a list of names, ({names!r},)")
@@ -142,7 +142,7 @@ def check_datasets(key: str, names: Union[str, Sequence[str]], files: bool = Tru
                 hint += "; `import ws_detectron.lab.scenes` registers the scenes that come with it"
             raise ConfigError(
                 f"{key} names {name!r}, which is not a registered data set{hint}"
-                "; DATASETS.REGISTER registers those of one's own"
+                "; DATASETS.REGISTER registers your own"
             )
         metadata = MetadataCatalog.get(name)
         if not files or metadata.get("scene_spec") is not None:  # made when it is first loaded
@@ -163,10 +163,10 @@ def check_datasets(key: str, names: Union[str, Sequence[str]], files: bool = Tru
 
 
 def check_registered(cfg: CfgNode) -> None:
-    """Data sets of one's own are those of this config, not of another one in the same process.
+    """Checks that no data set was registered by another config in the same process.
 
     Raises:
-        ConfigError: a set that only another config's DATASETS.REGISTER has registered.
+        ConfigError: a data set is only in another config's DATASETS.REGISTER.
     """
     registered = [name for name, *_ in cfg.DATASETS.get("REGISTER") or ()]
     for key in ("TRAIN", "TEST"):
@@ -181,7 +181,7 @@ def check_registered(cfg: CfgNode) -> None:
 def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
     """Reads and checks the annotation files that `purpose` needs.
 
-    What can be fixed is written to OUTPUT_DIR/annotations.
+    Fixed copies are written to OUTPUT_DIR/annotations.
 
     Returns:
         Data set -> the file to read instead, for `use_annotations`.
@@ -193,7 +193,7 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
     masks = cfg.MODEL.MASK_ON and not report
     trained = cfg.DATASETS.TRAIN if purpose is Purpose.TRAIN else ()
     part = _CLASSES_IN.get(_stock_architecture(cfg))
-    # a report says itself which class is unknown
+    # the report has its own check of classes
     classes = cfg.MODEL[part].NUM_CLASSES if part and not report else 0
     copies = {}
     for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
@@ -213,20 +213,20 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
 
 
 def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
-    """A model with MODEL.KEYPOINT_ON has the keypoints of its data sets, and a sigma for each.
+    """With MODEL.KEYPOINT_ON, checks that model, data sets and OKS sigmas have the same keypoints.
 
     Warns of keypoints that a horizontal flip would leave on the wrong side.
 
     Args:
         cfg: a merged config.
-        train: whether DATASETS.TRAIN is used, beside DATASETS.TEST.
+        train: whether DATASETS.TRAIN is used as well as DATASETS.TEST.
 
     Returns:
-        Data set -> its keypoints.
+        Data set -> names of its keypoints.
 
     Raises:
-        ConfigError: numbers of keypoints differ; names the keys.
-        DataError: of `keypoint_names`.
+        ConfigError: numbers or names of keypoints differ; names the keys.
+        DataError: see `keypoint_names`.
     """
     if not cfg.MODEL.KEYPOINT_ON:
         return {}
@@ -242,10 +242,10 @@ def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
             elif key == "TRAIN":
                 raise ConfigError(
                     f"DATASETS.TRAIN names {name}, which has no annotation file; its metadata "
-                    "need keypoint_names and keypoint_flip_map, as MODEL.KEYPOINT_ON is True"
+                    "needs keypoint_names and keypoint_flip_map, as MODEL.KEYPOINT_ON is True"
                 )
     if cfg.DATASETS.TEST:
-        empty = "" if sigmas else " (empty: those of COCO)"
+        empty = "" if sigmas else " (empty: COCO's)"
         found[f"TEST.KEYPOINT_OKS_SIGMAS{empty}"] = len(sigmas) or COCO_KEYPOINTS
     differing = [f"{what} has {count}" for what, count in found.items() if count != number]
     if differing:
@@ -257,8 +257,8 @@ def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
     for name, names in listed.items():
         if names != listed[first]:
             raise ConfigError(
-                f"keypoints of {first} are {listed[first]}, those of {name} {names}; give both "
-                "files the same `keypoints` in the same order"
+                f"keypoints of {first} are {listed[first]}, those of {name} are {names}; give "
+                "both files the same `keypoints` in the same order"
             )
     if not all(isinstance(s, (int, float)) and 0 < s < math.inf for s in sigmas):
         raise ConfigError(f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}; allowed: numbers above 0")
@@ -274,16 +274,17 @@ def _warn_of_flips(name: str) -> None:
     alone = [k for k in metadata.keypoint_names if k not in paired]
     if not paired or any(mirrored(k) != k for k in alone):
         logger.warning(
-            "INPUT.RANDOM_FLIP is horizontal, and keypoints of %s without a partner on the other "
-            "side keep their names when an image is flipped: %s. Pairs are told by names with left "
-            "and right; without sides this is right, otherwise set INPUT.RANDOM_FLIP to none",
+            "INPUT.RANDOM_FLIP is horizontal, and these keypoints of %s have no partner on the "
+            "other side, so they keep their names when an image is flipped: %s. Pairs are found by "
+            "`left` and `right` in their names. If these keypoints do have sides, set "
+            "INPUT.RANDOM_FLIP to none",
             name,
             ", ".join(map(shown, alone)),
         )
 
 
 def check_classes(cfg: CfgNode) -> None:
-    """The model has a class for each of the training data, once these are loaded."""
+    """Checks that the model has a class for each of the training data, which must be loaded."""
     part = _CLASSES_IN.get(_stock_architecture(cfg))
     if part is None:
         return
@@ -297,9 +298,9 @@ def check_classes(cfg: CfgNode) -> None:
 
 
 def differing_classes(train: Sequence[str], test: str) -> list[str]:
-    """Sentences on training sets, once loaded, whose classes are not those of a test set.
+    """A warning for each training set, which must be loaded, with other classes than a test set.
 
-    A model knows classes by their number, so its predictions would be of other classes there.
+    A model numbers its classes, so its predictions would mean other classes there.
     """
     tested = MetadataCatalog.get(test).get("thing_classes")
     found = []
@@ -307,8 +308,9 @@ def differing_classes(train: Sequence[str], test: str) -> list[str]:
         trained = MetadataCatalog.get(name).get("thing_classes")
         if tested and trained and list(tested) != list(trained):
             found.append(
-                f"{test} has the classes {', '.join(tested[:10])} ({len(tested)}) and {name} "
-                f"{', '.join(trained[:10])} ({len(trained)}): AP is wrong, unless these are other "
-                "names of the same in the same order; give both files the same `categories`"
+                f"{test} has the classes {', '.join(tested[:10])} ({len(tested)}) and {name} has "
+                f"{', '.join(trained[:10])} ({len(trained)}): AP is wrong, unless these are the "
+                "same classes in the same order under other names; give both files the same "
+                "`categories`"
             )
     return found

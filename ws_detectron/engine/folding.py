@@ -1,4 +1,4 @@
-"""A trained model as files for stock detectron2, which then needs nothing of this package."""
+"""Writes a trained model as checkpoint and config for stock detectron2, without this package."""
 
 from operator import attrgetter
 from pathlib import Path
@@ -19,33 +19,32 @@ _STOCK_GN_GROUPS = 32
 
 
 def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
-    """The config with which detectron2 alone builds the model that folding leaves.
+    """The config with which stock detectron2 builds the folded model.
 
     Args:
-        cfg: of a model with WS parts.
+        cfg: config of a model with WS parts.
         weights: MODEL.WEIGHTS of the result.
 
     Returns:
-        A config of detectron2's own keys.
+        A config with detectron2's own keys.
 
     Raises:
-        ConfigError: GN has another number of groups than the 32 that detectron2 fixes, or a norm
-            is not one of detectron2's.
+        ConfigError: GN has not the 32 groups that detectron2 fixes, or a norm is not detectron2's.
     """
     cfg = cfg.clone()
     groups = WSSettings.from_config(cfg).gn_groups
     if groups != _STOCK_GN_GROUPS:
         raise ConfigError(
-            f"MODEL.WS.GN_GROUPS is {groups}; detectron2 alone builds GN with "
-            f"{_STOCK_GN_GROUPS} groups only, so this model cannot leave ws_detectron"
+            f"MODEL.WS.GN_GROUPS is {groups}; stock detectron2 builds GN with {_STOCK_GN_GROUPS} "
+            "groups only, so this model needs ws_detectron"
         )
     for row in registrations_in(cfg):
         for key in row.norms.values():
             norm = attrgetter(key)(cfg)
             if not is_stock_norm(norm):
                 raise ConfigError(
-                    f"{key} is {norm!r}, which detectron2 alone does not build, so this model "
-                    "cannot leave ws_detectron"
+                    f"{key} is {norm!r}, which stock detectron2 does not build, so this model "
+                    "needs ws_detectron"
                 )
         cfg.merge_from_list([row.key, row.stock])
     cfg.MODEL.WEIGHTS = weights
@@ -59,19 +58,19 @@ def write_folded(cfg: CfgNode, output: Union[str, Path]) -> tuple[Path, Path]:
 
     Args:
         cfg: MODEL.WEIGHTS names a checkpoint, or `ws://` weights, of the whole model.
-        output: the checkpoint to write; ends in `.pth`. The config goes beside it.
+        output: the checkpoint to write, `*.pth`; the config gets the same name with `.yaml`.
 
     Returns:
-        The two files.
+        The paths of checkpoint and config.
 
     Raises:
-        ConfigError: of `stock_config`, or `output` has another ending.
+        ConfigError: see `stock_config`, or `output` does not end in `.pth`.
         UserError: a file cannot be written, or would overwrite the weights.
         WeightsError: the weights cannot be read or do not fit the model.
     """
     output = Path(output)
     if output.suffix != ".pth":
-        raise ConfigError(f"the output {output} must end in .pth; detectron2 goes by it")
+        raise ConfigError(f"the output {output} must end in .pth, by which detectron2 reads it")
     config = output.with_suffix(".yaml")
     check_folder(output.parent)
     refuse_overwrite([output, config], [cfg.MODEL.WEIGHTS])

@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 
 class BestCheckpoint(HookBase):
-    """Keeps the weights of the evaluation with the highest value of one metric.
+    """Saves the weights with the highest value of a metric so far.
 
     Writes `model_best.pth` (weights alone) and `model_best.json` (metric, value, iteration) after
-    each evaluation that beats all before it, those before a `--resume` included. It does not touch
-    `last_checkpoint`, so a run resumes from its last state, not from its best.
+    each evaluation that is better than all before it, also those before a `--resume`. It does not
+    change `last_checkpoint`, so a run resumes from its last checkpoint, not from its best.
 
     detectron2 has a `BestCheckpointer` from 0.6 on; it forgets the best value at a resume and
     makes the best checkpoint the one to resume from.
 
     Args:
-        model: what to save.
+        model: the model to save.
         output_dir: folder of the two files.
         metric: name of the metric, such as "segm/AP"; higher is better.
     """
@@ -57,7 +57,7 @@ class BestCheckpoint(HookBase):
                 self._best = record["value"]
             return
         weights = self._record.with_name("model_best.pth")
-        if weights.is_file():  # how good they are is not known any more
+        if weights.is_file():  # their metric is unknown
             kept = weights.with_name("model_best_before_resume.pth")
             weights.replace(kept)
             logger.warning("The best weights before this resume are kept as %s", kept)
@@ -84,17 +84,17 @@ class BestCheckpoint(HookBase):
 
 
 class SharedStatistics(HookBase):
-    """Gives all processes the BN statistics of all their images, behind detectron2's `PreciseBN`.
+    """Averages BN statistics over processes, after detectron2's `PreciseBN`.
 
-    That takes them in each process from its own images, while an evaluation is shared out to all
-    processes and a checkpoint holds the statistics of the first. With mean m_r and variance v_r of
-    process r of R:
+    `PreciseBN` computes them in each process from its own images, but all processes take part in an
+    evaluation, and a checkpoint holds the statistics of the first. With mean m_r and variance v_r
+    of process r of R:
 
         m = (1/R) sum m_r,    v = (1/R) sum (v_r + m_r^2) - m^2
 
     Args:
-        model: on every process.
-        period: of `PreciseBN`, in iterations.
+        model: the model, on every process.
+        period: the period of `PreciseBN`, in iterations.
     """
 
     def __init__(self, model: nn.Module, period: int) -> None:
@@ -107,7 +107,7 @@ class SharedStatistics(HookBase):
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Averages the statistics of BN layers that train; every process must call it."""
+    """Averages the statistics of trainable BN layers; every process must call it."""
     layers = get_bn_modules(model)
     if comm.get_world_size() == 1 or not layers:
         return
@@ -130,25 +130,25 @@ _NUMBERS = dict.fromkeys(
 
 
 def recorded_iterations(output_dir: str) -> Optional[int]:
-    """The iterations in a run's record, which is complete when all hooks of the run have ended."""
+    """The iterations in a run's record, which is complete once all hooks of the run have ended."""
     record = _load(Path(output_dir) / RECORD)
     return record.get("iterations") if isinstance(record, dict) else None
 
 
 def _load(path: Path) -> Any:
-    """The JSON in a file; None where it is none."""
+    """The JSON in a file; None where there is none."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _read_record(path: Path, kinds: dict[str, Any]) -> Optional[dict[str, Any]]:
-    """A small JSON file of an earlier start; empty where there is none.
+def _read_record(path: Path, types: dict[str, Any]) -> Optional[dict[str, Any]]:
+    """A small JSON file that an earlier start of the run wrote; empty where there is none.
 
     Args:
-        path: of the file. A damaged one is renamed, as this run will write it anew.
-        kinds: types of the values that are used.
+        path: the file. A damaged one is renamed, as this run will write a new one.
+        types: key -> type or types of the values that are used.
 
     Returns:
         None where the file is damaged.
@@ -157,29 +157,30 @@ def _read_record(path: Path, kinds: dict[str, Any]) -> Optional[dict[str, Any]]:
         return {}
     record = _load(path)
     if isinstance(record, dict) and all(
-        isinstance(record[name], kind) for name, kind in kinds.items() if name in record
+        isinstance(record[name], type_) for name, type_ in types.items() if name in record
     ):
         return record
     kept = path.with_name(f"{path.name}.damaged")
     path.replace(kept)
-    logger.warning("%s is damaged; kept as %s, and written anew", path, kept.name)
+    logger.warning("%s is damaged; kept as %s, and a new one is written", path, kept.name)
     return None
 
 
 class RunRecord(HookBase):
-    """Keeps `run_record.json`: on what a run was trained, how long, with how much memory.
+    """Writes `run_record.json`: machine, versions, time and memory of a run.
 
-    Written at the start, so that a start that is killed counts, and completed at the end.
+    It is written at the start, so that a start that is killed counts, and completed at the end.
 
     ====================  =====================================================================
-    starts                how often the run was started: 1, and one for each `--resume`
+    starts                number of starts: 1, and one more for each `--resume`
     iterations            iterations done so far
-    wall_seconds          of all starts, evaluations included; a killed start is not in it
-    peak_memory_bytes     of the main process: of the GPU as torch allocated it, on the CPU the
-                          resident memory with that of the libraries; the largest of all starts
-    processes, threads    processes of the job; threads of torch in each
-    device, versions      of what ran last, with the UTC date of its end
-    ws_detectron          version of this package that ran last, in a clone with its commit
+    wall_seconds          sum over starts, evaluations included, killed starts excluded
+    peak_memory_bytes     peak of the main process over all starts: on a GPU the memory that torch
+                          allocated, on the CPU the resident memory, libraries included
+    processes, threads    processes of the job; torch threads in each
+    device, versions      those of the last start
+    ws_detectron          version of this package in the last start, in a clone with its commit
+    date                  UTC date on which the last start ended
     ====================  =====================================================================
 
     Args:
@@ -196,7 +197,7 @@ class RunRecord(HookBase):
         resumes = self.trainer.start_iter > 0
         self._earlier = (_read_record(self._path, _NUMBERS) or {}) if resumes else {}
         self._earlier["starts"] = self._earlier.get("starts", 0) + 1
-        self._package = package_version()  # now, as the files may change while this runs
+        self._package = package_version()  # now, as the files may change during the training
         self._write(self._earlier)
 
     def after_train(self) -> None:
@@ -232,7 +233,7 @@ class RunRecord(HookBase):
 
 
 class _UntaggedCheckpointer(WSCheckpointer):
-    """Saves without becoming the checkpoint that `--resume` takes."""
+    """Saves checkpoints from which `--resume` does not resume."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         pass

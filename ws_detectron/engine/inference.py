@@ -1,4 +1,4 @@
-"""The model that is evaluated or drawn from, made in one place."""
+"""Builds the model for evaluation and visualization."""
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -14,8 +14,8 @@ def load_model_for_inference(cfg: CfgNode, resume: bool = False) -> nn.Module:
     """The model of a config with its weights, WS folded into plain convs, in evaluation mode.
 
     Args:
-        cfg: MODEL.WEIGHTS names the weights; they may be WS weights for a config of plain convs.
-        resume: take the last checkpoint of OUTPUT_DIR instead, if there is one.
+        cfg: MODEL.WEIGHTS names the weights; a config with plain convs may name WS weights.
+        resume: load the last checkpoint of OUTPUT_DIR instead, if there is one.
 
     Raises:
         ConfigError: MODEL.WEIGHTS is empty, or no model can be built.
@@ -25,8 +25,7 @@ def load_model_for_inference(cfg: CfgNode, resume: bool = False) -> nn.Module:
     checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False, fold=True, whole=True)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         raise ConfigError(
-            "MODEL.WEIGHTS is empty, so there is nothing to run but random weights; name a "
-            "checkpoint: MODEL.WEIGHTS output/model_final.pth"
+            "MODEL.WEIGHTS is empty; name a checkpoint: MODEL.WEIGHTS output/model_final.pth"
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return fold_ws(model).eval()

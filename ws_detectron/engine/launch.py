@@ -1,4 +1,4 @@
-"""Starts the processes of a run: CPU or GPU, one machine or several, by itself or by torchrun."""
+"""Starts the processes of a run: CPU or GPU, one machine or several, with or without torchrun."""
 
 import argparse
 import multiprocessing
@@ -37,17 +37,17 @@ def start(
     """Prepares a config, then runs `main(cfg, *args)` in every process.
 
     Args:
-        main: a function of a module, so that other processes can import it. It calls `prepare`,
-            which registers data sets there, and under torchrun, where the processes exist already,
-            does all of it.
+        main: a function of a module, so that other processes can import it. It must call
+            `prepare`, which registers the data sets in each process; under torchrun, where the
+            processes exist already, that call also does the checks.
         cfg: a merged config.
         options: with `num_gpus`, `num_machines`, `machine_rank` and `dist_url` of detectron2's
-            argument parser; torchrun's environment variables overrule them.
-        purpose: of `prepare`.
+            argument parser; torchrun's environment variables override them.
+        purpose: see `prepare`.
         args: further arguments for `main`.
 
     Returns:
-        What `main` returned, where it ran in this very process.
+        What `main` returned, if it ran in this process.
 
     Raises:
         UserError: the config cannot work here; see `prepare` and `launch`.
@@ -85,26 +85,26 @@ def launch(
 ) -> Any:
     """Runs `main(*args)` in every process of a distributed job.
 
-    Under torchrun the processes exist already, and `num_processes`, `num_machines`,
-    `machine_rank` and `dist_url` are what torchrun says. Otherwise CUDA jobs go through
-    detectron2's own `launch`, and CPU jobs, which that refuses in 0.5 and 0.6, are started here
-    with the gloo backend.
+    Under torchrun the processes exist already, and its environment variables replace
+    `num_processes`, `num_machines`, `machine_rank` and `dist_url`. Otherwise detectron2's `launch`
+    starts CUDA jobs; CPU jobs, which it refuses in 0.5 and 0.6, are started here with the gloo
+    backend.
 
     Args:
         main: a function of a module, so that other processes can import it.
-        num_processes: processes on each machine, one per GPU or, on the CPU, per share of cores.
+        num_processes: processes on each machine; one per GPU, or on the CPU sharing its cores.
         device: `MODEL.DEVICE`, "cpu" or "cuda".
         num_machines: machines in the job.
         machine_rank: number of this machine, from 0.
-        dist_url: where the processes meet; "auto" picks a free port on a single machine.
+        dist_url: address of the process group; "auto" picks a free port on a single machine.
         args: arguments for `main`.
 
     Returns:
-        What `main` returned, where it ran in this very process.
+        What `main` returned, if it ran in this process.
 
     Raises:
-        UserError: "auto" was asked for on several machines.
-        SystemExit: a process failed with a message of its own, or was killed, which is printed.
+        UserError: `dist_url` is "auto" on several machines.
+        SystemExit: a process printed its own error message, or was killed, which is printed here.
     """
     if started_by_torchrun():
         return _run_under_torchrun(main, device, args)
@@ -139,18 +139,18 @@ def launch(
     except mp.ProcessExitedException as error:
         if error.signal_name is None:
             sys.exit(error.exit_code)
-        _say_killed(first + error.error_index, world_size, error.error_pid, error.exit_code)
+        _report_killed(first + error.error_index, world_size, error.error_pid, error.exit_code)
         sys.exit(128 - error.exit_code)
     except mp.ProcessRaisedException:
-        # Its error may be that another one was killed. Those that still run get a SIGTERM.
+        # It may have failed because another was killed; the rest were ended by SIGTERM.
         for rank, process in enumerate(processes, start=first):
             code = process.exitcode
             if code is not None and code < 0 and code != -signal.SIGTERM:
-                _say_killed(rank, world_size, process.pid, code)
+                _report_killed(rank, world_size, process.pid, code)
         raise
 
 
-def _say_killed(rank: int, world_size: int, pid: Optional[int], exit_code: int) -> None:
+def _report_killed(rank: int, world_size: int, pid: Optional[int], exit_code: int) -> None:
     why = ", as the system does when memory runs out" if exit_code == -signal.SIGKILL else ""
     sys.stderr.write(
         f"error: rank {rank} of {world_size} (process {pid}) was killed by "
@@ -188,9 +188,9 @@ def _run_on_gpu(main: Callable[..., Any], args: tuple) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it has ended, however that was.
+    """Ends this process when its parent has ended, even if that was killed.
 
-    torch asks Linux for a SIGINT then, which a job started by a shell's `&` ignores.
+    torch has Linux send a SIGINT then, which jobs that a shell starts with `&` ignore.
     """
 
     def wait() -> None:
@@ -218,7 +218,7 @@ def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> A
 
 
 def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
-    """Ends a spawned process with the message alone: the parent would print its traceback."""
+    """Ends a spawned process with the message of a user error; the parent would add a traceback."""
     try:
         main(*args)
     except Exception as error:
@@ -227,7 +227,7 @@ def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
             raise
         sys.stderr.write(f"error: {known}\n")
         sys.stderr.flush()
-        os._exit(known.exit_status)  # the other processes may wait for this one; `spawn` ends them
+        os._exit(known.exit_status)  # at once: other processes may wait for this one
 
 
 def _free_port() -> int:

@@ -29,7 +29,7 @@ class NamingMapper:
     """A dataset mapper whose errors name the image file.
 
     Args:
-        mapper: from a detectron2 dataset dict to a model input.
+        mapper: maps a detectron2 dataset dict to a model input.
         masks: whether the model is trained on masks.
     """
 
@@ -41,10 +41,9 @@ class NamingMapper:
         """Maps one example.
 
         Raises:
-            DataError: an image cannot be read, is one that `check_image_file` refuses or of
-                another size than annotated, or there are boxes without masks for a model that is
-                trained on masks; names the file and the reason. Other errors of the mapper are its
-                own; the file is logged.
+            DataError: an image cannot be read, is refused by `check_image_file` or has another size
+                than annotated, or objects lack the masks that the model is trained on; names the
+                file and the reason. For other errors of the mapper, the file is logged.
         """
         images = [dataset_dict[k] for k in ("file_name", "sem_seg_file_name") if k in dataset_dict]
         for image in images:
@@ -53,18 +52,18 @@ class NamingMapper:
         try:
             mapped = self._mapper(dataset_dict)
         except SizeMismatchError:
-            read_annotated(dataset_dict)  # says more
+            read_annotated(dataset_dict)  # has a clearer message
             raise
         except Exception:
             for image in images:
-                read_rgb(image)  # raises where it is the file that is broken
+                read_rgb(image)  # raises if the file is broken
             logger.error("the dataset mapper failed on %s", shown(name))
             raise
         instances: Any = mapped.get("instances", ()) if self._masks else ()
         if len(instances) and not instances.has("gt_masks"):
             raise DataError(
-                f"the objects of {name} have boxes and no masks "
-                "(`segmentation`), and MODEL.MASK_ON is True; set it to False to train on boxes"
+                f"the objects of {name} have boxes and no masks (`segmentation`), but "
+                "MODEL.MASK_ON is True; set it to False to train on boxes"
             )
         return mapped
 
@@ -72,15 +71,14 @@ class NamingMapper:
 def build_train_loader(cfg: CfgNode) -> Iterable:
     """detectron2's training loader for DATASETS.TRAIN.
 
-    Its batches are what goes through the model at once: with SOLVER.ACCUMULATE_STEPS, parts.
+    With SOLVER.ACCUMULATE_STEPS its batches are the parts.
 
     Args:
-        cfg: of `prepare`, which sets what a model with keypoints needs to know of the data.
+        cfg: as returned by `prepare`, which registers data sets and their keypoints.
 
     Raises:
-        DataError: proposal files would run code; later, for images that cannot be read, when their
-            turn comes.
-        ConfigError: DATASETS.TRAIN is empty, or the data have more classes than the model.
+        DataError: proposal files would run code; while iterating, an image cannot be read.
+        ConfigError: DATASETS.TRAIN is empty, or the data has more classes than the model.
     """
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set to train on")
@@ -95,7 +93,7 @@ def build_train_loader(cfg: CfgNode) -> Iterable:
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     """detectron2's test loader for one data set; see `build_train_loader`."""
     check_proposals(cfg)
-    # without annotations, keypoints are not mapped, and those of DATASETS.TRAIN not needed
+    # the mapper would look up the keypoints of DATASETS.TRAIN, which an evaluation may not have
     boxes = cfg.clone()
     boxes.defrost()
     boxes.MODEL.KEYPOINT_ON = False
@@ -107,10 +105,10 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
 
 
 def check_proposals(cfg: CfgNode) -> None:
-    """Proposal files, which detectron2 unpickles, hold arrays and nothing that would run code.
+    """Checks that proposal files, which detectron2 unpickles, run no code.
 
     Raises:
-        DataError: one cannot be read, or is more than a pickle of lists and numeric arrays.
+        DataError: a file cannot be read, or holds more than lists and numeric arrays.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:
         return

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.json"
 LAST_CHECKPOINT = "last_checkpoint"
 _CHECKPOINTS = ("model_[0-9]*.pth", "model_final.pth", "model_best.pth")
-# What a second run would append to or mix with; config.yaml, log.txt and inference/ are rewritten
-# or appended to by every run, evaluations included.
+# Files that belong to one run; every run, evaluations included, rewrites config.yaml and inference/
+# and appends to log.txt.
 _RUN = (
     METRICS,
     LAST_CHECKPOINT,
@@ -34,10 +34,10 @@ _reserved: set[Path] = set()
 
 
 def make_output_dir(output_dir: str) -> None:
-    """Makes the folder, in which detectron2 opens files at once.
+    """Makes the folder and checks that files can be written there.
 
     Raises:
-        ConfigError: it cannot be made, or no file can be written there.
+        ConfigError: it cannot be made or written to.
     """
     try:
         PathManager.mkdirs(output_dir)
@@ -54,9 +54,9 @@ def make_output_dir(output_dir: str) -> None:
 
 @contextmanager
 def reserved(output_dir: Union[str, Path]) -> Iterator[None]:
-    """Keeps other processes from training in a folder, for as long as it is entered.
+    """Within it, no other process can train in the folder.
 
-    Within itself, for the same folder, it does nothing. A killed process reserves nothing.
+    Entering it again for the same folder is a no-op. The lock ends with the process.
 
     Raises:
         AlreadyLocked: another process trains there.
@@ -78,7 +78,7 @@ def reserved(output_dir: Union[str, Path]) -> Iterator[None]:
 
 
 def check_unused(output_dir: Union[str, Path]) -> None:
-    """A new run would append to the metrics of an earlier one and overwrite its checkpoints.
+    """Checks that the folder holds no run, as a new one would mix with its files.
 
     Raises:
         UserError: the folder holds metrics or checkpoints; names them.
@@ -86,14 +86,14 @@ def check_unused(output_dir: Union[str, Path]) -> None:
     names = _names_of_run(output_dir)
     if names:
         raise UserError(
-            f"OUTPUT_DIR {output_dir} holds a run ({names}): resume it by --resume (in Python "
-            "trainer.resume_or_load(resume=True)), choose another OUTPUT_DIR, or delete it by "
+            f"OUTPUT_DIR {output_dir} holds a run ({names}): resume it with --resume (in Python "
+            "trainer.resume_or_load(resume=True)), choose another OUTPUT_DIR, or delete it with "
             "--overwrite (in Python ws_detectron.engine.delete_run)"
         )
 
 
 def warn_of_start(output_dir: Union[str, Path]) -> None:
-    """Of a run that was to be resumed and starts anew, as it has saved no checkpoint."""
+    """Warns of a run that is to be resumed but has no checkpoint, so that it starts again."""
     names = _names_of_run(output_dir)
     if names:
         logger.warning(
@@ -107,7 +107,7 @@ def warn_of_start(output_dir: Union[str, Path]) -> None:
 def _names_of_run(output_dir: Union[str, Path]) -> str:
     found = _files(output_dir, (LAST_CHECKPOINT, *_CHECKPOINTS))
     metrics = Path(output_dir, METRICS)
-    if metrics.is_file() and metrics.stat().st_size:  # a `Trainer` that is made leaves an empty one
+    if metrics.is_file() and metrics.stat().st_size:  # making a `Trainer` writes an empty one
         found.insert(0, metrics)
     return ", ".join(path.name for path in found[:4]) + ", ..." * (len(found) > 4)
 
@@ -116,11 +116,11 @@ def delete_run(output_dir: Union[str, Path], keep: str = "") -> None:
     """Deletes metrics, checkpoints, TensorBoard events and record of the run in a folder.
 
     Args:
-        output_dir: of the run; other files in it stay.
-        keep: MODEL.WEIGHTS of the run to come.
+        output_dir: folder of the run; other files in it stay.
+        keep: MODEL.WEIGHTS of the next run.
 
     Raises:
-        UserError: `keep` is one of the files.
+        UserError: `keep` is one of these files.
     """
     paths = _files(output_dir, _RUN)
     for path in paths:
@@ -136,9 +136,9 @@ def delete_run(output_dir: Union[str, Path], keep: str = "") -> None:
 
 
 def end_last_line(path: Path) -> None:
-    """Ends a line that was being written when the process or its machine was killed.
+    """Ends a line that was cut off when the process was killed.
 
-    What is appended would become part of it, and be lost with it.
+    Otherwise the next line would be appended to it, and both would be unreadable.
     """
     if not path.is_file() or not path.stat().st_size:
         return

@@ -1,7 +1,7 @@
-"""From a config file and overrides to a config that is checked and scaled, once.
+"""Reads a config with its overrides, checks it and scales it, once.
 
-`load_config` reads it. `prepare` makes it ready: the tools call it before they start processes, and
-`Trainer` for whoever has not; what a config was prepared for stays with it.
+`load_config` reads it. `prepare` checks and scales it: the tools call it before they start
+processes, `Trainer` calls it for everybody else; a prepared config is not prepared again.
 """
 
 import difflib
@@ -37,15 +37,15 @@ from .scaling import scale_config
 
 logger = logging.getLogger(__name__)
 
-# What else yacs raises for values: it evaluates text as a Python literal
+# yacs evaluates text as Python literals, which raises these as well
 _MERGE_ERRORS = (TypeError, AttributeError, RecursionError, MemoryError, OverflowError)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """detectron2's config with MODEL.WS, a config file and overrides merged in, not frozen.
 
-    Registers the data sets of DATASETS.REGISTER and makes their paths absolute. Warns where an
-    override changes the batch alone.
+    Registers the data sets of DATASETS.REGISTER and makes their paths absolute. Warns if an
+    override changes the batch without LR and schedule.
 
     Args:
         config_file: a path, or the name of a config that comes with this package
@@ -54,8 +54,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
     Raises:
         UserError: the file is missing or not YAML.
-        ConfigError: the file asks for code to be run (see `yaml_files`), a key is unknown or its
-            value of the wrong type, or DATASETS.REGISTER cannot be.
+        ConfigError: the file would run code (see `yaml_files`), a key is unknown, a value has the
+            wrong type, or an entry of DATASETS.REGISTER is not valid.
     """
     cfg = get_cfg()
     add_ws_config(cfg)
@@ -68,19 +68,19 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         except (KeyError, ValueError, AssertionError) as error:
             raise ConfigError(_explain(cfg, error, f"config file {config_file}")) from error
         except _MERGE_ERRORS as error:
-            reason = str(error) or f"a value of it cannot be evaluated ({type(error).__name__})"
+            reason = str(error) or f"a value cannot be evaluated ({type(error).__name__})"
             raise UserError(f"config file {config_file} is not a YAML config: {reason}") from error
     batch = cfg.SOLVER.IMS_PER_BATCH
     if len(opts) % 2:
         raise ConfigError(
-            f"overrides are pairs of KEY VALUE; got an odd number of words: {' '.join(opts)}"
+            f"overrides are pairs of KEY VALUE; got an odd number of arguments: {' '.join(opts)}"
         )
     for key, value in zip(opts[::2], opts[1::2]):
         try:
             cfg.merge_from_list([key, value])
         except (KeyError, ValueError, AssertionError, *_MERGE_ERRORS) as error:
             raise ConfigError(_explain(cfg, error, f"override {key} {value}")) from error
-    check_integers(cfg, "the config")  # yacs evaluates text as well
+    check_integers(cfg, "the config")  # again, as yacs evaluates text
     if cfg.SOLVER.IMS_PER_BATCH != batch and os.environ.get("RANK", "0") == "0":
         _warn_of_other_batch(cfg, batch, opts[::2])
     cfg.DATASETS.REGISTER = register_coco_sets(cfg.DATASETS.REGISTER)
@@ -88,29 +88,29 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def _warn_of_other_batch(cfg: CfgNode, batch: int, overridden: Sequence[str]) -> None:
-    """Where LR and schedule are not scaled, or those of the command line are scaled as well."""
+    """Warns if LR and schedule are not scaled, or if overrides of them are."""
     asked, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_IMS_PER_BATCH
     given = [key for key in overridden if key in ("SOLVER.BASE_LR", "SOLVER.MAX_ITER")]
     if "SOLVER.REFERENCE_IMS_PER_BATCH" in overridden:
         return
     if reference == 0 and "SOLVER.BASE_LR" not in given:
         logger.warning(
-            f"SOLVER.IMS_PER_BATCH is {asked} in place of the config's {batch}, for which its LR "
-            f"and schedule are; to scale them, add SOLVER.REFERENCE_IMS_PER_BATCH {batch}"
+            f"SOLVER.IMS_PER_BATCH is {asked}, but LR and schedule of the config are for {batch}; "
+            f"to scale them, add SOLVER.REFERENCE_IMS_PER_BATCH {batch}"
         )
     elif reference not in (0, asked) and given:
         logger.warning(
-            f"{' and '.join(given)}: taken as meant for {reference} images, the config's "
-            f"SOLVER.REFERENCE_IMS_PER_BATCH, and scaled to {asked}; to take them as they are, add "
+            f"{' and '.join(given)}: scaled from {reference} images, the config's "
+            f"SOLVER.REFERENCE_IMS_PER_BATCH, to {asked}; to use them unscaled, add "
             f"SOLVER.REFERENCE_IMS_PER_BATCH {asked}"
         )
 
 
 def find_config(config_file: str) -> str:
-    """The path of a config file: itself, or that of the package's config of this name.
+    """The path of a config file, given as a path or as the name of a packaged config.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is no such file or config.
     """
     if Path(config_file).is_file():
         return config_file
@@ -118,7 +118,7 @@ def find_config(config_file: str) -> str:
 
 
 def _explain(cfg: CfgNode, error: Exception, where: str) -> str:
-    """The error's own text, and for an unknown key the names that look like it."""
+    """The error's own text, and for an unknown key similar names."""
     text = " ".join(str(error.args[0] if error.args else error).split())
     if len(text) > 400:  # yacs prints whole nodes; the key is at the end
         text = f"{text[:200]} … {text[-150:]}"
@@ -145,14 +145,14 @@ def as_flat_dict(node: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 class Prepared(NamedTuple):
-    """What `prepare` was asked for and has found, kept with the config that it returns.
+    """Arguments and results of `prepare`, kept with the config that it returns.
 
     Attributes:
-        config: a copy, from which a config that was changed since is told.
-        purpose: of `prepare`.
-        world_size: of `prepare`.
-        annotations: data set -> a fixed copy of its file.
-        keypoints: data set -> its keypoints.
+        config: a copy, to detect later changes of the config.
+        purpose: argument of `prepare`.
+        world_size: argument of `prepare`.
+        annotations: data set -> path of the fixed copy of its file.
+        keypoints: data set -> names of its keypoints.
     """
 
     config: CfgNode
@@ -162,7 +162,7 @@ class Prepared(NamedTuple):
     keypoints: dict[str, list[str]]
 
 
-_KEPT_AS = "prepared"
+_ATTRIBUTE = "prepared"
 
 
 def prepare(
@@ -170,33 +170,33 @@ def prepare(
 ) -> CfgNode:
     """Registers the data sets of a config, checks it and scales it; every process must call it.
 
-    Annotation files are read by the main process. A config that comes from here, also through a
-    pickle, is not checked again: in a process that knows nothing of its data sets they are
-    registered. One that was changed in between is prepared anew, which does no harm.
+    The main process reads annotation files. A prepared config, also one that was pickled, is not
+    checked again; only its data sets are registered in this process. If it was changed since, it
+    is prepared again.
 
     Args:
-        cfg: left as it is.
-        purpose: what follows.
-        world_size: processes in the job to come; None for those of this job.
+        cfg: not modified.
+        purpose: what the config is used for.
+        world_size: processes of the job that will run; None for those of this job.
 
     Returns:
-        The config that runs, frozen if `cfg` is. Its `dump` holds nothing of this.
+        The scaled config, frozen if `cfg` is.
 
     Raises:
-        UserError: with one message that names key or path, what was found and what is allowed.
+        UserError: one message that names key or path, what was found and what is allowed.
     """
     world_size = world_size or comm.get_world_size()
     register_coco_sets(cfg.DATASETS.get("REGISTER"))
-    prepared: Optional[Prepared] = cfg.__dict__.get(_KEPT_AS)
+    prepared: Optional[Prepared] = cfg.__dict__.get(_ATTRIBUTE)
     if prepared is None or prepared[:3] != (cfg, purpose, world_size):
         prepared = _prepare(cfg, purpose, world_size)
         cfg = prepared.config.clone()
-        cfg.__dict__[_KEPT_AS] = prepared  # beside the keys, as yacs keeps whether it is frozen
+        cfg.__dict__[_ATTRIBUTE] = prepared  # not a key; yacs stores whether it is frozen likewise
     use_annotations(prepared.annotations)
     for name, keypoints in prepared.keypoints.items():
         if MetadataCatalog.get(name).get("keypoint_names") is None:
             MetadataCatalog.get(name).keypoint_names = keypoints
-        keypoint_names(name)  # sets what a flip exchanges
+        keypoint_names(name)  # sets keypoint_flip_map
     return cfg
 
 
@@ -210,7 +210,7 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
         check_batch(cfg, world_size)
     check_registered(cfg)
     cfg = scale_config(cfg, world_size).clone()
-    cfg.__dict__.pop(_KEPT_AS, None)
+    cfg.__dict__.pop(_ATTRIBUTE, None)
     annotations, keypoints = {}, {}
     if comm.is_main_process():
         if train:

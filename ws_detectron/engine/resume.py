@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class ConfigState:
-    """The config as a part of checkpoints, so that a resumed run can log what has changed since.
+    """Saves the config in checkpoints, so that a resumed run can log what has changed.
 
     Args:
-        cfg: that of the run, scaled.
+        cfg: the scaled config of the run.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -29,8 +29,8 @@ class ConfigState:
         return as_flat_dict(self._cfg)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Logs what differs; the present config stays. A key that one of them lacks is new or gone
-        with a version of detectron2, and left out."""
+        """Logs the differences; the current config stays. Keys that one of them lacks are skipped,
+        as they come with another version of detectron2."""
         self.was_loaded = True
         changes = [
             str(Change(key, state[key], value))
@@ -46,7 +46,7 @@ class ConfigState:
 
 
 def hyperparameters(trainer: DefaultTrainer) -> list[dict[str, Any]]:
-    """LR, momentum, weight decay, ... of each group of the optimizer's parameters."""
+    """LR, momentum, weight decay, ... of each parameter group of the optimizer."""
     groups = trainer.optimizer.param_groups
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
@@ -54,35 +54,35 @@ def hyperparameters(trainer: DefaultTrainer) -> list[dict[str, Any]]:
 def follow_config(
     trainer: DefaultTrainer, configured: list[dict[str, Any]], config_state: ConfigState
 ) -> None:
-    """Sets optimizer and scheduler, whose states were loaded, to the values of the config.
+    """Resets optimizer and scheduler of a resumed trainer to the values of the config.
 
-    A scheduler that is not detectron2's keeps its state, and with it its LR.
+    A scheduler that is not detectron2's keeps its state, including the LR.
 
     Args:
-        trainer: resumed.
-        configured: its `hyperparameters` before that.
-        config_state: of the checkpoint.
+        trainer: a trainer that has loaded a checkpoint.
+        configured: its `hyperparameters` before the checkpoint was loaded.
+        config_state: the config in the checkpoint.
     """
     groups, scheduler = trainer.optimizer.param_groups, trainer.scheduler
     if not isinstance(scheduler, LRMultiplier):
         for group, values in zip(groups, configured):
             group.update({k: v for k, v in values.items() if k not in ("lr", "initial_lr")})
         logger.warning(
-            "LR and schedule are those of the checkpoint, whatever the config says: %s keeps them",
+            "LR and schedule are those of the checkpoint, not of the config: %s keeps them",
             type(scheduler).__name__,
         )
         return
     base_lrs = [values["initial_lr"] for values in configured]
     if scheduler.base_lrs != base_lrs and not config_state.was_loaded:
         logger.warning(
-            "The checkpoint, which does not hold its config, is of a run with BASE_LR %g; "
-            "this one resumes with that of the config, %g",
+            "The checkpoint comes from a run with BASE_LR %g; this run uses the BASE_LR of its "
+            "config, %g",
             scheduler.base_lrs[0],
             base_lrs[0],
         )
     for group, values in zip(groups, configured):
         group.update(values)
     scheduler.base_lrs = base_lrs
-    if trainer.start_iter < trainer.max_iter:  # there is no LR behind the end of the schedule
+    if trainer.start_iter < trainer.max_iter:  # the schedule has no LR after its end
         for group, lr in zip(groups, scheduler.get_lr()):
             group["lr"] = lr

@@ -1,4 +1,4 @@
-"""One run: what the tools start, and what each process of it does."""
+"""One run: how the tools start it, and what each of its processes does."""
 
 import argparse
 import os
@@ -24,12 +24,12 @@ from .trainer import Trainer
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> Any:
-    """`run` in as many processes as `args` ask for, or as torchrun has started."""
+    """Starts `run` in the number of processes that `args` or torchrun ask for."""
     if not started_by_torchrun():
         overwrite = _overwrites(args)
         make_output_dir(cfg.OUTPUT_DIR)
         if not (args.eval_only or args.resume or overwrite):
-            check_unused(cfg.OUTPUT_DIR)  # before data are read
+            check_unused(cfg.OUTPUT_DIR)  # before data is read
         _set_up_log(cfg, args)
     return start(run, cfg, args, _purpose(args), args=(args,))
 
@@ -37,29 +37,29 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> Any:
 def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     """Trains, or with `args.eval_only` evaluates, and checks TEST.EXPECTED_RESULTS.
 
-    What is written to OUTPUT_DIR/config.yaml is the config scaled to the batch and to the number of
-    processes, the one that runs. An evaluation writes its own and its log.txt beside its results,
-    in OUTPUT_DIR/inference: OUTPUT_DIR is often that of the training, whose files stay.
+    OUTPUT_DIR/config.yaml gets the config as it runs, scaled to the batch and to the number of
+    processes. An evaluation writes config.yaml and log.txt to OUTPUT_DIR/inference instead, to keep
+    those of a training in OUTPUT_DIR.
 
     Args:
         cfg: a merged config.
-        args: with `eval_only`, `resume` and `config_file`, as detectron2's argument parser gives
-            them, and `overwrite`, where a run in OUTPUT_DIR is to be deleted first.
+        args: with `eval_only`, `resume` and `config_file` of detectron2's argument parser, and
+            optionally `overwrite`, which deletes a run in OUTPUT_DIR first.
 
     Returns:
-        The results of the last evaluation on the main process; None of a run that was finished.
+        The results of the last evaluation, on the main process; None if the run was already
+        finished.
 
     Raises:
         UserError: weights, data or config cannot work, training diverged, OUTPUT_DIR holds a run
             and neither `resume` nor `overwrite` is set, or another process trains there.
-        SystemExit: status 1, where a result is not the expected one.
+        SystemExit: status 1, if a result is not the expected one.
     """
     overwrite = _overwrites(args)
     make_output_dir(cfg.OUTPUT_DIR)
     try:
         if args.eval_only or not comm.is_main_process():
             return _run(cfg, args)
-        # before anything is written there
         with reserved(cfg.OUTPUT_DIR):
             if overwrite:
                 delete_run(cfg.OUTPUT_DIR, keep=cfg.MODEL.WEIGHTS)
@@ -89,7 +89,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     default_setup(set_up, args)
     if not args.eval_only:
         resumes = args.resume and bool(earlier) and comm.is_main_process()
-        if resumes:  # it says what ran; this config has not, and may be refused
+        if resumes:  # restores the config of the last start until this one is known to work
             write_text(written, earlier)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
@@ -106,7 +106,7 @@ def _overwrites(args: argparse.Namespace) -> bool:
     overwrite: bool = getattr(args, "overwrite", False)
     if overwrite and (args.resume or args.eval_only):
         raise UserError(
-            f"--overwrite cannot be with {'--resume' if args.resume else '--eval-only'}"
+            f"--overwrite cannot be combined with {'--resume' if args.resume else '--eval-only'}"
         )
     return overwrite
 
@@ -120,6 +120,6 @@ def _log_folder(cfg: CfgNode, args: argparse.Namespace) -> str:
 
 
 def _set_up_log(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """The log of this package, beside those of detectron2 that `default_setup` sets up."""
+    """Sets up the logger of this package; `default_setup` sets up detectron2's."""
     folder = _log_folder(cfg, args)
     setup_logger(folder, distributed_rank=comm.get_rank(), name="ws_detectron")

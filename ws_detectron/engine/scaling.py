@@ -1,7 +1,7 @@
-"""LR and schedule scaled to the batch and to the number of processes, by the linear rule.
+"""Scales LR and schedule to the batch and to the number of processes, by the linear rule.
 
-Source of the rule: Goyal et al., "Accurate, Large Minibatch SGD" (arXiv:1706.02677): with k times
-the images per step, k times the LR and a k-th of the iterations, so that a run sees as many images.
+Source: Goyal et al., "Accurate, Large Minibatch SGD" (arXiv:1706.02677): k times the images per
+step need k times the LR and 1/k of the iterations, so that a run sees as many images as before.
 """
 
 import logging
@@ -14,7 +14,7 @@ from detectron2.engine import DefaultTrainer
 
 logger = logging.getLogger(__name__)
 
-# numbers of iterations: all become fewer with a larger batch
+# numbers of iterations, which decrease with a larger batch
 ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD")
 PERIODS = ("TEST.EVAL_PERIOD", "TEST.PRECISE_BN.NUM_ITER")
 
@@ -32,18 +32,17 @@ class Change:
 
 
 def scale_config(cfg: CfgNode, world_size: int) -> CfgNode:
-    """The config for the batch that it asks for, on this many processes.
+    """Scales a config to its batch and to the number of processes.
 
-    First the batch: where SOLVER.REFERENCE_IMS_PER_BATCH is neither 0 nor SOLVER.IMS_PER_BATCH,
-    LR and schedule are for the former and are scaled to the latter; what changed is logged. Then
-    the processes: detectron2's own `auto_scale_workers`, which SOLVER.REFERENCE_WORLD_SIZE
-    controls.
+    First to the batch: unless SOLVER.REFERENCE_IMS_PER_BATCH is 0 or equals SOLVER.IMS_PER_BATCH,
+    LR and schedule are scaled from the former to the latter, and the changes are logged. Then to
+    the processes: by detectron2's `auto_scale_workers`, which SOLVER.REFERENCE_WORLD_SIZE controls.
 
-    Both references become what they were scaled to, so scaling twice does no harm, and a run's
-    `config.yaml` can be run again.
+    Both references are updated, so scaling again is a no-op, and a run's `config.yaml` can be run
+    again.
 
     Args:
-        cfg: left as it is.
+        cfg: not modified.
         world_size: processes in the job.
     """
     scaled, changes = scale_to_batch(cfg)
@@ -71,17 +70,17 @@ def scale_to_batch(cfg: CfgNode) -> tuple[CfgNode, list[Change]]:
     ===========================================  ==================================
 
     Args:
-        cfg: left as it is.
+        cfg: not modified.
 
     Returns:
-        The scaled config, or `cfg` itself where nothing is to be scaled, and what changed.
+        The scaled config, or `cfg` itself if there is nothing to scale, and the changes.
     """
     batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_IMS_PER_BATCH
     if reference in (0, batch):
         return cfg, []
 
     def fewer(iterations: int) -> int:
-        # 0 means "never" for a period and "at once" for a warm-up, and stays
+        # 0 stays 0: no period, no warm-up
         return max(1, round(iterations * reference / batch)) if iterations else 0
 
     values: dict[str, Any] = {"SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * batch / reference}
@@ -96,8 +95,8 @@ def scale_to_batch(cfg: CfgNode) -> tuple[CfgNode, list[Change]]:
 
 
 def before_end(steps: Sequence[int], iterations: int) -> tuple[int, ...]:
-    """The milestones that a schedule reaches; one at its very end, where rounding may bring it, is
-    refused by detectron2."""
+    """The milestones before the end of a schedule; detectron2 refuses others, which rounding can
+    produce."""
     return tuple(step for step in steps if step < iterations)
 
 
@@ -112,7 +111,7 @@ def _changed(cfg: CfgNode, values: dict[str, Any]) -> CfgNode:
     """A copy with other values, frozen if `cfg` is."""
     changed = cfg.clone()
     changed.defrost()
-    changed.merge_from_list([word for pair in values.items() for word in pair])
+    changed.merge_from_list([item for pair in values.items() for item in pair])
     if cfg.is_frozen():
         changed.freeze()
     return changed

@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 EVALUATOR_FILES = ("coco_instances_results.json", "instances_predictions.pth")
 
-# What cannot be fetched, and what optimizers, schedulers and hooks raise for a state that is not
-# theirs. Errors of torch and CUDA, such as memory that runs out, are RuntimeErrors.
+# For files that cannot be fetched, and for states that an optimizer, scheduler or hook cannot load.
+# RuntimeError is not among them: torch and CUDA raise it, for example when memory runs out.
 _FETCHING_ERRORS: tuple[type[Exception], ...] = (AssertionError, OSError)
 _STATE_ERRORS = (*_FETCHING_ERRORS, AttributeError, LookupError, TypeError, ValueError)
 
@@ -56,10 +56,10 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: a merged config; `prepare` checks it and scales it to the batch and to the number of
-            processes, unless it has done so before.
+            processes, unless this is done already.
 
     Raises:
-        UserError: of `prepare`.
+        UserError: see `prepare`.
     """
 
     iter: int
@@ -74,8 +74,8 @@ class Trainer(DefaultTrainer):
         cfg = prepare(cfg)
         self._resumes = False
 
-        # As DefaultTrainer's constructor, which takes neither another checkpointer nor a model on
-        # several CPU processes, for which `device_ids` must be None.
+        # As in DefaultTrainer's constructor, which allows no other checkpointer, and sets
+        # `device_ids`, which must be None for several CPU processes.
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -88,7 +88,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = WSCheckpointer(
             model,
             cfg.OUTPUT_DIR,
-            config=self._config_state,  # the first to be loaded: it explains what fails then
+            config=self._config_state,  # loaded first: it logs what may make the others fail
             trainer=weakref.proxy(self),
             **state_beside_the_trainer(self),
         )
@@ -99,12 +99,12 @@ class Trainer(DefaultTrainer):
         """Loads the last checkpoint of OUTPUT_DIR (`resume`) or MODEL.WEIGHTS.
 
         A resumed run follows the config: LR, schedule, momentum and weight decay are those of
-        `cfg`, not those in the checkpoint's optimizer, and what has changed is logged. A scheduler
-        that is not detectron2's keeps its state, and with it its LR.
+        `cfg`, not those of the checkpoint, and changes are logged. A scheduler that is not
+        detectron2's keeps its state, including the LR.
 
         Raises:
-            ConfigError: MODEL.WEIGHTS cannot be fetched or read, or the optimizer of the checkpoint
-                is another one.
+            ConfigError: MODEL.WEIGHTS cannot be fetched or read, or the checkpoint has another
+                optimizer.
             WeightsError: the weights do not fit the model.
         """
         self._resumes = resume
@@ -123,28 +123,28 @@ class Trainer(DefaultTrainer):
             follow_config(self, configured, self._config_state)
 
     def is_finished(self) -> bool:
-        """Whether the run that was resumed has trained to SOLVER.MAX_ITER and was evaluated.
+        """Whether the resumed run has trained to SOLVER.MAX_ITER and was evaluated.
 
         Every process must call it.
 
         Raises:
-            ConfigError: it has trained further than that.
+            ConfigError: it has trained beyond SOLVER.MAX_ITER.
         """
         if self.start_iter > self.max_iter:
             raise ConfigError(
                 f"SOLVER.MAX_ITER is {self.max_iter}, but the run in OUTPUT_DIR "
-                f"{self.cfg.OUTPUT_DIR} has done {self.start_iter} iterations; set it to more to "
-                "train on, or choose another OUTPUT_DIR"
+                f"{self.cfg.OUTPUT_DIR} has done {self.start_iter} iterations; raise it to "
+                "continue, or choose another OUTPUT_DIR"
             )
         if self.start_iter == 0 or self.start_iter < self.max_iter:
             return False
-        # all as the first, whose record it is
+        # the main process decides, as it writes the record
         return comm.all_gather(recorded_iterations(self.cfg.OUTPUT_DIR) == self.max_iter)[0]
 
     def train(self) -> Any:
         """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation.
 
-        A run that is finished is left as it is, and None returned.
+        A finished run is not changed, and None is returned.
 
         Raises:
             UserError: another process trains in OUTPUT_DIR, or it holds a run that
@@ -153,7 +153,7 @@ class Trainer(DefaultTrainer):
         """
         if self.is_finished():
             logger.info(
-                "The run in %s is finished: %d of %d iterations. To train on, raise "
+                "The run in %s is finished: %d of %d iterations. To continue, raise "
                 "SOLVER.MAX_ITER",
                 self.cfg.OUTPUT_DIR,
                 self.start_iter,
@@ -169,14 +169,14 @@ class Trainer(DefaultTrainer):
                     (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
                 end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
                 super().train()
-        # detectron2 returns it only where TEST.EXPECTED_RESULTS are to be checked
+        # detectron2 returns it only with TEST.EXPECTED_RESULTS
         return getattr(self, "_last_eval_results", None)
 
     def run_step(self) -> None:
         """One optimizer step.
 
         Raises:
-            DivergedError: the loss became infinite or NaN; says at which iteration and which loss.
+            DivergedError: a loss became infinite or NaN; names iteration and loss.
         """
         with self._explained_divergence():
             if self.cfg.SOLVER.ACCUMULATE_STEPS > 1:
@@ -186,16 +186,16 @@ class Trainer(DefaultTrainer):
                 super().run_step()
 
     def after_step(self) -> None:
-        """The hooks; PreciseBN runs the model in training mode, where it may find the divergence.
+        """Runs the hooks; PreciseBN runs the model in training mode, where divergence can show.
 
         Raises:
-            DivergedError: as `run_step`.
+            DivergedError: see `run_step`.
         """
         with self._explained_divergence():
             super().after_step()
 
     def after_train(self) -> None:
-        """The hooks; without an iteration to do, detectron2 counts one nevertheless."""
+        """Runs the hooks; detectron2 counts one iteration even if there was none to do."""
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
 
@@ -207,12 +207,12 @@ class Trainer(DefaultTrainer):
             raise DivergedError(explain_divergence(str(error), self.iter)) from error
 
     def build_hooks(self) -> list[Optional[HookBase]]:
-        """detectron2's hooks and ours: statistics of BN shared, the best checkpoint, a record."""
+        """detectron2's hooks, and `SharedStatistics`, `BestCheckpoint` and `RunRecord`."""
         hooks = super().build_hooks()
-        for place, hook in enumerate(hooks):
+        for index, hook in enumerate(hooks):
             if isinstance(hook, PreciseBN):
                 shared = SharedStatistics(self.model, self.cfg.TEST.EVAL_PERIOD)
-                hooks.insert(place + 1, shared)
+                hooks.insert(index + 1, shared)
                 break
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             metric = "segm/AP" if self.cfg.MODEL.MASK_ON else "bbox/AP"
@@ -227,10 +227,10 @@ class Trainer(DefaultTrainer):
         return hooks
 
     def build_writers(self) -> list[EventWriter]:
-        """detectron2's writers, without TensorBoard's where that cannot be imported."""
+        """detectron2's writers, without TensorBoard's if it cannot be imported."""
         try:
             import torch.utils.tensorboard  # noqa: F401
-        except Exception as error:  # other versions of NumPy or protobuf than it needs raise any
+        except Exception as error:  # with the wrong NumPy or protobuf, any error is possible
             logger.warning(
                 "No TensorBoard events are written: %s (pip install tensorboard)",
                 _first_line(error),
@@ -244,8 +244,8 @@ class Trainer(DefaultTrainer):
         """The model of `cfg`.
 
         Raises:
-            ConfigError: a name is not registered, or a builder refuses a key of the config; other
-                errors of a builder are its own.
+            ConfigError: a name is not registered, or a builder refuses a key of the config; its
+                other errors are raised unchanged.
         """
         try:
             return super().build_model(cfg)
@@ -265,9 +265,9 @@ class Trainer(DefaultTrainer):
         """Evaluates a folded copy of `model` on every set of DATASETS.TEST.
 
         Args:
-            cfg: DATASETS.TEST, TEST and OUTPUT_DIR are read.
-            model: in training or evaluation mode; it is left as it was.
-            evaluators: one for each set; `build_evaluator` makes them by default.
+            cfg: DATASETS.TEST, TEST and OUTPUT_DIR are used.
+            model: in training or evaluation mode; not modified.
+            evaluators: one for each set; by default those of `build_evaluator`.
 
         Returns:
             Task -> metric -> value, or data set -> task -> metric -> value for several sets; empty
@@ -275,7 +275,7 @@ class Trainer(DefaultTrainer):
         """
         results = super().test(cfg, folded_copy(model), evaluators)
         if comm.is_main_process():
-            # Without any prediction, detectron2 reports no masks and then fails to look them up.
+            # without any prediction, detectron2 has no mask metrics and then fails to look them up
             for task, *_ in cfg.TEST.EXPECTED_RESULTS:
                 results.setdefault(task, {})
         return results
@@ -296,10 +296,10 @@ class Trainer(DefaultTrainer):
             ConfigError: the data set is not in COCO format.
             UserError: a result would overwrite the annotations or MODEL.WEIGHTS.
         """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-        if kind not in ("coco", "coco_panoptic_seg"):
+        evaluator = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        if evaluator not in ("coco", "coco_panoptic_seg"):
             raise ConfigError(
-                f"DATASETS.TEST names {dataset_name!r}, which wants the evaluator {kind!r}; "
+                f"DATASETS.TEST names {dataset_name!r}, which needs the evaluator {evaluator!r}; "
                 "allowed: data sets in COCO format"
             )
         folder = f"{cfg.OUTPUT_DIR}/inference"
@@ -316,11 +316,11 @@ class Trainer(DefaultTrainer):
 
 
 def explain_divergence(message: str, iteration: int) -> str:
-    """One sentence from detectron2's FloatingPointError: when, which losses, what to do.
+    """One sentence from detectron2's FloatingPointError: iteration, losses, remedy.
 
     Args:
-        message: detectron2's text, with `loss_dict = {...}` where it knows the losses.
-        iteration: the iteration that was running.
+        message: detectron2's text, with `loss_dict = {...}` if it knows the losses.
+        iteration: the current iteration.
     """
     number = r"(?:np\.\w+\()?(nan|-?inf)"
     losses = [f"{name} is {value}" for name, value in re.findall(rf"'(\w+)': {number}", message)]

@@ -17,7 +17,7 @@ from ws_detectron.errors import find_user_error
 
 @functools.cache
 def has_compiled_ops() -> bool:
-    """Whether detectron2's C++ ops are there; the fast COCO evaluator needs them."""
+    """Whether detectron2's C++ ops are built; the fast COCO evaluator needs them."""
     try:
         from detectron2 import _C
 
@@ -29,9 +29,9 @@ def has_compiled_ops() -> bool:
 def with_norms(cfg: CfgNode, norms: Mapping[str, object]) -> CfgNode:
     """A copy of `cfg` with functions in place of norm names, for detectron2's builders.
 
-    In 0.5, 0.6 and the main branch alike, the builders of ResNet, FPN and RetinaNet take the norm
-    from the config alone and hand it to layers that accept a function as well as a name. A config
-    node refuses functions as attributes; its items are not checked.
+    In all versions, the builders of ResNet, FPN and RetinaNet read the norm from the config alone
+    and pass it to layers that accept a function as well as a name. A config node refuses functions
+    as attributes; its items are not checked.
 
     Args:
         cfg: may be frozen.
@@ -47,8 +47,7 @@ def with_norms(cfg: CfgNode, norms: Mapping[str, object]) -> CfgNode:
 def create_local_process_group(processes_per_machine: int) -> None:
     """Tells `detectron2.utils.comm` which processes share this machine.
 
-    The main branch has a function for it; in 0.5 and 0.6 it is a variable that their `launch`
-    sets.
+    The main branch has a function for it; in 0.5 and 0.6 `launch` sets a variable.
 
     Args:
         processes_per_machine: the same number on every machine.
@@ -64,11 +63,11 @@ def create_local_process_group(processes_per_machine: int) -> None:
 
 
 def state_beside_the_trainer(trainer: DefaultTrainer) -> dict[str, Any]:
-    """What a checkpoint must hold besides the trainer's own state, by name.
+    """Name -> what a checkpoint must save besides the trainer's own state.
 
-    In 0.5 a `DefaultTrainer` does not save the training loop inside it, and with that the momentum
-    of the optimizer and the loss scale of AMP; a resumed run would start them anew. From 0.6 on it
-    has a `state_dict` of its own.
+    In 0.5 a `DefaultTrainer` does not save its training loop, which holds the momentum of the
+    optimizer and the loss scale of AMP; a resumed run would reset them. From 0.6 on its
+    `state_dict` includes them.
     """
     saves_all = "state_dict" in vars(DefaultTrainer)
     return {} if saves_all else {"training_loop": trainer._trainer}
@@ -78,8 +77,8 @@ def state_beside_the_trainer(trainer: DefaultTrainer) -> dict[str, Any]:
 def user_errors_unlogged() -> Iterator[None]:
     """Within it, detectron2's training loop logs no traceback of a user error.
 
-    In all versions it logs what ends a training, and the message of a user error is printed at the
-    end. A FloatingPointError is divergence; the main branch logs it as soon as it is raised.
+    The loop logs every exception, but the tools print user errors as one message. A
+    FloatingPointError is divergence; the main branch logs it as soon as it is raised.
     """
 
     def keep(record: logging.LogRecord) -> bool:
@@ -97,7 +96,7 @@ def user_errors_unlogged() -> Iterator[None]:
 
 
 def destroy_process_groups() -> None:
-    """Ends the threads of gloo, which only the last reference to a group does.
+    """Drops all references to process groups, which ends their gloo threads.
 
     In all versions `detectron2.utils.comm` keeps two. A thread that frees a tensor while Python
     shuts down aborts the process.
