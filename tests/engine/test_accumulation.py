@@ -211,6 +211,32 @@ def test_a_batch_that_makes_no_equal_parts_is_refused(tiny_cfg: CfgNode) -> None
         Trainer(tiny_cfg)
 
 
+def test_a_loader_that_gives_whole_batches_is_refused(tiny_cfg: CfgNode) -> None:
+    class Own(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg: CfgNode) -> list:
+            return [[{}] * 4] * 10
+
+    tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.ACCUMULATE_STEPS = 4, 2
+    with pytest.raises(ConfigError, match="gives 4 images at once, not 2; build it from"):
+        Own(tiny_cfg).train()
+
+
+def test_losses_of_shape_1_and_of_no_shape_are_added() -> None:
+    class Mixed(Squares):
+        def forward(self, batch: list[float]) -> dict[str, torch.Tensor]:
+            losses = super().forward(batch)
+            return {"a": losses["a"].reshape(1), "b": losses["b"]}
+
+    model = Mixed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loop = SimpleTrainer(model, [[2.0], [4.0]], optimizer)
+    loop.iter = 7
+    with EventStorage(7):
+        accumulated_step(loop, 2)
+    assert model.weight.item() == pytest.approx(1 + 16)  # as above
+
+
 def test_training_counts_optimizer_steps(tiny_cfg: CfgNode) -> None:
     """Two steps of two parts: two iterations in metrics and schedule, four batches in the model."""
     tiny_cfg.SOLVER.IMS_PER_BATCH = 4

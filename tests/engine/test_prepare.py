@@ -168,6 +168,18 @@ def test_what_was_changed_is_prepared_again(tiny_cfg: CfgNode, validated: list[s
     assert len(validated) == 5
 
 
+def test_an_evaluation_does_not_ask_for_a_batch_that_processes_can_share(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.REFERENCE_WORLD_SIZE = 1, 8
+    assert prepare(tiny_cfg, Purpose.EVALUATE).SOLVER.BASE_LR == tiny_cfg.SOLVER.BASE_LR
+    with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE, 8"):
+        prepare(tiny_cfg)
+
+
+def test_a_config_without_our_keys_names_the_call_that_adds_them() -> None:
+    with pytest.raises(ConfigError, match=r"call ws_detectron.add_ws_config\(cfg\) first"):
+        prepare(get_cfg())
+
+
 def test_a_written_config_has_detectron2s_keys_and_ours_alone(tiny_cfg: CfgNode) -> None:
     assert CfgNode.load_cfg(prepare(tiny_cfg).dump()).keys() == tiny_cfg.keys()
 
@@ -180,6 +192,39 @@ def test_a_run_validates_each_file_once(tiny_cfg: CfgNode, validated: list[str])
     args.eval_only = True
     run(tiny_cfg, args)
     assert validated == 2 * list(tiny_cfg.DATASETS.TRAIN)
+
+
+def test_each_run_reads_its_own_fixed_copy(keypoint_cfg: CfgNode, tmp_path: Path) -> None:
+    given = tmp_path / "annotations.json"
+    sound = json.loads(given.read_text())
+    broken = {**sound, "annotations": [{**a, "iscrowd": None} for a in sound["annotations"]]}
+    given.write_text(json.dumps(broken))
+    keypoint_cfg.DATASETS.REGISTER = [["mine", str(given), str(tmp_path / "images")]]
+    keypoint_cfg.DATASETS.TRAIN = keypoint_cfg.DATASETS.TEST = ("mine",)
+    try:
+        for run in ("one", "two"):
+            keypoint_cfg.OUTPUT_DIR = str(tmp_path / run)
+            found = prepare(keypoint_cfg)
+            copy = str(tmp_path / run / "annotations" / "mine.json")
+            assert MetadataCatalog.get("mine").json_file == copy
+            assert (
+                pickle.loads(pickle.dumps(found)).__dict__["prepared"].annotations["mine"] == copy
+            )
+        given.write_text(json.dumps(sound))
+        keypoint_cfg.SEED = 7
+        prepare(keypoint_cfg)
+        assert MetadataCatalog.get("mine").json_file == str(given)
+    finally:
+        DatasetCatalog.remove("mine")
+        MetadataCatalog.remove("mine")
+
+
+def test_a_depth_that_detectron2_does_not_have_is_refused(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.MODEL.RESNETS.DEPTH = 99
+    with pytest.raises(
+        ConfigError, match="MODEL.RESNETS.DEPTH is 99; allowed: 18, 34, 50, 101, 152"
+    ):
+        prepare(tiny_cfg)
 
 
 def test_another_process_registers_what_was_found(

@@ -71,6 +71,14 @@ def test_processes_come_after_the_batch() -> None:
     assert scaled.SOLVER.REFERENCE_WORLD_SIZE == 2
 
 
+def test_no_period_becomes_never_on_more_processes() -> None:
+    cfg = config(16, 16, world_size=1)
+    cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.WARMUP_ITERS = 1, 3, 0
+    scaled = scale_config(cfg, 8)
+    assert (scaled.TEST.EVAL_PERIOD, scaled.SOLVER.CHECKPOINT_PERIOD) == (1, 1)
+    assert scaled.SOLVER.WARMUP_ITERS == 0
+
+
 @pytest.mark.parametrize("world_size", [0, 8])
 def test_scaling_twice_is_scaling_once(world_size: int) -> None:
     once = scale_config(config(8, 16, world_size), 2)

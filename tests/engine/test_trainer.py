@@ -268,9 +268,13 @@ def test_divergence_that_a_hook_meets(tiny_cfg: CfgNode) -> None:
     trainer = Trainer(tiny_cfg)
     trainer.iter = 5
     hook = mock.Mock()
-    hook.after_step.side_effect = FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+    message = "Predicted boxes or scores contain Inf/NaN. Training has diverged."
+    hook.after_step.side_effect = FloatingPointError(message)
     trainer._hooks = [hook]
     with EventStorage(5) as trainer.storage, pytest.raises(DivergedError, match="iteration 5: Pre"):
+        trainer.after_step()
+    hook.after_step.side_effect = FloatingPointError("underflow encountered in true_divide")
+    with pytest.raises(FloatingPointError, match="underflow"):  # a bug, whose traceback helps
         trainer.after_step()
 
 

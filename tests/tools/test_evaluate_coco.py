@@ -47,9 +47,12 @@ def test_two_processes_give_the_metrics_of_one(
     one, two = tmp_path / "one", tmp_path / "two"
     options = [*OPTIONS, "MODEL.WEIGHTS", evaluation_files.weights]
     config = ["--config-file", QUICKSTART, "--output"]
-    result = run_tool(TOOL, *config, two, "--num-gpus", 2, *options)
+    # a set that only the config names
+    mine = ["mine", str(evaluation_files.annotations), str(evaluation_files.images)]
+    mine = ["DATASETS.REGISTER", [mine], "DATASETS.TEST", ("mine",)]
+    result = run_tool(TOOL, *config, two, "--num-gpus", 2, *options, *mine)
     assert result.returncode == 0, result.stderr + result.stdout
-    assert "coco_2017_val" in result.stdout and "box AP50" in result.stdout
+    assert "mine" in result.stdout and "box AP50" in result.stdout
     status, output, errors = call_tool(
         TOOL, *config, one, *options, "DATASETS.TEST", f"('{IN_PROCESS}',)"
     )

@@ -187,13 +187,13 @@ def check_coco_set(
         options: further options of `validate`.
 
     Returns:
-        Path of the copy, for `use_annotations`; None if the file needs no fix.
+        The file to read, for `use_annotations`; None if it is the one that is read already.
 
     Raises:
         DataError: the file cannot be read or has errors, or images are missing; lists them.
     """
     metadata = MetadataCatalog.get(name)
-    path = metadata.get("json_file")
+    path = metadata.get("given_json_file", metadata.get("json_file"))  # not an earlier copy
     custom_loader = not _loaded_by_detectron2(name)
     generated_later = metadata.get("scene_spec") is not None and not Path(path).is_file()
     if (
@@ -221,7 +221,7 @@ def check_coco_set(
     if root and "://" not in root and not custom_loader:
         _check_images(content["images"], root, path)
     if not validated.of(FIXED) and _is_utf8(local):
-        return None
+        return path if metadata.json_file != path else None
     copy = Path(folder, "annotations", f"{name}.json").absolute()
     refuse_overwrite(copy, [local])
     write_json(copy, content, indent=None)

@@ -30,6 +30,8 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ws_detectron.errors import ConfigError
+
 
 def part_of_batch(cfg: CfgNode) -> CfgNode:
     """The config of a loader that yields parts: IMS_PER_BATCH counts one part, on all processes.
@@ -48,7 +50,7 @@ def part_of_batch(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
+def accumulated_step(loop: SimpleTrainer, steps: int, images: Optional[int] = None) -> None:
     """One optimizer step from `steps` parts, each a batch of the loop's loader.
 
     The gradient is that of the mean of the parts' losses. Processes exchange it once, with the
@@ -64,8 +66,10 @@ def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
             of the main branch (`zero_grad_before_forward`, `after_backward`, `log_grad_scaler`,
             `async_write_metrics`) work as there.
         steps: at least 1.
+        images: of each part; None if they are not to be counted.
 
     Raises:
+        ConfigError: the loader gives more images at once.
         FloatingPointError: a loss is infinite or NaN.
     """
     model: nn.Module = loop.model
@@ -80,6 +84,12 @@ def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
         start = time.perf_counter()
         batch = next(loop._data_loader_iter)
         data_time += time.perf_counter() - start
+        if images is not None and isinstance(batch, list) and len(batch) > images:
+            raise ConfigError(
+                f"SOLVER.ACCUMULATE_STEPS is {steps}, and the training loader gives {len(batch)} "
+                f"images at once, not {images}; build it from "
+                "ws_detectron.engine.accumulation.part_of_batch(cfg)"
+            )
         with ExitStack() as during_part:
             if part < steps - 1:
                 during_part.enter_context(EventStorage(get_event_storage().iter))
@@ -87,7 +97,7 @@ def accumulated_step(loop: SimpleTrainer, steps: int) -> None:
                     during_part.enter_context(model.no_sync())
             with _autocast(loop, scaler):
                 shares = {name: loss / steps for name, loss in _named(model(batch)).items()}
-                total = torch.stack([*shares.values()]).sum()
+                total: Any = sum(shares.values())  # of shape () or (1,)
             if part == 0 and not zero_before_forward:
                 loop.optimizer.zero_grad()
             (scaler.scale(total) if scaler else total).backward()

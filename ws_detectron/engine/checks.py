@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ws_detectron.data import check_coco_set, keypoint_names, mirrored
 from ws_detectron.errors import ConfigError, UserError, shown
-from ws_detectron.modeling import stock_name
+from ws_detectron.modeling import REGISTRATIONS, stock_name
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,16 @@ def check_weights(cfg: CfgNode) -> None:
         )
 
 
+def check_depth(cfg: CfgNode) -> None:
+    """MODEL.RESNETS.DEPTH is one that detectron2's ResNet builders know."""
+    depth, depths = cfg.MODEL.RESNETS.DEPTH, (18, 34, 50, 101, 152)
+    backbone = stock_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
+    names = {row.stock for row in REGISTRATIONS if row.key == "MODEL.BACKBONE.NAME"}
+    if backbone in names and depth not in depths:
+        allowed = ", ".join(map(str, depths))
+        raise ConfigError(f"MODEL.RESNETS.DEPTH is {depth}; allowed: {allowed}")
+
+
 def check_batch(cfg: CfgNode, world_size: int) -> None:
     """Checks that processes, and the parts of each, divide SOLVER.IMS_PER_BATCH."""
     images, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -147,7 +157,8 @@ def check_datasets(key: str, names: Union[str, Sequence[str]], files: bool = Tru
         metadata = MetadataCatalog.get(name)
         if not files or metadata.get("scene_spec") is not None:  # made when it is first loaded
             continue
-        for path in (metadata.get("json_file"), metadata.get("image_root")):
+        annotations = metadata.get("given_json_file", metadata.get("json_file"))
+        for path in (annotations, metadata.get("image_root")):
             if path and not PathManager.exists(path):
                 root = os.environ.get("DETECTRON2_DATASETS", "not set, which means ./datasets")
                 remedy = (

@@ -26,6 +26,7 @@ from .checks import (
     check_annotations,
     check_batch,
     check_datasets,
+    check_depth,
     check_device,
     check_keypoints,
     check_registered,
@@ -187,8 +188,12 @@ def prepare(
     """
     world_size = world_size or comm.get_world_size()
     register_coco_sets(cfg.DATASETS.get("REGISTER"))
+    if "WS" not in cfg.MODEL:
+        raise ConfigError("the config has no MODEL.WS; call ws_detectron.add_ws_config(cfg) first")
     prepared: Optional[Prepared] = cfg.__dict__.get(_ATTRIBUTE)
-    if prepared is None or prepared[:3] != (cfg, purpose, world_size):
+    ready = prepared is not None and prepared[:3] == (cfg, purpose, world_size)
+    # One process that has changed its config prepares it together with all others.
+    if prepared is None or not all(comm.all_gather(ready)):
         prepared = _prepare(cfg, purpose, world_size)
         cfg = prepared.config.clone()
         cfg.__dict__[_ATTRIBUTE] = prepared  # not a key; yacs stores whether it is frozen likewise
@@ -204,12 +209,14 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
     train = purpose is Purpose.TRAIN
     check_device(cfg)
     check_weights(cfg)
+    check_depth(cfg)
     check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if train:
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
         check_batch(cfg, world_size)
     check_registered(cfg)
-    cfg = scale_config(cfg, world_size).clone()
+    # An evaluation does not read the batch, which need not suit its processes.
+    cfg = (scale_config(cfg, world_size) if train else cfg).clone()
     cfg.__dict__.pop(_ATTRIBUTE, None)
     annotations, keypoints = {}, {}
     if comm.is_main_process():

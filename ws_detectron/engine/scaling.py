@@ -53,7 +53,13 @@ def scale_config(cfg: CfgNode, world_size: int) -> CfgNode:
             cfg.SOLVER.REFERENCE_IMS_PER_BATCH,
             ", ".join(map(str, changes)),
         )
-    scaled = DefaultTrainer.auto_scale_workers(scaled, world_size)
+    for_one_batch, scaled = scaled, DefaultTrainer.auto_scale_workers(scaled, world_size)
+    # detectron2 rounds down to 0, which means "never"
+    gone = [
+        k for k in (*ITERATIONS, *PERIODS) if _value(for_one_batch, k) and not _value(scaled, k)
+    ]
+    if gone:
+        scaled = _changed(scaled, dict.fromkeys(gone, 1))
     if scaled.SOLVER.REFERENCE_IMS_PER_BATCH not in (0, scaled.SOLVER.IMS_PER_BATCH):
         scaled = _changed(scaled, {"SOLVER.REFERENCE_IMS_PER_BATCH": scaled.SOLVER.IMS_PER_BATCH})
     return scaled

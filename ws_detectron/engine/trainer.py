@@ -24,6 +24,7 @@ from ws_detectron.errors import ConfigError, DivergedError, UserError
 from ws_detectron.modeling import folded_copy
 from ws_detectron.utils.compat import (
     has_compiled_ops,
+    is_divergence,
     state_beside_the_trainer,
     user_errors_unlogged,
 )
@@ -181,7 +182,9 @@ class Trainer(DefaultTrainer):
         with self._explained_divergence():
             if self.cfg.SOLVER.ACCUMULATE_STEPS > 1:
                 self._trainer.iter = self.iter
-                accumulated_step(self._trainer, self.cfg.SOLVER.ACCUMULATE_STEPS)
+                steps = self.cfg.SOLVER.ACCUMULATE_STEPS
+                images = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // steps
+                accumulated_step(self._trainer, steps, images)
             else:
                 super().run_step()
 
@@ -204,6 +207,8 @@ class Trainer(DefaultTrainer):
         try:
             yield
         except FloatingPointError as error:
+            if not is_divergence(error):
+                raise
             raise DivergedError(explain_divergence(str(error), self.iter)) from error
 
     def build_hooks(self) -> list[Optional[HookBase]]:

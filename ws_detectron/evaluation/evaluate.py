@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ws_detectron.data import check_files
+from ws_detectron.data import check_files, register_coco_sets
 from ws_detectron.engine import Trainer
 from ws_detectron.engine.checks import Purpose, check_datasets, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
@@ -221,6 +221,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: weights, data or tasks cannot work.
     """
+    register_coco_sets(cfg.DATASETS.get("REGISTER"))  # a started process knows none of them
     names = cfg.DATASETS.TEST
     if not names:
         raise ConfigError("DATASETS.TEST is empty; name the data sets to evaluate on")

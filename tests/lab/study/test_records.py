@@ -334,6 +334,7 @@ def test_processes_that_record_at_once_wait_for_each_other(tmp_path: Path) -> No
         ("runs.jsonl", "<<<<<<< HEAD", "runs.jsonl cannot be read: JSONDecodeError"),
         ("metrics.csv", "run,x\none,abc\n", "metrics.csv cannot be read: JSONDecodeError"),
         ("metrics.csv", None, "metrics.csv cannot be read: FileNotFoundError"),
+        ("metrics.csv", "run,iteration\n", "metrics.csv has 0 of 1 rows of one; restore it"),
     ],
 )
 def test_damaged_records_are_named(

@@ -181,6 +181,12 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
                 rows.setdefault(row.pop("run"), []).append(
                     {key: json.loads(value) for key, value in row.items() if value}
                 )
+        for run in runs:
+            if len(rows[run["name"]]) != run["rows"]:
+                raise ConfigError(
+                    f"{path} has {len(rows[run['name']])} of {run['rows']} rows of {run['name']}; "
+                    "restore it"
+                )
         path = folder / RUNS
         return {
             run["name"]: Record(
@@ -195,6 +201,8 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
             )
             for run in runs
         }
+    except ConfigError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read: {type(error).__name__}: {error}; restore it"
@@ -224,7 +232,8 @@ def write_records(folder: Path, title: str, records: Mapping[str, Record]) -> No
         for key, value in record.state.settings.items():
             (first["settings"] if (key, json.dumps(value)) in shared else own)[key] = value
         state = {**asdict(record.state), "settings": own}
-        lines.append({"name": name, **state, "run_record": record.run_record})
+        rows = {"rows": len(record.rows)}  # a metrics.csv that was cut is told from a whole one
+        lines.append({"name": name, **state, **rows, "run_record": record.run_record})
     keys = sorted({key for record in records.values() for row in record.rows for key in row})
     columns = ["iteration", *(key for key in keys if key != "iteration")]
     table = [
