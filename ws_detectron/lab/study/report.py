@@ -135,11 +135,11 @@ def report_text(results: StudyResults) -> str:
         parts += [
             "## Differences",
             f"In points of AP, in brackets the {LEVEL:.0%} confidence interval of Welch's t-test "
-            "over seeds, **bold** where it excludes 0. Each interval stands for itself: of twenty, "
-            "one is expected to miss."
+            "over seeds, **bold** where it excludes 0. Intervals are not corrected for their "
+            "number: of twenty, one is expected to miss."
             + (
-                " Then what is of each seed's mean over all batches, and how the difference "
-                "changes with the batch."
+                " Below, the difference of each seed's mean over all batches, and how the "
+                "difference changes with the batch."
                 if len(study.batches) > 1
                 else ""
             ),
