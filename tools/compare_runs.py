@@ -54,7 +54,7 @@ def compare(arguments: list[str], output: Path) -> list[str]:
     outputs = [output / name for name in (*TABLES, *CURVES)]
     refuse_overwrite(outputs, [run.path for run in runs if run.path.is_file()])
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
-    if not any(run.rows or run.figures for run in runs):
+    if not any(run.rows or run.metrics for run in runs):
         raise UserError("nothing to compare:\n" + "\n".join(problems))
     text = as_markdown(runs)
     for name, content in zip(TABLES, (text, as_csv(runs))):

@@ -1,4 +1,4 @@
-"""Runs a study: trains variants x batch sizes x seeds, then writes a report of all runs."""
+"""Runs a study: trains variants x batch sizes x seeds, then writes a report."""
 
 import argparse
 import sys
@@ -19,15 +19,15 @@ from ws_detectron.lab.study import (
 
 EXAMPLES = """
 examples:
-  # all of it, on the CPU; the same command resumes it
+  # run all, on the CPU; the same command resumes it
   python tools/run_study.py configs/studies/fashion_scenes.yaml
 
-  # two runs at a time; only what the commands are; only a report of what is there
+  # two runs at a time; only print the commands; only report what there is
   python tools/run_study.py configs/studies/fashion_scenes.yaml --jobs 2
   python tools/run_study.py configs/studies/fashion_scenes.yaml --dry-run
   python tools/run_study.py configs/studies/fashion_scenes.yaml --report-only
 
-  # in several sittings: finished runs are recorded, and not trained again
+  # in several sessions: finished runs are recorded, and not trained again
   python tools/run_study.py configs/studies/fashion_scenes.yaml --records records --seeds 1
 
   # small runs on one GPU, four at a time
@@ -38,12 +38,12 @@ examples:
   python tools/run_study.py configs/studies/coco_8gpu.yaml --gpus 0 1 2 3 4 5 6 7
   python tools/run_study.py configs/studies/coco_8gpu.yaml --launcher slurm --seeds 1
 
-  # one figure of two studies, at their batches
+  # one figure of two studies
   python tools/run_study.py configs/studies/fashion_scenes_6400_1img.yaml \\
       configs/studies/fashion_scenes_6400_8img.yaml --figure ap.png \\
       --records results/batch_size_study_6400_1img --records results/batch_size_study_6400_8img
 
-Exit status 1 where a run failed or is missing; it is named, and the others are reported.
+The exit status is 1 if a run failed or is missing; it is named, and the others are reported.
 """
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the study file's")
     parser.add_argument(
         "--gpus", type=int, nargs="+", metavar="N",
-        help="default: all, once each; one named several times is shared by as many runs",
+        help="default: all, once each; a GPU that is named n times is shared by n runs",
     )  # fmt: skip
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
     parser.add_argument("--variants", nargs="+", help="run only these")
@@ -68,23 +68,23 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument(
-        "--report-only", action="store_true", help="run nothing, change nothing but the report"
+        "--report-only", action="store_true", help="train nothing, only write the report"
     )
     parser.add_argument(
         "--report", metavar="DIR", type=Path, help="default: that of --records, else OUTPUT/report"
     )
     parser.add_argument(
         "--figure", metavar="PNG", type=Path,
-        help="only draw box AP of each variant, a panel per study and batch, from the records",
+        help="only draw box AP of each variant, a panel per study and batch",
     )  # fmt: skip
-    parser.add_argument("--html", action="store_true", help="write report.html, one page, as well")
+    parser.add_argument("--html", action="store_true", help="also write report.html, one page")
     args = parser.parse_args()
     with exit_on_user_error():
         if args.figure:
             draw_studies(args.study, args.records, args.batches, args.figure)
             return
         if len(args.study) > 1 or len(args.records) > 1:
-            parser.error("one study at a time, with one folder of records; several with --figure")
+            parser.error("several studies or --records are allowed with --figure only")
         study, records = read_study(args.study[0]), next(iter(args.records), None)
         if args.device:
             study = replace(study, device=args.device)

@@ -1,4 +1,4 @@
-"""Trains and evaluates a detector on CPU, one GPU, many GPUs or many machines."""
+"""Trains and evaluates a detector on the CPU, one GPU, many GPUs or many machines."""
 
 from detectron2.engine import default_argument_parser
 
@@ -13,7 +13,7 @@ examples:
   python tools/train_net.py --num-gpus 8 \\
       --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_1img.yaml
 
-  # resume it after a kill; or delete it and start anew
+  # resume it; or delete it and start again
   python tools/train_net.py --resume --config-file <config>
   python tools/train_net.py --overwrite --config-file <config>
 
@@ -21,7 +21,7 @@ examples:
   python tools/train_net.py --eval-only --config-file output/config.yaml \\
       MODEL.WEIGHTS output/model_final.pth
 
-  # the CPU, in two processes; values of the config can be overridden at the end of the line
+  # two CPU processes; KEY VALUE pairs at the end override the config
   python tools/train_net.py --num-gpus 2 --config-file <config> MODEL.DEVICE cpu \\
       SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.0025
 
@@ -36,8 +36,8 @@ def main() -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="delete metrics, checkpoints and events of the run in OUTPUT_DIR and train anew; "
-        "without this or --resume, a folder that holds a run is refused",
+        help="delete metrics, checkpoints and events of the run in OUTPUT_DIR and train again; "
+        "without --overwrite or --resume, a folder that holds a run is refused",
     )
     add_overrides(parser, nargs=None)
     args = parser.parse_args()

@@ -25,7 +25,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_table_shows_figures_and_differences(runs: list[Run]) -> None:
+def test_the_table_shows_metrics_and_differences(runs: list[Run]) -> None:
     lines = as_markdown(runs).splitlines()
     header = next(cells(line) for line in lines if line.startswith("| run"))
     rows = {cells(line)[0]: dict(zip(header, cells(line))) for line in lines if "|" in line}
@@ -54,10 +54,10 @@ def test_differing_keys_are_shown_and_no_others(runs: list[Run]) -> None:
 
 
 def test_csv_has_a_line_per_run_with_full_precision(runs: list[Run]) -> None:
-    runs[1].figures["bbox/AP"] = 60 + 1 / 3
+    runs[1].metrics["bbox/AP"] = 60 + 1 / 3
     rows = list(csv.DictReader(as_csv(runs).splitlines()))
     assert [row["run"] for row in rows] == ["bn", "gn", "missing"]
-    assert float(rows[1]["bbox/AP - baseline"]) == runs[1].figures["bbox/AP"] - 50
+    assert float(rows[1]["bbox/AP - baseline"]) == runs[1].metrics["bbox/AP"] - 50
     assert rows[0]["bbox/AP - baseline"] == "0.0" and rows[2]["bbox/AP"] == ""
     assert rows[1]["bbox/APl"] == "" and rows[1]["bbox/APl - baseline"] == ""
     assert (rows[0]["MODEL.RESNETS.NORM"], rows[1]["MODEL.RESNETS.NORM"]) == ("BN", "GN")
@@ -65,8 +65,8 @@ def test_csv_has_a_line_per_run_with_full_precision(runs: list[Run]) -> None:
     assert "there is no run folder" in rows[2]["problems"]
 
 
-def test_undefined_figures_have_no_difference() -> None:
-    one, other = Run("a", Path(), figures={"x": None}), Run("b", Path(), figures={"x": 1.0})
+def test_undefined_metrics_have_no_difference() -> None:
+    one, other = Run("a", Path(), metrics={"x": None}), Run("b", Path(), metrics={"x": 1.0})
     assert difference(one, other, "x") is None and difference(other, one, "x") is None
     assert difference(one, other, "y") is None
 

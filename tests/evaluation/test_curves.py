@@ -33,8 +33,8 @@ def test_losses_are_drawn_over_iterations_and_time(runs: list[Run]) -> None:
 def test_ap_of_both_tasks_is_drawn(runs: list[Run]) -> None:
     box, box_time, mask, mask_time = draw_ap_curves(runs).axes
     assert [panel.get_ylabel() for panel in (box, mask)] == [
-        "box AP (per cent)",
-        "mask AP (per cent)",
+        "box AP (%)",
+        "mask AP (%)",
     ]
     assert [line.get_label() for line in box.lines] == ["bn", "gn"]  # the third has none
     np.testing.assert_allclose(box.lines[1].get_ydata(), [30, 60])
@@ -44,7 +44,7 @@ def test_ap_of_both_tasks_is_drawn(runs: list[Run]) -> None:
     assert all(panel.get_ylim()[0] == 0 for panel in (box, mask))
 
 
-def test_runs_can_be_told_apart_without_colour(tmp_path: Path) -> None:
+def test_runs_can_be_distinguished_without_colour(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / str(n)) for n in range(8)]
     left = draw_learning_curves(read_runs([*map(str, folders)])).axes[0]
     styles = {(line.get_linestyle(), line.get_marker()) for line in left.lines}

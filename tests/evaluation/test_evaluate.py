@@ -44,7 +44,7 @@ def test_classes_become_category_ids() -> None:
 
 
 def test_a_model_of_other_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="class 2, .* classes 0 to 1: is MODEL.ROI_HEADS.NUM"):
+    with pytest.raises(ConfigError, match="class 2, .* classes 0 to 1; set MODEL.ROI_HEADS.NUM"):
         coco_entries(output([2]), 5, {0: 17, 1: 99})
 
 

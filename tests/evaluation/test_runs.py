@@ -32,9 +32,9 @@ def test_a_run_is_read_as_detectron2_writes_it(tmp_path: Path) -> None:
     assert iterations == [19, 39, 59, 79, 99]
     assert losses == sorted(losses, reverse=True)
     assert series(run.rows, "bbox/AP") == ([49, 99], [30.0, 60.0])
-    assert run.figures["bbox/AP"] == 60 and run.figures["segm/AP"] == 30
-    assert run.figures["bbox/AP50"] == 70 and run.figures["bbox/APl"] is None
-    assert "bbox/AP-star" not in run.figures and run.source == "metrics.json, iteration 99"
+    assert run.metrics["bbox/AP"] == 60 and run.metrics["segm/AP"] == 30
+    assert run.metrics["bbox/AP50"] == 70 and run.metrics["bbox/APl"] is None
+    assert "bbox/AP-star" not in run.metrics and run.source == "metrics.json, iteration 99"
     assert run.config["MODEL.RESNETS.NORM"] == "GN"
     np.testing.assert_allclose(training_seconds(run.rows, [99]), [50.0])
 
@@ -51,7 +51,7 @@ def test_what_a_resumed_run_repeats_counts_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(training_seconds(run.rows, [99]), [50.0])
 
 
-def test_branches_that_were_given_up_are_dropped_with_their_evaluations() -> None:
+def test_rows_after_the_checkpoint_of_a_resume_are_dropped_with_their_evaluations() -> None:
     rows = [
         step(19, time=1.0),
         {"iteration": 29, "bbox/AP": 5.0},
@@ -70,7 +70,7 @@ def test_an_evaluation_written_before_its_step_is_kept() -> None:
     assert [row["iteration"] for row in merge_rows(rows)] == [19, 39, 40]
 
 
-def test_lines_of_one_iteration_are_brought_together() -> None:
+def test_lines_of_one_iteration_are_merged() -> None:
     rows = [step(19, lr=0.1), {"iteration": 19, "bbox/AP": 5.0}]
     assert merge_rows(rows) == [step(19, lr=0.1, **{"bbox/AP": 5.0})]
 
@@ -84,7 +84,7 @@ def test_time_is_distance_times_median() -> None:
     assert training_seconds([step(9)], [9]).size == 0
 
 
-def test_values_that_are_no_numbers_are_left_out_of_series() -> None:
+def test_values_that_are_not_numbers_are_skipped_in_series() -> None:
     rows = [step(1, a=float("nan")), step(2, a=3.0), step(3), step(4, a=float("inf"))]
     assert series(rows, "a") == ([2], [3.0])
 
@@ -100,21 +100,21 @@ def test_ap_of_the_first_of_several_test_sets_is_found() -> None:
     assert ap_key(run, "keypoints") == "keypoints/AP"
 
 
-def test_an_evaluation_file_goes_before_the_metrics(tmp_path: Path) -> None:
+def test_an_evaluation_file_takes_precedence_over_the_metrics(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     result = evaluate(annotations([(1, 1, BOX)]), [prediction(1, 1, BOX, 0.9)])
     json_path, _ = write_reports(result, folder / "inference")
     run = read_run(folder, "run")
     assert run.source == "coco_evaluation.json" and not run.problems
-    assert run.figures["bbox/AP"] == pytest.approx(100) and run.figures["bbox/APl"] is None
-    assert run.figures["segm/AR100"] == pytest.approx(100)
+    assert run.metrics["bbox/AP"] == pytest.approx(100) and run.metrics["bbox/APl"] is None
+    assert run.metrics["segm/AR100"] == pytest.approx(100)
     alone = read_run(json_path, "alone")
-    assert alone.figures == run.figures and not alone.problems and not alone.rows
+    assert alone.metrics == run.metrics and not alone.problems and not alone.rows
 
 
 def test_a_metrics_file_alone_is_a_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run") / "metrics.json", "run")
-    assert run.figures["bbox/AP"] == 60 and not run.problems
+    assert run.metrics["bbox/AP"] == 60 and not run.problems
 
 
 def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     run = read_run(broken, "broken")
     found = " ".join(run.problems)
     assert "metrics.json, line 7 is broken" in found and "config.yaml is not a YAML config" in found
-    assert run.figures["bbox/AP"] == 60 and not run.config  # the rest is used
+    assert run.metrics["bbox/AP"] == 60 and not run.config  # the rest is used
 
     silent = write_run(tmp_path / "silent", evaluate_every=None)
     assert "was never evaluated" in " ".join(read_run(silent, "silent").problems)
@@ -156,7 +156,7 @@ def test_several_evaluations_of_a_run_are_named(tmp_path: Path, tested: str, ord
         write_reports(result, folder / "inference" / name)
     run = read_run(folder, "run")
     assert f"several data sets ({order})" in run.problems[0]
-    assert run.figures["bbox/AP"] == pytest.approx(100)
+    assert run.metrics["bbox/AP"] == pytest.approx(100)
 
 
 def test_runs_get_the_shortest_name_that_is_theirs(tmp_path: Path) -> None:

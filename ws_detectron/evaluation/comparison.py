@@ -1,4 +1,4 @@
-"""Runs side by side: a table of figures, differences to a baseline, and where configs differ."""
+"""Comparison of runs: metrics, differences to a baseline, and differing config keys."""
 
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -16,26 +16,23 @@ NOT_COMPARED = ("OUTPUT_DIR",)
 
 
 def as_markdown(runs: Sequence[Run]) -> str:
-    """The comparison as text; the first run is the baseline.
-
-    Differences stand behind the figures of the other runs, in points of per cent.
-    """
-    columns = [(t, n) for t in TASKS for n in SHOWN if any(f"{t}/{n}" in r.figures for r in runs)]
+    """The comparison as Markdown; the first run is the baseline."""
+    columns = [(t, n) for t in TASKS for n in SHOWN if any(f"{t}/{n}" in r.metrics for r in runs)]
     rows = []
     for run in runs:
-        cells = [_with_difference(run, runs[0], f"{task}/{name}") for task, name in columns]
+        metrics = [_with_difference(run, runs[0], f"{task}/{name}") for task, name in columns]
         iterations, seconds = effort(run)
         each = f"{seconds / iterations:.3f}" if iterations and seconds else UNDEFINED
         count = str(iterations) if iterations else UNDEFINED
-        rows.append([run.name, *cells, count, duration(seconds), each, run.source or UNDEFINED])
+        rows.append([run.name, *metrics, count, duration(seconds), each, run.source or UNDEFINED])
     headers = ["run", *(f"{TITLES[task]} {name}" for task, name in columns)]
-    headers += ["iterations", "training time", "s/iteration", "figures from"]
+    headers += ["iterations", "training time", "s/iteration", "metrics from"]
     parts = [
         "# Comparison",
-        f"Baseline: {runs[0].name}. Per cent, in brackets the difference to the baseline; "
-        f"{UNDEFINED} where there is no figure. Training time is that of the training steps, "
-        "reconstructed from the median seconds per iteration in metrics.json; evaluations, "
-        "checkpoints and interruptions are not in it.",
+        f"Baseline: {runs[0].name}. Metrics in %, in brackets the difference to the baseline in "
+        f"percentage points; {UNDEFINED}: undefined. Training time is that of the training steps, "
+        "estimated from the median seconds per iteration in metrics.json, without evaluations, "
+        "checkpoints and interruptions.",
         tabulate(rows, headers, tablefmt="github", disable_numparse=True),
     ]
     keys = differing_keys(runs)
@@ -56,32 +53,32 @@ def as_markdown(runs: Sequence[Run]) -> str:
 
 
 def as_csv(runs: Sequence[Run]) -> str:
-    """The comparison for programs: all figures, differences and differing config keys.
+    """The comparison as CSV: all metrics, differences and differing config keys.
 
-    One line per run, the baseline first; what is undefined or missing is empty.
+    One line per run, the baseline first; undefined and missing values are empty.
     """
     names = [f"{t}/{n}" for t in TASKS for n in COCO_METRICS]
-    names = [name for name in names if any(name in run.figures for run in runs)]
+    names = [name for name in names if any(name in run.metrics for run in runs)]
     keys = differing_keys(runs)
     header = ["run", *names, *(f"{name} - baseline" for name in names)]
     header += ["iterations", "training_seconds", "source", *keys, "problems"]
     rows = [header]
     for run in runs:
         differences = [difference(run, runs[0], name) for name in names]
-        row: list[Any] = [run.name, *(run.figures.get(name) for name in names), *differences]
+        row: list[Any] = [run.name, *(run.metrics.get(name) for name in names), *differences]
         row += [*effort(run), run.source, *(run.config.get(key) for key in keys)]
         rows.append([*row, "; ".join(run.problems)])
     return csv_text(rows)
 
 
 def difference(run: Run, baseline: Run, name: str) -> Optional[float]:
-    """Figure of a run less that of the baseline; None where either is undefined."""
-    own, theirs = run.figures.get(name), baseline.figures.get(name)
-    return None if own is None or theirs is None else own - theirs
+    """A metric of a run minus that of the baseline; None if either is undefined."""
+    value, reference = run.metrics.get(name), baseline.metrics.get(name)
+    return None if value is None or reference is None else value - reference
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Config keys that are not the same in all runs that have a config, but OUTPUT_DIR."""
+    """Config keys, except OUTPUT_DIR, that differ between the runs that have a config."""
     configs = [run.config for run in runs if run.config]
     keys = sorted({key for config in configs for key in config} - set(NOT_COMPARED))
     missing = object()
@@ -93,7 +90,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def effort(run: Run) -> tuple[Optional[int], Optional[float]]:
-    """Iterations trained, and seconds of training steps; see `training_seconds`."""
+    """Number of iterations, and seconds of training steps; see `training_seconds`."""
     steps = [row["iteration"] for row in run.rows if "total_loss" in row]
     if not steps:
         return None, None
@@ -111,7 +108,7 @@ def duration(seconds: Optional[float]) -> str:
 
 
 def _with_difference(run: Run, baseline: Run, name: str) -> str:
-    text = format_metric(run.figures.get(name))
+    text = format_metric(run.metrics.get(name))
     change = difference(run, baseline, name)
     return text if run is baseline or change is None else f"{text} ({change:+.2f})"
 

@@ -17,15 +17,15 @@ from .coco_report import TITLES
 from .drawing import as_label
 from .runs import Run, ap_key, series, training_seconds
 
-# Each run has its own dashes and marker besides its colour, so that a print in black and white can
-# be read; the colours are those of Okabe and Ito, which colour-blind people can tell apart.
+# Runs also differ in dashes and markers, for prints in black and white. The colours are those of
+# Okabe and Ito, which colour-blind people can distinguish.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """What matplotlib's `plot` is told for the n-th line of a figure."""
+    """Arguments of matplotlib's `plot` for the n-th line of a figure."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": DASHES[number % len(DASHES)],
@@ -53,7 +53,7 @@ def draw_ap_curves(runs: Sequence[Run]) -> Figure:
     panels = figure.subplots(len(tasks), 2, squeeze=False)
     for row, task in zip(panels, tasks):
         _draw_row(row, runs, [ap_key(run, task) for run in runs], markers=0)
-        row[0].set_ylabel(f"{TITLES[task]} AP (per cent)")
+        row[0].set_ylabel(f"{TITLES[task]} AP (%)")
     _finish(figure, panels)
     return figure
 
@@ -72,13 +72,13 @@ def write_figure(figure: Figure, path: Union[str, Path]) -> Path:
 def _draw_row(
     panels: Sequence[Axes], runs: Sequence[Run], keys: Sequence[str], *, markers: int
 ) -> None:
-    """A metric over iterations and over training time.
+    """Draws a metric over iterations and over training time.
 
     Args:
         panels: left and right.
-        runs: those without the metric are left out.
+        runs: runs without the metric are skipped.
         keys: name of the metric in each run.
-        markers: about how many along a line; 0: one at each value.
+        markers: approximate number of markers along a line; 0: one at each value.
     """
     unit, divisor = _time_unit(runs)
     panels[0].set_xlabel("iteration")
@@ -91,7 +91,7 @@ def _draw_row(
         drawn = True
         style = {**line_style(number), "clip_on": False}  # an AP of 0 shows its whole marker
         if markers:
-            # markers of different runs stand apart, though their curves may lie on each other
+            # markers of different runs are shifted, as their curves may overlap
             step = max(1, len(values) // markers)
             style["markevery"] = (number * step // max(1, len(runs)), step)
         panels[0].plot([i + 1 for i in iterations], values, label=as_label(run.name), **style)
@@ -106,7 +106,7 @@ def _draw_row(
 
 
 def _time_unit(runs: Sequence[Run]) -> tuple[str, float]:
-    """The unit in which the longest run is at least two."""
+    """Name and seconds of the largest unit of which the longest run takes at least two."""
     ends = [training_seconds(run.rows, [run.rows[-1]["iteration"]]) for run in runs if run.rows]
     longest = max((float(end[0]) for end in ends if len(end)), default=0.0)
     for unit, seconds in (("h", 3600.0), ("min", 60.0)):
@@ -116,7 +116,7 @@ def _time_unit(runs: Sequence[Run]) -> tuple[str, float]:
 
 
 def _finish(figure: Figure, panels: np.ndarray) -> None:
-    """One legend for all panels, and y axes that start at 0: losses and AP are not negative."""
+    """Adds one legend for all panels, and lets y axes start at 0, as no value is negative."""
     for panel in panels.flat:
         panel.set_ylim(bottom=0)
     lines, names = panels[0][0].get_legend_handles_labels()

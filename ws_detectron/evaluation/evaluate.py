@@ -1,4 +1,4 @@
-"""From a checkpoint to COCO predictions and figures, in one process or several."""
+"""From a checkpoint to COCO predictions and metrics, in one process or several."""
 
 import itertools
 import json
@@ -37,14 +37,12 @@ RESULTS = "coco_instances_results.json"
 
 
 class PredictionCollector(DatasetEvaluator):
-    """Collects what a model finds as entries of a COCO results file.
+    """Collects predictions as entries of a COCO results file.
 
-    detectron2's `COCOEvaluator` computes figures as soon as it has the predictions, with
-    pycocotools where it was built without its compiled operations; this one leaves that to
-    `evaluate`.
+    Unlike detectron2's `COCOEvaluator` it computes no metrics, which `coco_eval.evaluate` does.
 
     Args:
-        metadata: of the data set; class numbers become its category ids.
+        metadata: metadata of the data set, for its category ids.
     """
 
     def __init__(self, metadata: Metadata) -> None:
@@ -59,16 +57,16 @@ class PredictionCollector(DatasetEvaluator):
             self._entries += coco_entries(output, image["image_id"], self._category_ids)
 
     def evaluate(self) -> list[dict[str, Any]]:
-        """The entries of all processes in the order of the data set; none but on the main one."""
+        """The entries of all processes in the order of the data set; empty on all but the main."""
         comm.synchronize()
         gathered = comm.gather(self._entries, dst=0)
         return list(itertools.chain.from_iterable(gathered))
 
 
 def category_ids(metadata: Metadata) -> Optional[dict[int, int]]:
-    """Class numbers of the model -> category ids of the data set's annotation file.
+    """Class number of the model -> category id in the annotation file.
 
-    None where the data set does not say; the two are the same then.
+    None if the data set has no such mapping; both are the same then.
     """
     mapping: Optional[Mapping[int, int]] = metadata.get("thing_dataset_id_to_contiguous_id")
     return None if mapping is None else {number: id_ for id_, number in mapping.items()}
@@ -80,9 +78,9 @@ def coco_entries(
     """A model's output for one image as entries of a COCO results file.
 
     Args:
-        output: of a detectron2 model in evaluation mode.
-        image_id: of the image.
-        ids: of `category_ids`.
+        output: what a detectron2 model in evaluation mode returns for an image.
+        image_id: id of the image.
+        ids: as returned by `category_ids`.
 
     Raises:
         ConfigError: the model has more classes than the data set.
@@ -94,19 +92,19 @@ def coco_entries(
         if entry["category_id"] not in ids:
             raise ConfigError(
                 f"the model predicts class {entry['category_id']}, but the data set has the "
-                f"{len(ids)} classes 0 to {len(ids) - 1}: is MODEL.ROI_HEADS.NUM_CLASSES "
-                "(MODEL.RETINANET.NUM_CLASSES) that of another data set?"
+                f"{len(ids)} classes 0 to {len(ids) - 1}; set MODEL.ROI_HEADS.NUM_CLASSES "
+                "(MODEL.RETINANET.NUM_CLASSES), or name weights that were trained on these classes"
             )
         entry["category_id"] = ids[entry["category_id"]]
     return entries
 
 
 class ImagePredictor:
-    """Finds objects on single images that belong to no data set.
+    """Predicts objects on single images.
 
     Args:
         cfg: names weights, image size and channel order.
-        metadata: of the data set whose classes the model knows.
+        metadata: metadata of a data set with the classes of the model.
 
     Raises:
         UserError: the device or the weights cannot work.
@@ -130,7 +128,7 @@ class ImagePredictor:
             image = image[:, :, ::-1]
         try:
             resized = self._resize.get_transform(image).apply_image(image)
-        except ValueError as error:  # its shorter side would have no pixel
+        except ValueError as error:  # a side of less than one pixel
             raise DataError(
                 f"an image of {width} x {height} pixels cannot be resized as INPUT.MIN_SIZE_TEST "
                 f"and INPUT.MAX_SIZE_TEST say: {error}"
@@ -141,23 +139,23 @@ class ImagePredictor:
 
 
 def predict_dataset(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[dict[str, Any]]:
-    """What a model finds on a registered data set.
+    """Predictions of a model on a registered data set.
 
     Args:
-        cfg: for the test loader.
-        model: of `load_model_for_inference`.
-        dataset_name: registered.
+        cfg: config of the test loader.
+        model: as returned by `load_model_for_inference`.
+        dataset_name: name of the data set.
 
     Returns:
-        Entries of a COCO results file; none on processes other than the main one.
+        Entries of a COCO results file; empty on processes other than the main one.
     """
-    loader = Trainer.build_test_loader(cfg, dataset_name)  # makes the data, where they are scenes
+    loader = Trainer.build_test_loader(cfg, dataset_name)  # also generates scenes_* data sets
     collector = PredictionCollector(MetadataCatalog.get(dataset_name))
     return inference_on_dataset(model, loader, collector) or []
 
 
 def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> list[dict[str, Any]]:
-    """What MODEL.WEIGHTS find on a registered data set, also written to `folder`, in one process.
+    """Predictions of MODEL.WEIGHTS on a registered data set, written to `folder`, in one process.
 
     Raises:
         UserError: weights or data cannot work.
@@ -181,7 +179,7 @@ def _write_results(folder: Path, entries: list[dict[str, Any]]) -> Path:
 
 
 def set_up_logging() -> None:
-    """Logs of detectron2 and this package on the screen, but for the listing of the model."""
+    """Logs of detectron2 and this package on the screen, without the printed model."""
     for name in ("detectron2", "ws_detectron"):
         setup_logger(distributed_rank=comm.get_rank(), name=name)
     logging.getLogger("detectron2.engine.defaults").setLevel(logging.WARNING)
@@ -190,7 +188,7 @@ def set_up_logging() -> None:
 def evaluate_in_process(
     cfg: CfgNode, tasks: Optional[Sequence[str]], reference: bool, output: Optional[str]
 ) -> None:
-    """What each process of an evaluation job runs: `evaluate_checkpoint`, and tables in the log."""
+    """Runs `evaluate_checkpoint` in a process of an evaluation job and logs the tables."""
     set_up_logging()
     results = evaluate_checkpoint(cfg, tasks, reference=reference, output=output)
     for name, result in results.items():
@@ -206,14 +204,14 @@ def evaluate_checkpoint(
 ) -> dict[str, CocoResult]:
     """Evaluates MODEL.WEIGHTS on every set of DATASETS.TEST and writes predictions and reports.
 
-    To be run in every process of a job.
+    Every process of a job must call it.
 
     Args:
         cfg: a merged config.
         tasks: see `evaluate`.
         reference: see `evaluate`.
-        output: folder of the files, with a folder for each data set where there are several;
-            OUTPUT_DIR/inference, where a training run evaluates too, by default.
+        output: folder of the files, with a subfolder for each data set if there are several;
+            default: OUTPUT_DIR/inference, as for trainings.
 
     Returns:
         Data set -> result; empty on processes other than the main one.
@@ -241,7 +239,7 @@ def evaluate_checkpoint(
     for name in names if comm.is_main_process() else ():
         path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
         truths[name] = load_annotations(path)
-        choose_tasks(truths[name], (), tasks, path, "")  # before the predictions are made
+        choose_tasks(truths[name], (), tasks, path, "")  # before predicting
     model = load_model_for_inference(cfg)
     results: dict[str, CocoResult] = {}
     for name in names:

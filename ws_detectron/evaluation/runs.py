@@ -1,4 +1,4 @@
-"""What a finished (or broken) training run left behind, read as far as it can be read."""
+"""Reads the files of training runs, also of unfinished or damaged ones."""
 
 import json
 import math
@@ -24,15 +24,15 @@ EVALUATION = "coco_evaluation.json"
 
 @dataclass
 class Run:
-    """A run as `read_run` found it.
+    """A run as read by `read_run`.
 
     Args:
         name: for tables and legends.
         path: folder or file.
-        config: full config key -> value; empty where there is none.
-        rows: of metrics.json, one per iteration, in order; see `merge_rows`.
-        figures: "bbox/AP" and so on -> per cent, None where undefined.
-        source: where the figures are from.
+        config: full config key -> value; empty if there is none.
+        rows: rows of metrics.json, one per iteration, in order; see `merge_rows`.
+        metrics: "bbox/AP" and so on -> %, None where undefined.
+        source: file that the metrics come from.
         problems: what is missing or broken, each naming a file.
     """
 
@@ -40,15 +40,15 @@ class Run:
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    figures: Metrics = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     source: str = ""
     problems: list[str] = field(default_factory=list)
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
-    """Runs from command-line arguments: a path, or a name of one's own and a path, `NAME=PATH`.
+    """Reads runs from command-line arguments, `PATH` or `NAME=PATH`.
 
-    Without a name, a run is called by the shortest end of its path that no other run has.
+    Without a name, a run is named by the shortest end of its path that no other run has.
     """
     named = [argument.partition("=") for argument in arguments]
     given = [name if equals else "" for name, equals, _ in named]
@@ -66,20 +66,20 @@ def _short(path: Path, others: Sequence[Path]) -> str:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Reads a run folder, or a JSON file: `metrics.json` or what evaluate_coco writes.
+    """Reads a run folder, a `metrics.json`, or the JSON file of tools/evaluate_coco.py.
 
-    Never fails: what is missing or broken goes into `problems`.
+    Never fails: `problems` lists what is missing or broken.
     """
     run = Run(name, path)
     if path.is_dir():
         _read_config(run, path / CONFIG)
         _read_metrics(run, path / METRICS)
-        _read_figures(run, path)
+        _read_final_metrics(run, path)
     elif not path.is_file():
         run.problems.append(f"there is no run folder or file {path}")
     elif path.name == METRICS:
         _read_metrics(run, path)
-        _figures_of_last_evaluation(run)
+        _take_last_evaluation(run)
     else:
         _read_evaluation(run, path)
     return run
@@ -114,11 +114,11 @@ def _read_metrics(run: Run, path: Path) -> None:
 
 
 def merge_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per iteration, in order, of the lines that detectron2's JSONWriter wrote.
+    """Merges the lines that detectron2's JSONWriter wrote into one row per iteration, in order.
 
-    A resumed run goes back to its last checkpoint and appends: what was written after that
-    checkpoint belongs to a branch that was given up, and is dropped, evaluations included. Values
-    of one iteration that stand in two lines are brought together, the later line counting.
+    A resumed run starts from its last checkpoint and appends, so rows that were written after that
+    checkpoint are dropped, evaluations included. If two lines have the same iteration, their
+    values are merged, and the later line takes precedence.
     """
     merged: dict[int, dict[str, Any]] = {}
     last_step = -1
@@ -133,19 +133,19 @@ def merge_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def training_seconds(rows: Sequence[dict[str, Any]], iterations: Sequence[int]) -> np.ndarray:
-    """Wall time spent in training steps when iterations were complete.
+    """Wall time of training steps up to the end of given iterations.
 
-    metrics.json has no clock. What it has is `time`, the median seconds of the last 20 iterations,
-    so the time between two rows is taken as their distance times the later row's median. Data
-    loading is part of it; evaluations, checkpoints, start-up and time lost to interruptions are
-    not, and iterations far slower than the median are underestimated.
+    metrics.json has no timestamps, but `time`, the median seconds of the last 20 iterations. The
+    time between two rows is estimated as their distance times the later row's median. It includes
+    data loading, and excludes evaluations, checkpoints, start-up and interruptions. Iterations much
+    slower than the median are underestimated.
 
     Args:
-        rows: of `merge_rows`.
-        iterations: where the time is wanted.
+        rows: as returned by `merge_rows`.
+        iterations: iterations, from 0.
 
     Returns:
-        Seconds, interpolated between rows; empty where no row has a `time`.
+        Seconds, interpolated between rows; empty if no row has a `time`.
     """
     timed = [row for row in rows if isinstance(row.get("time"), (int, float))]
     if not timed:
@@ -156,15 +156,16 @@ def training_seconds(rows: Sequence[dict[str, Any]], iterations: Sequence[int]) 
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Iterations and values of a metric, where it is a finite number."""
+    """Iterations and values of a metric; values that are not finite numbers are skipped."""
     found = [(row["iteration"], row[key]) for row in rows if _is_finite(row.get(key))]
     return [iteration for iteration, _ in found], [value for _, value in found]
 
 
 def ap_key(run: Run, task: str) -> str:
-    """The name of a task's AP in metrics: with several test sets, that of the first.
+    """The key of a task's AP in metrics.json.
 
-    The first in DATASETS.TEST, and without a config the first by name.
+    With several test sets, that of the first in DATASETS.TEST, or without a config, of the first by
+    name.
     """
     plain = f"{task}/AP"
     tested = [f"{name}/{plain}" for name in run.config.get("DATASETS.TEST", ())]
@@ -172,28 +173,28 @@ def ap_key(run: Run, task: str) -> str:
     return next((name for name in (plain, *tested, *sorted(found)) if name in found), plain)
 
 
-def _read_figures(run: Run, folder: Path) -> None:
+def _read_final_metrics(run: Run, folder: Path) -> None:
     found = [
         path for path in (folder / "inference" / EVALUATION, folder / EVALUATION) if path.is_file()
     ]
     found = found or sorted(
         folder.glob(f"inference/*/{EVALUATION}"),
-        key=lambda path: (_place(run, path.parent.name), path),
+        key=lambda path: (_test_set_index(run, path.parent.name), path),
     )
     if len(found) > 1 and found[0].parent.parent.name == "inference":
         names = ", ".join(path.parent.name for path in found)
         run.problems.append(
-            f"{folder} was evaluated on several data sets ({names}); the first is taken, for "
-            f"another name its {EVALUATION} itself"
+            f"{folder} was evaluated on several data sets ({names}); the first is used, for "
+            f"another give the path of its {EVALUATION}"
         )
     if found:
         _read_evaluation(run, found[0])
     else:
-        _figures_of_last_evaluation(run)
+        _take_last_evaluation(run)
 
 
-def _place(run: Run, name: str) -> int:
-    """Of a data set in DATASETS.TEST; behind it, where it is not there."""
+def _test_set_index(run: Run, name: str) -> int:
+    """Index of a data set in DATASETS.TEST; its length if it is not there."""
     tested = list(run.config.get("DATASETS.TEST", ()))
     return tested.index(name) if name in tested else len(tested)
 
@@ -206,17 +207,17 @@ def _read_evaluation(run: Run, path: Path) -> None:
         return
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         run.problems.append(
-            f"{path} is not an evaluation that tools/evaluate_coco.py wrote; make one of it with "
-            "--predictions and --annotations"
+            f"{path} is not an evaluation that tools/evaluate_coco.py wrote; for a results file, "
+            "run it with --predictions and --annotations"
         )
         return
     for task in TASKS:
         for name, value in (content.get(task) or {}).items():
-            run.figures[f"{task}/{name}"] = value
+            run.metrics[f"{task}/{name}"] = value
     run.source = path.name
 
 
-def _figures_of_last_evaluation(run: Run) -> None:
+def _take_last_evaluation(run: Run) -> None:
     for task in TASKS:
         key = ap_key(run, task)
         for row in reversed(run.rows):
@@ -225,10 +226,10 @@ def _figures_of_last_evaluation(run: Run) -> None:
                 for name in COCO_METRICS:
                     value: Optional[float] = row.get(f"{prefix}{name}")
                     if f"{prefix}{name}" in row:
-                        run.figures[f"{task}/{name}"] = value if _is_finite(value) else None
+                        run.metrics[f"{task}/{name}"] = value if _is_finite(value) else None
                 run.source = f"{METRICS}, iteration {row['iteration']}"
                 break
-    if run.rows and not run.figures:
+    if run.rows and not run.metrics:
         run.problems.append(
             f"{run.path} was never evaluated: {METRICS} has no AP and there is no {EVALUATION}; "
             "run tools/evaluate_coco.py on its checkpoint"

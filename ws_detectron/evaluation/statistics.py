@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean of some values, and their standard deviation with n - 1 below; None for one value."""
+    """Mean and standard deviation (with n - 1; None for one value) of some values."""
 
     count: int
     mean: float
@@ -25,7 +25,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of two means, with the ends of its interval; None with too few values."""
+    """Difference of two means, with the ends of its interval; None if there are too few values."""
 
     mean: float
     low: Optional[float] = None
@@ -37,7 +37,7 @@ class Difference:
 
 
 def summarize(values: Sequence[float]) -> Optional[Summary]:
-    """None of no values."""
+    """None without values."""
     if not values:
         return None
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -47,24 +47,23 @@ def summarize(values: Sequence[float]) -> Optional[Summary]:
 def difference(
     values: Sequence[float], baseline: Sequence[float], level: float = LEVEL
 ) -> Optional[Difference]:
-    """Mean of `values` less mean of `baseline`, as `contrast` gives it."""
+    """Mean of `values` minus mean of `baseline`, see `contrast`."""
     return contrast([values], [baseline], level)
 
 
 def contrast(
     plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]], level: float = LEVEL
 ) -> Optional[Difference]:
-    """Sum of the means of `plus` less that of the means of `minus`, with Welch's interval.
+    """Sum of the means of `plus` minus that of the means of `minus`, with Welch's interval.
 
         d ± t(level, v) * sqrt(sum of s²/n)
         v = (sum of s²/n)² / sum of (s²/n)²/(n - 1)
 
-    over all samples. It takes the values for independent and normally distributed, and the
-    variances for different. Runs of one seed share the order of the images, which it does not make
-    use of.
+    over all samples. Values are assumed independent and normally distributed; variances may
+    differ. That runs of one seed share the order of the images is not used.
 
     Returns:
-        None where a sample has no value; without an interval where one has a single value.
+        None if a sample is empty; without an interval if one has a single value.
     """
     samples = [*plus, *minus]
     if not all(samples):
@@ -82,12 +81,12 @@ def contrast(
 
 
 def mean_with_interval(values: Sequence[float], level: float = LEVEL) -> Optional[Difference]:
-    """Mean of differences that were taken pair by pair, with Student's interval.
+    """Mean of values, such as paired differences, with Student's interval.
 
         d ± t(level, n - 1) * s/sqrt(n)
 
     Returns:
-        None of no values; without an interval of one.
+        None without values; without an interval for a single value.
     """
     summary = summarize(values)
     if summary is None:
@@ -99,14 +98,14 @@ def mean_with_interval(values: Sequence[float], level: float = LEVEL) -> Optiona
 
 
 def student_t(level: float, freedom: float) -> float:
-    """The t for which |T| <= t with probability `level`, T of Student's distribution.
+    """The t for which |T| <= t with probability `level`, where T has Student's distribution.
 
-    With t = sqrt(v) tan(a) the probability is the integral of cos(x)^(v-1) from 0 to a, over that
-    to pi/2; solved for `a` by bisection.
+    With t = sqrt(v) tan(a) the probability is the integral of cos(x)^(v-1) from 0 to a, divided by
+    that from 0 to pi/2; solved for `a` by bisection.
 
     Args:
         level: between 0 and 1.
-        freedom: degrees of freedom v, at least 1, not necessarily whole.
+        freedom: degrees of freedom v, at least 1, may be fractional.
     """
     nodes, weights = np.polynomial.legendre.leggauss(200)
 

@@ -5,7 +5,7 @@ from ws_detectron.lab.benchmark.benchmark_report import table
 
 
 def test_every_variant_is_timed_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "MOST_STEPS", 2)
+    monkeypatch.setattr(classifier, "MAX_STEPS", 2)
     parts = classifier.measure_classifier("cpu", 3, 0, ["bn", "gn_ws"], [4, 8])
     for batch_size, part in zip((4, 8), parts):
         assert part["facts"] == {"batch_size": batch_size, "steps": 2}
@@ -15,7 +15,7 @@ def test_every_variant_is_timed_in_every_round(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_compiled_is_related_to_compiled_bn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "MOST_STEPS", 2)
+    monkeypatch.setattr(classifier, "MAX_STEPS", 2)
     monkeypatch.setattr(classifier, "compile_model", lambda model, device: model)
     modes = ["plain", "compile"]
     (part,) = classifier.measure_classifier("cpu", 2, 0, ["bn", "gn"], [4], modes)

@@ -6,7 +6,7 @@ from ws_detectron.layers import standardize_weight
 
 
 def test_every_implementation_gives_the_values_of_its_form() -> None:
-    """What is timed beside ours must compute the same, or its time says nothing."""
+    """A comparison of times makes sense only between equal results."""
     weight = 0.05 * torch.randn(8, 4, 3, 3)
     official = standardize_weight(weight, 1e-5, "official")
     forms = {

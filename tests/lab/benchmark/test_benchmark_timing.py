@@ -16,7 +16,7 @@ def test_candidates_run_interleaved() -> None:
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc", "abcde"])
-def test_every_candidate_stands_at_every_place_equally_often(names: str) -> None:
+def test_every_candidate_is_at_every_position_equally_often(names: str) -> None:
     cycles = range(2 * len(names))
     orders = [timing.round_order(list(names), number) for number in cycles]
     for place in range(len(names)):

@@ -19,7 +19,7 @@ def test_a_seed_fixes_everything() -> None:
     assert perturbed_predictions(TRUTH, 3) != perturbed_predictions(TRUTH, 4)
 
 
-def test_predictions_are_sound_and_of_every_kind() -> None:
+def test_predictions_are_valid_and_of_every_type() -> None:
     found = perturbed_predictions(TRUTH, 0, Perturbation(jitter=0.15))
     check_ids(found, TRUTH, "p", "a")
     check_masks(found, dict.fromkeys(range(1, 101), (HEIGHT, WIDTH)), "p")
@@ -29,7 +29,7 @@ def test_predictions_are_sound_and_of_every_kind() -> None:
     assert len(set(scores)) < len(scores) and min(scores) > 0 and max(scores) <= 1
 
 
-def test_shares_are_about_those_asked_for() -> None:
+def test_fractions_are_about_the_given_ones() -> None:
     asked = Perturbation(miss=0.5, duplicate=0, wrong_class=0.9, jitter=0, background=0)
     truth = {**TRUTH, "annotations": TRUTH["annotations"][:100]}
     found = perturbed_predictions(truth, 0, asked)

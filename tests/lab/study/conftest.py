@@ -1,4 +1,4 @@
-"""A small study whose runs a stand-in for tools/train_net.py runs."""
+"""A small study whose runs a stand-in for tools/train_net.py trains."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,8 +11,8 @@ from ws_detectron.lab.study import Options, Study
 
 
 @pytest.fixture(scope="session", autouse=True)
-def looks_often() -> Iterator[None]:
-    """The runs of the stand-in end at once."""
+def polls_often() -> Iterator[None]:
+    """The runs of the stand-in end within milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ws_detectron.lab.study.local.POLL_SECONDS", 0.02)
         yield

@@ -1,4 +1,4 @@
-"""Stands for tools/train_net.py: takes its command line, and leaves what a training leaves.
+"""Stand-in for tools/train_net.py: takes its command line and writes the files of a training.
 
 Box AP is 100 * (1 - |LR per image - 0.005| / 0.01) + seed, so that a search has something to find;
 mask AP is half of it. A folder that holds a file `fail` ends it with an error, `die` kills it,

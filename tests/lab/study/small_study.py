@@ -1,4 +1,4 @@
-"""A small study file, and the stand-in for tools/train_net.py that runs its runs."""
+"""A small study file, and the stand-in for tools/train_net.py that trains its runs."""
 
 import json
 from pathlib import Path

@@ -31,6 +31,6 @@ def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:
     # 0.04 with 0.1 would be best, but failed: 4.0 at (0.04, 0) against 3.0 at (0.02, 0.1)
     expected = {"SOLVER.BASE_LR": 0.04, "SOLVER.WEIGHT_DECAY": 0.0}
     assert choices == {("bn", 4): expected, ("gn", 4): None}
-    # the least or greatest of two values says nothing
+    # of two values, each is at the edge
     assert at_the_edge(study, expected) == ["SOLVER.BASE_LR"]
     assert at_the_edge(study, {**expected, "SOLVER.BASE_LR": 0.02}) == []

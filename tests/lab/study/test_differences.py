@@ -45,7 +45,7 @@ def test_differences_at_a_batch_and_over_all(results: list) -> None:
 
 
 def test_how_a_difference_changes_with_the_batch(results: list) -> None:
-    """gn less bn: 41 - 11 = 30 at 1 image, 43 - 42 = 1 at 4; s²/n = 1, 1, 4, 4 of 2 values each."""
+    """gn minus bn: 41 - 11 = 30 at 1 image, 43 - 42 = 1 at 4; s²/n = 1, 1, 4, 4, 2 values each."""
     changed = change_of_difference(results, ("gn", "bn"), (1, 4), "bbox")
     assert changed is not None and changed.mean == pytest.approx(29)
     # v = 10² / (1 + 1 + 16 + 16) = 2.94, the t of which is that of Welch's example by hand

@@ -1,4 +1,4 @@
-"""Running runs: skipped, resumed, failing, side by side, stopped."""
+"""Training runs locally: skipped, resumed, failing, at the same time, stopped."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from ws_detectron.lab.study import (
 )
 from ws_detectron.lab.study.local import _ended_by_signals, slots, study_lock
 from ws_detectron.lab.study.process import command, train
-from ws_detectron.lab.study.records import RUNNING, last_words, read_state, write_state
+from ws_detectron.lab.study.records import RUNNING, failure_reason, read_state, write_state
 from ws_detectron.lab.study.report import problems_of
 from ws_detectron.lab.study.runner import _gpus, commands
 from ws_detectron.lab.study.slurm import JOB
@@ -71,9 +71,8 @@ def test_a_failing_run_is_named_and_the_others_run(make_study, options: Options)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_study_that_was_killed_goes_on(make_study, options: Options, number: int) -> None:
-    """SIGTERM and SIGHUP take the run along; after SIGKILL it lives on, and keeps the study
-    locked."""
+def test_a_study_that_was_killed_resumes(make_study, options: Options, number: int) -> None:
+    """SIGTERM and SIGHUP end the run too; after SIGKILL it continues and keeps the study locked."""
     study = make_study(**ONE)
     (run, other) = study_runs(study, {})
     run.folder.mkdir(parents=True)
@@ -132,8 +131,8 @@ def test_other_settings_in_the_same_folder_are_refused(make_study, options: Opti
         run_study(make_study(**ONE, overrides={"SOLVER.WEIGHT_DECAY": 0.1}), options, print)
 
 
-def test_runs_run_side_by_side(make_study, options: Options) -> None:
-    """Both hang until the other has begun: one after another they never would end."""
+def test_runs_train_at_the_same_time(make_study, options: Options) -> None:
+    """Each waits until the other has begun, so one after another they would never end."""
     study = make_study(**ONE)
     folders = [study.output / "runs" / f"{variant}_4img_seed1" for variant in ("bn", "gn")]
     for folder in folders:
@@ -155,7 +154,7 @@ def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options
     study = make_study(**ONE, search=search)
     folder = study.output / "search" / "gn_4img_BASE_LR_0.04"
     folder.mkdir(parents=True)
-    (folder / "fail").touch()  # so gn has to do without 0.04
+    (folder / "fail").touch()  # so gn cannot choose 0.04
     results = run_study(study, options, print)
     assert len(results.search) == 6
     expected = {"bn": pytest.approx(0.02), "gn": pytest.approx(0.01)}
@@ -194,10 +193,10 @@ def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Option
     results = read_study_results(study)
     assert [*lrs(results)] == ["gn"]
     assert any("for bn at 4 images has not ended" in text for text in problems_of(results))
-    assert "# SOLVER.BASE_LR of bn: what the search will find" in commands(study, options)
+    assert "# SOLVER.BASE_LR of bn: not yet chosen by the search" in commands(study, options)
 
 
-def test_only_what_was_asked_for_runs(make_study, options: Options) -> None:
+def test_only_selected_runs_are_trained(make_study, options: Options) -> None:
     study = make_study()
     results = run_study(study, replace(options, variants=["gn"], batches=[1], seeds=[2]), print)
     assert [r.run.name for r in results.runs if r.state] == ["gn_1img_seed2"]
@@ -317,7 +316,7 @@ def test_gpus_without_work_are_named(
     lines: list[str] = []
     study = make_study(**ONE, device="cuda", processes=2)
     run_study(study, replace(options, gpus=[0, 1, 2, 3, 4], jobs=jobs), lines.append)
-    assert any("2 of 5 GPUs are used; --jobs 2 uses more" in line for line in lines) == told
+    assert any("2 of 5 GPUs are used; --jobs 2 trains more" in line for line in lines) == told
 
 
 def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:
@@ -333,10 +332,10 @@ def test_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_last_words(tmp_path: Path) -> None:
+def test_failure_reason(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    assert last_words(path) == "it wrote nothing"
+    assert failure_reason(path) == "it wrote nothing"
     path.write_text("starting\nerror: no memory\nclean-up\n\n")
-    assert last_words(path) == "no memory"
+    assert failure_reason(path) == "no memory"
     path.write_text("starting\nRuntimeError: x\n\n")
-    assert last_words(path) == "RuntimeError: x"
+    assert failure_reason(path) == "RuntimeError: x"

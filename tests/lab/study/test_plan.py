@@ -9,7 +9,7 @@ import pytest
 from ws_detectron.engine import as_flat_dict, load_config
 from ws_detectron.errors import ConfigError
 from ws_detectron.lab.study import read_study, read_study_results, search_runs, study_runs
-from ws_detectron.lab.study.plan import StudyRun, check_runs, nearest, words
+from ws_detectron.lab.study.plan import StudyRun, as_arguments, check_runs, nearest
 from ws_detectron.model_zoo import get_config_file
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +54,7 @@ def test_several_processes_make_a_larger_step(make_study) -> None:
     assert run.images == 80
 
 
-def test_milestones_keep_their_place_in_another_length(make_study) -> None:
+def test_milestones_keep_their_relative_position(make_study) -> None:
     """The config: LR falls at 400 and 600 of 800 iterations of 8 images."""
     study = make_study(overrides={"SOLVER.STEPS": [400, 600]})
     runs = by_name(study_runs(study, {}))
@@ -96,8 +96,8 @@ def test_overrides_are_at_the_reference_batch_and_the_variants_win(make_study) -
     run = by_name(study_runs(study, {}))["gn_4img_seed1"]
     assert run.options["SOLVER.BASE_LR"] == pytest.approx(0.08)
     assert run.settings["MODEL.WS.EPS"] == 1e-3
-    # what the command line says is what is recorded
-    said = as_flat_dict(load_config(run.config, words(run.options)))
+    # the command line and the record agree
+    said = as_flat_dict(load_config(run.config, as_arguments(run.options)))
     assert list(said["SOLVER.STEPS"]) == run.settings["SOLVER.STEPS"]
     assert said["SOLVER.BASE_LR"] == run.settings["SOLVER.BASE_LR"]
 
@@ -146,7 +146,7 @@ def test_runs_of_a_search_keep_their_folders_when_its_grid_grows(make_study) -> 
     assert all(after[name].choice == run.choice for name, run in before.items())
 
 
-def test_names_of_runs_of_a_search_are_unlike(make_study) -> None:
+def test_names_of_runs_of_a_search_are_unique(make_study) -> None:
     norms = {"MODEL.RESNETS.NORM": ["GN", "BN"], "MODEL.FPN.NORM": ["", "GN"]}
     names = by_name(search_runs(make_study(search={**SEARCH, "grid": norms})))
     assert "search_gn_1img_MODEL.RESNETS.NORM_BN_MODEL.FPN.NORM_GN" in names
@@ -182,7 +182,7 @@ def test_coco_study_is_the_configs_of_that_name_and_batch() -> None:
     for run in runs:
         leaf = f"scratch_mask_rcnn_R_50_FPN_3x_{run.variant}_{run.batch}img.yaml"
         theirs = as_flat_dict(load_config(f"COCO-InstanceSegmentation/{leaf}"))
-        ours = as_flat_dict(load_config(run.config, words(run.options)))
+        ours = as_flat_dict(load_config(run.config, as_arguments(run.options)))
         differing = {key for key in theirs if theirs[key] != ours[key]}
         assert differing == {
             "SOLVER.REFERENCE_IMS_PER_BATCH",
@@ -258,7 +258,7 @@ def test_longer_study_is_the_published_one_with_four_times_the_images(tmp_path: 
         assert run.settings["SOLVER.MAX_ITER"] == 4 * theirs[name].settings["SOLVER.MAX_ITER"]
 
 
-def test_decay_study_goes_on_from_the_published_records(tmp_path: Path) -> None:
+def test_decay_study_extends_the_published_records(tmp_path: Path) -> None:
     """Its variants without more decay are runs of the fashion study, with the LR found there."""
     theirs = published(tmp_path)
     ours = by_name(study_runs(read_study(STUDIES / "fashion_scenes_decay.yaml"), {}))

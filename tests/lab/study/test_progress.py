@@ -1,4 +1,4 @@
-"""The time left, by hand."""
+"""The time left, computed by hand."""
 
 from typing import Optional
 
@@ -38,7 +38,7 @@ def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list
     assert progress(runs, clock, workers=None).seconds_left() is None
 
 
-def test_failed_runs_teach_nothing_and_are_not_awaited(make_study, clock: list[float]) -> None:
+def test_failed_runs_do_not_count_for_the_time_left(make_study, clock: list[float]) -> None:
     runs = study_runs(make_study(), {})
     watched = progress(runs, clock)
     watched.ended(runs[0], write_state(runs[0], FAILED, reason="no", seconds=1.0))
@@ -47,7 +47,7 @@ def test_failed_runs_teach_nothing_and_are_not_awaited(make_study, clock: list[f
     assert watched.seconds_left() == pytest.approx(6 * 40)
 
 
-def test_resumed_runs_teach_nothing(make_study, clock: list[float]) -> None:
+def test_resumed_runs_do_not_count_for_the_speed(make_study, clock: list[float]) -> None:
     """Their seconds are those of the last start alone."""
     (run, *_) = runs = study_runs(make_study(), {})
     state = write_state(run, FINISHED, seconds=4.0)
@@ -57,13 +57,13 @@ def test_resumed_runs_teach_nothing(make_study, clock: list[float]) -> None:
     assert watched.seconds_left() is None
 
 
-def test_a_sign_of_life_says_how_far_each_run_is(make_study, clock: list[float]) -> None:
+def test_progress_of_running_runs_is_reported(make_study, clock: list[float]) -> None:
     lines: list[str] = []
     (run, *_) = runs = study_runs(make_study(), {})
     watched = Progress(read_results(runs, {}), 1, lines.append, now=lambda: clock[0])
     run.folder.mkdir(parents=True)
     (run.folder / "metrics.json").write_text('{"iteration": 7, "total_loss": 1.0}\n')
     watched.began(run)
-    watched.beat([run])
+    watched.report_running([run])
     assert "begins again, its metrics end at 8 of 20 iterations" in lines[0]
     assert "bn_4img_seed1 8/20" in lines[1]

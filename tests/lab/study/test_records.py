@@ -1,4 +1,4 @@
-"""Records: a study goes on where nothing but they are left."""
+"""Records: a study continues from them, without the folders of its runs."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def report_of(results) -> list:
     return [(r.run.name, r.status, r.ap, r.run_record, len(r.metrics.rows)) for r in results.runs]
 
 
-def test_a_study_goes_on_from_its_records(make_study, options: Options, tmp_path: Path) -> None:
+def test_a_study_continues_from_its_records(make_study, options: Options, tmp_path: Path) -> None:
     study, records = make_study(search=SEARCH), tmp_path / "records"
     kept = Options(options.train_net, records=records, seeds=[1])
     run_study(study, kept, print)
@@ -99,7 +99,7 @@ def test_failed_runs_of_a_search_are_recorded_and_failed_runs_are_not(
     assert (study.output / "runs" / "bn_4img_seed1" / "starts.txt").exists()
 
 
-def test_data_may_lie_elsewhere_on_another_machine(
+def test_data_may_be_stored_elsewhere_on_another_machine(
     make_study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ws_detectron.engine.prepare.register_coco_sets", absolute)
@@ -144,7 +144,7 @@ def absolute(entries: Sequence[list[str]]) -> list[list[str]]:
 def test_a_run_of_a_search_that_did_not_diverge_is_tried_again(
     make_study, options: Options, tmp_path: Path, cause: str, reason: str
 ) -> None:
-    """Its variant waits for it: without it, another LR could be chosen."""
+    """Its variant is not trained before it has ended, as the choice may depend on it."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
     killed = study.output / "search" / "gn_4img_BASE_LR_0.04"
     killed.mkdir(parents=True)

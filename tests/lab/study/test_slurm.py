@@ -65,7 +65,7 @@ def test_a_job_in_the_queue_is_not_submitted_twice(
     (bn.folder / JOB).write_text("12345")
 
     class Queued:
-        """A job that an earlier call has submitted; it ends at the third look."""
+        """A job that an earlier call has submitted; it ends at the third query."""
 
         looks = 0
 
@@ -102,7 +102,7 @@ def test_a_job_that_ended_unwatched_is_forgotten(make_study, options: Options) -
 def test_a_finished_run_stays_so_when_its_job_fails_afterwards(
     make_study, options: Options
 ) -> None:
-    """A node may die between the end of the training and the end of the job."""
+    """A node may fail between the end of the training and the end of the job."""
 
     class Lost:
         def exception(self) -> Exception:

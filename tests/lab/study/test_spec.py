@@ -32,7 +32,7 @@ def test_everything_is_read(make_study) -> None:
 
 
 def test_numbers_of_a_grid_that_yaml_takes_for_text(make_study) -> None:
-    """YAML 1.1 wants a point in 1e-3."""
+    """YAML 1.1 needs a point in 1e-3."""
     grid = {"SOLVER.BASE_LR": ["1e-3", 0.01, "1e-1"], "MODEL.RESNETS.NORM": ["GN", "BN"]}
     search = make_study(search={**SEARCH, "grid": grid}).search
     assert search.grid["SOLVER.BASE_LR"] == (0.001, 0.01, 0.1)
@@ -92,7 +92,7 @@ def test_missing_file_and_no_mapping(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read study file .*none.yaml"):
         read_study(tmp_path / "none.yaml")
     (tmp_path / "s.yaml").write_text("just words")
-    with pytest.raises(ConfigError, match="no mapping"):
+    with pytest.raises(ConfigError, match="allowed: a mapping"):
         read_study(tmp_path / "s.yaml")
 
 

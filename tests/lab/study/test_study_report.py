@@ -1,4 +1,4 @@
-"""The report of a study that a stand-in has run."""
+"""The report of a study that a stand-in has trained."""
 
 import base64
 import re
@@ -162,7 +162,7 @@ def test_folder_that_cannot_be_written(ran: StudyResults, tmp_path: Path) -> Non
 
 def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
     box, mask = draw_ap_over_batch(ran.study, ran.runs).axes
-    assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP (per cent)", "mask AP (per cent)")
+    assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP (%)", "mask AP (%)")
     (line, _, (bars,)) = box.containers[0]
     assert [*line.get_ydata()] == [101.5, 101.5]
     assert [*line.get_xdata()] == pytest.approx([1, 4], rel=0.05)
@@ -202,8 +202,8 @@ def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResult
     np.testing.assert_allclose(box_4.lines[0].get_ydata(), [101.5])
 
 
-def test_curves_are_of_finished_runs_and_may_lack_a_place(ran: StudyResults) -> None:
-    """gn of seed 2 at batch 1 failed; bn of seed 2 at batch 4 lost what it had at 40 images."""
+def test_curves_are_of_finished_runs_and_may_lack_a_value(ran: StudyResults) -> None:
+    """gn of seed 2 at batch 1 failed; bn of seed 2 at batch 4 has no value at 40 images."""
     runs = [*ran.runs]
     number = next(i for i, r in enumerate(runs) if r.run.name == "bn_4img_seed2")
     rows = [row for row in runs[number].metrics.rows if row["iteration"] != 9]
@@ -221,7 +221,7 @@ def test_curves_are_of_finished_runs_and_may_lack_a_place(ran: StudyResults) -> 
     assert len(gn.get_xdata()) == 80 and max(gn.get_ydata()) < 10
 
 
-def test_what_a_log_says_is_no_markup(ran: StudyResults, tmp_path: Path) -> None:
+def test_text_of_a_log_is_escaped(ran: StudyResults, tmp_path: Path) -> None:
     number = next(i for i, r in enumerate(ran.runs) if r.run.name == "gn_1img_seed2")
     runs = [*ran.runs]
     state = runs[number].state

@@ -1,1 +1,1 @@
-"""What WS costs: the operation, whole detectors, and memory, measured side by side in one run."""
+"""Benchmarks of WS: time and memory of the operation and of whole detectors, interleaved."""

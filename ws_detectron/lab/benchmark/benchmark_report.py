@@ -1,8 +1,8 @@
-"""Measurements as JSON, and their tables on docs/performance.md.
+"""Writes the tables of docs/performance.md from measurements in JSON.
 
 A measurement is `{"about", "kind", "parts"}`. Each part has `facts`, which hold for all its
-candidates; `seconds`, name -> of each round; and of some kinds `peak_bytes`, `cpu_seconds`, `gpu`
-(see `timing.gpu_work`) and `refused` (reasons), by name.
+candidates; `seconds`, name -> seconds of each round; and for some measurements `peak_bytes`,
+`cpu_seconds`, `gpu` (see `timing.gpu_work`) and `refused` (reasons), by name.
 """
 
 import json
@@ -26,8 +26,8 @@ FLOOR_IN_COPIES = 2.5
 Five passes over the bytes, of which a copy makes two."""
 
 
-class Kind(NamedTuple):
-    """How the seconds of a kind of measurement are shown."""
+class TableFormat(NamedTuple):
+    """How the seconds of a measurement are shown."""
 
     candidate: str
     unit: str
@@ -35,30 +35,30 @@ class Kind(NamedTuple):
     ratio_digits: int
 
 
-KINDS = {
-    "step": Kind("training step", "ms", 0, 3),
-    "variants": Kind("training step", "ms", 0, 3),
-    "inference": Kind("inference", "ms", 0, 3),
-    "operation": Kind("operation", "ms", 1, 2),
-    "group_norm": Kind("GN", "ms", 2, 2),
-    "classifier": Kind("classifier", "s / epoch", 1, 2),
-    "coco_eval": Kind("evaluator", "s", 2, 1),
+FORMATS = {
+    "step": TableFormat("training step", "ms", 0, 3),
+    "variants": TableFormat("training step", "ms", 0, 3),
+    "inference": TableFormat("inference", "ms", 0, 3),
+    "operation": TableFormat("operation", "ms", 1, 2),
+    "group_norm": TableFormat("GN", "ms", 2, 2),
+    "classifier": TableFormat("classifier", "s / epoch", 1, 2),
+    "coco_eval": TableFormat("evaluator", "s", 2, 1),
 }
-"""In the order of the page."""
+"""By the `kind` of a measurement, in the order of the page."""
 
 
 def title(name: str) -> str:
-    """Of a measurement, by the name of its file: device and what was measured."""
+    """The title of a measurement, from the name of its file, `<device>_<what>`."""
     device, _, what = name.partition("_")
     what = "COCO evaluation" if what == "coco_eval" else what.replace("_", " ").capitalize()
     return f"{what} on a {'GPU' if device == 'cuda' else 'CPU'}"
 
 
 def update_page(page: Union[str, Path], folder: Union[str, Path]) -> None:
-    """Writes the tables of all measurements in `folder` between the two marks of the page.
+    """Writes the tables of all measurements in `folder` between the two markers of the page.
 
     Raises:
-        DataError: the page has no such marks, or the folder no measurements.
+        DataError: the page lacks the markers, or the folder has no measurements.
     """
     page = Path(page)
     text = page.read_text("utf-8")
@@ -69,11 +69,11 @@ def update_page(page: Union[str, Path], folder: Union[str, Path]) -> None:
 
 
 def page_tables(folder: Union[str, Path], page_folder: Union[str, Path]) -> str:
-    """All measurements of a folder, with links to their files from a page in `page_folder`."""
+    """The tables of the measurements in a folder, with links to files relative to `page_folder`."""
     measured = {path: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
     if not measured:
         raise DataError(f"{folder}: holds no measurements (*.json); make them first")
-    order = list(KINDS)
+    order = list(FORMATS)
     sections = []
     for path, content in sorted(measured.items(), key=lambda m: order.index(m[1]["kind"])):
         about = content["about"]
@@ -92,19 +92,19 @@ def page_tables(folder: Union[str, Path], page_folder: Union[str, Path]) -> str:
 def table(content: Mapping[str, Any]) -> str:
     """The table of one measurement, a row for each candidate of each part.
 
-    Facts in which parts differ are columns; the others stand below, as do reasons why a candidate
-    does not run.
+    Facts that differ between parts are columns; the others are below the table, and so are the
+    reasons why a candidate does not run.
     """
-    parts, kind = content["parts"], KINDS[content["kind"]]
+    parts, form = content["parts"], FORMATS[content["kind"]]
     facts = {key: [_shown(part["facts"][key]) for part in parts] for key in parts[0]["facts"]}
     varied = [key for key, values in facts.items() if len(set(values)) > 1]
     rows = []
     for number, part in enumerate(parts):
         where = {key.replace("_", " "): facts[key][number] for key in varied}
         for name in part["seconds"]:
-            rows.append({**where, kind.candidate: name, **_columns(content["kind"], part, name)})
+            rows.append({**where, form.candidate: name, **_columns(content["kind"], part, name)})
         for name in part.get("refused", {}):
-            rows.append({**where, kind.candidate: name, kind.unit: "does not run"})
+            rows.append({**where, form.candidate: name, form.unit: "does not run"})
     headers = {key: key for row in rows for key in row}
     text = tabulate(
         [[row.get(key, "") for key in headers] for row in rows],
@@ -118,22 +118,22 @@ def table(content: Mapping[str, Any]) -> str:
     return text + "\n\n" + "\n\n".join(below) + "\n"
 
 
-def _columns(kind_name: str, part: Mapping[str, Any], name: str) -> dict[str, str]:
-    kind = KINDS[kind_name]
-    scale = 1000 if kind.unit == "ms" else 1
+def _columns(kind: str, part: Mapping[str, Any], name: str) -> dict[str, str]:
+    form = FORMATS[kind]
+    scale = 1000 if form.unit == "ms" else 1
     seconds = part["seconds"][name]
-    columns = {kind.unit: _spread([scale * value for value in seconds], kind.digits)}
-    fastest = f"{scale * min(seconds):.{kind.digits}f}"
-    for header, base in _baselines(kind_name, part["seconds"], name).items():
+    columns = {form.unit: _spread([scale * value for value in seconds], form.digits)}
+    fastest = f"{scale * min(seconds):.{form.digits}f}"
+    for header, base in _baselines(kind, part["seconds"], name).items():
         ratios = [value / to for value, to in zip(seconds, base)]
-        columns[header] = _spread(ratios, kind.ratio_digits)
-        times = f" ({min(seconds) / min(base):.{kind.ratio_digits}f})"
+        columns[header] = _spread(ratios, form.ratio_digits)
+        times = f" ({min(seconds) / min(base):.{form.ratio_digits}f})"
     columns["fastest (times)"] = fastest + times
     if "peak_bytes" in part:
         peak = part["peak_bytes"].get(name)
         columns["peak, MiB"] = "" if peak is None else f"{peak / 2**20:.0f}"
     if "cpu_seconds" in part:
-        columns["CPU time, s"] = f"{spread(part['cpu_seconds'][name])[0]:.{kind.digits}f}"
+        columns["CPU time, s"] = f"{spread(part['cpu_seconds'][name])[0]:.{form.digits}f}"
     for header, key in (("GPU busy", "busy_seconds"), ("host", "host_seconds")):
         if part.get("gpu"):
             columns[f"{header}, ms"] = f"{1000 * part['gpu'][name][key]:.2f}"
@@ -145,7 +145,7 @@ def _columns(kind_name: str, part: Mapping[str, Any], name: str) -> dict[str, st
 def _baselines(
     kind: str, seconds: Mapping[str, Sequence[float]], name: str
 ) -> dict[str, Sequence[float]]:
-    """Header -> the seconds that those of a candidate are related to, round by round."""
+    """Column header -> baseline seconds of each round, by which a candidate's are divided."""
     if kind == "operation":
         floor = [FLOOR_IN_COPIES * value for value in seconds[COPY]]
         return {"times the floor": floor, "times ours (official)": seconds[OURS["official"]]}

@@ -20,8 +20,8 @@ from ws_detectron.lab.fashion_mnist.training_settings import TRAIN_IMAGES
 
 from .timing import Action, interleave
 
-MOST_STEPS, MOST_IMAGES = 1000, 12800
-"""Of a round, whichever comes first: 1000 steps at batch 2, 400 at 32, 100 at 128."""
+MAX_STEPS, MAX_IMAGES = 1000, 12800
+"""Limits of a round, whichever comes first: 1000 steps at batch 2, 400 at 32, 100 at 128."""
 
 
 def measure_classifier(
@@ -32,15 +32,15 @@ def measure_classifier(
 
     Args:
         device, rounds, warmup: as for `interleave`.
-        variants: normalizations, of `lab.fashion_mnist`, the baseline first.
-        batches: images per step, of which each is measured.
+        variants: variants of `lab.fashion_mnist`, the baseline first.
+        batches: numbers of images per step to measure.
         modes: "plain" or "compile" (`torch.compile`) or both.
 
     Yields:
-        For each batch size `facts`, and `seconds` for 50,000 images, name -> of each round.
+        For each batch size `facts`, and `seconds` for 50,000 images, name -> seconds of each round.
     """
     for batch_size in batches:
-        steps = max(1, min(MOST_STEPS, MOST_IMAGES // batch_size))
+        steps = max(1, min(MAX_STEPS, MAX_IMAGES // batch_size))
         images = steps * batch_size
         torch.manual_seed(0)
         data = Images(

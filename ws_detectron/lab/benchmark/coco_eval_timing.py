@@ -1,4 +1,4 @@
-"""COCO evaluation through faster-coco-eval and through pycocotools, on the same data."""
+"""Times COCO evaluation by faster-coco-eval and by pycocotools, on the same data."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +16,11 @@ BACKENDS = ("faster-coco-eval", "pycocotools")
 
 
 def enlarged(annotations: dict[str, Any], num_images: int) -> dict[str, Any]:
-    """A COCO set of any size: the images of a small one, repeated in their order, with new ids.
+    """A COCO set of any size, which repeats the images of a small one in order, with new ids.
 
     Args:
         annotations: as returned by `load_annotations`.
-        num_images: in the new set.
+        num_images: number of images of the new set.
     """
     images = annotations["images"]
     objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
@@ -44,12 +44,13 @@ def measure_coco_eval(
     Args:
         annotations: a COCO instances file, whose images are repeated under new ids.
         rounds: as for `interleave`.
-        num_images: evaluated.
+        num_images: number of images to evaluate.
         background: mean number of predictions per image that are on no object.
-        seed: of the predictions, which are made from the objects with the errors of detectors.
+        seed: seed of the predictions, see `perturbed_predictions`.
 
     Yields:
-        For boxes, masks and both `facts`, `seconds` and `cpu_seconds`, name -> of each round.
+        For boxes, masks and both: `facts`, and `seconds` and `cpu_seconds`, name -> seconds of each
+        round.
     """
     source = load_annotations(annotations)
     truth = enlarged(source, num_images)
@@ -90,8 +91,10 @@ def _sum(of_tasks: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
 
 
 def largest_difference(one: CocoResult, other: CocoResult) -> float:
-    """The largest difference of two results' metrics, categories included, in %; infinite where
-    one is undefined and the other is not."""
+    """The largest difference of two results' metrics, including those by category, in %.
+
+    Infinite if a metric is undefined in only one of them.
+    """
     pairs = [
         (values[name], of_other[key][name])
         for of_one, of_other in _groups(one, other)

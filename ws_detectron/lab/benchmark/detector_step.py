@@ -1,4 +1,4 @@
-"""Training steps and inference of whole detectors on real images: time and memory."""
+"""Measures time and memory of training steps and inference of detectors on real images."""
 
 import itertools
 import sys
@@ -23,9 +23,9 @@ from ws_detectron.modeling import folded_copy
 from .timing import Action, time_and_memory
 
 SPLIT = "_split"
-"""Behind a variant's name: with our GroupNorm, split over the GPU (`layers.split_group_norm`)."""
+"""Suffix of a variant with our GroupNorm, split over the GPU (`layers.split_group_norm`)."""
 VARIANTS = ("bn", "frozen_bn", "sync_bn", "gn", "gn_ws", f"gn{SPLIT}", f"gn_ws{SPLIT}")
-"""Normalizations of the COCO configs; configs/README.md lists what differs between them."""
+"""Variants of the COCO configs; configs/README.md lists their differences."""
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{variant}_1img.yaml"
 MODES = ("plain", "channels_last", "autocast", "compile")
 
@@ -35,12 +35,12 @@ Batch = list[dict[str, Any]]
 def detector_config(
     variant: str, device: str, short_side: int, opts: Sequence[str] = ()
 ) -> CfgNode:
-    """The COCO config of a variant, from random weights and at one image size."""
+    """The COCO config of a variant, with random weights and one image size."""
     options: list[Any] = [
         *["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", "SEED", 0, "DATALOADER.NUM_WORKERS", 0],
         *["INPUT.MIN_SIZE_TRAIN", (short_side,), "INPUT.MAX_SIZE_TRAIN", short_side * 5 // 3],
         *["INPUT.MIN_SIZE_TEST", short_side, "INPUT.MAX_SIZE_TEST", short_side * 5 // 3],
-        # random weights score nothing high, and the mask head should have its usual work
+        # random weights give low scores, and the mask head should have its usual work
         *["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0],
     ]
     name = CONFIG.format(variant=variant.removesuffix(SPLIT))
@@ -48,11 +48,12 @@ def detector_config(
 
 
 def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
-    """The first batches of the training set, the same ones for every variant.
+    """The first batches of the training set, the same for every variant.
 
     Args:
-        images: in each batch.
-        number: of batches.
+        cfg: config of the loader.
+        images: images per batch.
+        number: number of batches.
     """
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = images, 0
@@ -67,21 +68,21 @@ def measure_steps(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Times training steps (forward, backward, SGD) of several variants.
 
-    All of them get the same images and the same proposals, and the LR is 0.
+    All variants get the same images and proposals; the LR is 0.
 
     Args:
         device, rounds, warmup: as for `interleave`.
-        variants: of `VARIANTS`, the baseline first.
-        batches: images per step, of which each is measured.
-        modes: of `MODES`, of which each is measured; "autocast" is bfloat16 on a CPU and float16
-            with a gradient scaler on a GPU, "compile" compiles backbone and FPN, for one size of
-            image: all steps then have the same batch, as each further size is compiled anew for
-            minutes, and one compilation for all sizes takes longer still.
-        short_side: of the images, pixels; None: 800 on a GPU, 320 on a CPU.
+        variants: elements of `VARIANTS`, the baseline first.
+        batches: numbers of images per step to measure.
+        modes: elements of `MODES` to measure. "autocast" is bfloat16 on a CPU and float16 with a
+            gradient scaler on a GPU. "compile" compiles backbone and FPN; all steps then have the
+            same batch, as compilation takes minutes for each image size, and even longer for
+            dynamic sizes.
+        short_side: shorter side of the images, pixels; None: 800 on a GPU, 320 on a CPU.
         opts: KEY VALUE overrides of every variant's config.
 
     Yields:
-        For each batch and mode `facts`, what `time_and_memory` returns, and `refused`: variant ->
+        For each batch and mode: `facts`, the items of `time_and_memory`, and `refused`, variant ->
         reason, for those that do not run.
     """
     short_side = short_side or _short_side(device)
@@ -108,13 +109,13 @@ def measure_inference(
     device: str, rounds: int, warmup: int, short_side: Optional[int] = None,
     opts: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Times inference of one image at a time: GN, GN+WS folded, and GN+WS as it is trained.
+    """Times inference of one image at a time: GN, GN+WS folded, and GN+WS not folded.
 
     Args:
         device, rounds, warmup, short_side, opts: as for `measure_steps`.
 
     Yields:
-        One part, as `measure_steps`, with GN first.
+        One part as from `measure_steps`, with GN first.
     """
     short_side = short_side or _short_side(device)
     cfgs = [detector_config(v, device, short_side, opts) for v in ("gn", "gn_ws")]
@@ -122,7 +123,7 @@ def measure_inference(
     torch.manual_seed(0)
     gn, gn_ws = (Trainer.build_model(cfg).eval() for cfg in cfgs)
     folded = folded_copy(gn_ws)
-    gn.load_state_dict(folded.state_dict())  # the same filters, so that all find the same boxes
+    gn.load_state_dict(folded.state_dict())  # the same filters, so that all predict the same boxes
     models = {"gn": gn, "gn_ws, folded": folded, "gn_ws, not folded": gn_ws}
     actions = {name: _inference(model, batches) for name, model in models.items()}
     measured = time_and_memory(actions, rounds, warmup, device)
@@ -148,12 +149,12 @@ def _training_step(cfg: CfgNode, batches: list[Batch], mode: str, *, split: bool
     propose_alike(model)
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the step costs what it costs, and all steps have the same work
+        group["lr"] = 0.0  # the weights stay, so all steps do the same work
     context, scaler = _apply(mode, model, cfg.MODEL.DEVICE)
     batch = itertools.cycle(batches)
 
     def step() -> None:
-        torch.manual_seed(0)  # the same draws of proposals for every variant
+        torch.manual_seed(0)  # every variant samples the same proposals
         with EventStorage(0), context():
             loss = sum(model(deepcopy(next(batch))).values())
         optimizer.zero_grad()
@@ -171,10 +172,9 @@ def _training_step(cfg: CfgNode, batches: list[Batch], mode: str, *, split: bool
 def propose_alike(model: nn.Module) -> None:
     """Makes all variants propose the same boxes, whatever their features are.
 
-    RoIAlign takes a number of samples that grows with the box, and the mask head as many boxes as
-    overlap an object, so that variants with proposals of their own differ by several per cent in
-    work that has nothing to do with norm layers. With zeros in the RPN's two predictors, every
-    anchor scores the same and stays where it is.
+    The cost of RoIAlign grows with the boxes, and that of the mask head with the number of boxes on
+    objects, so different proposals change the time by several %, which has nothing to do with norm
+    layers. With zeros in the RPN's two predictors, the proposals are anchors with equal scores.
 
     Args:
         model: a detectron2 model with an RPN.
@@ -198,7 +198,7 @@ def _inference(model: nn.Module, batches: list[Batch]) -> Action:
 def _apply(
     mode: str, model: nn.Module, device: str
 ) -> tuple[Callable[[], AbstractContextManager], Optional[Any]]:
-    """Puts a mode into effect: the context of the forward, and the gradient scaler if any."""
+    """Sets a mode; returns the context of the forward, and the gradient scaler if any."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
     module: Any = model

@@ -1,4 +1,4 @@
-"""All that is measured, by the name of its command, and how it is saved."""
+"""The measurements by the names of their commands, and how they are saved."""
 
 import shlex
 import sys
@@ -34,7 +34,7 @@ GPU: dict[str, dict[str, Any]] = {
     "operation": {},
     "inference": {},
 }
-"""What `measure_gpu` measures, the most wanted first."""
+"""Measurements of `measure_gpu` and their options, the most important first."""
 PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", *BACKENDS)
 
 
@@ -42,9 +42,9 @@ def measure(what: str, output: Union[str, Path], **options: Any) -> str:
     """Measures, saves as `<output>/<device>_<what>.json`, and returns title and table.
 
     Args:
-        what: of `MEASUREMENTS`.
-        output: a folder; made if need be.
-        options: of that measurement.
+        what: a key of `MEASUREMENTS`.
+        output: a folder; made if it does not exist.
+        options: arguments of that measurement.
     """
     modes = options.get("modes", ["plain"])
     name = f"{options.get('device', 'cpu')}_{what}"
@@ -62,22 +62,22 @@ def measure(what: str, output: Union[str, Path], **options: Any) -> str:
     content: dict[str, Any] = {"about": about, "kind": what, "parts": []}
     for part in MEASUREMENTS[what](**options):
         content["parts"].append(part)
-        write_json(path, content)  # after each part, as the next may take long, or be stopped
+        write_json(path, content)  # after each part, in case the next is interrupted
     return f"{title(name)}\n\n{table(content)}"
 
 
 def measure_gpu(
     output: Union[str, Path], budget: Optional[float] = None, **options: Any
 ) -> Iterator[str]:
-    """All of `GPU`, each saved as it is finished.
+    """Runs all measurements of `GPU` and saves each when it is finished.
 
     Args:
         output: as for `measure`.
-        budget: seconds after which nothing is started.
-        options: of every measurement.
+        budget: seconds after which no measurement is started.
+        options: arguments of every measurement.
 
     Yields:
-        Title and table of each, or that it is skipped.
+        Title and table of each, or a message that it is skipped.
 
     Raises:
         UserError: there is no GPU.

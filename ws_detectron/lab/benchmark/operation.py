@@ -1,4 +1,4 @@
-"""WS over all filters of a ResNet, and GN over all its features, without the convolutions."""
+"""Times WS over all filters of a ResNet, and GN over all its features, without convolutions."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -44,14 +44,14 @@ def backbone_filters(depth: int, device: str) -> list[torch.Tensor]:
 def measure_operation(
     device: str, rounds: int, warmup: int, depth: int = 50
 ) -> Iterator[dict[str, Any]]:
-    """Times forward and backward over all filters by every implementation.
+    """Times forward and backward over all filters, for every implementation.
 
     Args:
         device, rounds, warmup: as for `interleave`.
-        depth: of the ResNet whose filters are standardized.
+        depth: depth of the ResNet.
 
     Yields:
-        One part: `facts`, and what `time_and_memory` returns.
+        One part: `facts`, and the items of `time_and_memory`.
     """
     weights = backbone_filters(depth, device)
     upstream = [torch.randn_like(weight) for weight in weights]
@@ -60,9 +60,9 @@ def measure_operation(
     def both_directions(standardize_all: Callable[[], Sequence[torch.Tensor]]) -> None:
         torch.autograd.grad(standardize_all(), weights, upstream)
 
-    # the copy in few launches, as on a GPU a launch takes longer than the bytes
+    # in few launches, as on a GPU one launch per filter would take longer than the copy itself
     actions: dict[str, Action] = {COPY: lambda: torch._foreach_copy_(target, source)}
-    if device == "cuda":  # what a model does with its convs there
+    if device == "cuda":  # as in a model
         together = partial(standardize_weights, weights, 1e-5, "official")
         actions[TOGETHER] = partial(both_directions, together)
     for name, formula in formulas().items():
@@ -94,7 +94,7 @@ def _layer_norm(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _as_the_authors_do(weight: torch.Tensor) -> torch.Tensor:
-    """Means over one dimension after the other, then the unbiased deviation of what is left."""
+    """Means over one dimension after the other, then the unbiased standard deviation."""
     mean = weight.mean(1, keepdim=True).mean(2, keepdim=True).mean(3, keepdim=True)
     centred = weight - mean
     deviation = centred.flatten(1).std(dim=1).view(-1, 1, 1, 1) + 1e-5
@@ -102,7 +102,7 @@ def _as_the_authors_do(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _as_mmcv_does(weight: torch.Tensor) -> torch.Tensor:
-    """Mean and unbiased deviation of each filter as a row (mmcv's conv_ws_2d)."""
+    """Mean and unbiased standard deviation of each filter as a row (mmcv's conv_ws_2d)."""
     rows = weight.view(len(weight), -1)
     mean, deviation = (f(rows, 1, keepdim=True).view(-1, 1, 1, 1) for f in (torch.mean, torch.std))
     return (weight - mean) / (deviation + 1e-5)
@@ -132,13 +132,13 @@ def measure_group_norm(
 
     Args:
         device, rounds, warmup: as for `interleave`.
-        images, groups: of which every combination is measured.
+        images, groups: every combination is measured.
         size: height and width of the images, pixels.
 
     Yields:
-        For each number of images and groups `facts`; `seconds` of all norms of the network, name
-        -> of each round; and `shapes`: for each shape of features its channels, height, width,
-        number of norms, and median `seconds`, name -> of one norm.
+        For each number of images and groups: `facts`; `seconds`, name -> seconds of each round,
+        summed over all norms of the network; and `shapes`: for each shape of features its channels,
+        height, width, number of norms, and name -> median seconds of one norm.
     """
     for n, g in itertools.product(images, groups):
         seconds = {STOCK_NORM: [0.0] * rounds, SPLIT_NORM: [0.0] * rounds}
@@ -169,7 +169,7 @@ def _norm_both_directions(
 
 
 def _feature_shapes(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """(channels, height, width, how many norms) of backbone and FPN of R-50 for one image size."""
+    """(channels, height, width, number of norms) of the features of R-50-FPN at an image size."""
     yield 64, height // 2, width // 2, 1
     for stage, blocks in zip((2, 3, 4, 5), (3, 4, 6, 3)):
         h, w, middle = height >> stage, width >> stage, 64 << (stage - 2)

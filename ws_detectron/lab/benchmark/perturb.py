@@ -1,7 +1,7 @@
-"""Predictions made from ground truth by adding the errors that detectors make.
+"""Makes predictions from ground truth by adding typical errors of detectors.
 
-They replace a detector's where an evaluator is tested or timed: every type of match and mismatch is
-among them, and a seed gives the same ones on every machine.
+They replace a detector's predictions in tests and timings of evaluators: they contain every type of
+match and mismatch, and a seed gives the same ones on every machine.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from pycocotools import mask as mask_util
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How far predictions are from the truth.
+    """How far predictions are from the ground truth.
 
     Args:
-        miss: share of objects that nothing is predicted for.
-        duplicate: share of objects that are predicted twice.
-        wrong_class: share of predictions with another category.
+        miss: fraction of objects without a prediction.
+        duplicate: fraction of objects that are predicted twice.
+        wrong_class: fraction of predictions with another category.
         jitter: standard deviation of shift and log-scale, in box sizes.
-        background: predictions per image that belong to no object.
+        background: mean number of predictions per image that are on no object.
     """
 
     miss: float = 0.15
@@ -36,13 +36,13 @@ def perturbed_predictions(
 ) -> list[dict[str, Any]]:
     """A results list with boxes and masks for the objects of a COCO set.
 
-    Scores fall with the distance from the truth, with noise; a tenth of them are rounded, so that
-    there are ties. Crowds get predictions too, two each.
+    Scores decrease with the distance from the ground truth, with noise; a tenth of them are
+    rounded, so that there are ties. Each crowd gets two predictions.
 
     Args:
         annotations: COCO instances with polygons or RLEs.
-        seed: of all random draws.
-        perturbation: how many errors of each type.
+        seed: seed of all random draws.
+        perturbation: sizes and frequencies of the errors.
     """
     draw = np.random.default_rng(seed)
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
@@ -86,9 +86,9 @@ def perturbed_predictions(
 def _moved(
     annotation: dict[str, Any], shift: np.ndarray, size: tuple[int, int]
 ) -> tuple[list[float], list[list[float]]]:
-    """Box and polygons, shifted and scaled about the corner of the box, within the image.
+    """Box and polygons, shifted and scaled about the corner of the box, clipped to the image.
 
-    An RLE, which crowds have, becomes its box.
+    An RLE, as crowds have, is replaced by its box.
     """
     x, y, width, height = annotation["bbox"]
     width, height = max(width, 1.0), max(height, 1.0)

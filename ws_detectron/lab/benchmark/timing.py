@@ -1,4 +1,4 @@
-"""Candidates timed interleaved, so that a change of the machine's load meets all of them."""
+"""Times candidates interleaved, so that changes of the machine's load affect all of them."""
 
 import gc
 import itertools
@@ -18,13 +18,14 @@ Action = Callable[[], object]
 def time_and_memory(
     candidates: Mapping[str, Action], rounds: int, warmup: int, device: str
 ) -> dict[str, Any]:
-    """All that is measured of candidates, by name.
+    """Measures time and memory of candidates.
 
     Args:
         candidates, rounds, warmup, device: as for `interleave`.
 
     Returns:
-        `seconds` as from `interleave`; `peak_bytes`; and on CUDA `gpu`, as from `gpu_work`.
+        `seconds` as from `interleave`; `peak_bytes`, name -> bytes; and on CUDA `gpu`, name -> as
+        from `gpu_work`.
     """
     measured: dict[str, Any] = {"seconds": interleave(candidates, rounds, warmup, device)}
     if device == "cuda":
@@ -44,15 +45,15 @@ def interleave(
     """Runs every candidate once in each round, in the order of `round_order`.
 
     Args:
-        candidates: name -> what is timed.
+        candidates: name -> function to time.
         rounds: timed runs of each.
-        warmup: runs of each before, not timed.
+        warmup: untimed runs of each before.
         device: `"cuda"` times with CUDA events, and waits for the GPU around each run.
-        collect: collect garbage before each run, which takes a fifth of a second; without, no
-            garbage is collected in between.
+        collect: collect garbage before each run, which takes 0.2 s; otherwise garbage is not
+            collected at all.
 
     Returns:
-        Name -> seconds of each round; of no candidates, nothing.
+        Name -> seconds of each round.
 
     Raises:
         ValueError: `rounds` is below 1.
@@ -79,13 +80,13 @@ def interleave(
 def round_order(names: Sequence[str], number: int) -> list[str]:
     """The order of one round: A B C, B C A, C A B, then the same backwards: B A C, A C B, C B A.
 
-    Over as many rounds as there are names, each is once at every position, so none is always the
-    one that starts a round or follows the candidate that fills the caches; over twice as many, it
-    also follows each of its neighbours as often as it precedes them.
+    In as many rounds as there are names, each is at every position once, so none always starts a
+    round or always follows the one that fills the caches; in twice as many, it also follows each of
+    its neighbours as often as it precedes it.
 
     Args:
-        names: of the candidates.
-        number: of the round, from 0.
+        names: names of the candidates.
+        number: number of the round, from 0.
     """
     first = number % len(names)
     order = [*names[first:], *names[:first]]
@@ -102,12 +103,12 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 def peak_bytes(action: Action, device: str) -> int:
-    """The most memory that tensors made by `action` held at one time, above what was held before.
+    """Peak memory of the tensors that `action` allocates, above what was allocated before.
 
-    On a CPU it is read off torch's record of every allocation, so it does not depend on what the
-    system's allocator does with them.
+    On a CPU it is computed from the allocations that torch's profiler records, so it does not
+    depend on the system's allocator.
     """
-    action()  # what is allocated once and kept is not counted
+    action()  # allocations that are kept, such as caches, are not counted
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -129,11 +130,11 @@ def peak_bytes(action: Action, device: str) -> int:
 
 
 def gpu_work(action: Action) -> dict[str, float]:
-    """What one run of `action` gives a GPU and its host to do.
+    """Work of one run of `action` on the GPU and on the host.
 
     Returns:
-        `busy_seconds`: durations of its kernels and copies, summed; `launches`: how many;
-        `host_seconds`: until the last of them was launched, the least of 5 runs.
+        `busy_seconds`: summed durations of its kernels and copies; `launches`: their number;
+        `host_seconds`: time until the last of them is launched, the minimum of 5 runs.
     """
     host = []
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Studies: variants compared over batch sizes and seeds, trained run by run and reported."""
+"""Studies: trains variants over batch sizes and seeds, and reports how they compare."""
 
 from .plan import StudyRun, search_runs, study_runs
 from .records import StudyResults

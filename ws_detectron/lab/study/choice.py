@@ -1,4 +1,4 @@
-"""What a search found: the values that a variant's runs train with."""
+"""Chooses the values that a variant's runs train with from the results of a search."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from .spec import Study
 
 
 def score(result: RunResult) -> Optional[float]:
-    """By what a search chooses: the mean of box and mask AP."""
+    """The criterion of a search: the mean of box and mask AP."""
     return sum(result.ap.values()) / len(result.ap) if result.ap else None
 
 
 def choose(study: Study, results: Sequence[RunResult]) -> dict[tuple[str, int], Optional[Values]]:
     """(variant, searched batch) -> the combination with the highest mean of box and mask AP.
 
-    A run that diverged, as a high LR may, is never chosen; None where all did, and as long as not
-    all have ended. The earlier in the grid wins a tie.
+    A run that diverged is never chosen. None if all runs diverged, or until all have ended. Of
+    equal combinations the first in the grid is chosen.
     """
     choices: dict[tuple[str, int], Optional[Values]] = {}
     if study.search is None:
@@ -33,7 +33,7 @@ def choose(study: Study, results: Sequence[RunResult]) -> dict[tuple[str, int], 
 
 
 def has_ended(result: RunResult) -> bool:
-    """Whether it is finished or diverged; another failure is tried again."""
+    """Whether a run finished or diverged; after other failures it is tried again."""
     return result.status in (FINISHED, DIVERGED)
 
 
@@ -43,9 +43,9 @@ def _rank(result: RunResult) -> float:
 
 
 def at_the_edge(study: Study, choice: Values) -> list[str]:
-    """Keys whose chosen value is the least or greatest of three or more numbers, in any order.
+    """Keys whose chosen value is the smallest or largest of three or more numbers.
 
-    The best may lie beyond.
+    The best value may be outside the grid.
     """
     if study.search is None:
         return []

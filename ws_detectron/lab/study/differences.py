@@ -1,4 +1,4 @@
-"""AP over the seeds of a variant, and how variants differ, with intervals."""
+"""Mean AP over the seeds of a variant, and differences of variants with intervals."""
 
 from collections.abc import Sequence
 from typing import Optional
@@ -17,7 +17,7 @@ from .records import RunResult
 def values_of(
     results: Sequence[RunResult], variant: str, batch: int, task: str
 ) -> dict[int, float]:
-    """Seed -> AP of the finished runs of a variant at a batch."""
+    """Seed -> AP, for the finished runs of a variant at a batch."""
     return {
         result.run.seed: result.ap[task]
         for result in results
@@ -32,7 +32,7 @@ def summary(results: Sequence[RunResult], variant: str, batch: int, task: str) -
 def variant_difference(
     results: Sequence[RunResult], pair: tuple[str, str], batch: int, task: str
 ) -> Optional[Difference]:
-    """First variant less second, at one batch."""
+    """AP of the first variant minus that of the second, at one batch."""
     first, second = (values_of(results, variant, batch, task) for variant in pair)
     return difference([*first.values()], [*second.values()])
 
@@ -40,7 +40,7 @@ def variant_difference(
 def change_of_difference(
     results: Sequence[RunResult], pair: tuple[str, str], batches: tuple[int, int], task: str
 ) -> Optional[Difference]:
-    """By how much first variant less second is more at the first batch than at the second."""
+    """`variant_difference` at the first batch minus that at the second."""
     samples = {
         (variant, batch): [*values_of(results, variant, batch, task).values()]
         for variant in pair
@@ -56,9 +56,9 @@ def change_of_difference(
 def overall_difference(
     results: Sequence[RunResult], pair: tuple[str, str], batches: Sequence[int], task: str
 ) -> Optional[Difference]:
-    """First variant less second, over all batches: of each seed's mean over the batches.
+    """AP of the first variant minus that of the second, of each seed's mean over the batches.
 
-    Seeds for which a run is missing are left out.
+    Seeds with a missing run are skipped.
     """
     sides: list[list[float]] = []
     for variant in pair:
@@ -71,6 +71,6 @@ def overall_difference(
 
 
 def pairs_of_batches(batches: Sequence[int]) -> list[tuple[int, int]]:
-    """The smallest batch and each other one, for `change_of_difference`."""
+    """The smallest batch paired with each other one, for `change_of_difference`."""
     smallest, *others = sorted(batches)
     return [(smallest, other) for other in others]

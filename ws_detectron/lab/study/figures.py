@@ -1,4 +1,4 @@
-"""AP over batch size or of each variant at one batch, and learning curves."""
+"""Figures of studies: AP over batch size, AP of each variant at one batch, learning curves."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -19,7 +19,7 @@ from .spec import Study
 
 VARIANTS = {"bn": "BN", "gn": "GN", "bn_ws": "BN+WS", "gn_ws": "GN+WS"}
 LEGEND_WIDTH = 1.7
-"""Inches for a column of the legend: its line, and a name like bn_ws_decay."""
+"""Inches for a column of the legend: a line and a name like bn_ws_decay."""
 
 
 def draw_ap_over_batch(study: Study, results: Sequence[RunResult]) -> Figure:
@@ -36,7 +36,7 @@ def draw_ap_over_batch(study: Study, results: Sequence[RunResult]) -> Figure:
                 if (reached := summary(results, variant.name, batch, task)) is not None
             ]
             if found:
-                # bars of different variants stand beside each other
+                # shifted, so that bars do not overlap
                 shift = 1.02 ** (number - (len(study.variants) - 1) / 2)
                 panel.errorbar(
                     [batch * shift for batch, _ in found],
@@ -51,13 +51,13 @@ def draw_ap_over_batch(study: Study, results: Sequence[RunResult]) -> Figure:
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.minorticks_off()
         panel.set_xlabel(study.unit)
-        panel.set_ylabel(f"{TITLES[task]} AP (per cent)")
+        panel.set_ylabel(f"{TITLES[task]} AP (%)")
     _finish(figure, panels)
     return figure
 
 
 def draw_ap_by_variant(study: Study, results: Sequence[RunResult]) -> Figure:
-    """AP of each variant at a study's one batch: mean, 95 % interval, seeds; a panel per task."""
+    """AP of each variant at the only batch: mean, 95 % interval, seeds; a panel per task."""
     (batch,) = study.batches
     tasks = tasks_of(results)
     figure = Figure(
@@ -74,8 +74,8 @@ def draw_batches(
     """Box AP of each variant as `draw_ap_by_variant` draws it; a panel per study and batch.
 
     Args:
-        studies: in the order of the panels.
-        batches: of which panels are drawn; None for all.
+        studies: results of the studies, in the order of the panels.
+        batches: batches to draw; None for all.
     """
     shown = [
         (results, batch)
@@ -104,7 +104,7 @@ def _draw_variants(
     task: str,
     colours: Sequence[str],
 ) -> None:
-    """A row for each variant, the first on top; `colours` names variants in their order."""
+    """Draws a row for each variant, the first on top; `colours`: variants in order of colour."""
     for row, variant in enumerate(study.variants):
         values = [*values_of(results, variant.name, batch, task).values()]
         reached = mean_with_interval(values)
@@ -132,8 +132,7 @@ def _draw_variants(
 def draw_study_curves(study: Study, results: Sequence[RunResult]) -> Figure:
     """Loss and AP over the images seen: a column per batch, a row per quantity.
 
-    Lines are means over the seeds that have finished (over all, where none has); the band is from
-    the smallest to the largest.
+    Lines are means over finished runs (over all, if none has finished); bands show the range.
     """
     keys = ["total_loss", *tasks_of(results)]
     batches = sorted(study.batches)
@@ -160,15 +159,15 @@ def draw_study_curves(study: Study, results: Sequence[RunResult]) -> Figure:
         panel.set_title(f"{batch} {unit}", fontsize=10)
     for panel in panels[-1]:
         panel.set_xlabel("images seen")
-        panel.locator_params(axis="x", nbins=5)  # numbers of five digits would touch
+        panel.locator_params(axis="x", nbins=5)  # numbers of five digits would overlap
     _finish(figure, [*panels.flat])
     return figure
 
 
 def _curves(runs: Sequence[RunResult], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images seen, and values (runs, positions) where any run has one; NaN where a run has none.
+    """Images seen at which any run has a value, and the values (runs, positions).
 
-    A run that was killed in an evaluation lacks it: it resumes behind it.
+    NaN where a run has no value: if it is killed in an evaluation, it resumes after it.
     """
     curves = []
     for result in runs:
@@ -184,13 +183,13 @@ def _curves(runs: Sequence[RunResult], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _finish(figure: Figure, panels: Sequence[Axes]) -> None:
-    """A grid, axes that start at 0, and one legend for all panels."""
+    """Adds a grid, axes that start at 0, and one legend for all panels."""
     entries: dict[str, Any] = {}
     for panel in panels:
         panel.grid(True, linewidth=0.4, color="0.8")
         lines, names = panel.get_legend_handles_labels()
         if lines:
-            panel.update_datalim([(panel.dataLim.x1, 0)])  # leaves room above what is highest
+            panel.update_datalim([(panel.dataLim.x1, 0)])  # room above the highest value
             panel.autoscale_view()
         panel.set_ylim(bottom=0)
         entries.update(zip(names, lines))

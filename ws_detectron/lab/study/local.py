@@ -18,21 +18,21 @@ from .progress import Progress
 from .records import is_finished
 
 POLL_SECONDS = 0.5
-BEAT_SECONDS = 600.0
+STATUS_SECONDS = 600.0
 LOCK = "study.lock"
 
 
 def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict[str, str]]:
     """The environment of each worker, which trains one run at a time.
 
-    CPU runs share the cores, and `tools/train_net.py` shares those of a run out to its processes;
-    GPU runs get the next `processes` GPUs each.
+    On the CPU, workers divide the cores, and `tools/train_net.py` divides those of a run among its
+    processes. On GPUs, each worker gets the next `processes` GPUs.
 
     Args:
-        jobs: how many runs train at a time.
-        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES names them, one as often as runs may share
-            it; None for the CPU.
-        processes: of each run.
+        jobs: number of workers.
+        gpus: GPUs, as CUDA_VISIBLE_DEVICES names them, each once per run that may use it; None for
+            the CPU.
+        processes: number of processes of each run.
 
     Raises:
         UserError: there are not enough GPUs, or a run would get the same one twice.
@@ -46,7 +46,7 @@ def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict
         raise UserError(
             f"--jobs {jobs} with {processes} process(es) each need {jobs * processes} GPUs; "
             f"there are {len(gpus)} (--gpus, else the visible ones): {', '.join(gpus) or 'none'}. "
-            "A GPU that several small runs may share is named once for each: --gpus 0 0 0 0"
+            "To share a GPU between runs, name it once for each: --gpus 0 0 0 0"
         )
     shares = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
     for share in shares:
@@ -64,23 +64,23 @@ def run_locally(
     progress: Progress,
     lock: IO[Any],
 ) -> None:
-    """Trains all runs that are not finished; one that fails does not stop the others.
+    """Trains all runs that are not finished; if one fails, the others continue.
 
     Runs that were killed resume from their last checkpoint, and failed ones are tried again.
 
     Args:
         runs: in the order in which they start.
         train_net: path of tools/train_net.py.
-        workers: an environment for each worker, from `slots`.
-        progress: is told of every start and end.
-        lock: of `study_lock`; the runs keep it, so that the study stays locked as long as one of
-            them lives, even if this process is killed.
+        workers: an environment for each worker, as returned by `slots`.
+        progress: reports every start and end.
+        lock: as returned by `study_lock`; the runs inherit it, so that the study stays locked while
+            any of them is alive, even if this process is killed.
     """
     waiting = [run for run in runs if not is_finished(run)]
     waiting.reverse()
     free = list(reversed(range(len(workers))))
     running: dict[int, RunProcess] = {}
-    beat = time.monotonic()
+    reported = time.monotonic()
     with _ended_by_signals():
         try:
             while waiting or running:
@@ -94,9 +94,9 @@ def run_locally(
                     process = running.pop(worker)
                     free.append(worker)
                     progress.ended(process.run, process.finish())
-                if time.monotonic() - beat > BEAT_SECONDS:
-                    beat = time.monotonic()
-                    progress.beat(process.run for process in running.values())
+                if time.monotonic() - reported > STATUS_SECONDS:
+                    reported = time.monotonic()
+                    progress.report_running(process.run for process in running.values())
                 time.sleep(POLL_SECONDS)
         finally:
             for process in running.values():
@@ -104,21 +104,21 @@ def run_locally(
 
 
 def study_lock(output: Path) -> AbstractContextManager[IO[Any]]:
-    """Keeps a study's folder from being worked on twice, for as long as it is entered.
+    """Within it, no other process can work on a study's folder.
 
     Raises:
-        AlreadyLocked: somebody else works on it, be it only a run whose `run_study` was killed.
+        AlreadyLocked: another `run_study.py` works on it, or a run of one that was killed.
     """
     path = output / LOCK
     return locked(
         path,
         f"{output} is being worked on by another run_study.py, or by a run of one that was "
-        f"killed; wait for it or end it (fuser {path} shows it)",
+        f"killed; wait for it or end it (fuser {path} shows the process)",
     )
 
 
 def _cores() -> int:
-    """The cores that this process may use; macOS knows only how many there are."""
+    """Number of cores that this process may use; on macOS, of all cores."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -126,8 +126,10 @@ def _cores() -> int:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Turns SIGTERM, and SIGHUP of a terminal that closes, into an exception, so that the runs are
-    stopped on the way out. What is ignored, as SIGHUP under nohup, stays so."""
+    """Turns SIGTERM and SIGHUP (a closed terminal) into SystemExit, so that the runs are stopped.
+
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+    """
 
     def leave(number: int, frame: Optional[FrameType]) -> None:
         raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""From a study to its runs: one training each, matched by the linear rule."""
+"""The runs of a study, each one training, matched by the linear rule."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ from .spec import Search, Study, Variant
 
 Values = dict[str, Any]
 
-# what the linear rule and the study set, in the order in which a command shows it
+# keys that the linear rule and the study set, in the order of a command
 SCALED = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.REFERENCE_IMS_PER_BATCH",
@@ -41,16 +41,18 @@ class StudyRun:
     """One training run.
 
     Args:
-        name: of the run and of its folder.
-        variant, batch, seed: what it belongs to; batch is images per process and step.
+        name: name of the run and of its folder.
+        variant: name of its variant.
+        batch: images per process and step.
+        seed: seed of the run.
         folder: OUTPUT_DIR.
         config: path of the variant's config file.
-        options: config key -> value that the command line overrides, OUTPUT_DIR included.
-        processes: of the run.
-        images: that it sees.
-        checkpoints: what it keeps, see `Study`.
-        settings: the whole merged config, by full key; lists for tuples.
-        choice: what a search is trying or has found, at the reference batch.
+        options: config key -> value of the overrides, OUTPUT_DIR included.
+        processes: number of processes.
+        images: number of training images.
+        checkpoints: which checkpoints are kept, see `Study`.
+        settings: the merged config, by full key, with lists in place of tuples.
+        choice: values that a search tries or has found, at the reference batch.
         searching: whether it is a run of a search.
     """
 
@@ -74,12 +76,12 @@ class StudyRun:
 
 
 def study_runs(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]) -> list[StudyRun]:
-    """The runs of the study proper, batch by batch from the largest, which are the fastest.
+    """The runs of a study without its search, from the largest batch, which is fastest.
 
     Args:
-        study: of `read_study`.
-        choices: (variant, searched batch) -> what the search found, of `choice.choose`; None where
-            it found nothing: those runs are left out. Empty without a search.
+        study: as returned by `read_study`.
+        choices: as returned by `choice.choose`, empty without a search; runs whose search found
+            nothing are skipped.
 
     Raises:
         ConfigError: a config or override cannot work; names it.
@@ -100,7 +102,7 @@ def study_runs(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]
 def search_runs(study: Study) -> list[StudyRun]:
     """The runs of the search: every combination of the grid for every variant and searched batch.
 
-    They are evaluated once, at their end.
+    They are evaluated once, at the end.
 
     Raises:
         ConfigError: a config or override cannot work, or two values of the grid are the same.
@@ -127,7 +129,7 @@ def search_runs(study: Study) -> list[StudyRun]:
 
 
 def _folder_name(choice: Values) -> str:
-    """Of the values alone, so that a run keeps its folder when the grid grows."""
+    """A name from the values alone, so that a run keeps its folder when the grid grows."""
     ends = [key.rpartition(".")[2] for key in choice]
     keys = ends if len(set(ends)) == len(ends) else list(choice)
     return "_".join(
@@ -142,7 +144,7 @@ def combinations(search: Search) -> list[Values]:
 
 
 def nearest(batch: int, batches: Sequence[int]) -> int:
-    """The one of `batches` with the smallest ratio to `batch`; of two, the smaller."""
+    """The element of `batches` with the smallest ratio to `batch`; of two, the smaller."""
     return min(batches, key=lambda other: (max(batch / other, other / batch), other))
 
 
@@ -151,13 +153,13 @@ def _run(
 ) -> StudyRun:
     name = path.replace("runs/", "").replace("/", "_")
     at_reference = {**study.overrides, **variant.overrides, **choice}
-    reference, _ = scale_to_batch(load_config(variant.config, words(at_reference)))
+    reference, _ = scale_to_batch(load_config(variant.config, as_arguments(at_reference)))
     per_step = batch * study.processes
     seen = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
     if seen % per_step:
         raise ConfigError(
-            f"run {name}: {seen} images are no whole number of steps of {per_step} images; give "
-            "the study a number of `images` that every batch (times `processes`) divides"
+            f"run {name}: {seen} images are not a whole number of steps of {per_step} images; give "
+            "the study a number of `images` that is a multiple of every batch times `processes`"
         )
     scaled = _scaled(reference, per_step, seen, study.evaluations)
     folder = study.output / path
@@ -165,7 +167,7 @@ def _run(
     options = {key: value for key, value in at_reference.items() if key not in SCALED}
     options.update({key: flat[key] for key in SCALED})
     options.update({"SEED": seed, "MODEL.DEVICE": study.device, "OUTPUT_DIR": str(folder)})
-    cfg = load_config(variant.config, words(options))
+    cfg = load_config(variant.config, as_arguments(options))
     return StudyRun(
         name=name,
         variant=variant.name,
@@ -184,15 +186,15 @@ def _run(
 
 
 def check_runs(runs: Sequence[StudyRun]) -> None:
-    """What a user can get wrong, for all runs before the first is started.
+    """Checks all runs before the first is started.
 
-    The device is left out: another machine may train it.
+    The device is not checked, as another machine may train the run.
 
     Raises:
         UserError: a run cannot work; names it and the reason.
     """
     for run in runs:
-        cfg = load_config(run.config, words(run.options))
+        cfg = load_config(run.config, as_arguments(run.options))
         try:
             check_weights(cfg)
             check_registered(cfg)
@@ -203,23 +205,24 @@ def check_runs(runs: Sequence[StudyRun]) -> None:
             raise ConfigError(f"run {run.name}: {error}") from error
 
 
-def words(values: Values) -> list[str]:
-    """Keys and values as a command line has them."""
-    return [str(word) for pair in values.items() for word in pair]
+def as_arguments(values: Values) -> list[str]:
+    """Keys and values as command-line arguments."""
+    return [str(item) for pair in values.items() for item in pair]
 
 
 def _scaled(reference: CfgNode, per_step: int, seen: int, evaluations: Optional[int]) -> CfgNode:
-    """LR and schedule of a reference config for another batch and another number of images.
+    """Scales LR and schedule of a reference config to another batch and number of images.
 
-    Milestones keep their place in the schedule; warm-up keeps its images. Checkpoints are no more
-    images apart than the reference's, and no fewer than the `evaluations`.
+    Milestones keep their relative position in the schedule; warm-up keeps its number of images.
+    Checkpoints are at most as many images apart as in the reference, and at least as many as
+    `evaluations`.
     """
     cfg = reference.clone()
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = cfg.SOLVER.IMS_PER_BATCH
     cfg.SOLVER.IMS_PER_BATCH = per_step
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     cfg, _ = scale_to_batch(cfg)
-    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = per_step  # also where it was 0: this LR is meant
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = per_step  # even if it was 0: this LR is for this batch
     cfg.SOLVER.MAX_ITER = seen // per_step
     length = cfg.SOLVER.MAX_ITER / reference.SOLVER.MAX_ITER
     steps = [round(step * length) for step in reference.SOLVER.STEPS]

@@ -1,4 +1,4 @@
-"""One run in a process of its own: `tools/train_net.py`, in the run's folder."""
+"""Trains one run in its own process, by `tools/train_net.py`."""
 
 import os
 import shlex
@@ -11,39 +11,48 @@ from pathlib import Path
 
 from ws_detectron.errors import DivergedError
 
-from .plan import StudyRun, words
-from .records import DIVERGED, FAILED, FINISHED, OUTPUT, RUNNING, RunState, last_words, write_state
+from .plan import StudyRun, as_arguments
+from .records import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    OUTPUT,
+    RUNNING,
+    RunState,
+    failure_reason,
+    write_state,
+)
 
-# How long a run may take to end when it is asked to
-PATIENCE = 20.0
+# between SIGTERM and SIGKILL
+STOP_SECONDS = 20.0
 
 
 def command(run: StudyRun, train_net: Path) -> list[str]:
-    """The command line of a run; given once more, it resumes the run.
+    """The command line that starts or resumes a run.
 
     Without a checkpoint in the folder, `--resume` starts from the beginning.
     """
     start = [sys.executable, str(train_net), "--resume", "--config-file", run.config]
     if run.processes > 1:
-        # the default address is one for all runs of a user, and several may train at a time
+        # the default address is the same for all runs of a user
         start += ["--num-gpus", str(run.processes), "--dist-url", "auto"]
-    return [*start, *words(run.options)]
+    return [*start, *as_arguments(run.options)]
 
 
 def shown(command: Sequence[str]) -> str:
-    """A command to be copied into a shell."""
+    """A command quoted for a shell."""
     return shlex.join(command)
 
 
 class RunProcess:
-    """A run that trains.
+    """The process of a run.
 
-    Starting it makes its folder, notes that it runs, and starts a new log.
+    Makes the run's folder, sets its state to "running", and starts a new log.
 
     Args:
-        run: to run.
+        run: the run to train.
         train_net: path of tools/train_net.py.
-        environ: variables besides the ones of this process.
+        environ: environment variables, in addition to those of this process.
         pass_fds: file descriptors that the process keeps open.
     """
 
@@ -59,8 +68,8 @@ class RunProcess:
         write_state(run, RUNNING)
         self._start = time.perf_counter()
         self._log = run.folder / OUTPUT
-        # A new one: what an earlier process said must not pass for the last words of this one.
-        # All of them are in detectron2's log.txt.
+        # Overwritten, as the error of an earlier process is not that of this one. detectron2's
+        # log.txt keeps all of them.
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 command(run, train_net),
@@ -68,16 +77,16 @@ class RunProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environ},
-                start_new_session=True,  # a group of its own, so that `stop` reaches its children
+                start_new_session=True,  # a new process group, so that `stop` ends its children too
                 pass_fds=pass_fds,
             )
 
     def poll(self) -> bool:
-        """Whether it has ended."""
+        """Whether the process has ended."""
         return self._process.poll() is not None
 
     def finish(self) -> RunState:
-        """Waits for its end and notes how it ended."""
+        """Waits for the process to end, and writes the state of the run."""
         status = self._process.wait()
         seconds = time.perf_counter() - self._start
         if status == 0:
@@ -86,15 +95,15 @@ class RunProcess:
             drop_checkpoints(self.run)
             return state
         how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        reason = f"{last_words(self._log)} ({how})"
+        reason = f"{failure_reason(self._log)} ({how})"
         failure = DIVERGED if status == DivergedError.exit_status else FAILED
         return write_state(self.run, failure, reason=reason, seconds=seconds)
 
     def stop(self) -> None:
-        """Ends it and its children; its state stays "running", so that it is resumed."""
+        """Ends the process and its children; the state stays "running", to be resumed."""
         self._signal(signal.SIGTERM)
         try:
-            self._process.wait(PATIENCE)
+            self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
             self._process.wait()
@@ -107,7 +116,7 @@ class RunProcess:
 
 
 def drop_checkpoints(run: StudyRun) -> None:
-    """Deletes what a finished run does not keep."""
+    """Deletes the checkpoints that a finished run does not keep."""
     patterns = {"all": [], "last": ["model_[0-9]*.pth"], "none": ["last_checkpoint", "*.pth"]}
     for pattern in patterns[run.checkpoints]:
         for path in run.folder.glob(pattern):
@@ -115,7 +124,7 @@ def drop_checkpoints(run: StudyRun) -> None:
 
 
 def train(run: StudyRun, train_net: Path) -> RunState:
-    """Runs a run to its end, in the environment as it is."""
+    """Trains a run and waits for its end."""
     process = RunProcess(run, train_net, {})
     try:
         return process.finish()

@@ -1,4 +1,4 @@
-"""What is printed while a study runs: what began, what ended, how long the rest will take."""
+"""Prints the progress of a study: starts and ends of runs, and the time left."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,16 +15,16 @@ from .records import FINISHED, OUTPUT, RunResult, RunState, read_run_record
 class Progress:
     """Prints a line for each start and each end of a run, with the time left.
 
-    The time left is estimated from the seconds per image of the runs that have finished: those of
-    the same batch where there are any, else all.
+    The time left is estimated from the seconds per image of finished runs: those of the same batch
+    if there are any, else all.
 
     Args:
-        results: of all runs that are wanted, finished ones included.
-        workers: how many runs train at a time; None where that is unknown, as in a queue, and
-            then nothing is estimated.
-        say: takes a line.
+        results: results of all selected runs, finished ones included.
+        workers: number of runs that train at a time; None if unknown, as in a queue, so that no
+            time is estimated.
+        say: prints a line.
         now: a clock in seconds.
-        keep: is called with each run that has ended and its state, before the line is printed.
+        keep: called with each run that has ended and its state, before the line is printed.
     """
 
     def __init__(
@@ -64,32 +64,32 @@ class Progress:
             what = f"{state.state.upper()}: {state.reason}"
         self._say(f"{self._position()} {run.name} {what}; {self.left()}")
 
-    def beat(self, running: Iterable[StudyRun]) -> None:
-        """A sign of life: how far the running runs are."""
+    def report_running(self, running: Iterable[StudyRun]) -> None:
+        """Prints the iterations of the running runs."""
         shown = [f"{run.name} {steps_done(run)}/{run.iterations}" for run in running]
         self._say(f"{self._position()} running: {', '.join(shown)}; {self.left()}")
 
     def left(self) -> str:
-        """The time left, in words."""
+        """The time left, as text."""
         seconds = self.seconds_left()
         return "time left unknown" if seconds is None else f"about {duration(seconds)} left"
 
     def seconds_left(self) -> Optional[float]:
         """None before any run has finished, and for a queue."""
-        everything = [speed for speeds in self._speeds.values() for speed in speeds]
-        if not everything or self._workers is None:
+        all_speeds = [speed for speeds in self._speeds.values() for speed in speeds]
+        if not all_speeds or self._workers is None:
             return None
         total = 0.0
         for run in self._runs:
             if run.name not in self._ended:
-                known = self._speeds.get(run.batch, everything)
+                known = self._speeds.get(run.batch, all_speeds)
                 whole = run.images * sum(known) / len(known)
                 begun = self._begun.get(run.name)
                 total += max(0.0, whole - (self._now() - begun)) if begun is not None else whole
         return total / self._workers
 
     def _learn(self, run: StudyRun, state: RunState, run_record: Mapping[str, Any]) -> None:
-        # `seconds` are of the last start, which for a resumed run is a part of its images
+        # `seconds` are those of the last start, in which a resumed run sees a part of its images
         whole = run_record.get("starts", 1) == 1
         if state.state == FINISHED and state.seconds and whole:
             self._speeds.setdefault(run.batch, []).append(state.seconds / run.images)
@@ -107,11 +107,11 @@ def steps_done(run: StudyRun) -> int:
 
 
 def ap_text(run: Run) -> str:
-    """Box and mask AP of a run, in words."""
+    """Box and mask AP of a run, as text."""
     found = [
         f"{title} AP {UNDEFINED if value is None else format(value, '.1f')}"
         for task, title in TITLES.items()
-        for value in [run.figures.get(f"{task}/AP")]
-        if f"{task}/AP" in run.figures
+        for value in [run.metrics.get(f"{task}/AP")]
+        if f"{task}/AP" in run.metrics
     ]
     return ", ".join(found) or "no AP"

@@ -1,12 +1,12 @@
-"""What is known of a study's runs: in their own folders, and in the two files of its records.
+"""States and results of a study's runs, in their own folders and in the study's records.
 
-A study may take several sittings, on machines that keep nothing else, so a folder of records keeps
-what the report and a search need of runs that have ended:
+A study may be run in several sessions, on machines whose disks do not last, so a folder of records
+stores what the report and a search need of runs that have ended:
 
-- `runs.jsonl`: its first line has the title and the settings that all runs share; then one line
-  per run with its state, the settings that are its own, and its `run_record.json`;
-- `metrics.csv`: a row per line of the runs' `metrics.json`, a column per metric, each value as
-  JSON writes it, so that it is read again exactly.
+- `runs.jsonl`: the first line has the title and the settings that all runs share; then one line
+  per run with its state, its other settings, and its `run_record.json`;
+- `metrics.csv`: a row per line of the runs' `metrics.json`, a column per metric, each value in
+  JSON, so that it is read back exactly.
 """
 
 import csv
@@ -32,11 +32,10 @@ FORMAT = 1
 
 RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed"
 
-# What another start of the same run may change without another result: on another machine, data
-# are stored elsewhere
-FREE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
-# What another machine may change for runs that have not ended: half a run belongs to one of them
-FREE_AT_THE_END = ("MODEL.DEVICE",)
+# Keys that may change between starts of a run, as they do not change the result
+MAY_CHANGE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
+# Keys that may change once a run has ended: all of a run should be trained on one device
+MAY_CHANGE_AFTER_END = ("MODEL.DEVICE",)
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,11 @@ class RunState:
     """The state of a run.
 
     Args:
-        state: "running" (also where its process was killed: it then resumes from its checkpoint),
-            "finished", "diverged" (its loss became infinite, which would come again) or "failed"
-            (killed, or its machine or a file failed).
-        settings: the config that it trains with, by full key.
+        state: "running" (also if its process was stopped: it then resumes from its checkpoint),
+            "finished", "diverged" (its loss became infinite or NaN) or "failed" (any other error).
+        settings: the config of the run, by full key.
         reason: why it diverged or failed.
-        seconds: wall time of its last process, start-up and evaluations included.
+        seconds: wall time of its last process, including start-up and evaluations.
     """
 
     state: str
@@ -60,12 +58,12 @@ class RunState:
 
 @dataclass(frozen=True)
 class Record:
-    """What is recorded of a run.
+    """The record of a run.
 
     Args:
         state: its state.
         rows: lines of its metrics.json.
-        run_record: the training engine's `RunRecord`; empty where there is none.
+        run_record: its run_record.json, see `engine.hooks.RunRecord`; empty if there is none.
     """
 
     state: RunState
@@ -75,15 +73,15 @@ class Record:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run and what is known of it.
+    """A run and its results.
 
     Args:
         run: the run.
         state: None if it was never started.
-        metrics: its config and metrics; the name is that of the run.
-        ap: task -> AP in per cent at the end of training; empty unless it finished.
-        run_record: the training engine's `RunRecord`; empty where there is none.
-        notes: what a reader has to know of these metrics.
+        metrics: its config and metrics.
+        ap: task -> AP in % at the end of training; empty unless it finished.
+        run_record: its run_record.json, see `engine.hooks.RunRecord`; empty if there is none.
+        notes: remarks on these metrics for the report.
     """
 
     run: StudyRun
@@ -101,12 +99,12 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """A study with all that was run of it.
+    """A study and the results of its runs.
 
     Args:
         study: the study.
-        runs: of the study proper, in order.
-        search: of its search; empty without one.
+        runs: results without those of the search, in order.
+        search: results of the search; empty without one.
     """
 
     study: Study
@@ -115,7 +113,7 @@ class StudyResults:
 
 
 def read_state(run: StudyRun) -> Optional[RunState]:
-    """What `write_state` wrote; None for a run that was never started.
+    """The state that `write_state` wrote; None for a run that was never started.
 
     Raises:
         ConfigError: the folder holds a run with other settings; names the keys.
@@ -132,7 +130,7 @@ def read_state(run: StudyRun) -> Optional[RunState]:
 
 
 def is_finished(run: StudyRun) -> bool:
-    """Raises as `read_state` does."""
+    """Whether the run's folder says so; raises as `read_state` does."""
     state = read_state(run)
     return state is not None and state.state == FINISHED
 
@@ -146,22 +144,22 @@ def write_state(
     return written
 
 
-def last_words(path: Path) -> str:
-    """Why a process failed: its last `error:` line, else its last line that is not empty."""
+def failure_reason(path: Path) -> str:
+    """Why a process failed: the last `error:` line of its log, else the last non-empty line."""
     try:
         lines = path.read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return "it wrote nothing"
-    said = [line.strip() for line in lines if line.strip()]
-    errors = [line[len("error: ") :] for line in said if line.startswith("error: ")]
-    return (errors or said or ["it wrote nothing"])[-1]
+    filled = [line.strip() for line in lines if line.strip()]
+    errors = [line[len("error: ") :] for line in filled if line.startswith("error: ")]
+    return (errors or filled or ["it wrote nothing"])[-1]
 
 
 def read_records(folder: Optional[Path]) -> dict[str, Record]:
-    """The records of a study by the names of its runs; none where there are no files.
+    """The records of a study by the names of its runs; empty if there are no files.
 
     Raises:
-        ConfigError: a file is damaged, or of the form before these files; names it.
+        ConfigError: a file is damaged, or the records are in the old form; names it.
     """
     if folder is None:
         return {}
@@ -177,7 +175,7 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
         path = folder / METRICS
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                # of a run that is not listed: its process was killed between the two files
+                # a run is not listed if the process was killed between writing the two files
                 rows.setdefault(row.pop("run"), []).append(
                     {key: json.loads(value) for key, value in row.items() if value}
                 )
@@ -210,12 +208,12 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
 
 
 def write_records(folder: Path, title: str, records: Mapping[str, Record]) -> None:
-    """Writes both files, each atomically; a run counts as recorded once `runs.jsonl` names it.
+    """Writes both files, each atomically; a run is recorded once `runs.jsonl` names it.
 
     Args:
-        folder: of the records.
-        title: of the study.
-        records: of all its runs, by name.
+        folder: folder of the records.
+        title: title of the study.
+        records: run name -> record, for all runs.
 
     Raises:
         UserError: a file cannot be written.
@@ -246,7 +244,7 @@ def write_records(folder: Path, title: str, records: Mapping[str, Record]) -> No
 
 
 def add_records(folder: Path, title: str, records: Mapping[str, Record]) -> None:
-    """Adds records to those that are there, in place of earlier ones of the same runs.
+    """Adds records, which replace earlier ones of the same runs.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -257,10 +255,10 @@ def add_records(folder: Path, title: str, records: Mapping[str, Record]) -> None
 
 
 def refuse_old_form(folder: Path) -> None:
-    """Before `runs.jsonl`, there was a folder with a `cell.json` for each run.
+    """Refuses records in the old form, a folder with a `cell.json` for each run.
 
     Raises:
-        ConfigError: `folder` is of that form, or was before it was converted.
+        ConfigError: `folder` is in that form, or was before it was converted.
     """
     if any(folder.glob("*/cell.json")):
         raise ConfigError(
@@ -274,14 +272,13 @@ def refuse_old_form(folder: Path) -> None:
 def is_recorded(run: StudyRun, state: Optional[RunState]) -> bool:
     """Whether a run in this state is recorded: it is finished, or diverged in a search.
 
-    A search has its result from runs that diverged, too; a diverged run of the study proper is
-    tried again.
+    For a search, divergence is a result; outside of it, a diverged run is tried again.
     """
     return _rank(run, state) < _NOT_ENDED
 
 
 def folder_record(run: StudyRun, state: RunState) -> Record:
-    """What a run's folder holds, with its state."""
+    """The record of a run, from the files in its folder and its state."""
     return Record(state, read_run(run.folder, run.name).rows, read_run_record(run.folder))
 
 
@@ -291,14 +288,15 @@ def read_results(runs: Sequence[StudyRun], records: Mapping[str, Record]) -> lis
 
 
 def read_result(run: StudyRun, records: Mapping[str, Record]) -> RunResult:
-    """What a run has reached, also where it was never started or has failed; changes no file.
+    """The result of a run, also if it was never started or has failed; changes no file.
 
     Args:
-        run: of the study or its search.
-        records: from `read_records`; the run's own folder counts only where it is further.
+        run: a run of the study or its search.
+        records: as returned by `read_records`; the run's folder is used only if its state is
+            further.
 
     Raises:
-        ConfigError: its folder or record is of a run with other settings.
+        ConfigError: the folder or the record has other settings than the run.
     """
     state, record = read_state(run), records.get(run.name)
     if record is not None:
@@ -327,8 +325,8 @@ def read_result(run: StudyRun, records: Mapping[str, Record]) -> RunResult:
 def final_ap(run: Run, tasks: Sequence[str]) -> tuple[dict[str, float], list[str]]:
     """AP of the last evaluation, and notes on it.
 
-    A detector that finds nothing at all has no AP in detectron2's metrics. By COCO's rules it is 0,
-    and left out it would make the mean of its variant look better than it is, so it counts as 0.
+    A detector without any prediction has no AP in detectron2's metrics. By COCO's rules it is 0,
+    and skipping it would raise the mean of its variant, so it counts as 0.
     """
     box = ap_key(run, TASKS[0])
     evaluations = [row for row in run.rows if box in row]
@@ -341,7 +339,7 @@ def final_ap(run: Run, tasks: Sequence[str]) -> tuple[dict[str, float], list[str
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """A run's `RunRecord`; empty where there is none."""
+    """A run's run_record.json; empty if there is none."""
     try:
         content = json.loads((folder / RUN_RECORD).read_text("utf-8"))
     except (OSError, ValueError):
@@ -350,7 +348,7 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 
 
 def tasks_of(results: Sequence[RunResult]) -> list[str]:
-    """Tasks of which there is any AP; box AP where there is none yet."""
+    """Tasks with an AP in any result; boxes alone if there is none yet."""
     return [task for task in TASKS if any(task in result.ap for result in results)] or [TASKS[0]]
 
 
@@ -358,7 +356,7 @@ _NOT_ENDED = 2
 
 
 def _rank(run: StudyRun, state: Optional[RunState]) -> int:
-    """0 of a finished run, 1 of one that diverged in a search, else `_NOT_ENDED`."""
+    """0 for a finished run, 1 for one that diverged in a search, else `_NOT_ENDED`."""
     if state is not None and state.state == FINISHED:
         return 0
     diverged = state is not None and state.state == DIVERGED
@@ -366,15 +364,15 @@ def _rank(run: StudyRun, state: Optional[RunState]) -> int:
 
 
 def _check_settings(run: StudyRun, state: RunState, where: str, what: str) -> None:
-    # Keys that only one of them has are new or gone with a version of detectron2.
-    free = (*FREE, *FREE_AT_THE_END) if is_recorded(run, state) else FREE
+    # keys that only one of them has come with another version of detectron2
+    free = (*MAY_CHANGE, *MAY_CHANGE_AFTER_END) if is_recorded(run, state) else MAY_CHANGE
     differing = {
         key: f"{key} was {state.settings[key]!r} and is {value!r}"
         for key, value in run.settings.items()
         if key in state.settings and state.settings[key] != value and key not in free
     }
     if differing:
-        device = ", or end it with the --device it was begun on"
+        device = ", or finish it with the --device it was begun on"
         raise ConfigError(
             f"{where} holds a run with other settings: {'; '.join(differing.values())}. Give the "
             f"study another `output`, or delete {what}"

@@ -1,4 +1,4 @@
-"""The report of a study: Markdown with two figures, and on request one self-contained page."""
+"""The report of a study: Markdown with two figures, and optionally one self-contained HTML page."""
 
 import base64
 import html
@@ -30,7 +30,7 @@ from .figures import draw_ap_by_variant, draw_ap_over_batch, draw_study_curves
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults, tasks_of
 from .spec import Study
 
-# Where two runs of one study differ without that being a setting of the variant
+# keys that differ between runs and are not settings of a variant
 NOT_SETTINGS = {"OUTPUT_DIR", "SEED"}
 
 PAGE = """<!DOCTYPE html>
@@ -54,7 +54,7 @@ img {{ max-width: 100%; }}
 
 
 def write_report(results: StudyResults, folder: Path, *, page: bool = False) -> list[Path]:
-    """Writes report.md and two figures; with `page`, also report.html, which needs no other file.
+    """Writes report.md and two figures; with `page`, also report.html, with the figures inside.
 
     Returns:
         The paths, the report first.
@@ -79,7 +79,7 @@ def write_report(results: StudyResults, folder: Path, *, page: bool = False) -> 
 
 
 def figures_of(study: Study) -> list[tuple[str, Callable[..., Figure], str]]:
-    """File name, how it is drawn, and caption."""
+    """File name, drawing function and caption of each figure."""
     return [
         ("ap_over_batch.png", draw_ap_over_batch, "AP of each variant over the batch")
         if len(study.batches) > 1
@@ -89,12 +89,12 @@ def figures_of(study: Study) -> list[tuple[str, Callable[..., Figure], str]]:
 
 
 def as_page(title: str, text: str, folder: Path) -> str:
-    """Markdown as an HTML page with its images inside.
+    """Converts Markdown to an HTML page with its images inside.
 
     Args:
-        title: of the page.
-        text: Markdown, with tables as GitHub has them.
-        folder: of the images that it names.
+        title: title of the page.
+        text: Markdown, with tables as on GitHub.
+        folder: folder of its images.
 
     Raises:
         UserError: the package `markdown` is missing.
@@ -115,7 +115,7 @@ def as_page(title: str, text: str, folder: Path) -> str:
 def report_text(results: StudyResults) -> str:
     """The report as Markdown."""
     study, runs = results.study, results.runs
-    images_of_figures = [f"![{caption}]({name})" for name, _, caption in figures_of(study)]
+    images_in_text = [f"![{caption}]({name})" for name, _, caption in figures_of(study)]
     parts = [f"# {study.title}", _what_was_run(results)]
     for verb, some in (("Measured", runs), ("Searched", results.search)):
         environments = _environments(some)
@@ -126,26 +126,26 @@ def report_text(results: StudyResults) -> str:
         parts += ["## Missing or failed", "\n".join(f"- **{_plain(p)}**" for p in problems)]
     parts += [
         "## AP over batch size",
-        "Mean ± standard deviation (n - 1) over seeds, in brackets their number; AP in per cent at "
-        "the end of training, not the best of it.",
+        "Mean ± standard deviation (n - 1) over seeds, in brackets their number; AP in % at the "
+        "end of training, not the best of it.",
         *(ap_table(results, task) for task in tasks_of(runs)),
-        images_of_figures[0],
+        images_in_text[0],
     ]
     if study.comparisons:
         parts += [
             "## Differences",
             f"In points of AP, in brackets the {LEVEL:.0%} confidence interval of Welch's t-test "
-            "over seeds, **bold** where it excludes 0. Each interval stands for itself: of twenty, "
-            "one is expected to miss."
+            "over seeds, **bold** where it excludes 0. Intervals are not corrected for their "
+            "number: of twenty, one is expected to miss."
             + (
-                " Then what is of each seed's mean over all batches, and how the difference "
-                "changes with the batch."
+                " Below, the difference of each seed's mean over all batches, and how the "
+                "difference changes with the batch."
                 if len(study.batches) > 1
                 else ""
             ),
             *(difference_table(results, pair) for pair in study.comparisons),
         ]
-    parts += ["## Learning curves", images_of_figures[1]]
+    parts += ["## Learning curves", images_in_text[1]]
     if results.search:
         parts += _search_section(results)
     parts += _settings_section(results)
@@ -161,9 +161,9 @@ def report_text(results: StudyResults) -> str:
 
 
 def problems_of(results: StudyResults) -> list[str]:
-    """Runs that are not finished, with the reason, and variants for which a search has no result.
+    """Runs that are not finished, with the reason, and searches without a result.
 
-    Runs that were never started share a line: a study made in several sittings has many.
+    Runs that were never started share a line: a study that takes several sessions has many.
     """
     problems = []
     every = [*results.search, *results.runs]
@@ -242,7 +242,7 @@ def run_table(results: Sequence[RunResult]) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as GitHub's Markdown has it."""
+    """A table in GitHub's Markdown."""
     escaped = [[text.replace("|", "\\|") for text in row] for row in rows]
     return tabulate(escaped, headers, tablefmt="github", disable_numparse=True)
 
@@ -295,7 +295,7 @@ def _search_section(results: StudyResults) -> list[str]:
 
 
 def _searched_in_order(results: StudyResults) -> list[RunResult]:
-    """Variants as the study lists them, and numbers upwards, however the grid orders them."""
+    """The searched runs: variants in the order of the study, numbers ascending."""
     variants = [variant.name for variant in results.study.variants]
 
     def position(result: RunResult) -> tuple[Any, ...]:
@@ -324,7 +324,7 @@ def _first_of(
     name: Callable[[RunResult], str],
     wanted: Callable[[RunResult], bool],
 ) -> list[Run]:
-    """The first run of each name with the config that it has or would have."""
+    """The first run of each name with its config, also if it was not started."""
     found: dict[str, Run] = {}
     for result in filter(wanted, results):
         run = Run(name(result), result.run.folder, config=result.run.settings)
@@ -364,7 +364,7 @@ def _setting(result: RunResult, key: str) -> str:
 
 
 def _environments(results: Sequence[RunResult]) -> list[str]:
-    """Machines, versions and dates, each as often as they differ."""
+    """One line for each combination of machine and versions, with its range of dates."""
     found: dict[str, set[str]] = {}
     for record in (result.run_record for result in results):
         if "device" in record:
@@ -379,7 +379,7 @@ def _environments(results: Sequence[RunResult]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Text of a log, in which nothing is a tag."""
+    """Text of a log with HTML escaped."""
     return html.escape(text, quote=False)
 
 

@@ -1,4 +1,4 @@
-"""A whole study: search, runs, report."""
+"""Runs a whole study: search, runs, report."""
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,14 +44,14 @@ class Options:
 
     Args:
         train_net: path of tools/train_net.py.
-        jobs: how many runs train at a time.
-        gpus: numbers of the GPUs to use, one as often as runs may share it; None for all visible
-            ones on "cuda", for none on "cpu".
+        jobs: number of runs that train at a time.
+        gpus: numbers of GPUs, each once per run that may use it; None: all visible ones on "cuda",
+            none on "cpu".
         launcher: "local" or "slurm".
-        cluster: submitit's name for the cluster of "slurm".
-        variants, batches, seeds: run only these; None for all. The report is of all.
+        cluster: submitit's name of the cluster for "slurm".
+        variants, batches, seeds: run only these; None for all. The report shows all.
         records: folder in which runs that have ended are recorded, and whose recorded runs are not
-            trained again; None for none.
+            trained again; None: no records.
     """
 
     train_net: Path
@@ -66,13 +66,13 @@ class Options:
 
 
 def run_study(study: Study, options: Options, say: Say) -> StudyResults:
-    """Trains what is not finished: the search first, then the runs with what it chose.
+    """Trains the runs that are not finished: first the search, then the runs with its choice.
 
-    Runs that failed are tried again. A run of a search that diverged is not, as its choice must not
-    change under runs that are finished; only where all runs of a variant diverged, they are.
+    Runs that failed are tried again. Diverged runs of a search are not, unless all of a variant
+    diverged: a later success would change the choice, with which other runs are already trained.
 
     Raises:
-        UserError: a run cannot work on any machine, or the folder is being worked on.
+        UserError: a run cannot work on any machine, or another process works on the study.
     """
     check_runs([*search_runs(study), *study_runs(study, {})])
     refuse_old_form(study.output / "cells")
@@ -86,16 +86,16 @@ def run_study(study: Study, options: Options, say: Say) -> StudyResults:
 def _train(
     study: Study, what: str, runs: Sequence[StudyRun], options: Options, say: Say, lock: IO[Any]
 ) -> None:
-    """Trains those of the runs that were asked for and are not finished."""
+    """Trains the selected runs that are not finished."""
     results = _recorded(study, what, runs, options.records, say)
-    asked = {run.name for run in _selected(study, runs, options)}
-    results = [result for result in results if result.run.name in asked]
+    selected = {run.name for run in _selected(study, runs, options)}
+    results = [result for result in results if result.run.name in selected]
     if what == "search":
         results = _not_diverged(results)
     if not results:
         return
     for result in results:
-        if is_finished(result.run):  # its process may have been killed before it came to that
+        if is_finished(result.run):  # if its process was killed before it did so
             drop_checkpoints(result.run)
     wanted = [r.run for r in results if r.status != FINISHED or is_finished(r.run)]
     say(f"{what}: {len(results)} runs in {study.output}")
@@ -103,7 +103,7 @@ def _train(
         results,
         options.jobs if options.launcher == "local" else None,
         say,
-        keep=partial(_keep, study, options.records),
+        keep=partial(_record, study, options.records),
     )
     if options.launcher == "slurm":
         run_on_slurm(
@@ -122,7 +122,7 @@ def _train(
         what = "GPUs" if len(set(gpus)) == len(gpus) else "workers on GPUs"
         say(
             f"{options.jobs * study.processes} of {len(gpus)} {what} are used; "
-            f"--jobs {len(gpus) // study.processes} uses more of them, for runs side by side"
+            f"--jobs {len(gpus) // study.processes} trains more runs at a time"
         )
     run_locally(wanted, options.train_net, workers, progress, lock)
 
@@ -130,7 +130,7 @@ def _train(
 def _recorded(
     study: Study, what: str, runs: Sequence[StudyRun], folder: Optional[Path], say: Say
 ) -> list[RunResult]:
-    """Results of all runs; those that ended without a record get one."""
+    """Results of all runs; runs that have ended are recorded if they were not."""
     records = read_records(folder)
     results = read_results(runs, records)
     if folder is not None:
@@ -148,29 +148,29 @@ def _recorded(
     return results
 
 
-def _keep(study: Study, folder: Optional[Path], run: StudyRun, state: RunState) -> None:
+def _record(study: Study, folder: Optional[Path], run: StudyRun, state: RunState) -> None:
     """Records a run that has ended."""
     if folder is not None and is_recorded(run, state):
         add_records(folder, study.title, {run.name: folder_record(run, state)})
 
 
 def _not_diverged(results: Sequence[RunResult]) -> list[RunResult]:
-    """Without the diverged runs of a search, where another of the variant and batch did not."""
-    open_ones = {(r.run.variant, r.run.batch) for r in results if r.status != DIVERGED}
+    """Skips diverged runs of a search, unless all of their variant and batch diverged."""
+    others = {(r.run.variant, r.run.batch) for r in results if r.status != DIVERGED}
     return [
-        r for r in results if r.status != DIVERGED or (r.run.variant, r.run.batch) not in open_ones
+        r for r in results if r.status != DIVERGED or (r.run.variant, r.run.batch) not in others
     ]
 
 
 def read_study_results(study: Study, records: Optional[Path] = None) -> StudyResults:
-    """What is there of a study, finished or not; changes no file.
+    """Reads the results of a study, finished or not; changes no file.
 
     Args:
-        study: of `read_study`.
-        records: folder of records, for runs whose own folders hold less; None for none.
+        study: as returned by `read_study`.
+        records: folder of records, used for runs whose own folders hold less; None: no records.
 
     Raises:
-        ConfigError: a folder or record is of other settings than its run; names them.
+        ConfigError: a folder or record has other settings than its run; names them.
     """
     refuse_old_form(study.output / "cells")
     recorded = read_records(records)
@@ -180,7 +180,7 @@ def read_study_results(study: Study, records: Optional[Path] = None) -> StudyRes
 
 
 def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = False) -> list[str]:
-    """Writes the report and says where; returns what is missing or failed."""
+    """Writes the report and prints its path; returns what is missing or failed."""
     paths = write_report(results, folder, page=page)
     say(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
     return problems_of(results)
@@ -193,12 +193,13 @@ def draw_studies(
 
     Args:
         files: study files.
-        records: a folder of records for each of them, or none at all.
-        batches: of which panels are drawn; None for all.
+        records: a folder of records for each study, or empty.
+        batches: batches to draw; None for all.
         figure: a `.png` or `.svg`.
 
     Raises:
-        UserError: another number of folders, no such batch, or the figure cannot be written.
+        UserError: the numbers of studies and folders differ, there is no such batch, or the figure
+            cannot be written.
     """
     if records and len(records) != len(files):
         raise UserError(f"{len(files)} studies need as many --records; got {len(records)}")
@@ -214,10 +215,10 @@ def draw_studies(
 
 
 def commands(study: Study, options: Options) -> list[str]:
-    """The command of each run that would run, finished ones included, for a shell.
+    """The shell command of each selected run, finished ones included.
 
-    Where a search has not ended, the runs that follow it are shown with the values of the study
-    file, and a comment says so.
+    If the search has not ended, the other runs are shown with the values of the study file, and a
+    comment says so.
     """
     lines = []
     searching = search_runs(study)
@@ -229,7 +230,7 @@ def commands(study: Study, options: Options) -> list[str]:
         unknown = sorted({variant for (variant, _), choice in choices.items() if choice is None})
         if unknown:
             keys = ", ".join(study.search.grid if study.search else ())
-            lines.append(f"# {keys} of {', '.join(unknown)}: what the search will find")
+            lines.append(f"# {keys} of {', '.join(unknown)}: not yet chosen by the search")
             choices = {where: choice or {} for where, choice in choices.items()}
     lines += _commands(_selected(study, study_runs(study, choices), options), options)
     return lines
@@ -244,7 +245,7 @@ def _choices(study: Study, records: Mapping[str, Record]) -> dict:
 
 
 def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[StudyRun]:
-    """The runs that were asked for; a search is of a variant, whatever batches and seeds."""
+    """The selected runs; runs of a search are selected by their variant alone."""
     known: dict[str, Collection] = {
         "variants": [variant.name for variant in study.variants],
         "batches": study.batches,
@@ -272,7 +273,7 @@ def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[
 
 
 def _check_not_queued(runs: Sequence[StudyRun]) -> None:
-    """A job of Slurm and a process of ours must not train in one folder."""
+    """Refuses to train locally a run that is a queued Slurm job."""
     for run in runs:
         path = run.folder / JOB
         if path.is_file() and not is_finished(run):
@@ -292,7 +293,7 @@ def _gpus(study: Study, options: Options) -> Optional[list[str]]:
         return [str(number) for number in options.gpus]
     import torch
 
-    # what is visible to us may not be the first of the machine, and may have names for numbers
+    # the visible GPUs may not be the first of the machine, and may be given by UUID
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     count = torch.cuda.device_count()
     return visible[:count] if visible != [""] else [str(number) for number in range(count)]

@@ -1,4 +1,4 @@
-"""Runs runs as jobs of Slurm, through submitit."""
+"""Trains runs as Slurm jobs, through submitit."""
 
 import time
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ DEFAULTS = {"tasks_per_node": 1, "nodes": 1, "timeout_min": 24 * 60}
 
 
 class RunJob:
-    """What a job runs. When Slurm preempts it or its time is up, submitit submits it once more."""
+    """The function of a job. If Slurm preempts it or its time is up, submitit submits it again."""
 
     def __call__(self, run: StudyRun, train_net: Path) -> RunState:
         return train(run, train_net)
 
     def checkpoint(self, run: StudyRun, train_net: Path) -> Any:
-        """submitit asks for what to submit: the same, as a run resumes from its checkpoint."""
+        """What submitit submits again: the same, as a run resumes from its checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, run, train_net)
@@ -44,18 +44,19 @@ def run_on_slurm(
 ) -> None:
     """Submits all runs that are not finished and waits for them.
 
-    Ending this process leaves the jobs in the queue; the same call later finds them there and
-    waits on, instead of submitting them twice.
+    If this process ends, the jobs stay in the queue; the same call later waits for them instead of
+    submitting them again.
 
     Args:
         runs: in the order in which they are submitted.
         train_net: path of tools/train_net.py; like the runs' folders on a file system that the
             nodes share.
-        parameters: what `submitit.AutoExecutor.update_parameters` takes; GPUs follow the runs.
-        folder: for submitit's own files.
-        progress: is told of every submission and end.
-        cluster: submitit's name for it; "local" runs the jobs here.
-        poll_seconds: between looks at the queue.
+        parameters: arguments of `submitit.AutoExecutor.update_parameters`; the number of GPUs is
+            that of a run's processes by default.
+        folder: folder of submitit's own files.
+        progress: reports every submission and end.
+        cluster: submitit's name of the cluster; "local" runs the jobs here.
+        poll_seconds: seconds between queries of the queue.
 
     Raises:
         UserError: submitit is not installed, there is no Slurm, a parameter is unknown, or Slurm
@@ -69,7 +70,7 @@ def run_on_slurm(
     jobs = {}
     for run in runs:
         if is_finished(run):
-            (run.folder / JOB).unlink(missing_ok=True)  # it ended while nobody waited for it
+            (run.folder / JOB).unlink(missing_ok=True)  # it ended after the last call
             continue
         job = _earlier_job(submitit, cluster, run, folder)
         if job is None:
@@ -81,10 +82,10 @@ def run_on_slurm(
                 raise UserError(f"submitit refuses the study's `slurm`: {error}") from error
             try:
                 job = executor.submit(RunJob(), run, train_net)
-            except RuntimeError as error:  # of sbatch: submitit's own errors are of this kind
+            except RuntimeError as error:  # from sbatch; submitit raises subclasses
                 raise UserError(
-                    f"{run.name} could not be submitted: {error}. The same command continues with "
-                    "what is submitted already"
+                    f"{run.name} could not be submitted: {error}. The same command waits for the "
+                    "runs that are already submitted"
                 ) from error
             write_text(run.folder / JOB, job.job_id)
         progress.began(run)
@@ -103,7 +104,7 @@ def _outcome(run: StudyRun, job: Any) -> RunState:
     if error is None:
         return job.result()
     state = read_state(run)
-    if state is not None and state.state == FINISHED:  # what failed came after the training
+    if state is not None and state.state == FINISHED:  # the job failed after the training
         return state
     lines = str(error).strip().splitlines()
     reason = lines[-1] if lines else type(error).__name__
@@ -111,12 +112,12 @@ def _outcome(run: StudyRun, job: Any) -> RunState:
 
 
 def _earlier_job(submitit: Any, cluster: str, run: StudyRun, folder: Path) -> Any:
-    """The job of an earlier call that is still in the queue, if there is one."""
+    """The job of an earlier call, if it is still in the queue."""
     path = run.folder / JOB
     if not path.is_file():
         return None
-    kind = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
-    job = kind(folder=folder / "%j", job_id=path.read_text().strip())
+    job_type = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
+    job = job_type(folder=folder / "%j", job_id=path.read_text().strip())
     return None if job.done() else job
 
 

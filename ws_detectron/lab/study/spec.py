@@ -1,4 +1,4 @@
-"""A study file: which variants, batches and seeds are compared, and on what terms."""
+"""Study files: the variants, batches and seeds that are compared, and how."""
 
 import difflib
 import logging
@@ -12,7 +12,7 @@ from ws_detectron.utils.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
-# What the study itself decides for every run; an override would have no effect or break the match.
+# keys that the study sets for every run; an override would have no effect or break the match
 DECIDED = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.REFERENCE_IMS_PER_BATCH",
@@ -26,7 +26,7 @@ DECIDED = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One side of the comparison.
+    """A choice of normalization, or any other config, to compare.
 
     Args:
         name: for folders and tables.
@@ -46,11 +46,10 @@ class Search:
 
     Args:
         grid: config key -> values, at the reference batch; all combinations are tried.
-        images: that each run sees.
-        batches: images per process at which is searched; a run takes what was found at the
-            nearest of them (by ratio).
-        seed: of all runs; better none of the study's.
-        overrides: for the search alone, such as other DATASETS.TEST.
+        images: training images of each run.
+        batches: images per process to search at; a run uses the choice at the nearest (by ratio).
+        seed: seed of all runs; should not be one of the study's.
+        overrides: for the search alone, such as another DATASETS.TEST.
     """
 
     grid: dict[str, tuple[Any, ...]]
@@ -65,22 +64,22 @@ class Study:
     """A checked study file.
 
     Args:
-        name: of the study.
+        name: name of the study file, without its ending.
         title: for the report.
         output: folder of all runs.
         variants: in the order of the report; the first is the baseline of `comparisons` by default.
         batches: images per process and optimizer step.
-        seeds: each makes a run of every variant and batch.
+        seeds: every variant is trained at every batch with each of them.
         images: training images that every run sees; None: as many as the variants' configs say.
-        processes: of each run, one per GPU, or CPU processes.
+        processes: number of processes of each run, one per GPU, or CPU processes.
         device: "cpu" or "cuda".
-        evaluations: per run, spread evenly; None: as the configs say.
-        checkpoints: what a run keeps when it has finished: "all", "last" (the final and the best
-            model) or "none"; a run cannot be resumed without, so an unfinished run keeps all.
+        evaluations: number per run, evenly spaced; None: as the configs say.
+        checkpoints: what a finished run keeps: "all", "last" (the final and the best model) or
+            "none"; an unfinished run keeps all, to resume from.
         overrides: config key -> value for all variants, at the reference batch.
         comparisons: pairs of variants (a, b) for which "a - b" is reported.
-        search: None for none.
-        slurm: what submitit's executor is told (`timeout_min`, `slurm_partition`, ...).
+        search: the search, or None.
+        slurm: parameters of submitit's executor (`timeout_min`, `slurm_partition`, ...).
     """
 
     name: str
@@ -160,7 +159,7 @@ def _check_evaluations(study: Study, where: str) -> None:
     if study.evaluations and any("TEST.EVAL_PERIOD" in values for values in given):
         raise ConfigError(
             f"{where}: TEST.EVAL_PERIOD is overridden and `evaluations` is {study.evaluations}; "
-            "only one of them can say when is evaluated"
+            "set only one of them"
         )
 
 
@@ -170,7 +169,7 @@ def _variant(name: Any, value: Any) -> Variant:
         value = {"config": value}
     keys = _Keys(value, where)
     if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
-        raise ConfigError(f"{where}: allowed in names are letters, digits, - and _")
+        raise ConfigError(f"{where}: allowed in names: letters, digits, - and _")
     variant = Variant(name, keys.text("config"), _overrides(keys, "overrides"))
     keys.end()
     return variant
@@ -181,7 +180,9 @@ def _comparisons(keys: "_Keys", names: Sequence[str]) -> tuple[tuple[str, str], 
     if given is None:
         return tuple((name, names[0]) for name in names[1:])
     if not isinstance(given, list):
-        raise ConfigError(f"{keys.where}: `comparisons` is no list of pairs of variants")
+        raise ConfigError(
+            f"{keys.where}: `comparisons` is {given!r}; allowed: a list of pairs of variants"
+        )
     for pair in given:
         if not isinstance(pair, list) or len(pair) != 2 or not all(name in names for name in pair):
             raise ConfigError(
@@ -228,11 +229,11 @@ def _overrides(keys: "_Keys", name: str) -> dict[str, Any]:
 
 
 class _Keys:
-    """The keys of one mapping, taken one by one; what is left in the end is unknown."""
+    """The keys of a mapping, taken one by one; `end` refuses those that are left."""
 
     def __init__(self, content: Any, where: str) -> None:
         if not isinstance(content, Mapping):
-            raise ConfigError(f"{where} is no mapping of keys to values: {content!r}")
+            raise ConfigError(f"{where} is {content!r}; allowed: a mapping of keys to values")
         self.where = where
         self._left = dict(content)
         self._known: list[str] = []
@@ -248,8 +249,8 @@ class _Keys:
     def text(self, key: str, default: Optional[str] = None, allowed: Sequence[str] = ()) -> str:
         value = self.take(key) if default is None else self.take(key, default)
         if not isinstance(value, str) or (allowed and value not in allowed):
-            kind = f"one of {', '.join(allowed)}" if allowed else "text"
-            raise ConfigError(f"{self.where}: `{key}` is {value!r}; allowed: {kind}")
+            choices = f"one of {', '.join(allowed)}" if allowed else "text"
+            raise ConfigError(f"{self.where}: `{key}` is {value!r}; allowed: {choices}")
         return value
 
     def count(self, key: str, default: Optional[int], least: int = 1) -> Optional[int]:
@@ -260,8 +261,8 @@ class _Keys:
 
     def counts(self, key: str, least: int = 1) -> tuple[int, ...]:
         values = self.take(key)
-        sound = isinstance(values, list) and values and all(_is_count(v, least) for v in values)
-        if not sound or len(set(values)) < len(values):
+        valid = isinstance(values, list) and values and all(_is_count(v, least) for v in values)
+        if not valid or len(set(values)) < len(values):
             raise ConfigError(
                 f"{self.where}: `{key}` is {values!r}; allowed: a list of different whole numbers, "
                 f"each {least} or more"
@@ -284,7 +285,7 @@ class _Keys:
 
 
 def _number(value: Any) -> Any:
-    """The number that a text is: YAML takes 1e-3, without a point, for one."""
+    """The number in a text, else the value itself: YAML reads 1e-3, without a point, as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
