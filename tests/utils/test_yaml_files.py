@@ -172,7 +172,7 @@ def laughs(first: str, template: str, steps: int = 40) -> str:
         ("SEED: " + ":".join(["1"] * 300_000), "a number of"),
         ("SOLVER: {1: 2}", "the key 1 is not a string"),
         ("SOLVER: {STEPS: 2020-01-01}", "SOLVER.STEPS"),
-        ("SEED: " + "'" + "-" * 200_000 + "1'", "a value of it cannot be evaluated"),
+        ("SEED: " + "'" + "-" * 200_000 + "1'", "a value cannot be evaluated"),
     ],
 )
 def test_text_that_is_no_sound_config(tmp_path: Path, text: str, part: str) -> None:
