@@ -27,8 +27,9 @@ def test_wrong_name_shows_the_path_and_the_nearest_names() -> None:
 
 
 def test_name_unlike_any_other_gets_no_suggestion() -> None:
-    with pytest.raises(UserError, match="does not exist$"):
-        model_zoo.get_config_file("zzz")
+    for name in ("zzz", "output/config.yaml"):
+        with pytest.raises(UserError, match=f"neither /.*/{name} nor .*configs/{name} exists$"):
+            model_zoo.get_config_file(name)
 
 
 def test_names_are_those_of_all_files_and_lead_back_to_them() -> None:

@@ -4,6 +4,7 @@ Needs no download and no GPU; takes five to ten minutes on two cores.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def main() -> None:
 
 def summary(output: Path, picture: Path) -> str:
     """Final AP and the paths of all outputs."""
+    python = os.path.relpath(sys.executable)
     final = [row for row in read_run(output, "quickstart").rows if "bbox/AP" in row][-1]
     return f"""
 GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} on the val scenes
@@ -69,7 +71,7 @@ GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} 
   losses and AP                    {output / "metrics.json"} (or: tensorboard --logdir {output})
   log                              {output / "log.txt"}
 evaluate again:
-  python tools/train_net.py --eval-only --config-file {output / "config.yaml"} \\
+  {python} tools/train_net.py --eval-only --config-file {output / "config.yaml"} \\
       MODEL.WEIGHTS {output / "model_final.pth"}"""
 
 

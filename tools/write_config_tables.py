@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from tabulate import tabulate
 
 from ws_detectron.model_zoo import config_names, get_config
 
@@ -49,7 +48,10 @@ def _table(name: str) -> str:
         rows = [{"file": f"[{file}]({file})", **row(get_config(file))} for file in files]
     else:
         rows = _leaves(name)
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return "\n".join(
+        f"| {' | '.join(cells)} |"  # not padded: a new row changes no other
+        for cells in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
+    )
 
 
 def _published() -> list[dict[str, str]]:
@@ -115,17 +117,22 @@ def _leaves(folder: str) -> list[dict[str, str]]:
             "measured here": measured[0] if measured else "no",
         }
         images = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.REFERENCE_WORLD_SIZE or 1)
-        batches.setdefault(name, {})[images] = f"[yaml](configs/{file})"
-    columns = sorted({images for links in batches.values() for images in links})
+        batches.setdefault(name, {})[images] = f"[{images}](configs/{file})"
     for name, links in batches.items():
-        rows[name].update({f"{n} img": links.get(n, "") for n in columns})
+        rows[name]["images per GPU"] = " · ".join(links[images] for images in sorted(links))
+    if all(row["measured here"] == "no" for row in rows.values()):
+        for row in rows.values():
+            del row["measured here"]
     return list(rows.values())
 
 
 def main() -> None:
     logging.disable(logging.WARNING)  # only the leaves have a VERSION
     for page in PAGES:
-        (ROOT / page).write_text(filled(page), encoding="utf-8")
+        text = filled(page)
+        changed = text != (ROOT / page).read_text(encoding="utf-8")
+        (ROOT / page).write_text(text, encoding="utf-8")
+        print(f"{page}: {'written' if changed else 'unchanged'}")
 
 
 if __name__ == "__main__":

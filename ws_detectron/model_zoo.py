@@ -35,9 +35,11 @@ def get_config_file(name: str) -> str:
     """
     path = _root() / name
     if not path.is_file():
-        near = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"no config {name!r}: {path} does not exist{hint}")
+        raise UserError(
+            f"no config {name!r}: neither {Path(name).absolute()} nor {path} exists{hint}"
+        )
     return str(path)
 
 

@@ -568,8 +568,9 @@ def test_a_checkpoint_without_its_config_follows_the_present_one(
     torch.save(content, path)
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER = 0.002, 3
     assert lr_of_each_iteration(cfg, resume=True) == [(2, pytest.approx(0.002))]
-    assert "comes from a run with BASE_LR 0.001; this run uses the BASE_LR of its config, 0.002" in (
-        caplog.text
+    assert (
+        "comes from a run with BASE_LR 0.001; this run uses the BASE_LR of its config, 0.002"
+        in (caplog.text)
     )
 
 

@@ -23,8 +23,10 @@ def reference(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
             denominator = math.sqrt(squares / n) + eps
         elif mode == "official":
             denominator = (math.sqrt(squares / (n - 1)) if n > 1 else 0.0) + eps
-        else:
+        elif mode == "bit":
             denominator = math.sqrt(squares / n + eps)
+        else:
+            raise ValueError(f"no formula for {mode!r} here")
         standardized = [(v - mean) / denominator for v in values]
         result[o] = torch.tensor(standardized, dtype=torch.float64).view(weight[o].shape)
     return result

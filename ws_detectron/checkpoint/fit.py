@@ -264,7 +264,7 @@ def _outputs_differ(one: WSForm, other: WSForm) -> bool:
     if one.eps != other.eps:
         return True
     # "paper" and "official" differ by a factor sqrt(n / (n - 1)), which the norm layer removes.
-    return one.mode != other.mode and "bit" in (one.mode, other.mode)
+    return one.mode != other.mode and not {one.mode, other.mode} <= {"paper", "official"}
 
 
 def _judge_unknown_ws(needs: WeightMetadata, state: State, author: str, fit: Fit) -> None:

@@ -110,7 +110,7 @@ def _check_ws(values: Any, path: str, allow: Sequence[str], record: ConversionRe
     metadata = WeightMetadata.from_dict(values, path)
     for conv, form in metadata.ws_convs.items():
         # "paper" differs from "official" by a constant factor, which the norm layer removes.
-        if form.mode == "bit" or form.eps != OFFICIAL_WS.eps:
+        if form.mode not in ("paper", "official") or form.eps != OFFICIAL_WS.eps:
             if not is_allowed("ws", allow):
                 raise WeightsError(
                     f"{path}: {conv} has WS ({form}), mmcv's ConvWS is ({OFFICIAL_WS}). "
