@@ -59,6 +59,7 @@ def test_broken_torch_is_a_problem_with_a_remedy_and_no_traceback(
     (line,) = (x for x in done.stdout.splitlines() if x.startswith("problem: torch: "))
     assert expected in line
     assert line.endswith(doctor.INSTALL_TORCH)
+    assert ("`make set-up`" in done.stdout) == (expected == "not installed")
     # detectron2 and this package need torch; the later checks still run
     assert "problem: detectron2: " in done.stdout
     assert "problem: ws_detectron.modeling: " in done.stdout

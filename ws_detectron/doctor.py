@@ -248,6 +248,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     for finding in problems:
         print(f"problem: {finding.subject}: {finding.found}; {finding.remedy}")
     print(f"training cannot work, problems: {len(problems)}" if problems else "training can work")
+    if any(finding.found == "not installed" for finding in problems):
+        print("in a clone of the repository, `make set-up` installs everything into .venv")
     return 1 if problems else 0
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage
 
+from ws_detectron.errors import UserError
 from ws_detectron.lab.benchmark import detector_step
 from ws_detectron.lab.benchmark.benchmark_report import table
 
@@ -57,3 +58,9 @@ def test_what_does_not_run_is_named(coco_root) -> None:
     assert "sync_bn does not run: ConfigError" in table({"kind": "step", "parts": [steps]})
     with pytest.raises(ValueError, match="mode must be one of plain"):
         detector_step._apply("fp8", None, "cpu")
+
+
+def test_missing_data_are_named() -> None:
+    cfg = detector_step.detector_config("gn", "cpu", 64, [*SMALL, "DATASETS.TRAIN", "('mine',)"])
+    with pytest.raises(UserError, match="DATASETS.TRAIN names 'mine'"):
+        detector_step.real_batches(cfg, 1, 1)

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ws_detectron.engine import Trainer, load_config
-from ws_detectron.engine.checks import check_device
+from ws_detectron.engine.checks import check_datasets, check_device
 from ws_detectron.errors import UserError
 from ws_detectron.layers import GroupNorm, use_group_norm
 from ws_detectron.modeling import folded_copy
@@ -54,7 +54,11 @@ def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
         cfg: config of the loader.
         images: images per batch.
         number: number of batches.
+
+    Raises:
+        UserError: the data set is missing; names the path and the remedy.
     """
+    check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
     cfg = cfg.clone()
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = images, 0
     seed_all_rng(cfg.SEED)  # the order of the images is drawn by numpy
