@@ -101,6 +101,14 @@ def test_named_files_exist(page: str) -> None:
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_overrides_end_the_commands(page: str) -> None:
+    """An option behind them would be taken for one of them."""
+    commands = re.findall(r"^ {4}(?:python|torchrun) .*", PAGES[page].replace("\\\n", ""), re.M)
+    wrong = [c for c in commands if re.search(r" [A-Z_]+(\.[A-Z_]+)+ .* --|OUTPUT_DIR \S+ +--", c)]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("target", re.findall(r"^    make (\w+)", README, re.MULTILINE))
 def test_make_targets_exist(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
