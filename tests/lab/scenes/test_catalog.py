@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +74,14 @@ def test_records_follow_detectron2s_standard(registered: str, tmp_path: Path) ->
 
 def test_bitmask_loader_gives_the_exact_masks_and_polygons_are_refused(registered: str) -> None:
     record = DatasetCatalog.get(registered)[0]
-    mapper = DatasetMapper(
+    mapper = partial(
+        DatasetMapper,
         is_train=True,
         augmentations=[T.NoOpTransform()],
         image_format="RGB",
         use_instance_mask=True,
-        instance_mask_format="bitmask",
     )
-    instances = mapper(record)["instances"]
+    instances = mapper(instance_mask_format="bitmask")(record)["instances"]
     expected = [mask_util.decode(a["segmentation"]) for a in record["annotations"]]
     np.testing.assert_array_equal(instances.gt_masks.tensor.numpy(), np.array(expected, bool))
     # a box around a mask is what the annotation states
@@ -88,13 +89,7 @@ def test_bitmask_loader_gives_the_exact_masks_and_polygons_are_refused(registere
         instances.gt_masks.get_bounding_boxes().tensor, instances.gt_boxes.tensor
     )
 
-    polygons = DatasetMapper(
-        is_train=True,
-        augmentations=[T.NoOpTransform()],
-        image_format="RGB",
-        use_instance_mask=True,
-        instance_mask_format="polygon",
-    )
+    polygons = mapper(instance_mask_format="polygon")
     with pytest.raises(ValueError, match="mask_format=='polygon'"):
         polygons(record)
 

@@ -89,11 +89,15 @@ def draw_batches(
     panels = figure.subplots(1, len(shown), squeeze=False, sharex=True)[0]
     for panel, (results, batch) in zip(panels, shown):
         _draw_variants(panel, results.study, results.runs, batch, "bbox", colours)
-        unit = results.study.unit if batch > 1 else results.study.unit.replace("images", "image")
         images = sorted({result.run.images for result in results.runs})
         seen = " or ".join(f"{count:,}" for count in images)
-        panel.set_title(f"{batch} {unit}\n{seen} images", fontsize=10)
+        panel.set_title(f"{_batch_title(results.study, batch)}\n{seen} images", fontsize=10)
     return figure
+
+
+def _batch_title(study: Study, batch: int) -> str:
+    """For example "1 image per step"."""
+    return f"{batch} {study.unit if batch > 1 else study.unit.replace('images', 'image')}"
 
 
 def _draw_variants(
@@ -155,8 +159,7 @@ def draw_study_curves(study: Study, results: Sequence[RunResult]) -> Figure:
         name = "total loss" if key == "total_loss" else f"{TITLES[key]} AP"
         row[0].set_ylabel(name)
     for panel, batch in zip(panels[0], batches):
-        unit = study.unit if batch > 1 else study.unit.replace("images", "image")
-        panel.set_title(f"{batch} {unit}", fontsize=10)
+        panel.set_title(_batch_title(study, batch), fontsize=10)
     for panel in panels[-1]:
         panel.set_xlabel("images seen")
         panel.locator_params(axis="x", nbins=5)  # numbers of five digits would overlap
