@@ -348,24 +348,6 @@ def test_damaged_records_are_named(
         read_records(tmp_path)
 
 
-def test_old_records_are_refused_with_the_tool_that_converts_them(
-    make_study, options: Options, tmp_path: Path
-) -> None:
-    study, old = make_study(), tmp_path / "cells"
-    (old / "bn_4img_seed1").mkdir(parents=True)
-    (old / "bn_4img_seed1" / "cell.json").write_text("{}")
-    with pytest.raises(ConfigError, match="tools/convert_records.py STUDY"):
-        read_study_results(study, old)
-    shutil.rmtree(old)
-    write_records(tmp_path, "t", {"one": record([], SEED=1)})
-    with pytest.raises(ConfigError, match=f"give --records {tmp_path}$"):
-        run_study(study, Options(options.train_net, records=old), print)
-    (tmp_path / "out" / "cells" / "gn_4img_seed1").mkdir(parents=True)
-    (tmp_path / "out" / "cells" / "gn_4img_seed1" / "cell.json").write_text("{}")
-    with pytest.raises(ConfigError, match="out/cells holds runs in the old form"):
-        run_study(study, options, print)
-
-
 def test_only_finished_runs_count(make_study) -> None:
     new, failed, running, *_ = study_runs(make_study(), {})
     write_state(failed, FAILED, reason="it broke")

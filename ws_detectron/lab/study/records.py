@@ -159,11 +159,10 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
     """The records of a study by the names of its runs; empty if there are no files.
 
     Raises:
-        ConfigError: a file is damaged, or the records are in the old form; names it.
+        ConfigError: a file is damaged; names it.
     """
     if folder is None:
         return {}
-    refuse_old_form(folder)
     path = folder / RUNS
     if not path.is_file():
         return {}
@@ -252,21 +251,6 @@ def add_records(folder: Path, title: str, records: Mapping[str, Record]) -> None
     if records:
         with locked(folder / LOCK, busy=None):
             write_records(folder, title, {**read_records(folder), **records})
-
-
-def refuse_old_form(folder: Path) -> None:
-    """Refuses records in the old form, a folder with a `cell.json` for each run.
-
-    Raises:
-        ConfigError: `folder` is in that form, or was before it was converted.
-    """
-    if any(folder.glob("*/cell.json")):
-        raise ConfigError(
-            f"{folder} holds runs in the old form, a folder with a cell.json for each; convert "
-            f"them: python tools/convert_records.py STUDY {folder} NEW_FOLDER"
-        )
-    if folder.name == "cells" and (folder.parent / RUNS).is_file():
-        raise ConfigError(f"the records are {folder.parent / RUNS}; give --records {folder.parent}")
 
 
 def is_recorded(run: StudyRun, state: Optional[RunState]) -> bool:

@@ -29,7 +29,6 @@ from .records import (
     is_recorded,
     read_records,
     read_results,
-    refuse_old_form,
 )
 from .report import problems_of, write_report
 from .slurm import JOB, run_on_slurm
@@ -75,7 +74,6 @@ def run_study(study: Study, options: Options, say: Say) -> StudyResults:
         UserError: a run cannot work on any machine, or another process works on the study.
     """
     check_runs([*search_runs(study), *study_runs(study, {})])
-    refuse_old_form(study.output / "cells")
     with study_lock(study.output) as lock:
         _train(study, "search", search_runs(study), options, say, lock)
         choices = _choices(study, read_records(options.records))
@@ -172,7 +170,6 @@ def read_study_results(study: Study, records: Optional[Path] = None) -> StudyRes
     Raises:
         ConfigError: a folder or record has other settings than its run; names them.
     """
-    refuse_old_form(study.output / "cells")
     recorded = read_records(records)
     searched = read_results(search_runs(study), recorded)
     runs = study_runs(study, choose(study, searched))
