@@ -22,12 +22,9 @@ if _backend and "matplotlib" not in sys.modules:
         import matplotlib
 
         matplotlib.rcParams["backend"] = _backend
-    except ValueError:  # there is no such backend
+        os.environ["MPLBACKEND"] = _backend
+    except Exception:  # there is no such backend, or matplotlib is missing: what draws says so
         pass
-    except Exception:  # matplotlib is missing or broken: what draws says so
-        os.environ["MPLBACKEND"] = _backend
-    else:
-        os.environ["MPLBACKEND"] = _backend
 
 try:
     from .checkpoint import register_weight_names
