@@ -123,15 +123,8 @@ def read_json(path: Union[str, Path], what: str) -> Any:
     try:
         with no_garbage_collection():
             return json.loads(raw)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{what} {path} are not JSON in UTF-8: byte {error.start} is "
-            f"{raw[error.start : error.start + 1]!r}; save the file as UTF-8"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{what} {path} are not JSON: nested too deeply") from error
-    except ValueError as error:
-        raise DataError(f"{what} {path} are not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} {path} are not JSON in UTF-8: {error}") from error
 
 
 def validate(
@@ -503,16 +496,11 @@ class _Validator:
     def with_own_ids(self, annotations: list[Any]) -> list[Any]:
         """Replaces invalid ids of annotations, to which nothing refers."""
         ids = [entry.get("id") if isinstance(entry, dict) else None for entry in annotations]
-        if set(map(type, ids)) <= {int} and len(set(ids)) == len(ids):
+        invalid = len(ids) - len({own for own in ids if type(own) is int})
+        if not invalid:
             return annotations
-        seen: set[Any] = set()
-        for _ in self.each("annotations"):
-            own = ids[self.number]
-            if type(own) is int and own not in seen:
-                seen.add(own)
-            else:
-                what = "ids of annotations are missing, not unique or not integers; renumbered"
-                self.found.add(FIXED, what, self.where())
+        what = "ids of annotations are missing, not unique or not integers; all are renumbered"
+        self.found.add(FIXED, f"{invalid} {what}")
         return [
             {**entry, "id": number} if isinstance(entry, dict) else entry
             for number, entry in enumerate(annotations, start=1)

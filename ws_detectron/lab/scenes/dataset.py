@@ -34,14 +34,13 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from iopath.common.file_io import file_lock
-from portalocker.exceptions import LockException
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from ws_detectron.data.images import read_rgb
 from ws_detectron.errors import UserError
 from ws_detectron.lab.cache import CACHE_VARIABLE, cache_root
+from ws_detectron.utils.locking import locked
 
 from .scene import GENERATOR_VERSION, KINDS, SPLITS, Scene, SceneSpec, make_scene, sprite_source
 from .sprites import SpriteSource
@@ -100,18 +99,16 @@ def ensure_scenes(
     if find_damage(folder) is None:
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(str(folder)):  # the system releases it when a process is killed
+        with locked(folder.with_name(f"{folder.name}.lock"), busy=None):
             damage = find_damage(folder)
             if damage is not None:
                 if folder.exists():
                     logger.warning("making %s again: %s", folder, damage)
                 _build(spec, folder, workers)
-    except (OSError, LockException) as error:
-        reason = getattr(error, "strerror", None) or repr(error)
+    except OSError as error:
         raise UserError(
-            f"cannot write scenes to {folder}: {reason}. Set {CACHE_VARIABLE} to a writable folder "
-            "with free space and file locks."
+            f"cannot write scenes to {folder}: {error.strerror or error}. Set {CACHE_VARIABLE} to "
+            "a writable folder with free space."
         ) from error
     return folder
 

@@ -168,13 +168,6 @@ class Scene:
     objects: list[SceneObject]  # from back to front
 
 
-@dataclass
-class _Placed:
-    sprite: Sprite
-    full_area: int
-    visible: int
-
-
 def sprite_source(spec: SceneSpec) -> SpriteSource:
     """The source of a spec's sprites.
 
@@ -204,11 +197,12 @@ def make_scene(spec: SceneSpec, index: int, source: SpriteSource) -> Scene:
         draw_distractor(draws, canvas)
 
     owner = np.zeros((size, size), dtype=np.uint8)  # 0: background, n: the n-th object placed
-    placed: list[_Placed] = []
+    placed: list[Sprite] = []
+    full = visible = np.zeros(0, np.int64)  # pixels of each
     for _ in range(draws.integer(*spec.objects)):
         side = math.floor(size * draws.log_uniform(*spec.object_scale) + 0.5)
         sprite = source.draw(draws, side)
-        position = _find_position(draws, sprite, owner, placed, spec.min_visible)
+        position = _find_position(draws, sprite.mask, owner, full, visible, spec.min_visible)
         if position is None:
             continue
         top, left = position
@@ -218,49 +212,51 @@ def make_scene(spec: SceneSpec, index: int, source: SpriteSource) -> Scene:
         dark, bright = map(np.array, source.palette(draws, (red, green, blue)))
         paste(canvas, mix(dark, bright, sprite.tone), sprite.alpha, top, left)
 
-        mask = sprite.mask
-        hidden = np.bincount(owner[inside][mask[piece]], minlength=len(placed) + 1)
-        for number, earlier in enumerate(placed, start=1):
-            earlier.visible -= int(hidden[number])
-        owner[inside][mask[piece]] = len(placed) + 1
-        placed.append(_Placed(sprite, int(mask.sum()), int(mask[piece].sum())))
+        placed.append(sprite)
+        shown = sprite.mask[piece]
+        visible = np.append(visible - _hidden(owner[inside][shown], len(visible)), shown.sum())
+        full = np.append(full, sprite.mask.sum())
+        owner[inside][shown] = len(placed)
 
     image = add_grain(draws, canvas, spec.noise)
     objects = [
-        SceneObject(p.sprite.category, owner == number, p.full_area, p.sprite.source_index)
-        for number, p in enumerate(placed, start=1)
+        SceneObject(sprite.category, owner == number, int(area), sprite.source_index)
+        for number, (sprite, area) in enumerate(zip(placed, full), start=1)
     ]
     return Scene(image, objects)
 
 
 def _find_position(
-    draws: Draws, sprite: Sprite, owner: np.ndarray, placed: list[_Placed], min_visible: float
+    draws: Draws,
+    mask: np.ndarray,
+    owner: np.ndarray,
+    full: np.ndarray,
+    visible: np.ndarray,
+    min_visible: float,
 ) -> Optional[tuple[int, int]]:
-    """Row and column of the sprite's top left corner; None if all positions tried are rejected.
+    """Row and column of a sprite's top left corner; None if all positions tried are rejected.
 
     The first object always gets a position.
     """
-    mask = sprite.mask
     height, width = mask.shape
-    full_area = int(mask.sum())
     over_y, over_x = int(height * _OVERHANG), int(width * _OVERHANG)
     for _ in range(_TRIES):
         top = draws.integer(-over_y, max(len(owner) - height, 0) + over_y)
         left = draws.integer(-over_x, max(len(owner) - width, 0) + over_x)
         inside, piece = overlap(owner.shape, mask.shape, top, left)
         shown = mask[piece]
-        if shown.sum() < min_visible * full_area:
-            continue
-        hidden = np.bincount(owner[inside][shown], minlength=len(placed) + 1)
-        if all(
-            earlier.visible - hidden[number] >= min_visible * earlier.full_area
-            for number, earlier in enumerate(placed, start=1)
-        ):
+        left_visible = visible - _hidden(owner[inside][shown], len(visible))
+        if shown.sum() >= min_visible * mask.sum() and (left_visible >= min_visible * full).all():
             return top, left
-    if placed:
+    if len(full):
         return None
     # No image is empty: an object that fits nowhere is centred.
     return (len(owner) - height) // 2, (len(owner) - width) // 2
+
+
+def _hidden(covered: np.ndarray, count: int) -> np.ndarray:
+    """Number of pixels that each of the objects placed has among `covered` ones of `owner`."""
+    return np.bincount(covered, minlength=count + 1)[1:]
 
 
 def draw_background(draws: Draws, size: int) -> np.ndarray:
