@@ -1,13 +1,13 @@
 """Writes the tables of docs/performance.md from measurements in JSON.
 
 A measurement is `{"about", "kind", "parts"}`. Each part has `facts`, which hold for all its
-candidates; `seconds`, name -> seconds of each round; and for some measurements `peak_bytes`,
-`cpu_seconds`, `gpu` (see `timing.gpu_work`) and `refused` (reasons), by name.
+candidates; `seconds`, name -> seconds of each round; and for some measurements `peak_bytes`, `gpu`
+(see `timing.gpu_work`) and `refused` (reasons), by name.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
@@ -29,18 +29,19 @@ class TableFormat(NamedTuple):
     """How the seconds of a measurement are shown."""
 
     candidate: str
-    unit: str
     digits: int
     ratio_digits: int
+    unit: str = "ms"
+    scale: float = 1000
 
 
 FORMATS = {
-    "step": TableFormat("training step", "ms", 0, 3),
-    "variants": TableFormat("training step", "ms", 0, 3),
-    "inference": TableFormat("inference", "ms", 0, 3),
-    "operation": TableFormat("operation", "ms", 1, 2),
-    "group_norm": TableFormat("GN", "ms", 2, 2),
-    "classifier": TableFormat("classifier", "s / epoch", 1, 2),
+    "step": TableFormat("training step", 0, 3),
+    "variants": TableFormat("training step", 0, 3),
+    "inference": TableFormat("inference", 0, 3),
+    "operation": TableFormat("operation", 1, 2),
+    "group_norm": TableFormat("GN", 2, 2),
+    "classifier": TableFormat("classifier", 1, 2, "s / epoch", 1),
 }
 """By the `kind` of a measurement, in the order of the page."""
 
@@ -92,65 +93,54 @@ def table(content: Mapping[str, Any]) -> str:
     """
     parts, form = content["parts"], FORMATS[content["kind"]]
     facts = {key: [_shown(part["facts"][key]) for part in parts] for key in parts[0]["facts"]}
-    varied = [key for key, values in facts.items() if len(set(values)) > 1]
-    rows = []
+    rows: list[dict[str, str]] = []
+    below = [""]
     for number, part in enumerate(parts):
-        where = {key.replace("_", " "): facts[key][number] for key in varied}
+        where = {key.replace("_", " "): v[number] for key, v in facts.items() if len(set(v)) > 1}
         for name in part["seconds"]:
             rows.append({**where, form.candidate: name, **_columns(content["kind"], part, name)})
-        for name in part.get("refused", {}):
+        for name, reason in part.get("refused", {}).items():
             rows.append({**where, form.candidate: name, form.unit: "does not run"})
-    headers = {key: key for row in rows for key in row}
-    text = tabulate(
-        [[row.get(key, "") for key in headers] for row in rows],
-        list(headers), tablefmt="github", disable_numparse=True,
-    )  # fmt: skip
+            below.append(f"{name} does not run: {reason}.")
     rounds = max((len(values) for part in parts for values in part["seconds"].values()), default=0)
-    shared = [f"{k.replace('_', ' ')} {v[0]}" for k, v in facts.items() if k not in varied]
-    reasons = {name: why for part in parts for name, why in part.get("refused", {}).items()}
-    below = [f"{rounds} rounds; {', '.join(shared)}."]
-    below += [f"{name} does not run: {why}." for name, why in reasons.items()]
-    return text + "\n\n" + "\n\n".join(below) + "\n"
+    shared = [f"{k.replace('_', ' ')} {v[0]}" for k, v in facts.items() if len(set(v)) == 1]
+    below[0] = f"{rounds} rounds; {', '.join(shared)}."
+    text = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    return "\n\n".join([text, *dict.fromkeys(below)]) + "\n"
 
 
 def _columns(kind: str, part: Mapping[str, Any], name: str) -> dict[str, str]:
-    form = FORMATS[kind]
-    scale = 1000 if form.unit == "ms" else 1
-    seconds = part["seconds"][name]
-    columns = {form.unit: _spread([scale * value for value in seconds], form.digits)}
-    fastest = f"{scale * min(seconds):.{form.digits}f}"
-    for header, base in _baselines(kind, part["seconds"], name).items():
-        ratios = [value / to for value, to in zip(seconds, base)]
+    form, seconds = FORMATS[kind], part["seconds"]
+    mine = [form.scale * value for value in seconds[name]]
+    first = next(iter(seconds))
+    if kind == "operation":
+        floor = [FLOOR_IN_COPIES * value for value in seconds[COPY]]
+        baselines = {
+            "times the floor": floor,
+            "times ours (official)": seconds[OURS["official"]],
+        }
+    elif name.endswith(", compiled") and f"{first}, compiled" in seconds:
+        baselines = {f"times {first}": seconds[f"{first}, compiled"]}
+    else:
+        baselines = {f"times {first}": seconds[first]}
+    columns = {form.unit: _spread(mine, form.digits)}
+    for header, base in baselines.items():
+        ratios = [a / (form.scale * b) for a, b in zip(mine, base)]
         columns[header] = _spread(ratios, form.ratio_digits)
-        times = f" ({min(seconds) / min(base):.{form.ratio_digits}f})"
-    columns["fastest (times)"] = fastest + times
+    fastest = min(mine) / (form.scale * min(base))
+    columns["fastest (times)"] = f"{min(mine):.{form.digits}f} ({fastest:.{form.ratio_digits}f})"
     if "peak_bytes" in part:
         peak = part["peak_bytes"].get(name)
         columns["peak, MiB"] = "" if peak is None else f"{peak / 2**20:.0f}"
-    if "cpu_seconds" in part:
-        columns["CPU time, s"] = f"{spread(part['cpu_seconds'][name])[0]:.{form.digits}f}"
-    for header, key in (("GPU busy", "busy_seconds"), ("host", "host_seconds")):
-        if part.get("gpu"):
-            columns[f"{header}, ms"] = f"{1000 * part['gpu'][name][key]:.2f}"
     if part.get("gpu"):
-        columns["kernel launches"] = str(part["gpu"][name]["launches"])
+        work = part["gpu"][name]
+        columns["GPU busy, ms"] = f"{1000 * work['busy_seconds']:.2f}"
+        columns["host, ms"] = f"{1000 * work['host_seconds']:.2f}"
+        columns["kernel launches"] = str(work["launches"])
     return columns
 
 
-def _baselines(
-    kind: str, seconds: Mapping[str, Sequence[float]], name: str
-) -> dict[str, Sequence[float]]:
-    """Column header -> baseline seconds of each round, by which a candidate's are divided."""
-    if kind == "operation":
-        floor = [FLOOR_IN_COPIES * value for value in seconds[COPY]]
-        return {"times the floor": floor, "times ours (official)": seconds[OURS["official"]]}
-    first = next(iter(seconds))
-    compiled = f"{first}, compiled"
-    same = compiled if name.endswith(", compiled") and compiled in seconds else first
-    return {f"times {first}": seconds[same]}
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
+def _spread(values: list[float], digits: int) -> str:
     median, low, high = (f"{value:.{digits}f}" for value in spread(values))
     return f"{median} ({low} to {high})"
 

@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -22,10 +23,11 @@ MEASUREMENTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "operation": measure_operation,
     "group_norm": measure_group_norm,
     "step": measure_steps,
-    "variants": measure_steps,
+    "variants": partial(measure_steps, variants=("bn", "frozen_bn", "sync_bn", "gn", "gn_ws")),
     "inference": measure_inference,
     "classifier": measure_classifier,
 }
+"""Their arguments are the options of the command line."""
 GPU: dict[str, dict[str, Any]] = {
     "group_norm": {},
     "step": {"variants": ["gn", "gn_ws", "bn", "gn_split", "gn_ws_split"]},
@@ -44,22 +46,23 @@ def measure(what: str, output: Union[str, Path], **options: Any) -> str:
         output: a folder; made if it does not exist.
         options: arguments of that measurement.
     """
+    name = f"{options['device']}_{what}"
     modes = options.get("modes", ["plain"])
-    name = f"{options.get('device', 'cpu')}_{what}"
-    if modes != ["plain"]:
-        name += "_modes" if len(modes) > 1 else f"_{modes[0]}"
-    path = Path(output, f"{name}.json")
+    if len(modes) > 1:
+        name += "_modes"
+    elif modes[0] != "plain":
+        name += f"_{modes[0]}"
     check_folder(output)
     about = {
         **environment(PACKAGES),
         "threads": torch.get_num_threads(),
-        "seed": options.get("seed", 0),
         "command": f"python tools/benchmark.py {shlex.join(sys.argv[1:])}",
     }
     content: dict[str, Any] = {"about": about, "kind": what, "parts": []}
     for part in MEASUREMENTS[what](**options):
         content["parts"].append(part)
-        write_json(path, content)  # after each part, in case the next is interrupted
+        # after each part, in case the next is interrupted
+        write_json(Path(output, f"{name}.json"), content)
     return f"{title(name)}\n\n{table(content)}"
 
 
