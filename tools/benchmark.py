@@ -7,9 +7,14 @@ from typing import Any
 import torch
 
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.lab.benchmark.benchmark_report import update_page
 from ws_detectron.lab.benchmark.detector_step import MODES, VARIANTS
-from ws_detectron.lab.benchmark.measurements import GPU, MEASUREMENTS, measure, measure_gpu
+from ws_detectron.lab.benchmark.measurements import (
+    GPU,
+    MEASUREMENTS,
+    measure,
+    measure_gpu,
+    update_page,
+)
 from ws_detectron.lab.fashion_mnist.training_settings import VARIANTS as CLASSIFIER_VARIANTS
 
 EXAMPLES = """

@@ -4,7 +4,7 @@ from detectron2.utils.events import EventStorage
 
 from ws_detectron.errors import UserError
 from ws_detectron.lab.benchmark import detector_step
-from ws_detectron.lab.benchmark.benchmark_report import table
+from ws_detectron.lab.benchmark.measurements import table
 
 # the variants as they are, on a small model
 SMALL = [
