@@ -29,10 +29,11 @@ class InstallError(Exception):
 
 
 class Release(NamedTuple):
-    """Where the Python files of a version come from; the patches are `<number>-*.patch`."""
+    """Where the Python files of a version come from, and `detectron2_patches/<number>-*.patch`."""
 
     sdist: str
     sha256: str
+    patches: tuple[str, ...]
     requirements: tuple[str, ...]
 
 
@@ -40,6 +41,7 @@ RELEASES = {
     "0.5": Release(
         "detectron2-cdo==0.5",
         "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18",
+        ("compiled-ops", "libraries", "numpy", "torch"),
         # those of setup.py without `future` and `pydot` (caffe2 export only) and `black`
         # (LazyConfig.to_py only), and with numpy, which it does not list
         (
@@ -85,7 +87,7 @@ Tag: py3-none-any
 
 
 def patches() -> list[Path]:
-    return sorted(PATCHES.glob(f"{NUMBER}-*.patch"))
+    return [PATCHES / f"{NUMBER}-{name}.patch" for name in RELEASE.patches]
 
 
 def metadata() -> str:

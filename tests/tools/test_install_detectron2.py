@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import tarfile
 import zipfile
@@ -43,9 +44,10 @@ AFTER = "x = f(int)\ny = 2\n\n\n\nlast\nmore\n"
 @pytest.fixture
 def patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only patch that there is, instead of ours."""
-    path = tmp_path / f"{installer.NUMBER}-name.patch"
+    path = tmp_path / "0.5-name.patch"
     path.write_text(PATCH)
     monkeypatch.setattr(installer, "PATCHES", tmp_path)
+    monkeypatch.setattr(installer, "RELEASE", RELEASE._replace(patches=("name",)))
     return path
 
 
@@ -95,7 +97,7 @@ def make_sdist(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with tarfile.open(path, "w:gz") as archive:
         archive.add(root, root.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(installer, "RELEASE", RELEASE._replace(sha256=digest))
+    monkeypatch.setattr(installer, "RELEASE", installer.RELEASE._replace(sha256=digest))
     return path
 
 
@@ -119,6 +121,12 @@ def test_wheel_holds_the_patched_package_and_says_what_it_is(
     required = {canonicalize_name(Requirement(r).name) for r in metadata.get_all("Requires-Dist")}
     assert {"torch", "torchvision", "fvcore", "pycocotools"} <= required
     assert required.isdisjoint({"black", "future", "pydot"})
+
+
+def test_every_patch_is_applied_and_begins_with_its_reason() -> None:
+    assert {path.name for path in installer.patches()} == set(os.listdir(installer.PATCHES))
+    for path in installer.patches():
+        assert path.read_text().startswith(f"detectron2 {installer.NUMBER}: ")
 
 
 def test_metadata_tell_patches_apart(patch: Path) -> None:
