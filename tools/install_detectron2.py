@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -154,57 +153,50 @@ def build_tree(sdist: Path, folder: Path) -> Path:
     return tree
 
 
-# Without empty and relative entries of sys.path, which would find a folder named detectron2 in the
-# current directory, such as a clone of its repository.
 PROBE = """
-import json, os, sys
-sys.path = [p for p in sys.path if os.path.isabs(p)]
-import importlib.util
-if importlib.util.find_spec("detectron2") is None:
-    print(json.dumps(None))
-else:
-    import detectron2
-    import detectron2.engine, detectron2.evaluation, detectron2.model_zoo, detectron2.modeling
-    print(json.dumps([detectron2.__version__, os.path.dirname(detectron2.__file__)]))
+import detectron2.engine, detectron2.evaluation, detectron2.model_zoo, detectron2.modeling
+print(detectron2.__version__)
 """
 
 
-def find_detectron2() -> Optional[str]:
-    """Version and folder of the installed detectron2, None if there is none.
+def usable_detectron2() -> Optional[str]:
+    """Version and folder of the installed detectron2, None if one must be built.
+
+    That is where there is none, or one of this script that is broken or has other patches.
 
     Raises:
-        InstallError: the installed detectron2 cannot be imported or is older than 0.5.
+        InstallError: another one cannot be imported or is older than 0.5.
     """
-    probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
-    remedy = "Repair it, or remove it with `python -m pip uninstall detectron2` and run this again."
-    if probe.returncode != 0:
-        error = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InstallError(f"the installed detectron2 cannot be imported: {error}\n{remedy}")
-    found = json.loads(probe.stdout.strip().splitlines()[-1])
-    if found is None:
-        return None
-    version, folder = found
-    if version_number(version) < (0, 5):
-        raise InstallError(f"detectron2 {version} at {folder} is older than 0.5.\n{remedy}")
-    return f"{version} at {folder}"
-
-
-def usable_detectron2() -> Optional[str]:
-    """As `find_detectron2`, but None also where a build of this script must be replaced."""
-    try:
-        installed = importlib.metadata.distribution("detectron2")
-    except importlib.metadata.PackageNotFoundError:
-        return find_detectron2()
-    if not installed.version.endswith("+purepy"):
-        return find_detectron2()
-    if installed.read_text("METADATA") != metadata():
-        print(f"detectron2 {installed.version} was built with other patches: building it again")
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None or spec.origin is None:  # the latter is a folder of that name
         return None
     try:
-        return find_detectron2()
-    except InstallError as error:
-        print(f"{str(error).splitlines()[0]}; installing {VERSION} again")
+        built = importlib.metadata.distribution("detectron2")
+    except importlib.metadata.PackageNotFoundError:  # a clone on PYTHONPATH
+        built = None
+    own = built is not None and built.version.endswith("+purepy")
+    if built is not None and own and built.read_text("METADATA") != metadata():
+        print(f"detectron2 {built.version} was built with other patches: building it again")
         return None
+    # In a folder without a clone of detectron2, which would be imported instead.
+    command = [sys.executable, "-c", PROBE]
+    probe = subprocess.run(command, cwd=PATCHES, stdout=subprocess.PIPE, text=True)
+    found = f"detectron2 at {Path(spec.origin).parent}"
+    if probe.returncode == 0:
+        version = probe.stdout.split()[-1]
+        if version_number(version) >= (0, 5):
+            return found.replace(" at", f" {version} at")
+        problem = f"{found} is {version}, which is older than 0.5"
+    else:
+        problem = f"{found} cannot be imported, its error is above"
+    if own:
+        print(f"{problem}: building it again")
+        return None
+    raise InstallError(
+        f"{problem}\nRepair it, or remove it with `python -m pip uninstall detectron2` "
+        "and run this again."
+    )
 
 
 def version_number(version: str) -> tuple[int, int]:
@@ -303,10 +295,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         found = usable_detectron2()
         if found is not None:
-            print(f"using detectron2 {found}, unchanged")
+            print(f"using {found}, unchanged")
         else:
             build_and_install(options.wheel_dir, options.constraint)
-            print(f"installed detectron2 {VERSION}: {find_detectron2()}")
+            print(f"installed {VERSION}: {usable_detectron2()}")
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

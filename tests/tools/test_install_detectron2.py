@@ -136,69 +136,69 @@ def test_metadata_tell_patches_apart(patch: Path) -> None:
     assert installer.metadata() != before
 
 
-def make_detectron2(folder: Path, version: str, engine: str = "") -> None:
-    """An importable package with the subpackages that the installer looks at."""
+def make_detectron2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, engine: str = "", own: str = ""
+) -> str:
+    """An importable package, of this script with the metadata `own`; returns its folder."""
+    package = folder / "detectron2"
     for name in ("engine", "evaluation", "model_zoo", "modeling"):
-        (folder / "detectron2" / name).mkdir(parents=True)
-        (folder / "detectron2" / name / "__init__.py").write_text("")
-    (folder / "detectron2" / "engine" / "__init__.py").write_text(engine)
-    (folder / "detectron2" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        (package / name).mkdir(parents=True)
+        (package / name / "__init__.py").write_text(engine if name == "engine" else "")
+    (package / "__init__.py").write_text(f"__version__ = {version!r}\n")
+
+    def distribution(name: str) -> Any:
+        if not own:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return SimpleNamespace(version=VERSION, read_text=lambda name: own)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    spec = SimpleNamespace(origin=str(package / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    return str(package)
 
 
 @pytest.mark.parametrize("version", ["0.5", "0.6+cu118", "1.0"])
 def test_finds_an_importable_detectron2_but_no_clone_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    make_detectron2(tmp_path / "clone", "9.9")
-    make_detectron2(tmp_path / "site", version)
+    make_detectron2(tmp_path / "clone", monkeypatch, "9.9")
+    package = make_detectron2(tmp_path / "site", monkeypatch, version)
     monkeypatch.chdir(tmp_path / "clone")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    assert installer.find_detectron2() == f"{version} at {tmp_path / 'site' / 'detectron2'}"
+    assert installer.usable_detectron2() == f"detectron2 {version} at {package}"
+
+
+BROKEN = "raise ImportError('undefined symbol: x')"
 
 
 @pytest.mark.parametrize(
     ("version", "engine", "message"),
-    [
-        ("0.4.1", "", r"0\.4\.1 at .* older than 0\.5.*\n.*uninst"),
-        ("0.6", "raise ImportError('undefined symbol: x')", "Error: undefined symbol: x\n.*uninst"),
-    ],
+    [("0.4.1", "", "is 0.4.1, which is older than 0.5"), ("0.6", BROKEN, "cannot be imported")],
 )
 def test_refuses_an_old_or_broken_detectron2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, engine: str, message: str
+    tmp_path: Path, monkeypatch, capfd, version: str, engine: str, message: str
 ) -> None:
-    make_detectron2(tmp_path, version, engine)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(InstallError, match=message):
-        installer.find_detectron2()
+    package = make_detectron2(tmp_path, monkeypatch, version, engine)
+    with pytest.raises(InstallError, match=f"^detectron2 at {package} {message}.*\n.*uninstall"):
+        installer.usable_detectron2()
+    assert ("undefined symbol: x" in capfd.readouterr().err) is bool(engine)
 
 
 @pytest.mark.parametrize(
-    ("version", "current", "broken", "used"),
-    [
-        (VERSION, True, False, True),
-        (VERSION, False, False, False),
-        (VERSION, True, True, False),
-        ("0.6", False, False, True),  # not built by this script
-        ("0.6", False, True, "No module named 'fvcore'"),
-    ],
+    ("current", "engine", "used"), [(True, "", True), (False, "", False), (True, BROKEN, False)]
 )
-def test_only_a_build_of_ours_is_made_anew(
-    monkeypatch: pytest.MonkeyPatch, version: str, current: bool, broken: bool, used: Any
+def test_a_broken_or_older_build_of_ours_is_made_anew(
+    tmp_path: Path, monkeypatch, current: bool, engine: str, used: bool
 ) -> None:
-    def find() -> str:
-        if broken:
-            raise InstallError("No module named 'fvcore'")
-        return "found"
+    own = installer.metadata() if current else "of older patches"
+    make_detectron2(tmp_path, monkeypatch, "0.5", engine, own)
+    assert (installer.usable_detectron2() is not None) is used
 
-    metadata = installer.metadata() if current else "of older patches"
-    distribution = SimpleNamespace(version=version, read_text=lambda name: metadata)
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: distribution)
-    monkeypatch.setattr(installer, "find_detectron2", find)
-    if isinstance(used, str):
-        with pytest.raises(InstallError, match=used):
-            installer.usable_detectron2()
-    else:
-        assert (installer.usable_detectron2() == "found") is used
+
+@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])
+def test_without_detectron2_there_is_none_to_use(monkeypatch: pytest.MonkeyPatch, spec) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert installer.usable_detectron2() is None
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
 
 def test_usable_detectron2_stays_untouched(monkeypatch, capsys, calls) -> None:
-    monkeypatch.setattr(installer, "usable_detectron2", lambda: "0.6 at /somewhere")
+    monkeypatch.setattr(installer, "usable_detectron2", lambda: "detectron2 0.6 at /somewhere")
     assert installer.main([]) == 0
     assert "using detectron2 0.6 at /somewhere, unchanged" in capsys.readouterr().out
     assert calls == []
