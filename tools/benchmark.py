@@ -19,8 +19,6 @@ examples (on an idle machine; step, variants and inference need COCO in DETECTRO
   python tools/benchmark.py variants --batches 1 2 4 8 16 --device cpu --rounds 4 --warmup 0 \\
       --short-side 160 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 64
   python tools/benchmark.py classifier --batches 2 32 128
-  python tools/benchmark.py coco_eval \\
-      --annotations $DETECTRON2_DATASETS/coco/annotations/instances_val2017.json
   python tools/benchmark.py page
 
 Options of each: python tools/benchmark.py WHAT --help. Random weights: speed does not depend on
@@ -36,7 +34,6 @@ COMMANDS = {
     "variants": (10, STEP, "training step with BN, FrozenBN, SyncBN, GN and GN+WS"),
     "inference": (10, f"short-side {TIMED} opts", "inference: GN, GN+WS folded and not"),
     "classifier": (10, f"variants arms modes batches {TIMED}", "an epoch of Fashion-MNIST"),
-    "coco_eval": (5, "annotations num-images background seed rounds output", "COCO evaluators"),
     "gpu": (20, "budget warmup rounds output", f"on a GPU {', '.join(GPU)}, one by one"),
 }
 """What is measured -> rounds, options, help."""
@@ -90,10 +87,6 @@ def build_parser() -> argparse.ArgumentParser:
             "batches": {**number, "nargs": "+", "default": [1], "help": "images per step"},
             "short-side": {**number, "help": "pixels; default: 800 on a GPU, 320 on a CPU"},
             "depth": {**number, "choices": [50, 101, 152], "default": 50, "help": default},
-            "annotations": {"required": True, "metavar": "JSON", "help": "COCO instances"},
-            "num-images": {**number, "default": 5000, "help": default},
-            "background": {"type": float, "default": 30, "help": f"per image; {default}"},
-            "seed": {**number, "default": 0, "help": default},
             "budget": {"type": duration, "help": "start nothing after it, such as 8m or 90s"},
             "opts": {"nargs": "*", "help": "KEY VALUE overrides of the configs"},
         }  # fmt: skip

@@ -110,8 +110,7 @@ def test_variants_and_modes(
 
 @pytest.mark.parametrize("what", measurements.MEASUREMENTS)
 def test_every_measurement_gets_its_options(call_tool, stand_ins, tmp_path: Path, what) -> None:
-    needed = ["--annotations", "x.json"] if what == "coco_eval" else []
-    status, output, errors = call_tool("benchmark.py", what, *needed, "--output", tmp_path)
+    status, output, errors = call_tool("benchmark.py", what, "--output", tmp_path)
     assert status == 0, errors
     assert [name for name, _ in stand_ins] == [what] and "1 rounds; images 1." in output
 
@@ -152,27 +151,6 @@ def test_group_norm_is_measured(call_tool, tmp_path: Path, monkeypatch) -> None:
     assert status == 0, errors
     assert len(json.loads((tmp_path / "cpu_group_norm.json").read_text())["parts"]) == 8
     assert sum("| nn.GroupNorm" in line for line in output.splitlines()) == 8
-
-
-def test_coco_eval_is_measured(call_tool, evaluation_files, tmp_path: Path) -> None:
-    options = ["--annotations", evaluation_files.annotations, "--output", tmp_path]
-    options += ["--num-images", 15, "--rounds", 2, "--background", 3]
-    status, output, errors = call_tool("benchmark.py", "coco_eval", *options)
-    assert status == 0, errors
-    content = json.loads((tmp_path / "cpu_coco_eval.json").read_text())
-    assert content["parts"][0]["facts"]["images"] == 15
-    assert "times faster-coco-eval" in output and "seed 0" in output
-
-
-def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path) -> None:
-    annotations = tmp_path / "cpu_coco_eval.json"
-    annotations.write_bytes(evaluation_files.annotations.read_bytes())
-    status, _, errors = call_tool(
-        "benchmark.py", "coco_eval", "--annotations", annotations, "--output", tmp_path,
-        *["--num-images", 2, "--rounds", 1],
-    )  # fmt: skip
-    assert status == 2 and "cpu_coco_eval.json is an input" in errors
-    assert annotations.read_bytes() == evaluation_files.annotations.read_bytes()
 
 
 def test_page_is_written(call_tool, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from tabulate import tabulate
 from ws_detectron.errors import DataError
 from ws_detectron.utils.io import write_text
 
-from .coco_eval_timing import BACKENDS
 from .operation import COPY, OURS
 from .timing import spread
 
@@ -42,7 +41,6 @@ FORMATS = {
     "operation": TableFormat("operation", "ms", 1, 2),
     "group_norm": TableFormat("GN", "ms", 2, 2),
     "classifier": TableFormat("classifier", "s / epoch", 1, 2),
-    "coco_eval": TableFormat("evaluator", "s", 2, 1),
 }
 """By the `kind` of a measurement, in the order of the page."""
 
@@ -50,8 +48,7 @@ FORMATS = {
 def title(name: str) -> str:
     """The title of a measurement, from the name of its file, `<device>_<what>`."""
     device, _, what = name.partition("_")
-    what = "COCO evaluation" if what == "coco_eval" else what.replace("_", " ").capitalize()
-    return f"{what} on a {'GPU' if device == 'cuda' else 'CPU'}"
+    return f"{what.replace('_', ' ').capitalize()} on a {'GPU' if device == 'cuda' else 'CPU'}"
 
 
 def update_page(page: Union[str, Path], folder: Union[str, Path]) -> None:
@@ -78,12 +75,10 @@ def page_tables(folder: Union[str, Path], page_folder: Union[str, Path]) -> str:
     for path, content in sorted(measured.items(), key=lambda m: order.index(m[1]["kind"])):
         about = content["about"]
         machine = about["gpu"] if path.stem.startswith("cuda") else about["cpu"]
-        timed = BACKENDS if content["kind"] == "coco_eval" else ("torch",)
-        versions = ", ".join(f"{package} {about[package]}" for package in timed)
         link = Path(os.path.relpath(path, page_folder)).as_posix()
         sections.append(
-            f"\n### {title(path.stem)}\n\n{machine}, {about['cores']} cores, {versions}, "
-            f"{about['date']} ([all rounds and versions]({link})):\n\n"
+            f"\n### {title(path.stem)}\n\n{machine}, {about['cores']} cores, "
+            f"torch {about['torch']}, {about['date']} ([all rounds and versions]({link})):\n\n"
             f"    {about['command']}\n\n{table(content)}"
         )
     return "".join(sections) + "\n"

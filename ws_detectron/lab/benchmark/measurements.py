@@ -11,11 +11,10 @@ import torch
 
 from ws_detectron.errors import UserError
 from ws_detectron.utils.environment import environment
-from ws_detectron.utils.io import check_folder, refuse_overwrite, write_json
+from ws_detectron.utils.io import check_folder, write_json
 
 from .benchmark_report import table, title
 from .classifier import measure_classifier
-from .coco_eval_timing import BACKENDS, measure_coco_eval
 from .detector_step import measure_inference, measure_steps
 from .operation import measure_group_norm, measure_operation
 
@@ -26,7 +25,6 @@ MEASUREMENTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "variants": measure_steps,
     "inference": measure_inference,
     "classifier": measure_classifier,
-    "coco_eval": measure_coco_eval,
 }
 GPU: dict[str, dict[str, Any]] = {
     "group_norm": {},
@@ -35,7 +33,7 @@ GPU: dict[str, dict[str, Any]] = {
     "inference": {},
 }
 """Measurements of `measure_gpu` and their options, the most important first."""
-PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", *BACKENDS)
+PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy")
 
 
 def measure(what: str, output: Union[str, Path], **options: Any) -> str:
@@ -52,7 +50,6 @@ def measure(what: str, output: Union[str, Path], **options: Any) -> str:
         name += "_modes" if len(modes) > 1 else f"_{modes[0]}"
     path = Path(output, f"{name}.json")
     check_folder(output)
-    refuse_overwrite(path, [options.get("annotations")])
     about = {
         **environment(PACKAGES),
         "threads": torch.get_num_threads(),
