@@ -119,7 +119,7 @@ def compare_detector(
 def _converted(name: str, theirs: Any, config: str, folder: Path) -> Any:
     """Our detector in eval mode, with every tensor from the converted file."""
     torch.save({"meta": {"cfg": config}, "state_dict": theirs.state_dict()}, folder / "theirs.pth")
-    weights = convert_file(folder / "theirs.pth")
+    weights = convert_file(folder / "theirs.pth", ws=True)
     write_detectron2(weights, folder / "ours.pth")
     cfg = get_config(DETECTORS[name])
     cfg.MODEL.DEVICE = "cpu"

@@ -54,17 +54,17 @@ def measure_operation(
     upstream = [torch.randn_like(weight) for weight in weights]
     source, target = ([w.detach().clone() for w in weights] for _ in range(2))
 
-    def both_directions(standardize_all: Callable[[], Sequence[torch.Tensor]]) -> None:
-        torch.autograd.grad(standardize_all(), weights, upstream)
+    def together() -> None:
+        torch.autograd.grad(standardize_weights(weights, 1e-5, "official"), weights, upstream)
+
+    def one_by_one(formula: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        torch.autograd.grad([formula(weight) for weight in weights], weights, upstream)
 
     # in few launches, as on a GPU one launch per filter would take longer than the copy itself
     actions: dict[str, Action] = {COPY: lambda: torch._foreach_copy_(target, source)}
-    if device == "cuda":  # as in a model
-        together = partial(standardize_weights, weights, 1e-5, "official")
-        actions[TOGETHER] = partial(both_directions, together)
-    for name, formula in FORMULAS.items():
-        one_by_one = partial(lambda formula: [formula(weight) for weight in weights], formula)
-        actions[name] = partial(both_directions, one_by_one)
+    if device == "cuda":
+        actions[TOGETHER] = together  # as in a model
+    actions.update({name: partial(one_by_one, formula) for name, formula in FORMULAS.items()})
     facts = {
         "filters": len(weights),
         "values": sum(weight.numel() for weight in weights),
