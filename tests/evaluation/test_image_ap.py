@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from perturbed import perturbed_predictions
 from small_coco import annotations, prediction
 
 from ws_detectron.evaluation.image_ap import image_ap
-from ws_detectron.lab.benchmark.perturb import perturbed_predictions
 
 FIRST, SECOND = (10, 10, 20, 20), (60, 50, 40, 40)
 TRUTH = annotations([(1, 1, FIRST), (1, 2, SECOND), (2, 1, FIRST)], images=3)

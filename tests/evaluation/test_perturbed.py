@@ -1,11 +1,11 @@
 import numpy as np
+from perturbed import Perturbation, perturbed_predictions
 from pycocotools import mask as mask_util
 from small_coco import HEIGHT, WIDTH, annotations
 
 from ws_detectron.data.rle import check_masks
 from ws_detectron.evaluation.coco_files import check_ids
 from ws_detectron.evaluation.error_types import ERRORS, count_errors
-from ws_detectron.lab.benchmark.perturb import Perturbation, perturbed_predictions
 
 TRUTH = annotations(
     [(n, 1 + n % 3, (10 + n % 50, 10, 20 + n % 30, 30)) for n in range(1, 101)],

@@ -1,6 +1,6 @@
 """Makes predictions from ground truth by adding typical errors of detectors.
 
-They replace a detector's predictions in tests and timings of evaluators: they contain every type of
+They replace a detector's predictions in tests of evaluators: they contain every type of
 match and mismatch, and a seed gives the same ones on every machine.
 """
 
