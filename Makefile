@@ -32,10 +32,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 quickstart: $(STAMP)
-	$(BIN)/python tools/train_net.py --resume \
-		--config-file configs/quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml
-	$(BIN)/python tools/visualize.py --dataset scenes_shapes_128_val --output output/quickstart/pictures \
-		--predictions output/quickstart/inference/coco_instances_results.json
+	$(BIN)/python tools/quickstart.py --resume
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
