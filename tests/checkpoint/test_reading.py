@@ -24,7 +24,7 @@ from ws_detectron.checkpoint import (
     convert_file,
     read_weight_file,
 )
-from ws_detectron.checkpoint.state import check_finite, unwrap_state
+from ws_detectron.checkpoint.reading import check_finite, unwrap_state
 
 
 class Payload:

@@ -20,9 +20,8 @@ from ws_detectron.utils.io import atomic_write
 from .describe import describe_model
 from .fit import check_fit, fold_into, missing_weights, part_keys, parts_of
 from .metadata import METADATA_KEY, WeightMetadata
-from .reading import read_weight_file
+from .reading import check_finite, read_weight_file, unwrap_state
 from .sources import is_detectron2, recognize, refuse_other_detectors
-from .state import check_finite, unwrap_state
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,14 @@ from .detector import check_detector
 from .metadata import METADATA_KEY, ConversionRecord, KeyEntry, WeightMetadata, WSForm
 from .mmdet_settings import MMDetSettings, read_mmdet_settings
 from .names import find_by_sha256
-from .reading import read_weight_file
+from .reading import (
+    RawState,
+    check_finite,
+    is_allowed,
+    normed_convs,
+    read_weight_file,
+    unwrap_state,
+)
 from .sources import (
     SOURCES,
     Source,
@@ -25,7 +32,6 @@ from .sources import (
     refuse_known_misfits,
     refuse_other_detectors,
 )
-from .state import RawState, check_finite, is_allowed, normed_convs, unwrap_state
 
 OFFICIAL_WS = WSForm(DEFAULT_WS_MODE, DEFAULT_WS_EPS)
 

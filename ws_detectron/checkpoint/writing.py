@@ -14,8 +14,7 @@ from ws_detectron.utils.io import atomic_write, refuse_overwrite
 from .convert_file import OFFICIAL_WS, ConvertedWeights
 from .layouts import to_mmdet_key
 from .metadata import METADATA_KEY, ConversionRecord, KeyEntry, WeightMetadata
-from .reading import read_weight_file
-from .state import check_finite, is_allowed, unwrap_state
+from .reading import check_finite, is_allowed, read_weight_file, unwrap_state
 
 # Buffers in some versions of detectron2; mmdetection has them in its config.
 _CONSTANTS = ("pixel_mean", "pixel_std", "proposal_generator.anchor_generator.")
