@@ -48,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="unexpected keys to leave out, or settings in its config that you set in yours; "
-        "* matches anything",
+        help="unexpected keys to leave out; * matches anything",
     )
     parser.add_argument(
         "--report", metavar="FILE", help="write a TSV table of what became of each key"

@@ -19,7 +19,6 @@ from ws_detectron.checkpoint import (
     read_weight_file,
     register_weight_names,
 )
-from ws_detectron.checkpoint.architecture import ResNetArchitecture
 
 NAME = "ws://jhu/resnet50_gn_ws"
 
@@ -41,7 +40,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture
 def published(save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file in the layout of a published one, registered with its hash."""
-    path = save(as_state(torchvision_keys(ResNetArchitecture(18), "gn")), "raw.pth")
+    path = save(as_state(torchvision_keys("resnet18", "gn")), "raw.pth")
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     weights = PUBLISHED["jhu/resnet50_gn_ws"]
     entry = replace(weights, url=f"https://example.org/resnet50_gn_ws-{digits}.pth")

@@ -72,7 +72,7 @@ def compare_detector(
 def _convert_and_load(name: str, theirs: Any, text: str, folder: Path) -> tuple[Any, list[Measure]]:
     original, converted = folder / "theirs.pth", folder / "ours.pth"
     torch.save({"meta": {"cfg": text}, "state_dict": theirs.state_dict()}, original)
-    weights = convert_file(original)
+    weights = convert_file(original, ws=True)
     write_detectron2(weights, converted)
     files = _compare_files(theirs, original, converted, folder / "back.pth")
     files.append(Measure("WS convs", float(len(weights.metadata.ws_convs)), 1, True))

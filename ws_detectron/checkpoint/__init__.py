@@ -3,27 +3,20 @@
 from ws_detectron.errors import WeightsError
 
 from .checkpointer import WSCheckpointer
-from .convert_file import ConvertedWeights, convert_file, source_names
-from .describe import describe_model
-from .fit import Fit, check_fit
-from .metadata import (
-    METADATA_KEY,
+from .conversion import (
     ConversionRecord,
+    ConvertedWeights,
     KeyEntry,
-    Preprocessing,
-    WeightMetadata,
-    WSForm,
+    convert_file,
+    source_names,
+    write_detectron2,
+    write_mmdet,
 )
-from .path_handler import (
-    FOLDER_VARIABLE,
-    PUBLISHED,
-    PublishedWeights,
-    WSPathHandler,
-    register_weight_names,
-)
+from .fit import Fit, check_fit
+from .metadata import METADATA_KEY, Preprocessing, WeightMetadata, WSForm, describe_model
+from .path_handler import FOLDER_VARIABLE, WSPathHandler, register_weight_names
 from .reading import read_weight_file
-from .sources import SOURCES, Source
-from .writing import write_detectron2, write_mmdet
+from .sources import PUBLISHED, SOURCES, PublishedWeights, Source
 
 __all__ = [
     "ConversionRecord",

@@ -17,11 +17,10 @@ from torch import nn
 from ws_detectron.errors import WeightsError, list_some, shown
 from ws_detectron.utils.io import atomic_write
 
-from .describe import describe_model
 from .fit import check_fit, fold_into, missing_weights, part_keys, parts_of
-from .metadata import METADATA_KEY, WeightMetadata
+from .metadata import METADATA_KEY, WeightMetadata, describe_model
 from .reading import check_finite, read_weight_file, unwrap_state
-from .sources import is_detectron2, recognize, refuse_other_detectors
+from .sources import find_source, refuse_other_detectors
 
 logger = logging.getLogger(__name__)
 
@@ -159,16 +158,16 @@ class WSCheckpointer(DetectionCheckpointer):
             }
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         raw = unwrap_state(content, filename)
-        if not is_detectron2(list(raw.tensors)):
-            try:
-                title = recognize(list(raw.tensors), filename, raw.wrapped).title
-            except WeightsError as error:
-                logger.warning("%s", error)
-            else:
+        try:
+            known = find_source(list(raw.tensors), filename, raw.wrapped)
+        except WeightsError as error:
+            logger.warning("%s", error)
+        else:
+            if known.name != "detectron2":
                 raise WeightsError(
-                    f"{self._path or filename} is {title}, of which detectron2 would load nothing. "
-                    "Convert it first: tools/convert_weights.py "
-                    f"{filename} {os.path.splitext(filename)[0]}_d2.pth"
+                    f"{self._path or filename} is {known.title}, of which detectron2 would load "
+                    f"nothing. Convert it first: tools/convert_weights.py {filename} "
+                    f"{os.path.splitext(filename)[0]}_d2.pth"
                 )
         return {"model": raw.tensors}
 

@@ -13,8 +13,7 @@ from ws_detectron.errors import list_some
 from ws_detectron.layers import standardize_weight
 from ws_detectron.modeling.parts import REGISTRATIONS
 
-from .describe import describe_model
-from .metadata import Preprocessing, WeightMetadata, WSForm
+from .metadata import Preprocessing, WeightMetadata, WSForm, describe_model
 
 _BLOCK = re.compile(r"(?:^|\.)res(\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")

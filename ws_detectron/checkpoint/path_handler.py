@@ -13,9 +13,8 @@ from iopath.common.file_io import file_lock, get_cache_dir
 from ws_detectron.errors import WeightsError
 from ws_detectron.utils.io import atomic_write
 
-from .convert_file import convert_file, sha256_of
-from .names import PREFIX, PUBLISHED, PublishedWeights
-from .writing import write_detectron2
+from .conversion import convert_file, sha256_of, write_detectron2
+from .sources import PREFIX, PUBLISHED, PublishedWeights
 
 FOLDER_VARIABLE = "WS_DETECTRON_WEIGHTS"
 """Environment variable with a folder of downloaded files, for machines without network."""

@@ -5,7 +5,6 @@ trusts sizes stated in the file, ignores checksums, and crashes on some keys. Fo
 torch/serialization.py of torch 2.11.
 """
 
-import fnmatch
 import io
 import os
 import pickle
@@ -13,7 +12,7 @@ import stat
 import struct
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Union
@@ -258,17 +257,3 @@ def check_finite(state: Mapping[str, torch.Tensor], path: str) -> None:
             broken.append(key)
     if broken:
         raise WeightsError(f"{path} has NaN or infinite values in {list_some(broken)}")
-
-
-def normed_convs(state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of the convs that have a norm layer, by detectron2's keys."""
-    ending = ".norm.weight"
-    names = [key[: -len(ending)] for key in state if key.endswith(ending)]
-    return [
-        name for name in names if f"{name}.weight" in state and state[f"{name}.weight"].dim() == 4
-    ]
-
-
-def is_allowed(name: str, patterns: Sequence[str]) -> bool:
-    """Whether `name` matches one of the shell-style patterns that the user allowed."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
