@@ -200,24 +200,22 @@ class WSCheckpointer(DetectionCheckpointer):
                 "fold the weights (tools/fold_checkpoint.py, or WSCheckpointer(model, fold=True))"
             )
         if fit.problems:
-            message = f"{self._path} does not fit the model:\n" + "\n".join(
-                f"- {problem}" for problem in fit.problems
-            )
-            if self._check:
-                raise WeightsError(message)
-            logger.warning("%s\nIt is loaded anyway, because check=False.", message)
+            problems = "\n".join(f"- {problem}" for problem in fit.problems)
+            self._refuse(f"{self._path} does not fit the model:\n{problems}")
         incompatible = super()._load_model(checkpoint)
-        problems = missing_weights(self.model, incompatible) if self._whole else []
-        if problems:
-            message = (
+        missing = missing_weights(self.model, incompatible) if self._whole else []
+        if missing:
+            self._refuse(
                 f"{self._path} does not contain the whole model; the rest would be random: "
-                + "; ".join(problems)
+                + "; ".join(missing)
                 + f". The file has {list_some(parts_of(state))}"
             )
-            if self._check:
-                raise WeightsError(message)
-            logger.warning("%s", message)
         return incompatible
+
+    def _refuse(self, message: str) -> None:
+        if self._check:
+            raise WeightsError(message)
+        logger.warning("%s\nIt is loaded anyway, because check=False.", message)
 
 
 class _AtomicPathManager:

@@ -17,6 +17,7 @@ from ws_detectron.layers import DEFAULT_WS_EPS, DEFAULT_WS_MODE
 from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
 from .architecture import check_architecture
+from .fit import outputs_differ
 from .metadata import METADATA_KEY, WeightMetadata, WSForm
 from .reading import check_finite, read_weight_file, unwrap_state
 from .sources import (
@@ -282,10 +283,7 @@ def write_mmdet(
     values = raw.extras.get(METADATA_KEY)
     metadata = None if values is None else WeightMetadata.from_dict(values, str(source))
     for conv, form in metadata.ws_convs.items() if metadata else ():
-        # "paper" differs from "official" by a constant factor, which the norm layer removes.
-        if form.mode not in ("paper", "official") or form.eps != OFFICIAL_WS.eps:
-            if "ws" in allow:
-                break
+        if outputs_differ(form, OFFICIAL_WS) and "ws" not in allow:
             raise WeightsError(
                 f"{source}: {conv} has WS ({form}), mmcv's ConvWS is ({OFFICIAL_WS}). --allow ws "
                 "converts it anyway"
