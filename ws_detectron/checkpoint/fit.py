@@ -69,7 +69,7 @@ def check_fit(
     needs = describe_model(model)
     fit.problems += _compare_tensors(model, own, state)
     _compare_norms(model, own, state, metadata, fit)
-    if metadata is not None and metadata.ws_known:
+    if metadata is not None:
         _compare_ws(model, state, needs.ws_convs, metadata.ws_convs, fit)
     else:
         _judge_unknown_ws(needs, state, author, fit)

@@ -54,7 +54,6 @@ class WeightMetadata:
         origin: name of the file that was converted; empty for weights trained here.
         sha256: of that file.
         architecture: of the ResNet, such as "R-50"; empty if unknown.
-        ws_known: False if it is unknown which convs were trained with WS; `ws_convs` is empty then.
         ws_convs: name of each conv trained with WS -> its mode and eps. In a file of a ResNet
             only, names are relative to the ResNet, like the keys.
         norm: "GN" or "BN" after the convs of the ResNet; empty if unknown or none.
@@ -68,7 +67,6 @@ class WeightMetadata:
     origin: str = ""
     sha256: str = ""
     architecture: str = ""
-    ws_known: bool = True
     ws_convs: Mapping[str, WSForm] = field(default_factory=dict)
     norm: str = ""
     gn_groups: Optional[int] = None
@@ -92,6 +90,7 @@ class WeightMetadata:
         """
         try:
             values = dict(values)
+            values.pop("ws_known", None)  # True in files of development versions
             if values.pop("version") != _VERSION:
                 raise ValueError("written by another version of ws_detectron")
             forms = {str(name): WSForm(**form) for name, form in values.pop("ws_convs").items()}
