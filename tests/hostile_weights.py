@@ -222,11 +222,11 @@ def _changed_directory(size: int) -> bytes:
     return data[: entry + 20] + struct.pack("<II", size, size) + data[entry + 28 :]
 
 
-def _doubled_entry() -> bytes:
+def _with_entry(name: str) -> bytes:
     file = io.BytesIO(torch_zip(tensor_pickle((4,), (1,), 4), {"0": FOUR}))
     with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        archive.writestr("archive/data/0", bytes(16))
+        archive.writestr(f"archive/{name}", bytes(16))
     return file.getvalue()
 
 
@@ -246,10 +246,10 @@ def _overlapping_entries() -> bytes:
 ZIPS = {
     "directory states 3 GB": _changed_directory(3 * 2**30),
     "directory states 17 bytes": _changed_directory(17),
-    "doubled entry": _doubled_entry(),
+    "doubled entry": _with_entry("data/0"),
     "overlapping entries": _overlapping_entries(),
     "compressed": torch_zip(tensor_pickle((4,), (1,), 4), {"0": FOUR}, zipfile.ZIP_DEFLATED),
-    "TorchScript": torch_zip(tensor_pickle((4,), (1,), 4), {"../constants.pkl": b""}),
+    "TorchScript": _with_entry("constants.pkl"),
 }
 
 

@@ -369,3 +369,19 @@ def test_architecture_is_inferred(
     converted = convert_file(path, ws=letters == "gn")
     assert converted.metadata.architecture == name
     assert len([key for key, value in converted.state.items() if value.dim() == 4]) == convs
+
+
+def test_detector_with_bn_and_another_head(save: Save) -> None:
+    """As mmdetection's mask_rcnn_r50_fpn, and class-agnostic."""
+    body = {f"backbone.{key}": s for key, s in torchvision_keys("resnet18", "bn").items()}
+    other = re.compile(r"backbone\.|.*\.gn\.|.*\.shared_convs\.")
+    keys = {key: shape for key, shape in mmdet_keys().items() if not other.match(key)}
+    convs = [key for key in keys if key.endswith(".conv.weight")]
+    keys |= {key.replace(".weight", ".bias"): (256,) for key in convs}
+    fc = "roi_head.bbox_head.shared_fcs.1"
+    keys |= {f"{fc}.weight": (1024, 1024), f"{fc}.bias": (1024,)}
+    fc = "roi_head.bbox_head.fc_reg"
+    keys |= {f"{fc}.weight": (4, 1024), f"{fc}.bias": (4,)}
+    converted = convert_file(save(as_state({**body, **keys}), "mask.pth"))
+    assert converted.metadata.norm == "BN" and not converted.metadata.ws_convs
+    assert len(converted.state) == len(body) + len(keys)

@@ -158,6 +158,27 @@ def test_a_storage_is_not_reserved_before_its_size_is_checked(tmp_path: Path, na
         assert "should have 4,000,000,000,000 bytes" in refused(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("archive, compressed", "is compressed"),
+        ("archive, TorchScript", "asks for a TorchScript program"),
+        ("archive, doubled entry", "two of its entries have the same name"),
+        ("archive, overlapping entries", "is larger than its part of the file"),
+        ("flipped bit", "Bad CRC-32"),
+        ("sparse, zip", "asks for torch._utils._rebuild_sparse_tensor"),
+        ("pickle, doubled tuple as a key", "asks for a dict key of type tuple"),
+        ("pickle, deep list", "nested too deeply"),
+        ("pickle, doubled list", "expands to"),
+        ("pickle, one bytes object in 200 arrays", "copies its values many times"),
+    ],
+)
+def test_the_message_says_why(tmp_path: Path, name: str, reason: str) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(all_files()[name])
+    assert reason in refused(path)
+
+
 def test_pipe_device_and_link(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
     (tmp_path / "zero.pth").symlink_to("/dev/zero")
@@ -311,12 +332,6 @@ def test_dict_that_holds_itself(tmp_path: Path) -> None:
     assert "holds itself" in refused(path)
 
 
-def test_nesting_beyond_the_stack(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
-    refused(path)
-
-
 @pytest.mark.parametrize("name", ["../../escaped", "/etc/escaped", "archive\\..\\escaped"])
 def test_zip_entry_that_points_outside(tmp_path: Path, name: str) -> None:
     path = tmp_path / "folder" / "weights.pth"
@@ -326,16 +341,6 @@ def test_zip_entry_that_points_outside(tmp_path: Path, name: str) -> None:
         archive.writestr(name, "payload")
     assert "outside" in refused(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder"]
-
-
-def test_compressed_zip_is_refused(tmp_path: Path) -> None:
-    plain, path = tmp_path / "plain.pth", tmp_path / "weights.pth"
-    torch.save({"w": torch.zeros(1000)}, plain)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        with zipfile.ZipFile(plain) as source:
-            for entry in source.namelist():
-                target.writestr(entry, source.read(entry))
-    assert "compressed" in refused(path)
 
 
 def test_zip_that_is_no_torch_file(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ _STORAGES = {
     "LongStorage": torch.int64,
     "ShortStorage": torch.int16,
 }
+# What may be in the result, beside containers, strings, arrays and tensors.
+_LEAVES = (bool, int, float, set, Counter, torch.dtype, torch.device)
 # What is named but not called.
 _VALUES: dict[str, Any] = {
     "numpy.ndarray": None,
@@ -209,6 +211,8 @@ class _Interpreter:
                 memo[len(memo) if argument is None else argument] = stack[-1]
             elif name == "MARK":
                 marks.append(len(stack))
+            elif name == "POP":
+                stack.pop()
             elif name == "GLOBAL":
                 stack.append(self._find(*argument.split(" ", 1)))
             elif name in self._operations:
@@ -292,7 +296,7 @@ class _Interpreter:
             if byte_order in "<>":
                 target.dtype = target.dtype.newbyteorder(byte_order)
         elif type(target) is not dict:  # PyTorch adds attributes to state dicts
-            raise RefusedPickle(f"to change a {type(target).__name__.lstrip('_').lower()}")
+            raise RefusedPickle(f"changing a {type(target).__name__.lstrip('_').lower()}")
         return target
 
     def _load_storage(self, pid: Any) -> _Storage:
@@ -357,9 +361,6 @@ class _Interpreter:
         return None if array is None else array.item()
 
 
-_LEAVES = (bool, int, float, set, Counter, torch.dtype, torch.device)
-
-
 def _count(shape: Any) -> int:
     """The number of elements in a shape that a file states."""
     if type(shape) not in (tuple, list) or len(shape) > _MAX_DIMS:
@@ -379,7 +380,7 @@ def _check_key(key: Any) -> None:
 
 def _set_items(target: Any, *items: Any) -> Any:
     if type(target) is not dict:
-        raise RefusedPickle(f"to set an item of a {type(target).__name__.lstrip('_')}")
+        raise RefusedPickle(f"setting an item of a {type(target).__name__.lstrip('_')}")
     if len(items) % 2:
         raise ValueError("a key without value")
     for key, value in zip(items[::2], items[1::2]):
@@ -390,14 +391,14 @@ def _set_items(target: Any, *items: Any) -> Any:
 
 def _append(target: Any, *items: Any) -> Any:
     if type(target) is not list:
-        raise RefusedPickle(f"to append to a {type(target).__name__.lstrip('_')}")
+        raise RefusedPickle(f"appending to a {type(target).__name__.lstrip('_')}")
     target.extend(items)
     return target
 
 
 def _call(function: Any, args: Any) -> Any:
     if type(function) is not _Function or type(args) is not tuple:
-        raise RefusedPickle("to call something that is not a function")
+        raise RefusedPickle("calling something that is not a function")
     return function.call(*args)
 
 
