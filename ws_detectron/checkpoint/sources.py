@@ -95,13 +95,10 @@ def caffe2_key(blob: str) -> Optional[str]:
     return key if is_body and tensor in _TENSORS else None
 
 
-TORCHVISION_PREPROCESSING = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-"""torchvision's, timm's, mmdetection's and the WS authors' ImageNet mean and std, times 255."""
-
-WS_AUTHORS_DETECTION_PREPROCESSING = Preprocessing(
-    "BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0)
-)
-"""Of the WS authors' fork of maskrcnn-benchmark, which reads their Caffe2-style files."""
+# ImageNet mean and std of torchvision, timm, mmdetection and the WS authors, times 255.
+_IMAGENET = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+# Of the WS authors' fork of maskrcnn-benchmark, which reads their Caffe2-style files.
+_CAFFE2 = Preprocessing("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ class Source:
     key_map: KeyMap
     part: str = "ResNet"
     ws: Optional[bool] = None
-    preprocessing: Optional[Preprocessing] = TORCHVISION_PREPROCESSING
+    preprocessing: Optional[Preprocessing] = _IMAGENET
     to_check: tuple[str, ...] = ("MODEL.WS.GN_GROUPS 32, if it has GN",)
 
 
@@ -151,7 +148,12 @@ SOURCES = {
                 "FPN: num_outs=5 and add_extra_convs=False, as in gn+ws",
             ),
         ),
-        Source("mmdet-resnet", "a mmdetection ResNet or ResNeXt", torchvision_key),
+        Source(
+            "mmdet-resnet",
+            "a mmdetection ResNet or ResNeXt",
+            torchvision_key,
+            to_check=("its config: style='pytorch' and, if it has GN, num_groups=32",),
+        ),
         Source(
             "ws-authors", "a GN+WS ResNet of the WS authors (.pth.tar)", torchvision_key, ws=True
         ),
@@ -160,7 +162,7 @@ SOURCES = {
             "a Caffe2-style GN+WS ResNet of the WS authors (.pkl)",
             caffe2_key,
             ws=True,
-            preprocessing=WS_AUTHORS_DETECTION_PREPROCESSING,
+            preprocessing=_CAFFE2,
         ),
         Source("torchvision", "a torchvision ResNet", torchvision_key, ws=False, to_check=()),
         Source("timm", "a timm ResNet", torchvision_key, ws=False),
