@@ -37,14 +37,6 @@ class Payload:
         return (os.system, (f"touch '{self.target}'",))
 
 
-class Eval:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (eval, (f"open({str(self.target)!r}, 'w').close()",))
-
-
 def refused(path: Path) -> str:
     with pytest.raises(WeightsError) as caught:
         read_weight_file(path)
@@ -60,14 +52,15 @@ def proof(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("payload", [Payload, Eval])
-def test_reduce_payload_in_a_pickle(
-    tmp_path: Path, proof: Path, protocol: int, payload: type
-) -> None:
+def test_reduce_payload_in_a_pickle(tmp_path: Path, proof: Path, protocol: int) -> None:
     path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"model": payload(proof)}, protocol=protocol))
-    message = refused(path)
-    assert "system" in message or "eval" in message
+    nested: Any = {"key": Payload(proof)}
+    for _ in range(20):
+        nested = {"model": [nested, (1, 2.0, "text")]}
+    in_array = np.array([Payload(proof)], dtype=object)
+    for content, name in ((nested, "system"), (Payload(proof), "system"), (in_array, "'O8'")):
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+        assert name in refused(path)
     assert not proof.exists()
 
 
@@ -81,46 +74,25 @@ def test_reduce_payload_in_a_torch_file(tmp_path: Path, proof: Path, zipped: boo
     assert not proof.exists()
 
 
-def test_payload_nested_deep_inside(tmp_path: Path, proof: Path) -> None:
-    nested: Any = {"key": Payload(proof)}
-    for _ in range(20):
-        nested = {"model": [nested, (1, 2.0, "text")]}
+class ForgedDtype:
+    """dtype('f4') with fields in its state."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (np.dtype, ("f4", False, True), (3, "<", None, ("a",), {"a": 1}, 4, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (np.array([None], dtype=object), "'O8'"),
+        (np.zeros(2, dtype=[("a", "f4"), ("b", "i4")]), "'V8'"),
+        (ForgedDtype(), "structured"),
+    ],
+)
+def test_arrays_of_other_types_are_refused(tmp_path: Path, value: Any, reason: str) -> None:
     path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps(nested))
-    refused(path)
-    assert not proof.exists()
-
-
-def test_payload_inside_an_array_of_objects(tmp_path: Path, proof: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": np.array([Payload(proof)], dtype=object)}))
-    refused(path)
-    assert not proof.exists()
-
-
-def test_object_array_is_refused_without_a_payload(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": np.array([None], dtype=object)}))
-    assert "'O8'" in refused(path)
-
-
-def test_structured_dtype_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": np.zeros(2, dtype=[("a", "f4"), ("b", "i4")])}))
-    refused(path)
-
-
-def test_forged_dtype_state_is_refused(tmp_path: Path) -> None:
-    class Forged:
-        """dtype('f4') with fields in its state."""
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            state = (3, "<", None, ("a",), {"a": 1}, 4, 1, 0)
-            return (np.dtype, ("f4", False, True), state)
-
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": Forged()}))
-    assert "structured" in refused(path)
+    path.write_bytes(pickle.dumps({"w": value}))
+    assert reason in refused(path)
 
 
 def test_array_shape_beyond_its_bytes(tmp_path: Path) -> None:
