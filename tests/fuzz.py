@@ -32,7 +32,7 @@ from limited import Outcome, run_limited
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer, convert_file, read_weight_file
-from ws_detectron.checkpoint.state import check_finite, unwrap_state
+from ws_detectron.checkpoint.reading import check_finite, unwrap_state
 from ws_detectron.engine import load_config
 from ws_detectron.errors import UserError
 from ws_detectron.evaluation.coco_eval import evaluate
