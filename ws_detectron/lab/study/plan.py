@@ -1,14 +1,16 @@
-"""The runs of a study, each one training, matched by the linear rule."""
+"""The runs of a study, each one training; those of detectors are matched by the linear rule."""
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from detectron2.config import CfgNode
 
+import ws_detectron
 from ws_detectron.engine import as_flat_dict, load_config
 from ws_detectron.engine.checks import (
     check_batch,
@@ -20,7 +22,7 @@ from ws_detectron.engine.prepare import find_config
 from ws_detectron.engine.scaling import ITERATIONS, PERIODS, before_end, scale_to_batch
 from ws_detectron.errors import ConfigError
 
-from .spec import Search, Study, Variant
+from .study_file import Search, Study
 
 Values = dict[str, Any]
 
@@ -41,19 +43,21 @@ class StudyRun:
     """One training run.
 
     Args:
-        name: name of the run and of its folder.
+        name: name of the run.
         variant: name of its variant.
         batch: images per process and step.
         seed: seed of the run.
-        folder: OUTPUT_DIR.
-        config: path of the variant's config file.
-        options: config key -> value of the overrides, OUTPUT_DIR included.
+        folder: where it writes.
+        command: the command line that starts or resumes it.
+        settings: what decides its result, by config key or option, with lists in place of tuples.
         processes: number of processes.
-        images: number of training images.
+        device: "cpu" or "cuda".
         checkpoints: which checkpoints are kept, see `Study`.
-        settings: the merged config, by full key, with lists in place of tuples.
+        scores: metrics that a finished run of a command has; empty for a detector.
+        images: number of training images; None for a command.
         choice: values that a search tries or has found, at the reference batch.
         searching: whether it is a run of a search.
+        cfg: the merged config, of the first seed; None for a command.
     """
 
     name: str
@@ -61,18 +65,16 @@ class StudyRun:
     batch: int
     seed: int
     folder: Path
-    config: str
-    options: Values
-    processes: int
-    images: int
-    checkpoints: str
+    command: Sequence[str]
     settings: Values = field(repr=False)
+    processes: int = 1
+    device: str = "cpu"
+    checkpoints: str = "last"
+    scores: Sequence[str] = ()
+    images: Optional[int] = None
     choice: Values = field(default_factory=dict)
     searching: bool = False
-
-    @property
-    def iterations(self) -> int:
-        return self.options["SOLVER.MAX_ITER"]
+    cfg: Optional[CfgNode] = field(default=None, repr=False, compare=False)
 
 
 def study_runs(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]) -> list[StudyRun]:
@@ -80,23 +82,25 @@ def study_runs(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]
 
     Args:
         study: as returned by `read_study`.
-        choices: as returned by `choice.choose`, empty without a search; runs whose search found
+        choices: as returned by `records.choose`, empty without a search; runs whose search found
             nothing are skipped.
 
     Raises:
         ConfigError: a config or override cannot work; names it.
     """
-    runs = []
-    for seed, batch, variant in itertools.product(
-        study.seeds, sorted(study.batches, reverse=True), study.variants
-    ):
+    runs: list[StudyRun] = []
+    for batch, name in itertools.product(sorted(study.batches, reverse=True), study.variants):
+        chosen = study.variants[name].runs
+        seeds = chosen.get(batch, []) if chosen else study.seeds
+        labels = {f"seed{seed}": seed for seed in study.seeds if seed in seeds}
         choice: Optional[Values] = {}
         if study.search and choices:
-            choice = choices[variant.name, nearest(batch, study.search.batches)]
-        if choice is not None:
-            name = f"{variant.name}_{batch}img_seed{seed}"
-            runs.append(_run(study, variant, batch, seed, f"runs/{name}", choice))
-    return runs
+            choice = choices[name, nearest(batch, study.search.batches)]
+        if not study.detectors:
+            runs += _command_runs(study, name, batch, labels)
+        elif choice is not None:
+            runs += _detector_runs(study, name, batch, labels, choice)
+    return sorted(runs, key=lambda run: study.seeds.index(run.seed))
 
 
 def search_runs(study: Study) -> list[StudyRun]:
@@ -105,7 +109,7 @@ def search_runs(study: Study) -> list[StudyRun]:
     They are evaluated once, at the end.
 
     Raises:
-        ConfigError: a config or override cannot work, or two values of the grid are the same.
+        ConfigError: a config or override cannot work; names it.
     """
     search = study.search
     if search is None:
@@ -116,19 +120,24 @@ def search_runs(study: Study) -> list[StudyRun]:
         evaluations=1,
         overrides={**study.overrides, **search.overrides},
     )
-    choices = {_folder_name(choice): choice for choice in combinations(search)}
-    if len(choices) < len(combinations(search)):
-        raise ConfigError(f"search: `grid` has a value twice: {search.grid}")
     return [
-        _run(terms, variant, batch, search.seed, f"search/{variant.name}_{batch}img_{name}", choice)
+        run
         for batch, variant in itertools.product(
             sorted(search.batches, reverse=True), study.variants
         )
-        for name, choice in choices.items()
+        for choice in combinations(search)
+        for run in _detector_runs(
+            terms, variant, batch, {_label(choice): search.seed}, choice, searching=True
+        )
     ]
 
 
-def _folder_name(choice: Values) -> str:
+def combinations(search: Search) -> list[Values]:
+    """All combinations of the grid, as config key -> value."""
+    return [dict(zip(search.grid, values)) for values in itertools.product(*search.grid.values())]
+
+
+def _label(choice: Values) -> str:
     """A name from the values alone, so that a run keeps its folder when the grid grows."""
     ends = [key.rpartition(".")[2] for key in choice]
     keys = ends if len(set(ends)) == len(ends) else list(choice)
@@ -138,51 +147,9 @@ def _folder_name(choice: Values) -> str:
     )
 
 
-def combinations(search: Search) -> list[Values]:
-    """All combinations of the grid, as config key -> value."""
-    return [dict(zip(search.grid, values)) for values in itertools.product(*search.grid.values())]
-
-
 def nearest(batch: int, batches: Sequence[int]) -> int:
     """The element of `batches` with the smallest ratio to `batch`; of two, the smaller."""
     return min(batches, key=lambda other: (max(batch / other, other / batch), other))
-
-
-def _run(
-    study: Study, variant: Variant, batch: int, seed: int, path: str, choice: Values
-) -> StudyRun:
-    name = path.replace("runs/", "").replace("/", "_")
-    at_reference = {**study.overrides, **variant.overrides, **choice}
-    reference, _ = scale_to_batch(load_config(variant.config, as_arguments(at_reference)))
-    per_step = batch * study.processes
-    seen = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
-    if seen % per_step:
-        raise ConfigError(
-            f"run {name}: {seen} images are not a whole number of steps of {per_step} images; give "
-            "the study a number of `images` that is a multiple of every batch times `processes`"
-        )
-    scaled = _scaled(reference, per_step, seen, study.evaluations)
-    folder = study.output / path
-    flat = as_flat_dict(scaled)
-    options = {key: value for key, value in at_reference.items() if key not in SCALED}
-    options.update({key: flat[key] for key in SCALED})
-    options.update({"SEED": seed, "MODEL.DEVICE": study.device, "OUTPUT_DIR": str(folder)})
-    cfg = load_config(variant.config, as_arguments(options))
-    return StudyRun(
-        name=name,
-        variant=variant.name,
-        batch=batch,
-        seed=seed,
-        folder=folder,
-        config=find_config(variant.config),
-        options=options,
-        processes=study.processes,
-        images=seen,
-        checkpoints=study.checkpoints,
-        settings={key: _plain(value) for key, value in as_flat_dict(cfg).items()},
-        choice=choice,
-        searching=path.startswith("search/"),
-    )
 
 
 def check_runs(runs: Sequence[StudyRun]) -> None:
@@ -191,18 +158,110 @@ def check_runs(runs: Sequence[StudyRun]) -> None:
     The device is not checked, as another machine may train the run.
 
     Raises:
-        UserError: a run cannot work; names it and the reason.
+        ConfigError: a run cannot work; names it and the reason.
     """
     for run in runs:
-        cfg = load_config(run.config, as_arguments(run.options))
+        script = run.command[1]
+        if not Path(script).is_file():
+            raise ConfigError(f"`command`: there is no file {script}")
+        if run.cfg is None:
+            continue
         try:
-            check_weights(cfg)
-            check_registered(cfg)
-            check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-            check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-            check_batch(cfg, run.processes)
+            check_weights(run.cfg)
+            check_registered(run.cfg)
+            check_datasets("DATASETS.TRAIN", run.cfg.DATASETS.TRAIN)
+            check_datasets("DATASETS.TEST", run.cfg.DATASETS.TEST)
+            check_batch(run.cfg, run.processes)
         except ConfigError as error:
             raise ConfigError(f"run {run.name}: {error}") from error
+
+
+def _start(study: Study) -> list[str]:
+    """Interpreter and script of a command; a relative script may also be in the repository."""
+    in_repository = Path(ws_detectron.__file__).parents[1] / study.command
+    script = Path(study.command)
+    return [sys.executable, str(script if script.is_file() else in_repository)]
+
+
+def _command_runs(
+    study: Study, name: str, batch: int, labels: Mapping[str, int]
+) -> Iterator[StudyRun]:
+    """The runs of a variant with options at a batch; `labels`: end of the name -> seed."""
+    given = {**study.options, **study.variants[name].options}
+    options = {key.replace("_", "-"): value for key, value in given.items()}
+    for label, seed in labels.items():
+        run = f"{name}_{batch}img_{label}"
+        settings = {"batch-size": batch, "seed": seed, "device": study.device, **options}
+        folder = study.output / "runs" / run
+        arguments = []
+        for key, value in {**settings, "output": folder, "resume": True}.items():
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            if value is not None and value is not False:
+                arguments += [f"--{key}", *map(str, values)]
+        yield StudyRun(
+            name=run,
+            variant=name,
+            batch=batch,
+            seed=seed,
+            folder=folder,
+            command=[*_start(study), *arguments],
+            settings={"command": study.command, **settings},
+            device=study.device,
+            checkpoints=study.checkpoints,
+            scores=[*study.scores],
+        )
+
+
+def _detector_runs(
+    study: Study,
+    name: str,
+    batch: int,
+    labels: Mapping[str, int],
+    choice: Values,
+    searching: bool = False,
+) -> Iterator[StudyRun]:
+    """The runs of a variant with a config at a batch; `labels`: end of the name -> seed."""
+    variant = study.variants[name]
+    overrides = {**study.overrides, **variant.overrides, **choice}
+    reference, _ = scale_to_batch(load_config(variant.config, as_arguments(overrides)))
+    per_step = batch * study.processes
+    seen = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
+    prefix = "search_" if searching else ""
+    if seen % per_step:
+        raise ConfigError(
+            f"run {prefix}{name}_{batch}img_{next(iter(labels))}: {seen} images are not a whole "
+            f"number of steps of {per_step} images; give the study a number of `images` that is a "
+            "multiple of every batch times `processes`"
+        )
+    cfg = _scaled(reference, per_step, seen, study.evaluations)
+    cfg.MODEL.DEVICE = study.device
+    flat = as_flat_dict(cfg)
+    own = {key: value for key, value in overrides.items() if key not in SCALED}
+    own.update({key: flat[key] for key in (*SCALED, "MODEL.DEVICE")})
+    start = [*_start(study), "--resume", "--config-file", find_config(variant.config)]
+    if study.processes > 1:
+        # the default address is the same for all runs of a user
+        start += ["--num-gpus", str(study.processes), "--dist-url", "auto"]
+    for label, seed in labels.items():
+        run = f"{name}_{batch}img_{label}"
+        folder = study.output / ("search" if searching else "runs") / run
+        decided = {"SEED": seed, "OUTPUT_DIR": str(folder)}
+        yield StudyRun(
+            name=prefix + run,
+            variant=name,
+            batch=batch,
+            seed=seed,
+            folder=folder,
+            command=[*start, *as_arguments({**own, **decided})],
+            settings={key: _plain(value) for key, value in {**flat, **decided}.items()},
+            processes=study.processes,
+            device=study.device,
+            checkpoints=study.checkpoints,
+            images=seen,
+            choice=choice,
+            searching=searching,
+            cfg=cfg,
+        )
 
 
 def as_arguments(values: Values) -> list[str]:
