@@ -57,8 +57,8 @@ def test_runs_are_command_lines_and_a_variant_may_have_fewer(path: Path) -> None
     }
     line = " ".join(runs["bn_2img_seed0"].command[1:])
     assert line == (
-        "train.py --batch-size 2 --seed 0 --device cpu --epochs 3 --learns --data-dir here "
-        "--variant bn --output out/runs/bn_2img_seed0 --resume"
+        "train.py --batch-size 2 --device cpu --epochs 3 --learns --data-dir here --variant bn "
+        "--seed 0 --output out/runs/bn_2img_seed0 --resume"
     )
     ln = " ".join(runs["ln_32img_seed1"].command)
     assert "--epochs 9" in ln and "--learns" not in ln

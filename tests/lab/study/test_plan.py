@@ -111,7 +111,7 @@ def test_overrides_are_at_the_reference_batch_and_the_variants_win(make_study) -
 
 
 def test_images_that_make_no_whole_steps(make_study) -> None:
-    with pytest.raises(ConfigError, match="bn_4img_seed1: 81 images .* steps of 4"):
+    with pytest.raises(ConfigError, match="bn_4img: 81 images .* steps of 4"):
         study_runs(make_study(images=81), {})
 
 

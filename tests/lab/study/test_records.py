@@ -364,14 +364,10 @@ def test_only_finished_runs_count(make_study) -> None:
     assert found[1].notes == ("FAILED: it broke",)
 
 
-def scores_at_the_end(run: StudyRun, rows: list) -> tuple:
-    return final_scores(run, rows, {task: f"{task}/AP" for task in ("bbox", "segm")})
-
-
 def test_the_last_evaluation_counts_and_not_the_best(make_study) -> None:
     rows = [{"iteration": i, "bbox/AP": ap, "segm/AP": ap} for i, ap in ((9, 50.0), (19, 40.0))]
     run = study_runs(make_study(), {})[0]
-    assert scores_at_the_end(run, rows) == ({"bbox": 40.0, "segm": 40.0}, [])
+    assert final_scores(run, rows) == ({"bbox/AP": 40.0, "segm/AP": 40.0}, [])
 
 
 def test_a_detector_that_finds_nothing_has_an_ap_of_zero(make_study) -> None:
@@ -380,13 +376,13 @@ def test_a_detector_that_finds_nothing_has_an_ap_of_zero(make_study) -> None:
         {"iteration": 9, "bbox/AP": 5.0, "segm/AP": 5.0},
         {"iteration": 19, "bbox/AP": float("nan")},
     ]
-    ap, notes = scores_at_the_end(study_runs(make_study(), {})[0], rows)
-    assert ap == {"bbox": 0.0, "segm": 0.0} and "detects nothing" in notes[0]
+    ap, notes = final_scores(study_runs(make_study(), {})[0], rows)
+    assert ap == {"bbox/AP": 0.0, "segm/AP": 0.0} and "detects nothing" in notes[0]
 
 
 def test_never_evaluated_is_not_zero(make_study) -> None:
     rows = [{"iteration": 9, "total_loss": 1.0}]
-    ap, notes = scores_at_the_end(study_runs(make_study(), {})[0], rows)
+    ap, notes = final_scores(study_runs(make_study(), {})[0], rows)
     assert ap == {} and "never evaluated" in notes[0]
 
 
@@ -402,7 +398,7 @@ def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:
     grid = {"SOLVER.BASE_LR": [0.04, 0.01, 0.02], "SOLVER.WEIGHT_DECAY": [0.0, 0.1]}
     study = make_study(search={"grid": grid, "images": 40, "batches": [4]})
     runs = search_runs(study)
-    assert choose(study, [read_result(run, {}) for run in runs]) == {
+    assert choose([read_result(run, {}) for run in runs]) == {
         ("bn", 4): None,
         ("gn", 4): None,
     }
@@ -421,7 +417,7 @@ def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:
         DIVERGED,
         reason="diverged",
     )
-    choices = choose(study, [read_result(run, {}) for run in runs])
+    choices = choose([read_result(run, {}) for run in runs])
     # 0.04 with 0.1 would be best, but failed: 4.0 at (0.04, 0) against 3.0 at (0.02, 0.1)
     expected = {"SOLVER.BASE_LR": 0.04, "SOLVER.WEIGHT_DECAY": 0.0}
     assert choices == {("bn", 4): expected, ("gn", 4): None}

@@ -22,7 +22,7 @@ def submit(study, options: Options, cluster: str = "local") -> list[str]:
         [result.run for result in results if result.status != FINISHED],
         study.slurm,
         study.output / "submitit",
-        Progress(results, 1, study.titles, lines.append),
+        Progress(results, 1, study.scores, lines.append),
         cluster=cluster,
         poll_seconds=0.1,
     )
@@ -36,7 +36,7 @@ def test_runs_are_jobs_and_a_failing_one_is_named(make_study, options: Options) 
     (bn.folder / "fail").touch()
     lines = submit(study, options)
     failed, finished = (read_result(run, {}) for run in (bn, gn))
-    assert finished.scores["bbox"] == pytest.approx(101)
+    assert finished.scores["bbox/AP"] == pytest.approx(101)
     assert failed.record and "diverged" in failed.record.reason
     assert any("bn_4img_seed1 DIVERGED" in line for line in lines)
     assert not (gn.folder / JOB).exists()

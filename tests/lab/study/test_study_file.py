@@ -68,12 +68,15 @@ def test_first_variant_is_the_baseline_unless_said_otherwise(make_study) -> None
         ({"checkpoints": "best"}, ["`checkpoints` is 'best'", "all, last, none"]),
         ({"comparisons": [["gn", "ln"]]}, ["`comparisons`", "['gn', 'ln']", "bn, gn"]),
         ({"comparisons": [[{}, "bn"]]}, ["`comparisons`", "[{}, 'bn']"]),
-        ({"overrides": {"SOLVER.MAX_ITER": 5}}, ["SOLVER.MAX_ITER", "sets for every run"]),
+        (
+            {"overrides": {"SOLVER.MAX_ITER": 5}},
+            ["SOLVER.MAX_ITER is overridden", "sets for every run"],
+        ),
         (
             {"evaluations": 2, "overrides": {"TEST.EVAL_PERIOD": 5}},
             ["TEST.EVAL_PERIOD", "`evaluations` is 2"],
         ),
-        ({"search": {**SEARCH, "grid": {"SEED": [1]}}}, ["`search`", "SEED"]),
+        ({"search": {**SEARCH, "grid": {"SEED": [1]}}}, ["SEED is overridden"]),
         ({"search": {**SEARCH, "grid": {"SOLVER.BASE_LR": 0.1}}}, ["'SOLVER.BASE_LR': 0.1"]),
         ({"search": {**SEARCH, "grid": {"A": [0.1, "1e-1"]}}}, ["A: [0.1, 0.1]", "different"]),
         ({"search": {**SEARCH, "overrides": {"TEST.EVAL_PERIOD": 5}}}, ["TEST.EVAL_PERIOD"]),

@@ -247,7 +247,7 @@ def test_text_of_a_log_is_escaped(ran: StudyResults, tmp_path: Path) -> None:
 
 def test_one_batch_is_drawn_by_variant(ran: StudyResults) -> None:
     results = replace(ran, study=replace(ran.study, batches=[4]))
-    box, mask = draw_batches([results], scores=["bbox", "segm"]).axes
+    box, mask = draw_batches([results], scores=["bbox/AP", "segm/AP"]).axes
     assert [label.get_text() for label in box.get_yticklabels()] == ["BN", "GN"]
     # the stand-in reaches 101 and 102 with its two seeds: t(0.975, 1) = 12.706, s = 0.7071
     half = 12.7062 * 0.70711 / 2**0.5

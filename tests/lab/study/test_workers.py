@@ -301,17 +301,6 @@ def test_visible_gpus_are_the_default(
     assert _gpus(make_study(device="cuda"), Options(gpus=asked)) == expected
 
 
-@pytest.mark.parametrize("jobs, told", [(1, True), (2, False)])
-def test_gpus_without_work_are_named(
-    make_study, options: Options, monkeypatch: pytest.MonkeyPatch, jobs: int, told: bool
-) -> None:
-    monkeypatch.setattr("ws_detectron.lab.study.runner.check_runs", lambda runs: None)
-    lines: list[str] = []
-    study = make_study(**ONE, device="cuda", processes=2)
-    run_study(study, replace(options, gpus=[0, 1, 2, 3, 4], jobs=jobs), lines.append)
-    assert any("1 of 2 GPUs or groups are used; --jobs 2" in line for line in lines) == told
-
-
 def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:
     with pytest.raises(UserError, match="--gpus"):
         run_study(make_study(), replace(options, gpus=[0]), print)

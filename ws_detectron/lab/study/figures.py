@@ -27,7 +27,7 @@ LEGEND_WIDTH = 1.7
 def draw_over_batch(results: StudyResults) -> Figure:
     """Mean of each variant over the batch, bars of one standard deviation; a panel per score."""
     study, table = results.study, score_table(results.runs)
-    scores = scores_of(results.runs, [*study.titles])
+    scores = scores_of(results.runs, study.scores)
     figure = Figure(figsize=(1 + 4.6 * len(scores), 4.2), layout="constrained")
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     batches = sorted(study.batches)
@@ -51,7 +51,7 @@ def draw_over_batch(results: StudyResults) -> Figure:
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.minorticks_off()
         panel.set_xlabel(study.unit)
-        panel.set_ylabel(f"{study.titles[score]} (%)")
+        panel.set_ylabel(f"{study.scores[score]} (%)")
         if study.detectors:  # an accuracy is far from 0
             _from_zero(panel)
     _finish(figure, panels)
@@ -75,7 +75,7 @@ def draw_batches(
         for results in studies
         for batch in sorted(results.study.batches)
         if batches is None or batch in batches
-        for score in scores or [*results.study.titles][:1]
+        for score in scores or [*results.study.scores][:1]
     ]
     rows = max(len(results.study.variants) for results, *_ in shown)
     colours = [*dict.fromkeys(name for results, *_ in shown for name in results.study.variants)]
@@ -100,7 +100,7 @@ def draw_batches(
             )  # fmt: skip
         panel.set_yticks(range(len(study.variants)), [NAMES.get(n, n) for n in study.variants])
         panel.set_ylim(len(study.variants) - 0.4, -0.7)
-        panel.set_xlabel(f"{study.titles[score]}, mean and {LEVEL:.0%} interval")
+        panel.set_xlabel(f"{study.scores[score]}, mean and {LEVEL:.0%} interval")
         panel.set_title(_panel_title(results, batch), fontsize=10)
         panel.grid(True, axis="x", linewidth=0.4, color="0.8")
         panel.spines[["top", "right", "left"]].set_visible(False)
@@ -115,9 +115,9 @@ def draw_study_curves(results: StudyResults) -> Figure:
     run that was killed in an evaluation resumes after it and has no value there.
     """
     study, batches = results.study, sorted(results.study.batches)
-    scores = scores_of(results.runs, [*study.titles])
+    scores = scores_of(results.runs, study.scores)
     titles = study.curves or {
-        "total_loss": "total loss", **{score: study.titles[score] for score in scores}
+        "total_loss": "total loss", **{score: study.scores[score] for score in scores}
     }  # fmt: skip
     table = _curves(results, [*titles])
     size = (0.8 + 3.0 * len(batches), 0.8 + 2.4 * len(titles))
@@ -159,7 +159,7 @@ def _curves(results: StudyResults, keys: Sequence[str]) -> pd.DataFrame:
         # a last evaluation is written one iteration after the last step
         last = run.images or float("inf")
         for key in keys:
-            for iteration, value in zip(*series(record.rows, result.keys.get(key, key))):
+            for iteration, value in zip(*series(record.rows, key)):
                 seen = min((iteration + 1) * per_step, last)
                 rows.append((run.variant, run.batch, key, seen, value))
     return pd.DataFrame(rows, columns=["variant", "batch", "key", "images", "value"])

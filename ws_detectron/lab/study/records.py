@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.evaluation.runs import Run, ap_key, merge_rows, read_run
 from ws_detectron.utils.io import csv_text, write_json, write_text
 from ws_detectron.utils.locking import locked
 
-from .plan import StudyRun, Values
-from .study_file import Study
+from .plan import Choices, StudyRun
+from .study_file import Study, Values
 
 STATE, OUTPUT, RUN_RECORD = "run.json", "run.log", "run_record.json"  # in a run's folder
 RUNS, METRICS, LOCK = "runs.jsonl", "metrics.csv", ".lock"  # in the folder of records
 FORMAT = 1
-STORED = ("state", "settings", "reason", "seconds")  # in run.json; the rest has its own files
 
+# A stopped run stays "running", and resumes from its checkpoint. A diverged run had an infinite
+# loss or NaN, a failed one any other error.
 RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed"
 
 # Keys that may change between starts of a run, as they do not change the result
@@ -38,27 +38,19 @@ MAY_CHANGE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
 # Keys that may change once a run has ended: all of a run should be trained on one device
 DEVICE = ("MODEL.DEVICE", "device")
 
+Rows = list[dict[str, Any]]  # lines of metrics.json
+
 
 @dataclass(frozen=True)
 class Record:
-    """What is stored of a run.
-
-    Args:
-        state: "running" (also if its process was stopped: it then resumes from its checkpoint),
-            "finished", "diverged" (its loss became infinite or NaN) or "failed" (any other error).
-        settings: those of the run.
-        reason: why it diverged or failed.
-        seconds: wall time of its last process, including start-up and evaluations.
-        rows: lines of its metrics.json, see `merge_rows`.
-        run_record: its run_record.json, see `engine.hooks.RunRecord`; empty if there is none.
-    """
+    """What is stored of a run."""
 
     state: str
-    settings: dict[str, Any]
-    reason: str = ""
-    seconds: Optional[float] = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    run_record: dict[str, Any] = field(default_factory=dict)
+    settings: Values
+    reason: str = ""  # why it diverged or failed
+    seconds: Optional[float] = None  # of its last process, with start-up and evaluations
+    rows: Rows = field(default_factory=list)
+    run_record: Values = field(default_factory=dict)  # its run_record.json, if any
 
 
 Records = Mapping[str, Record]  # name of a run -> its record
@@ -66,30 +58,20 @@ Records = Mapping[str, Record]  # name of a run -> its record
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run and its results.
-
-    Args:
-        run: the run.
-        record: None if it was never started.
-        keys: score ("bbox", "segm", or a metric of a command) -> its name in the rows.
-        scores: score -> value in % at the end of training; empty unless it finished.
-        notes: remarks for the report.
-    """
+    """A run and its results."""
 
     run: StudyRun
-    record: Optional[Record] = None
-    keys: dict[str, str] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    record: Optional[Record] = None  # None if it was never started
+    scores: dict[str, float] = field(default_factory=dict)  # in %; empty unless it finished
+    notes: tuple[str, ...] = ()  # for the report
 
     @property
     def status(self) -> str:
-        """The state's name; "running" includes runs that were interrupted."""
         return self.record.state if self.record else "not started"
 
     @property
-    def is_recorded(self) -> bool:
-        """Whether the run has ended for good: it is finished, or diverged in a search.
+    def has_ended(self) -> bool:
+        """Whether it is recorded and not trained again: finished, or in a search diverged.
 
         For a search, divergence is a result; outside of it, a diverged run is tried again.
         """
@@ -103,41 +85,33 @@ class RunResult:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """A study and the results of its runs.
-
-    Args:
-        study: the study.
-        runs: results without those of the search, in order.
-        search: results of the search; empty without one.
-        choices: what the search has found, see `choose`.
-    """
+    """A study and the results of its runs."""
 
     study: Study
-    runs: Sequence[RunResult]
+    runs: Sequence[RunResult]  # without those of the search
     search: Sequence[RunResult] = ()
-    choices: Mapping[tuple[str, int], Optional[Values]] = field(default_factory=dict)
+    choices: Choices = field(default_factory=dict)
 
 
-def choose(study: Study, results: Sequence[RunResult]) -> dict[tuple[str, int], Optional[Values]]:
+def choose(results: Sequence[RunResult]) -> Choices:
     """(variant, searched batch) -> the combination with the highest mean of box and mask AP.
 
     A run that diverged is never chosen. None if all runs diverged, or until all have ended. Of
     equal combinations the first in the grid is chosen.
     """
-    choices: dict[tuple[str, int], Optional[Values]] = {}
+    tried: dict[tuple[str, int], list[RunResult]] = {}
     for result in results:
-        where = result.run.variant, result.run.batch
-        if where in choices:
-            continue
-        tried = [r for r in results if (r.run.variant, r.run.batch) == where]
-        best = max(tried, key=lambda r: -math.inf if r.mean is None else r.mean)
-        found = best.mean is not None and all(r.is_recorded for r in tried)
+        tried.setdefault((result.run.variant, result.run.batch), []).append(result)
+    choices: dict[tuple[str, int], Optional[Values]] = {}
+    for where, some in tried.items():
+        best = max(some, key=lambda result: -math.inf if result.mean is None else result.mean)
+        found = best.mean is not None and all(result.has_ended for result in some)
         choices[where] = best.run.choice if found else None
     return choices
 
 
 def read_state(run: StudyRun) -> Optional[Record]:
-    """The state that `write_state` wrote; None for a run that was never started.
+    """What `write_state` wrote; None for a run that was never started.
 
     Raises:
         ConfigError: the folder holds a run with other settings; names the keys.
@@ -155,12 +129,10 @@ def read_state(run: StudyRun) -> Optional[Record]:
 
 def write_state(
     run: StudyRun, state: str, *, reason: str = "", seconds: Optional[float] = None
-) -> Record:
-    """Writes and returns a run's state."""
-    record = Record(state, run.settings, reason, seconds)
-    stored = {key: value for key, value in asdict(record).items() if key in STORED}
-    write_json(run.folder / STATE, stored)
-    return record
+) -> None:
+    """Writes a run's state."""
+    content = {"state": state, "settings": run.settings, "reason": reason, "seconds": seconds}
+    write_json(run.folder / STATE, content)
 
 
 def read_result(run: StudyRun, records: Records) -> RunResult:
@@ -168,73 +140,68 @@ def read_result(run: StudyRun, records: Records) -> RunResult:
 
     Args:
         run: a run of the study or its search.
-        records: as returned by `read_records`; the run's folder is used only if its state is
-            further.
+        records: as returned by `read_records`; one of a run that has ended takes precedence over
+            the run's folder.
 
     Raises:
         ConfigError: the folder or the record has other settings than the run.
     """
-    own, recorded = read_state(run), records.get(run.name)
-    if recorded is not None:
-        _check_settings(run, recorded, f"the record of {run.name}", "its line in runs.jsonl")
-    if own is None and recorded is None:
+    state, record = read_state(run), records.get(run.name)
+    if record is not None:
+        _check_settings(run, record, f"the record of {run.name}", "its line in runs.jsonl")
+    if state is not None and not RunResult(run, record).has_ended:
+        record = replace(
+            state, rows=read_run(run.folder, "").rows, run_record=_read_run_record(run.folder)
+        )
+    if record is None:
         return RunResult(run)
-    if recorded is None or (own and _order(RunResult(run, own)) < _order(RunResult(run, recorded))):
-        assert own is not None
-        rows = read_run(run.folder, run.name).rows
-        record = replace(own, rows=rows, run_record=_read_run_record(run.folder))
-    else:
-        record = replace(recorded, rows=merge_rows(recorded.rows))
-    keys = {score: score for score in run.scores} or _ap_keys(run, record)
-    scores, notes = final_scores(run, record.rows, keys)
-    if record.state != FINISHED:
-        scores, notes = {}, [f"{record.state.upper()}: {record.reason}"] if record.reason else []
+    record = replace(record, rows=_with_plain_keys(run, record))
+    scores: dict[str, float] = {}
+    notes = [f"{record.state.upper()}: {record.reason}"] if record.reason else []
+    if record.state == FINISHED:
+        scores, notes = final_scores(run, record.rows)
     starts = record.run_record.get("starts", 1)
     if starts > 1:
         notes.append(f"resumed: {starts} starts")
-    return RunResult(run, record, keys, scores, tuple(notes))
+    return RunResult(run, record, scores, tuple(notes))
 
 
-def _order(result: RunResult) -> int:
-    """0 for a finished run, 1 for one that diverged in a search, else 2."""
-    return 2 - result.is_recorded - (result.status == FINISHED)
+def _with_plain_keys(run: StudyRun, record: Record) -> Rows:
+    """The rows, with the AP of the first of several test sets under the plain name, too."""
+    rows = merge_rows(record.rows)
+    if run.cfg is not None:
+        read = Run(run.name, run.folder, config=record.settings, rows=rows)
+        for score in run.scores:
+            key = ap_key(read, score.partition("/")[0])
+            if key != score:
+                rows = [{**row, score: row[key]} if key in row else row for row in rows]
+    return rows
 
 
-def _ap_keys(run: StudyRun, record: Record) -> dict[str, str]:
-    tasks = TASKS if run.settings["MODEL.MASK_ON"] else TASKS[:1]
-    read = Run(run.name, run.folder, config=record.settings, rows=record.rows)
-    return {task: ap_key(read, task) for task in tasks}
-
-
-def final_scores(
-    run: StudyRun, rows: Sequence[dict[str, Any]], keys: Mapping[str, str]
-) -> tuple[dict[str, float], list[str]]:
+def final_scores(run: StudyRun, rows: Rows) -> tuple[dict[str, float], list[str]]:
     """The scores at the end, not the best ones, and notes on them.
 
     A detector without any prediction has no AP in detectron2's metrics. By COCO's rules it is 0,
     and skipping it would raise the mean of its variant, so it counts as 0.
 
     Args:
-        run: its last row has all scores of a command; a detector's last evaluation has boxes.
-        rows: lines of metrics.json.
-        keys: score -> name in the rows.
+        run: a command's last row has all its scores; a detector's last evaluation has box AP.
+        rows: rows of metrics.json.
     """
-    first = next(iter(keys.values()))
-    evaluated = rows[-1:] if run.scores else [row for row in rows if first in row]
-    last = evaluated[-1] if evaluated else {}
-    values = {score: last.get(key) for score, key in keys.items()}
-    scores = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
-    if len(scores) == len(keys):
-        return scores, []
-    if run.scores:
-        missing = ", ".join(key for key in keys if key not in scores)
-        return {}, [f"the last line of metrics.json has no {missing}"]
-    if not last:
+    detector = run.cfg is not None
+    ends = [row for row in rows if run.scores[0] in row] if detector else rows
+    values = {score: ends[-1].get(score, math.nan) if ends else math.nan for score in run.scores}
+    missing = [score for score, value in values.items() if not math.isfinite(value)]
+    if not missing:
+        return values, []
+    if not detector:
+        return {}, [f"the last line of metrics.json has no {', '.join(missing)}"]
+    if not ends:
         return {}, ["it was never evaluated: DATASETS.TEST is empty"]
-    return {k: scores.get(k, 0.0) for k in keys}, ["it detects nothing: AP counts as 0"]
+    return {**values, **dict.fromkeys(missing, 0.0)}, ["it detects nothing: AP counts as 0"]
 
 
-def _read_run_record(folder: Path) -> dict[str, Any]:
+def _read_run_record(folder: Path) -> Values:
     try:
         content = json.loads((folder / RUN_RECORD).read_text("utf-8"))
     except (OSError, ValueError):
@@ -255,7 +222,7 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
         shared, *runs = map(json.loads, path.read_text("utf-8").splitlines())
         if shared["format"] != FORMAT:
             raise ConfigError(f"{path} has format {shared['format']!r}; allowed: {FORMAT}")
-        rows: dict[str, list[dict[str, Any]]] = {run["name"]: [] for run in runs}
+        rows: dict[str, Rows] = {run["name"]: [] for run in runs}
         path = folder / METRICS
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
@@ -266,10 +233,9 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
         records = {}
         for run in runs:
             name, count = run.pop("name"), run.pop("rows")
-            if len(rows[name]) != count:
-                raise ConfigError(
-                    f"{path} has {len(rows[name])} of {count} rows of {name}; restore it"
-                )
+            found = len(rows[name])
+            if found != count:
+                raise ConfigError(f"{path} has {found} of {count} rows of {name}; restore it")
             run["settings"] = {**shared["settings"], **run["settings"]}
             records[name] = Record(**run, rows=rows[name])
         return records
@@ -297,15 +263,14 @@ def write_records(folder: Path, title: str, records: Records) -> None:
         for record in records.values()
     ]
     common = set.intersection(*texts)
-    shared: dict[str, Any] = {}
-    lines: list[dict[str, Any]] = [{"format": FORMAT, "title": title, "settings": shared}]
+    shared: Values = {}
+    lines: list[Values] = [{"format": FORMAT, "title": title, "settings": shared}]
     for name, record in records.items():
-        own: dict[str, Any] = {}
+        own: Values = {}
         for key, value in record.settings.items():
             (shared if (key, json.dumps(value)) in common else own)[key] = value
         # with the number of rows, a metrics.csv that was cut is told from a whole one
-        content = {**asdict(record), "settings": own, "rows": len(record.rows)}
-        lines.append({"name": name, **content})
+        lines.append({"name": name, **asdict(record), "settings": own, "rows": len(record.rows)})
     keys = {key for record in records.values() for row in record.rows for key in row}
     columns = ["iteration", *sorted(keys - {"iteration"})]
     table = [
@@ -329,19 +294,16 @@ def add_records(folder: Path, title: str, records: Records) -> None:
 
 
 def _check_settings(run: StudyRun, record: Record, where: str, what: str) -> None:
+    free = {*MAY_CHANGE, *(DEVICE if RunResult(run, record).has_ended else ())}
     # keys that only one of them has come with another version of detectron2
-    ended = RunResult(run, record).is_recorded
     differing = {
         key: f"{key} was {record.settings[key]!r} and is {value!r}"
         for key, value in run.settings.items()
-        if key in record.settings
-        and record.settings[key] != value
-        and key not in (*MAY_CHANGE, *(DEVICE if ended else ()))
+        if key not in free and record.settings.get(key, value) != value
     }
     if differing:
-        device = ", or finish it with the --device it was begun on"
-        raise ConfigError(
-            f"{where} holds a run with other settings: {'; '.join(differing.values())}. Give the "
-            f"study another `output`, or delete {what}"
-            + (device if differing.keys() & {*DEVICE} else "")
-        )
+        remedy = f"Give the study another `output`, or delete {what}"
+        if not differing.keys().isdisjoint(DEVICE):
+            remedy += ", or finish it with the --device it was begun on"
+        changes = "; ".join(differing.values())
+        raise ConfigError(f"{where} holds a run with other settings: {changes}. {remedy}")

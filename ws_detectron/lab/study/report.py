@@ -61,7 +61,7 @@ def write_report(results: StudyResults, folder: Path, *, page: bool = False) -> 
     if len(study.batches) > 1:
         write_figure(draw_over_batch(results), paths[1])
     else:
-        scores = scores_of(results.runs, [*study.titles])
+        scores = scores_of(results.runs, study.scores)
         write_figure(draw_batches([results], scores=scores), paths[1])
     write_figure(draw_study_curves(results), paths[2])
     text = report_text(results)
@@ -93,7 +93,7 @@ def as_page(title: str, text: str, folder: Path) -> str:
 def report_text(results: StudyResults) -> str:
     """The report as Markdown."""
     study, runs = results.study, results.runs
-    table, scores = score_table(runs), scores_of(runs, [*study.titles])
+    table, scores = score_table(runs), scores_of(runs, study.scores)
     what, points = ("AP", "points of AP") if study.detectors else ("scores", "percentage points")
     over = " over the batch" if len(study.batches) > 1 else ""
     parts = [f"# {study.title}", _what_was_run(results)]
@@ -127,7 +127,7 @@ def report_text(results: StudyResults) -> str:
     for pair in study.comparisons or ():
         columns = [differences(results, table, pair, score) for score in scores]
         rows = [[name, *(_signed(column[name]) for column in columns)] for name in columns[0]]
-        headers = [" - ".join(pair), *(study.titles[score] for score in scores)]
+        headers = [" - ".join(pair), *(study.scores[score] for score in scores)]
         parts.append(markdown_table(headers, rows))
     parts += [
         "## Learning curves",
@@ -166,7 +166,7 @@ def problems_of(results: StudyResults) -> list[str]:
             tried = [r for r in results.search if (r.run.variant, r.run.batch) == (variant, batch)]
             why = (
                 "found nothing: all its runs diverged"
-                if all(result.is_recorded for result in tried)
+                if all(result.has_ended for result in tried)
                 else "has not ended, and what follows from it is not shown"
             )
             problems.append(f"the search for {variant} at {images(batch)} {why}")
@@ -188,13 +188,13 @@ def mean_table(results: StudyResults, table: pd.DataFrame, score: str) -> str:
     )
     batches = sorted(study.batches)
     rows = [[name, *(cells.get((name, b), UNDEFINED) for b in batches)] for name in study.variants]
-    return markdown_table([study.titles[score], *map(images, batches)], rows)
+    return markdown_table([study.scores[score], *map(images, batches)], rows)
 
 
 def run_table(results: StudyResults) -> str:
     """A row per run: state, scores, effort and notes."""
     study, rows = results.study, []
-    scores = scores_of(results.runs, [*study.titles])
+    scores = scores_of(results.runs, study.scores)
     for result in results.runs:
         run, record = result.run, result.record
         iterations, seconds = effort(Run(run.name, run.folder, rows=record.rows if record else []))
@@ -205,7 +205,7 @@ def run_table(results: StudyResults) -> str:
             {
                 "run": run.name,
                 "state": result.status,
-                **{study.titles[key]: format_metric(result.scores.get(key)) for key in scores},
+                **{study.scores[key]: format_metric(result.scores.get(key)) for key in scores},
                 **({"LR": f"{run.settings['SOLVER.BASE_LR']:.4g}"} if study.detectors else {}),
                 "iterations": f"{iterations or 0}" + (f" / {total}" if total else ""),
                 "training time": duration(seconds),
@@ -234,7 +234,7 @@ def _first_figure(study: Study) -> str:
 
 
 def _search_section(results: StudyResults, search: Search) -> list[str]:
-    study, scores = results.study, scores_of(results.search, [*results.study.titles])
+    study, scores = results.study, scores_of(results.search, results.study.scores)
     variants = [*study.variants]
 
     def position(result: RunResult) -> tuple[Any, ...]:
@@ -254,7 +254,7 @@ def _search_section(results: StudyResults, search: Search) -> list[str]:
         mean = f"**{reached}**" if chosen else reached
         rows.append([run.variant, str(run.batch), *values, *ap, mean])
     headers = ["variant", study.unit, *(f"`{key}`" for key in search.grid)]
-    headers += [*(study.titles[score] for score in scores), "mean"]
+    headers += [*(study.scores[score] for score in scores), "mean"]
     parts = [
         "## Search",
         f"Each variant got the same {len(results.search) // len(study.variants)} runs of "

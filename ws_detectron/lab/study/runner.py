@@ -63,7 +63,7 @@ def run_study(study: Study, options: Options, say: Say) -> StudyResults:
     check_runs([*searching, *runs])
     with study_lock(study.output) as lock:
         searched = _train(study, "search", searching, options, say, lock)
-        choices = choose(study, searched)
+        choices = choose(searched)
         if searching:
             runs = study_runs(study, choices)
         results = _train(study, "study", runs, options, say, lock)
@@ -81,7 +81,7 @@ def _train(
     def keep(*ended: RunResult) -> None:
         """Records runs that have ended, if they are not recorded."""
         results.update({result.run.name: result for result in ended})
-        new = {r.run.name: r.record for r in ended if r.is_recorded and r.record}
+        new = {r.run.name: r.record for r in ended if r.has_ended and r.record}
         if options.records is not None:
             changed = {name: new[name] for name in new if new[name] != records.get(name)}
             add_records(options.records, study.title, changed)
@@ -104,15 +104,12 @@ def _train(
     wanted = [result.run for result in chosen if result.status != FINISHED]
     say(f"{what}: {len(chosen)} runs in {study.output}")
     workers = options.jobs if options.launcher == "local" else None
-    progress = Progress(chosen, workers, study.titles, say, keep)
+    progress = Progress(chosen, workers, study.scores, say, keep)
     if options.launcher == "slurm":
         run_on_slurm(wanted, study.slurm, study.output / "submitit", progress)
     else:
         gpus = _gpus(study, options)
         environments = slots(options.jobs, gpus, study.processes)
-        more = len(gpus or ()) // study.processes
-        if more > options.jobs:
-            say(f"{options.jobs} of {more} GPUs or groups are used; --jobs {more} uses all")
         run_locally(wanted, environments, progress, lock)
     return [*results.values()]
 
@@ -129,7 +126,7 @@ def read_study_results(study: Study, records: Optional[Path] = None) -> StudyRes
     """
     recorded = read_records(records)
     searched = [read_result(run, recorded) for run in search_runs(study)]
-    choices = choose(study, searched)
+    choices = choose(searched)
     runs = [read_result(run, recorded) for run in study_runs(study, choices)]
     return StudyResults(study, runs, searched, choices)
 
@@ -195,7 +192,7 @@ def commands(study: Study, options: Options) -> list[str]:
     """
     records = read_records(options.records)
     searching, lines = search_runs(study), []
-    choices = choose(study, [read_result(run, records) for run in searching])
+    choices = choose([read_result(run, records) for run in searching])
     if searching:
         lines += ["# search", *_commands(study, searching, options), "# runs"]
         unknown = sorted({variant for (variant, _), choice in choices.items() if choice is None})

@@ -5,7 +5,7 @@ population variances are involved" (Biometrika 34, 1947).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -71,7 +71,7 @@ def score_table(results: Sequence[RunResult]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def scores_of(results: Sequence[RunResult], titles: Sequence[str]) -> list[str]:
+def scores_of(results: Sequence[RunResult], titles: Iterable[str]) -> list[str]:
     """Scores that any result has, in the order of `titles`; the first if there is none yet."""
     found = {score for result in results for score in result.scores}
     return [score for score in titles if score in found] or [*titles][:1]

@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from ws_detectron.errors import ConfigError, shown
-from ws_detectron.evaluation.coco_report import TITLES
 from ws_detectron.utils.yaml_files import read_yaml
 
-TRAIN_NET = "tools/train_net.py"
+Values = dict[str, Any]
+
+AP = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
 # keys that the study sets for every run; an override would have no effect or break the match
 DECIDED = (
     "SOLVER.IMS_PER_BATCH",
@@ -24,109 +25,6 @@ DECIDED = (
     "OUTPUT_DIR",
     "SEED",
 )
-
-
-@dataclass
-class Variant:
-    """What is compared: a choice of normalization, or any other config or options.
-
-    Args:
-        config: file, or name of a config of this package; its batch, LR, warm-up and schedule are
-            the reference from which every run is scaled. Empty: the variant has options.
-        overrides: config key -> value, at the reference batch.
-        options: option of the study's command -> value.
-        runs: batch -> seeds; empty: all of the study's.
-    """
-
-    config: str = ""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    runs: dict[int, list[int]] = field(default_factory=dict)
-
-
-@dataclass
-class Search:
-    """Short runs before the study that choose values for each variant, with one budget for all.
-
-    Args:
-        grid: config key -> values, at the reference batch; all combinations are tried.
-        images: training images of each run.
-        batches: images per process to search at; a run uses the choice at the nearest (by ratio).
-        seed: seed of all runs; should not be one of the study's.
-        overrides: for the search alone, such as another DATASETS.TEST.
-    """
-
-    grid: dict[str, list[Any]]
-    images: int
-    batches: list[int]
-    seed: int = 0
-    overrides: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Study:
-    """The content of a study file.
-
-    Args:
-        variants: name -> variant, in the order of the report.
-        batches: images per process and optimizer step.
-        seeds: every variant is trained at every batch with each of them.
-        title: for the report; default: the name of the file.
-        output: folder of all runs; default: output/studies and the name of the file.
-        command: script that trains a run, relative to the working directory or the repository.
-        options: options of the command for all variants.
-        scores: metric in metrics.json -> title, in %; for detectors box and mask AP.
-        curves: metric in metrics.json -> title; default: the total loss and the scores.
-        images: training images that every run sees; None: as many as the variants' configs say.
-        processes: number of processes of each run, one per GPU, or CPU processes.
-        device: "cpu" or "cuda".
-        evaluations: number per run, evenly spaced; None: as the configs say.
-        checkpoints: what a finished run keeps: "all", "last" (the final and the best model) or
-            "none"; an unfinished run keeps all, to resume from.
-        overrides: config key -> value for all variants, at the reference batch.
-        comparisons: pairs of variants (a, b) for which "a - b" is reported; default: each against
-            the first.
-        search: the search, or None.
-        slurm: parameters of submitit's executor (`timeout_min`, `slurm_partition`, ...).
-    """
-
-    variants: dict[str, Variant]
-    batches: list[int]
-    seeds: list[int]
-    title: str = ""
-    output: Path = Path()
-    command: str = TRAIN_NET
-    options: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, str] = field(default_factory=dict)
-    curves: dict[str, str] = field(default_factory=dict)
-    images: Optional[int] = None
-    processes: int = 1
-    device: str = "cpu"
-    evaluations: Optional[int] = None
-    checkpoints: str = "last"
-    overrides: dict[str, Any] = field(default_factory=dict)
-    comparisons: Optional[list[list[str]]] = None
-    search: Optional[Search] = None
-    slurm: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def detectors(self) -> bool:
-        """Whether the variants are configs of detectors, and not options of a command."""
-        return any(variant.config for variant in self.variants.values())
-
-    @property
-    def titles(self) -> dict[str, str]:
-        """Score -> title: of a command's metrics, or of AP."""
-        return self.scores or {task: f"{title} AP" for task, title in TITLES.items()}
-
-    @property
-    def unit(self) -> str:
-        """What `batches` counts, for the report."""
-        if self.device == "cuda":
-            return "images per GPU"
-        return "images per process" if self.processes > 1 else "images per step"
-
-
 ALLOWED = {
     "batches": "a list of different whole numbers, each 1 or more",
     "seeds": "a list of different whole numbers, each 0 or more",
@@ -138,6 +36,65 @@ ALLOWED = {
     "comparisons": "a list of pairs of variants",
     "search": "`grid` (config key -> values), `images`, `batches`, `seed`, `overrides`",
 }
+
+
+@dataclass
+class Variant:
+    """What is compared: a choice of normalization, or any other config or options."""
+
+    # File, or name of a config of this package. Its batch, LR, warm-up and schedule are the
+    # reference from which every run is scaled. Empty: the variant has options of a command.
+    config: str = ""
+    overrides: Values = field(default_factory=dict)  # at the reference batch
+    options: Values = field(default_factory=dict)  # of the study's command
+    runs: dict[int, list[int]] = field(default_factory=dict)  # batch -> seeds; empty: all
+
+
+@dataclass
+class Search:
+    """Short runs before the study that choose values for each variant, with one budget for all."""
+
+    grid: dict[str, list[Any]]  # at the reference batch; all combinations are tried
+    images: int  # training images of each run
+    batches: list[int]  # to search at; a run uses the choice at the nearest (by ratio)
+    seed: int = 0  # of all runs; should not be one of the study's
+    overrides: Values = field(default_factory=dict)  # such as another DATASETS.TEST
+
+
+@dataclass
+class Study:
+    """The content of a study file; docs/studies.md has an example."""
+
+    variants: dict[str, Variant]  # in the order of the report
+    batches: list[int]  # images per process and optimizer step
+    seeds: list[int]  # every variant is trained at every batch with each of them
+    title: str = ""  # default: the name of the file
+    output: Path = Path()  # folder of all runs; default: output/studies/NAME
+    command: str = "tools/train_net.py"  # in the working directory or the repository
+    options: Values = field(default_factory=dict)  # of the command, for all variants
+    scores: dict[str, str] = field(default_factory=dict)  # metric in metrics.json, in % -> title
+    curves: dict[str, str] = field(default_factory=dict)  # default: total loss and scores
+    images: Optional[int] = None  # that every run sees; None: as many as the configs say
+    processes: int = 1  # of each run, one per GPU, or CPU processes
+    device: str = "cpu"
+    evaluations: Optional[int] = None  # per run, evenly spaced; None: as the configs say
+    checkpoints: str = "last"  # of a finished run: "all", "last" (and best), "none"
+    overrides: Values = field(default_factory=dict)  # for all variants, at the reference batch
+    comparisons: Optional[list[list[str]]] = None  # pairs; default: each against the first
+    search: Optional[Search] = None
+    slurm: Values = field(default_factory=dict)  # parameters of submitit's executor
+
+    @property
+    def detectors(self) -> bool:
+        """Whether the variants are configs of detectors, and not options of a command."""
+        return any(variant.config for variant in self.variants.values())
+
+    @property
+    def unit(self) -> str:
+        """What `batches` counts, for the report."""
+        if self.device == "cuda":
+            return "images per GPU"
+        return "images per process" if self.processes > 1 else "images per step"
 
 
 def read_study(path: Union[str, Path]) -> Study:
@@ -166,13 +123,14 @@ def read_study(path: Union[str, Path]) -> Study:
             study.comparisons = [[name, baseline] for name in others]
         _check(study)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"study file {path}: {_explained(error, content)}") from error
+        raise ConfigError(f"study file {path}: {_explain(error, content)}") from error
     except ConfigError as error:
         raise ConfigError(f"study file {path}: {error}") from error
+    study.scores = study.scores or AP
     return study
 
 
-def _explained(error: OmegaConfBaseException, content: dict[Any, Any]) -> str:
+def _explain(error: OmegaConfBaseException, content: dict[Any, Any]) -> str:
     """An error of OmegaConf with key, found, allowed and near names."""
     key = str(error.full_key)
     if isinstance(error, ConfigKeyError):
@@ -182,16 +140,18 @@ def _explained(error: OmegaConfBaseException, content: dict[Any, Any]) -> str:
         return f"`{key}` is not a key{hint} (allowed: {', '.join(known)})"
     if isinstance(error, MissingMandatoryValue):
         return f"`{key}` is missing"
-    reason = str(error).splitlines()[0]
     top = key.partition(".")[0].partition("[")[0]
     found = f"`{top}` is {shown(repr(content.get(top)), 200)}"
-    return f"{found}; allowed: {ALLOWED[top]}" if top in ALLOWED else f"{found}: {reason}"
+    if top in ALLOWED:
+        return f"{found}; allowed: {ALLOWED[top]}"
+    return f"{found}: {str(error).splitlines()[0]}"
 
 
 def _check(study: Study) -> None:
     """Checks what types do not say; raises ConfigError."""
     if not study.variants:
         raise ConfigError("`variants` is empty; name at least one")
+    names = [*study.variants]
     valid = {
         "batches": _different(study.batches, 1),
         "seeds": _different(study.seeds, 0),
@@ -201,43 +161,48 @@ def _check(study: Study) -> None:
         "device": study.device in ("cpu", "cuda"),
         "checkpoints": study.checkpoints in ("all", "last", "none"),
         "comparisons": all(
-            len(pair) == 2 and all(name in [*study.variants] for name in pair)
+            len(pair) == 2 and all(name in names for name in pair)
             for pair in study.comparisons or ()
         ),
     }
     for key, is_valid in valid.items():
         if not is_valid:
-            names = f" {', '.join(study.variants)}" if key == "comparisons" else ""
-            raise ConfigError(f"`{key}` is {getattr(study, key)!r}; allowed: {ALLOWED[key]}{names}")
+            allowed = f"{ALLOWED[key]} {', '.join(names) if key == 'comparisons' else ''}"
+            raise ConfigError(f"`{key}` is {getattr(study, key)!r}; allowed: {allowed}")
+    overridden: Values = dict(study.overrides)
     for name, variant in study.variants.items():
-        where = f"variant {name}"
         if not name.replace("_", "").replace("-", "").isalnum():
-            raise ConfigError(f"{where}: allowed in names: letters, digits, - and _")
+            raise ConfigError(f"variant {name}: allowed in names: letters, digits, - and _")
         if bool(variant.config) != study.detectors or (variant.config and variant.options):
-            raise ConfigError(f"{where}: all variants need a `config`, or all `options` instead")
+            raise ConfigError(f"variant {name}: all need a `config`, or all `options` instead")
         for batch, seeds in variant.runs.items():
             if batch not in study.batches or not all(seed in study.seeds for seed in seeds):
                 raise ConfigError(
-                    f"{where}: `runs` has {batch}: {seeds}; allowed: seeds of "
+                    f"variant {name}: `runs` has {batch}: {seeds}; allowed: seeds of "
                     f"{study.seeds} at batches of {study.batches}"
                 )
-        _check_overrides(f"{where}: `overrides`", variant.overrides)
-    _check_overrides("`overrides`", study.overrides)
-    given = [study.overrides, *(variant.overrides for variant in study.variants.values())]
-    if study.evaluations and any("TEST.EVAL_PERIOD" in values for values in given):
+        overridden.update(variant.overrides)
+    searched: Values = {}
+    if study.search:
+        _check_search(study.search)
+        searched = {**study.search.grid, **study.search.overrides}
+    for key in DECIDED:
+        if key in overridden or key in searched:
+            raise ConfigError(f"{key} is overridden, which the study sets for every run")
+    if "TEST.EVAL_PERIOD" in searched:
+        raise ConfigError("`search`: TEST.EVAL_PERIOD has no effect: it evaluates at the end alone")
+    if "TEST.EVAL_PERIOD" in overridden and study.evaluations:
         raise ConfigError(
             f"TEST.EVAL_PERIOD is overridden and `evaluations` is {study.evaluations}; set only "
             "one of them"
         )
-    if study.search:
-        _check_search(study.search)
     if not study.detectors and not study.scores:
         raise ConfigError("variants need a `config`; for runs of a command `scores` is missing")
-    no_effect: dict[str, Any] = {
+    no_effect: Values = {
         "images": study.images,
         "evaluations": study.evaluations,
         "search": study.search,
-        "overrides": any(given),
+        "overrides": overridden,
         "processes": study.processes > 1,
     }
     if study.detectors:
@@ -250,26 +215,11 @@ def _check(study: Study) -> None:
 
 def _check_search(search: Search) -> None:
     if not search.grid or search.images < 1 or search.seed < 0 or not _different(search.batches, 1):
-        raise ConfigError(
-            "`search`: a `grid`, `images` (1 or more), `batches` (a list of different whole "
-            f"numbers) and a `seed` (0 or more) are needed; it is {search}"
-        )
-    if "TEST.EVAL_PERIOD" in {**search.grid, **search.overrides}:
-        raise ConfigError(
-            "`search`: TEST.EVAL_PERIOD has no effect, as its runs are evaluated once, at their end"
-        )
-    _check_overrides("`search`: `grid`", search.grid)
-    _check_overrides("`search`: `overrides`", search.overrides)
+        raise ConfigError(f"`search` is {search}; allowed: {ALLOWED['search']}")
     for key, values in search.grid.items():
         search.grid[key] = values = [_number(value) for value in values]
         if not values or any(value in values[:i] for i, value in enumerate(values)):
             raise ConfigError(f"`search`: `grid` has {key}: {values}; allowed: different values")
-
-
-def _check_overrides(where: str, overrides: dict[str, Any]) -> None:
-    for key in DECIDED:
-        if key in overrides:
-            raise ConfigError(f"{where} has {key}, which the study sets for every run")
 
 
 def _different(values: Sequence[int], least: int) -> bool:

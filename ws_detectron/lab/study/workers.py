@@ -51,7 +51,6 @@ class Progress:
         titles: score -> title.
         say: prints a line.
         keep: called with the result of each run that has ended, before the line is printed.
-        now: a clock in seconds.
     """
 
     def __init__(
@@ -61,10 +60,9 @@ class Progress:
         titles: Mapping[str, str],
         say: Callable[[str], None],
         keep: Callable[[RunResult], None] = lambda result: None,
-        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runs, self._workers, self._titles = [r.run for r in results], workers, titles
-        self._say, self._keep, self._now = say, keep, now
+        self._say, self._keep = say, keep
         self._begun: dict[str, float] = {}
         self._ended: set[str] = set()
         self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
@@ -75,7 +73,7 @@ class Progress:
             say(f"{len(self._ended)} of {len(results)} runs are finished already")
 
     def began(self, run: StudyRun) -> None:
-        self._begun[run.name] = self._now()
+        self._begun[run.name] = time.monotonic()
         self._say(f"{self._position()} {run.name} begins; log: {run.folder}/{OUTPUT}")
 
     def ended(self, run: StudyRun) -> None:
@@ -86,8 +84,7 @@ class Progress:
         what = f"{result.status.upper()}: {result.record.reason}"
         if result.status == FINISHED:
             scores = [f"{self._titles[key]} {value:.1f}" for key, value in result.scores.items()]
-            took = duration(result.record.seconds)
-            what = f"finished in {took}: {', '.join(scores) or 'no AP'}"
+            what = f"finished in {duration(result.record.seconds)}: {', '.join(scores) or 'no AP'}"
         seconds = self.seconds_left()
         left = "time left unknown" if seconds is None else f"about {duration(seconds)} left"
         self._say(f"{self._position()} {run.name} {what}; {left}")
@@ -101,18 +98,17 @@ class Progress:
         for run in self._runs:
             if run.name not in self._ended:
                 known = self._speeds.get(run.batch, all_speeds)
-                whole = (run.images or 1) * sum(known) / len(known)
-                begun = self._begun.get(run.name)
-                total += max(0.0, whole - (self._now() - begun)) if begun is not None else whole
+                gone = time.monotonic() - self._begun.get(run.name, time.monotonic())
+                total += max(0.0, (run.images or 1) * sum(known) / len(known) - gone)
         return total / self._workers
 
     def _learn(self, result: RunResult) -> None:
         run, record = result.run, result.record
         self._ended.add(run.name)
         # `seconds` are those of the last start, in which a resumed run sees a part of its images
-        whole = record is not None and record.run_record.get("starts", 1) == 1
-        if record and record.seconds and record.state == FINISHED and whole:
-            self._speeds.setdefault(run.batch, []).append(record.seconds / (run.images or 1))
+        if record and record.state == FINISHED and record.run_record.get("starts", 1) == 1:
+            if record.seconds:
+                self._speeds.setdefault(run.batch, []).append(record.seconds / (run.images or 1))
 
     def _position(self) -> str:
         return f"[{len(self._ended)}/{len(self._runs)}]"
@@ -158,9 +154,8 @@ class RunProcess:
         status = self._process.wait()
         seconds = time.perf_counter() - self._start
         if status == 0:
-            keys = {score: score for score in self.run.scores}
-            rows = read_run(self.run.folder, self.run.name).rows
-            missing = final_scores(self.run, rows, keys)[1] if keys else []
+            rows = read_run(self.run.folder, "").rows
+            missing = [] if self.run.cfg else final_scores(self.run, rows)[1]
             # in this order: without checkpoints, an unfinished run starts from the beginning
             state = FAILED if missing else FINISHED
             write_state(self.run, state, reason="; ".join(missing), seconds=seconds)
