@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pandas as pd
 
 from ws_detectron.evaluation.coco_report import UNDEFINED, format_metric
@@ -21,7 +22,7 @@ from ws_detectron.utils.io import write_text
 from .figures import draw_batches, draw_over_batch, draw_study_curves
 from .plan import Values
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults
-from .scores import LEVEL, Interval, differences, images, score_table, scores_of
+from .scores import LEVEL, Interval, differences, images, samples, scores_of
 from .study_file import Search, Study
 
 # settings that differ between runs and are not those of a variant
@@ -93,9 +94,8 @@ def as_page(title: str, text: str, folder: Path) -> str:
 def report_text(results: StudyResults) -> str:
     """The report as Markdown."""
     study, runs = results.study, results.runs
-    table, scores = score_table(runs), scores_of(runs, study.scores)
+    several, scores = len(study.batches) > 1, scores_of(runs, study.scores)
     what, points = ("AP", "points of AP") if study.detectors else ("scores", "percentage points")
-    over = " over the batch" if len(study.batches) > 1 else ""
     parts = [f"# {study.title}", _what_was_run(results)]
     for verb, some in (("Measured", runs), ("Searched", results.search)):
         environments = _environments(some)
@@ -108,35 +108,30 @@ def report_text(results: StudyResults) -> str:
         f"## {'AP' if study.detectors else 'Scores'} over batch size",
         f"Mean ± standard deviation (n - 1) over seeds, in brackets their number; {what} in % at "
         "the end of training, not the best of it.",
-        *(mean_table(results, table, score) for score in scores),
-        f"![{what} of each variant{over}]({_first_figure(study)})",
+        *(mean_table(results, score) for score in scores),
+        f"![{what} of each variant{' over the batch' if several else ''}]({_first_figure(study)})",
     ]
     if study.comparisons:
+        overall = (
+            " Below, the difference of each seed's mean over all batches, and how the difference "
+            "changes with the batch."
+        )
         parts += [
             "## Differences",
-            f"In {points}, in brackets the {LEVEL:.0%} confidence interval of Welch's "
-            "t-test over seeds, **bold** where it excludes 0. Intervals are not corrected for "
-            "their number: of twenty, one is expected to miss."
-            + (
-                " Below, the difference of each seed's mean over all batches, and how the "
-                "difference changes with the batch."
-                if len(study.batches) > 1
-                else ""
-            ),
+            f"In {points}, in brackets the {LEVEL:.0%} confidence interval of Welch's t-test over "
+            "seeds, **bold** where it excludes 0. Intervals are not corrected for their number: of "
+            f"twenty, one is expected to miss.{overall if several else ''}",
         ]
     for pair in study.comparisons or ():
-        columns = [differences(results, table, pair, score) for score in scores]
+        columns = [differences(results, pair, score) for score in scores]
         rows = [[name, *(_signed(column[name]) for column in columns)] for name in columns[0]]
         headers = [" - ".join(pair), *(study.scores[score] for score in scores)]
         parts.append(markdown_table(headers, rows))
     parts += [
         "## Learning curves",
         f"![Loss and {what} of each variant over images seen](learning_curves.png)",
-    ]
-    if study.search:
-        parts += _search_section(results, study.search)
-    parts += _settings_section(results)
-    parts += [
+        *(_search_section(results, study.search) if study.search else []),
+        *_settings_section(results),
         "## Runs",
         "Training time is that of the training steps (median of 20 iterations); per image it is "
         "divided by the images of one GPU or process. Wall time includes start-up, evaluations and "
@@ -173,21 +168,18 @@ def problems_of(results: StudyResults) -> list[str]:
     return problems
 
 
-def mean_table(results: StudyResults, table: pd.DataFrame, score: str) -> str:
+def mean_table(results: StudyResults, score: str) -> str:
     """Mean ± standard deviation (number of seeds): a row per variant, a column per batch."""
-    study = results.study
-    groups = table[table.score == score].groupby(["variant", "batch"]).value
-    cells = groups.agg(["mean", "std", "count"]).apply(
-        lambda g: (
-            f"{g['mean']:.2f}"
-            + ("" if pd.isna(g["std"]) else f" ± {g['std']:.2f}")
-            + f" ({g['count']:.0f})"
-        ),
-        axis=1,
-        result_type="reduce",
-    )
+    study, values = results.study, samples(results.runs, score)
+
+    def cell(some: list[float]) -> str:
+        if not some:
+            return UNDEFINED
+        deviation = f" ± {np.std(some, ddof=1):.2f}" if len(some) > 1 else ""
+        return f"{np.mean(some):.2f}{deviation} ({len(some)})"
+
     batches = sorted(study.batches)
-    rows = [[name, *(cells.get((name, b), UNDEFINED) for b in batches)] for name in study.variants]
+    rows = [[name, *(cell(values[name, batch]) for batch in batches)] for name in study.variants]
     return markdown_table([study.scores[score], *map(images, batches)], rows)
 
 
