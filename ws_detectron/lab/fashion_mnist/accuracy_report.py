@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from tabulate import tabulate
 
 from ws_detectron.evaluation.curves import line_style, write_figure
-from ws_detectron.evaluation.statistics import LEVEL, mean_with_interval
+from ws_detectron.lab.study.scores import LEVEL, contrast
 from ws_detectron.utils.io import csv_text, write_json, write_text
 
 from .accuracy_results import (
@@ -202,7 +202,7 @@ def _difference_line(group: RunGroup, other: RunGroup) -> list[str]:
         for run, accuracy in zip(group.runs, group.accuracies)
         if run.settings["seed"] in accuracies
     ]
-    found = mean_with_interval(pairs)
+    found = contrast([pairs])
     if found is None:
         return []
     about = "one seed, so no interval"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-from small_study import FAKE
 
 from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.lab.study import (
@@ -22,12 +21,24 @@ from ws_detectron.lab.study import (
     search_runs,
     study_runs,
 )
-from ws_detectron.lab.study.local import _ended_by_signals, slots, study_lock
-from ws_detectron.lab.study.process import command, train
-from ws_detectron.lab.study.records import RUNNING, failure_reason, read_state, write_state
+from ws_detectron.lab.study.records import (
+    FAILED,
+    FINISHED,
+    RUNNING,
+    read_result,
+    read_state,
+    write_state,
+)
 from ws_detectron.lab.study.report import problems_of
-from ws_detectron.lab.study.runner import _gpus, commands
-from ws_detectron.lab.study.slurm import JOB
+from ws_detectron.lab.study.runner import commands
+from ws_detectron.lab.study.workers import (
+    Progress,
+    RunJob,
+    _ended_by_signals,
+    environments,
+    failure_reason,
+    study_lock,
+)
 
 ONE = {"seeds": [1], "batches": [4]}
 
@@ -59,7 +70,7 @@ def test_a_failing_run_is_named_and_the_others_run(make_study, options: Options)
     lines: list[str] = []
     results = run_study(study, options, lines.append)
     assert [result.status for result in results.runs] == ["diverged", "finished"]
-    state = results.runs[0].state
+    state = results.runs[0].record
     assert state and state.reason == (
         "training diverged at iteration 3: loss_mask is nan (exit status 3)"
     )
@@ -78,12 +89,12 @@ def test_a_study_that_was_killed_resumes(make_study, options: Options, number: i
     run.folder.mkdir(parents=True)
     (run.folder / "hang").touch()
     script = (
-        "import sys\nfrom pathlib import Path\nimport ws_detectron.lab.scenes\n"
+        "import sys\nimport ws_detectron.lab.scenes\n"
         "from ws_detectron.lab.study import Options, read_study, run_study\n"
-        "run_study(read_study(sys.argv[1]), Options(Path(sys.argv[2])), print)\n"
+        "run_study(read_study(sys.argv[1]), Options(), print)\n"
     )
     job = [sys.executable, "-c", script, str(study.output.parent / "study.yaml")]
-    runner = subprocess.Popen([*job, str(options.train_net)], stdout=subprocess.DEVNULL)
+    runner = subprocess.Popen(job, stdout=subprocess.DEVNULL)
     try:
         while not (run.folder / "starts.txt").is_file():
             assert runner.poll() is None
@@ -167,7 +178,7 @@ def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options
 
 
 def lrs(results: StudyResults) -> dict[str, float]:
-    return {result.run.variant: result.run.options["SOLVER.BASE_LR"] for result in results.runs}
+    return {result.run.variant: result.run.settings["SOLVER.BASE_LR"] for result in results.runs}
 
 
 def test_a_search_all_of_which_failed_is_tried_again(make_study, options: Options) -> None:
@@ -193,13 +204,16 @@ def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Option
     results = read_study_results(study)
     assert [*lrs(results)] == ["gn"]
     assert any("for bn at 4 images has not ended" in text for text in problems_of(results))
-    assert "# SOLVER.BASE_LR of bn: not yet chosen by the search" in commands(study, options)
+    said = commands(study, options)
+    assert (
+        said[-1] == "# bn: the search has not found its values yet" and len(said) == 2 + 4 + 1 + 1
+    )
 
 
 def test_only_selected_runs_are_trained(make_study, options: Options) -> None:
     study = make_study()
     results = run_study(study, replace(options, variants=["gn"], batches=[1], seeds=[2]), print)
-    assert [r.run.name for r in results.runs if r.state] == ["gn_1img_seed2"]
+    assert [r.run.name for r in results.runs if r.record] == ["gn_1img_seed2"]
     with pytest.raises(UserError, match="--variants has ln; the study has bn, gn"):
         run_study(study, replace(options, variants=["ln"]), print)
 
@@ -239,19 +253,9 @@ def test_a_run_is_finished_before_its_checkpoints_go(
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda p: interrupt(p) if p.suffix == ".pth" else unlink(p))
     with pytest.raises(KeyboardInterrupt):
-        train(run, options.train_net)
+        RunJob()(run)
     state = read_state(run)
     assert state and state.state == "finished"
-
-
-def test_a_run_that_is_a_job_of_slurm_is_left_alone(make_study, options: Options) -> None:
-    study = make_study(**ONE)
-    (run, _) = study_runs(study, {})
-    run.folder.mkdir(parents=True)
-    (run.folder / JOB).write_text("12345")
-    with pytest.raises(UserError, match="bn_4img_seed1 is job 12345 of an earlier --laun"):
-        run_study(study, options, print)
-    assert not [*study.output.glob("*/*/starts.txt")]
 
 
 def test_several_processes_are_asked_for(make_study, options: Options) -> None:
@@ -259,69 +263,57 @@ def test_several_processes_are_asked_for(make_study, options: Options) -> None:
     run_study(study, options, print)
     run = study_runs(study, {})[0]
     assert starts(run.folder)[0]["processes"] == 2
-    line = command(run, options.train_net)
+    line = run.command
     assert line[line.index("--dist-url") + 1] == "auto"
 
 
-def test_cpu_runs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_runs_share_the_cores(make_study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     # two runs of 4 cores; train_net.py gives each of a run's processes its share of them
-    assert slots(2, None, 2) == [{"OMP_NUM_THREADS": "4"}] * 2
-    assert slots(99, None, 1)[0] == {"OMP_NUM_THREADS": "1"}
+    assert environments(make_study(processes=2), 2, None) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert environments(make_study(), 99, None)[0] == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert slots(2, None, 1) == [{}, {}]
-
-
-def test_gpu_runs_get_their_own() -> None:
-    places = slots(2, ["4", "5", "6", "7"], 2)
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["4,5", "6,7"]
-    with pytest.raises(UserError, match="--jobs 2 with 2 .* need 4 GPUs; there are 3 .*0, 1, 2"):
-        slots(2, ["0", "1", "2"], 2)
-    with pytest.raises(UserError, match="need 1 GPUs; there are 0 .*none"):
-        slots(1, [], 1)
-
-
-def test_small_runs_may_share_a_gpu_but_the_processes_of_one_may_not() -> None:
-    assert slots(3, ["0", "0", "1"], 1) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "001"]
-    assert len(slots(2, ["0", "1", "0", "1"], 2)) == 2
-    with pytest.raises(UserError, match="--gpus gives a run 0, 0; its 2 processes need a GPU"):
-        slots(2, ["0", "1", "0", "0"], 2)
+    assert environments(make_study(), 2, None) == [{}, {}]
+    with pytest.raises(UserError, match="--gpus was given, but the study is for the CPU"):
+        environments(make_study(), 1, [0])
 
 
 @pytest.mark.parametrize(
-    "visible, asked, expected",
+    "visible, jobs, processes, gpus, expected",
     [
-        (None, None, ["0", "1"]),
-        ("4,5", None, ["4", "5"]),
-        ("GPU-8f,GPU-9c", None, ["GPU-8f", "GPU-9c"]),
-        ("4,5", [7], ["7"]),
+        (None, 2, 2, [4, 5, 6, 7], ["4,5", "6,7"]),
+        (None, 3, 1, [0, 0, 1], ["0", "0", "1"]),  # small runs may share a GPU
+        (None, 2, 2, [0, 1, 0, 1], ["0,1", "0,1"]),
+        (None, 2, 1, None, ["0", "1"]),
+        ("4,5", 2, 1, None, ["4", "5"]),
+        ("GPU-8f,GPU-9c", 2, 1, None, ["GPU-8f", "GPU-9c"]),
+        ("4,5", 1, 1, [7], ["7"]),
+        (None, 2, 2, [0, 1, 2], "--jobs 2 with 2 .* need 4 GPUs; there are 3 .*0, 1, 2"),
+        (None, 1, 1, [], "need 1 GPUs; there are 0 .*none"),
+        (None, 2, 2, [0, 1, 0, 0], "--gpus gives a run 0, 0; its 2 processes need a GPU"),
     ],
 )
-def test_visible_gpus_are_the_default(
-    make_study, monkeypatch: pytest.MonkeyPatch, visible: Optional[str], asked, expected: list[str]
+def test_gpu_runs_get_their_own(
+    make_study,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: Optional[str],
+    jobs: int,
+    processes: int,
+    gpus: Optional[list[int]],
+    expected,
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert _gpus(make_study(device="cuda"), Options(FAKE, gpus=asked)) == expected
-
-
-@pytest.mark.parametrize("jobs, told", [(1, True), (2, False)])
-def test_gpus_without_work_are_named(
-    make_study, options: Options, monkeypatch: pytest.MonkeyPatch, jobs: int, told: bool
-) -> None:
-    monkeypatch.setattr("ws_detectron.lab.study.runner.check_runs", lambda runs: None)
-    lines: list[str] = []
-    study = make_study(**ONE, device="cuda", processes=2)
-    run_study(study, replace(options, gpus=[0, 1, 2, 3, 4], jobs=jobs), lines.append)
-    assert any("2 of 5 GPUs are used; --jobs 2 trains more" in line for line in lines) == told
-
-
-def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:
-    with pytest.raises(UserError, match="--gpus"):
-        run_study(make_study(), replace(options, gpus=[0]), print)
+    study = make_study(device="cuda", processes=processes)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            environments(study, jobs, gpus)
+    else:
+        found = environments(study, jobs, gpus)
+        assert [environ["CUDA_VISIBLE_DEVICES"] for environ in found] == expected
 
 
 def test_lock_is_for_one_at_a_time(tmp_path: Path) -> None:
@@ -339,3 +331,58 @@ def test_failure_reason(tmp_path: Path) -> None:
     assert failure_reason(path) == "no memory"
     path.write_text("starting\nRuntimeError: x\n\n")
     assert failure_reason(path) == "RuntimeError: x"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def progress(runs: list, workers: Optional[int] = 1) -> Progress:
+    results = [read_result(run, {}) for run in runs]
+    return Progress(results, workers, {}, lambda line: None)
+
+
+def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list[float]) -> None:
+    """Runs of 80 images: at batch 4 40 s, at batch 1 not known yet, then 160 s."""
+    runs = study_runs(make_study(), {})
+    large = [run for run in runs if run.batch == 4]
+    small = [run for run in runs if run.batch == 1]
+    watched = progress(runs)
+    assert watched.seconds_left() is None
+    write_state(large[0], FINISHED, seconds=40.0)
+    watched.ended(large[0])
+    assert watched.seconds_left() == pytest.approx(7 * 40)
+    write_state(small[0], FINISHED, seconds=160.0)
+    watched.ended(small[0])
+    assert watched.seconds_left() == pytest.approx(3 * 40 + 3 * 160)
+    watched.began(small[1])
+    clock[0] += 100
+    assert watched.seconds_left() == pytest.approx(3 * 40 + 2 * 160 + 60)
+    clock[0] += 1000
+    assert watched.seconds_left() == pytest.approx(3 * 40 + 2 * 160)
+    assert progress(runs, workers=2).seconds_left() == pytest.approx(300)
+    assert progress(runs, workers=None).seconds_left() is None
+
+
+def test_failed_runs_do_not_count_for_the_time_left(make_study) -> None:
+    runs = study_runs(make_study(), {})
+    watched = progress(runs)
+    write_state(runs[0], FAILED, reason="no", seconds=1.0)
+    watched.ended(runs[0])
+    assert watched.seconds_left() is None
+    write_state(runs[1], FINISHED, seconds=40.0)
+    watched.ended(runs[1])
+    assert watched.seconds_left() == pytest.approx(6 * 40)
+
+
+def test_resumed_runs_do_not_count_for_the_speed(make_study) -> None:
+    """Their seconds are those of the last start alone."""
+    (run, *_) = runs = study_runs(make_study(), {})
+    write_state(run, FINISHED, seconds=4.0)
+    (run.folder / "run_record.json").write_text('{"starts": 2}')
+    watched = progress(runs)
+    watched.ended(run)
+    assert watched.seconds_left() is None
