@@ -8,8 +8,7 @@ from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets
 from ws_detectron.errors import ConfigError, exit_on_user_error
-from ws_detectron.evaluation.coco_eval import TASKS
-from ws_detectron.evaluation.coco_files import load_predictions
+from ws_detectron.evaluation.coco_eval import TASKS, load_predictions
 from ws_detectron.evaluation.drawing import check_options
 from ws_detectron.evaluation.evaluate import (
     RESULTS,

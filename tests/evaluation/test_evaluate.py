@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, Instances
 from ws_detectron.engine import load_config
 from ws_detectron.errors import ConfigError
 from ws_detectron.evaluation import evaluate
-from ws_detectron.evaluation.coco_files import load_predictions
+from ws_detectron.evaluation.coco_eval import load_predictions
 from ws_detectron.evaluation.evaluate import (
     ImagePredictor,
     PredictionCollector,

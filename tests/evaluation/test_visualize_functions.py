@@ -12,7 +12,7 @@ from small_coco import HEIGHT, WIDTH, prediction, rle
 
 from ws_detectron.errors import DataError, UserError
 from ws_detectron.evaluation.drawing import captioned, draw_sheet, records_by_id, write_png
-from ws_detectron.evaluation.error_types import CORRECT, MISSED
+from ws_detectron.evaluation.image_errors import CORRECT, MISSED
 from ws_detectron.evaluation.inputs import open_video, read_frames
 from ws_detectron.evaluation.visualize import LEAST_SIDE, visualize_dataset, visualize_inputs
 

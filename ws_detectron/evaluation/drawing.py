@@ -25,7 +25,7 @@ from ws_detectron.data.validate import as_rle
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
-from .coco_files import load_predictions
+from .coco_eval import load_predictions
 
 CROWD_COLOUR = (0.6, 0.6, 0.6)
 CAPTION_HEIGHT = 30  # pixels above each picture

@@ -1,9 +1,8 @@
 """From a checkpoint to COCO predictions and metrics, in one process or several."""
 
 import itertools
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,16 +18,16 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ws_detectron.data import check_files, register_coco_sets
+from ws_detectron.data import register_coco_sets
+from ws_detectron.data.validate import read_json
 from ws_detectron.engine import Trainer
-from ws_detectron.engine.checks import Purpose, check_datasets, check_device, check_weights
+from ws_detectron.engine.checks import Purpose, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, DataError
-from ws_detectron.utils.io import atomic_write, refuse_overwrite
+from ws_detectron.utils.io import refuse_overwrite, write_json
 
-from .coco_eval import CocoResult, choose_tasks, evaluate
-from .coco_files import load_annotations
+from .coco_eval import CocoResult, check_predictions, evaluate
 from .coco_report import KEYPOINTS, as_text, check_reports, write_reports
 
 logger = logging.getLogger(__name__)
@@ -124,8 +123,7 @@ class ImagePredictor:
     def __call__(self, image: np.ndarray) -> list[dict[str, Any]]:
         """Entries of a COCO results file for an image of (H, W, 3) uint8, RGB; image id 0."""
         height, width = image.shape[:2]
-        if self._bgr:
-            image = image[:, :, ::-1]
+        image = image[:, :, ::-1] if self._bgr else image
         try:
             resized = self._resize.get_transform(image).apply_image(image)
         except ValueError as error:  # a side of less than one pixel
@@ -138,20 +136,25 @@ class ImagePredictor:
         return coco_entries(output, 0, self._ids)
 
 
-def predict_dataset(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[dict[str, Any]]:
-    """Predictions of a model on a registered data set.
+def predict_dataset(
+    model: nn.Module, loader: Iterable, dataset_name: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Predictions of a model on a registered data set; the main process writes them to `folder`.
 
     Args:
-        cfg: config of the test loader.
         model: as returned by `load_model_for_inference`.
+        loader: test loader of the data set.
         dataset_name: name of the data set.
+        folder: gets `coco_instances_results.json`.
 
     Returns:
         Entries of a COCO results file; empty on processes other than the main one.
     """
-    loader = Trainer.build_test_loader(cfg, dataset_name)  # also generates scenes_* data sets
     collector = PredictionCollector(MetadataCatalog.get(dataset_name))
-    return inference_on_dataset(model, loader, collector) or []
+    entries = inference_on_dataset(model, loader, collector) or []
+    if comm.is_main_process():
+        write_json(folder / RESULTS, entries, indent=None)
+    return entries
 
 
 def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> list[dict[str, Any]]:
@@ -160,22 +163,13 @@ def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> li
     Raises:
         UserError: weights or data cannot work.
     """
-    check_device(cfg)
-    check_weights(cfg)
-    check_datasets("the data set to predict on", [dataset_name])
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset_name,), str(folder)
     annotations = MetadataCatalog.get(dataset_name).get("json_file")
     refuse_overwrite(folder / RESULTS, [annotations, cfg.MODEL.WEIGHTS])
-    check_files(dataset_name, folder)
-    entries = predict_dataset(cfg, load_model_for_inference(cfg), dataset_name)
-    _write_results(folder, entries)
-    return entries
-
-
-def _write_results(folder: Path, entries: list[dict[str, Any]]) -> Path:
-    path = folder / RESULTS
-    with atomic_write(path) as file:
-        json.dump(entries, file)
-    return path
+    cfg = prepare(cfg, Purpose.REPORT)
+    model = load_model_for_inference(cfg)
+    loader = Trainer.build_test_loader(cfg, dataset_name)
+    return predict_dataset(model, loader, dataset_name, folder)
 
 
 def set_up_logging() -> None:
@@ -223,39 +217,38 @@ def evaluate_checkpoint(
     names = cfg.DATASETS.TEST
     if not names:
         raise ConfigError("DATASETS.TEST is empty; name the data sets to evaluate on")
-    for name in names:
-        if not MetadataCatalog.get(name).get("json_file"):
+    root = Path(output or Path(cfg.OUTPUT_DIR, "inference"))
+    folders = {name: root / name if len(names) > 1 else root for name in names}
+    for name, folder in folders.items():
+        metadata = MetadataCatalog.get(name)
+        evaluator = metadata.get("evaluator_type", "coco")
+        if not metadata.get("json_file") or evaluator not in ("coco", "coco_panoptic_seg"):
             raise ConfigError(f"DATASETS.TEST names {name}, which has no COCO annotation file")
-    if cfg.MODEL.KEYPOINT_ON:
-        logger.warning(KEYPOINTS)
-    folders = {name: _results_folder(cfg, name, output) for name in names}
-    if comm.is_main_process():
-        for name, folder in folders.items():
-            inputs = MetadataCatalog.get(name).json_file, cfg.MODEL.WEIGHTS
+        if comm.is_main_process():
+            inputs = metadata.json_file, cfg.MODEL.WEIGHTS
             check_reports(folder, *inputs)
             refuse_overwrite(folder / RESULTS, inputs)
+    if cfg.MODEL.KEYPOINT_ON:
+        logger.warning(KEYPOINTS)
     cfg = prepare(cfg, Purpose.REPORT)
-    truths = {}
-    for name in names if comm.is_main_process() else ():
-        path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
-        truths[name] = load_annotations(path)
-        choose_tasks(truths[name], (), tasks, path, "")  # before predicting
     model = load_model_for_inference(cfg)
     results: dict[str, CocoResult] = {}
-    for name in names:
-        entries = predict_dataset(cfg, model, name)
+    for name, folder in folders.items():
+        loader = Trainer.build_test_loader(cfg, name)  # also makes scenes_* data sets
+        if comm.is_main_process():
+            path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
+            annotations = read_json(path, "annotations")  # `prepare` has validated it
+            check_predictions(annotations, (), tasks, annotations_name=path)  # before predicting
+        entries = predict_dataset(model, loader, name, folder)
         if not comm.is_main_process():
             continue
-        folder = folders[name]
-        written = _write_results(folder, entries)
-        path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
         results[name] = evaluate(
-            truths[name],
+            annotations,
             entries,
             tasks,
             reference=reference,
             annotations_name=path,
-            predictions_name=str(written),
+            predictions_name=str(folder / RESULTS),
         )
         write_reports(
             results[name],
@@ -263,11 +256,6 @@ def evaluate_checkpoint(
             dataset=name,
             weights=cfg.MODEL.WEIGHTS,
             annotations_file=path,
-            predictions_file=str(written),
+            predictions_file=str(folder / RESULTS),
         )
     return results
-
-
-def _results_folder(cfg: CfgNode, dataset_name: str, output: Optional[str]) -> Path:
-    folder = Path(output or Path(cfg.OUTPUT_DIR, "inference"))
-    return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder

@@ -21,8 +21,7 @@ from ws_detectron.utils.io import (
     writing,
 )
 
-from .coco_eval import choose_tasks
-from .coco_files import check_ids, load_annotations
+from .coco_eval import check_predictions, load_annotations
 from .coco_report import TITLES
 from .curves import write_figure
 from .drawing import (
@@ -35,8 +34,7 @@ from .drawing import (
     tile,
     write_png,
 )
-from .error_types import ERRORS, count_errors, draw_errors
-from .image_ap import image_ap
+from .image_errors import ERRORS, count_errors, draw_errors, image_ap
 from .inputs import find_inputs, is_video, open_video, output_names, read_frames
 
 logger = logging.getLogger(__name__)
@@ -103,11 +101,15 @@ def visualize_dataset(
     refuse_overwrite({target.parent for target in targets}, folders)
     path = PathManager.get_local_path(metadata.json_file)
     annotations = load_annotations(path)
-    check_ids(predictions, annotations, predictions_name, path)
-    wanted = None if task is None else [task]
-    task = choose_tasks(annotations, predictions, wanted, path, predictions_name)[-1]
+    task = check_predictions(
+        annotations,
+        predictions,
+        None if task is None else [task],
+        annotations_name=path,
+        predictions_name=predictions_name,
+    )[-1]
     sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
-    check_masks(predictions, sizes, predictions_name)
+    check_masks(predictions, sizes, predictions_name)  # they are drawn whatever the task is
 
     kept = by_image_id(predictions, score_threshold)
     note = f"score ≥ {100 * score_threshold:g} %"
@@ -141,7 +143,7 @@ def visualize_dataset(
     title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
     with writing(output):
         write_figure(draw_errors(counts, title), output / "errors.png")
-    about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
+    about = {"task": task, "score_threshold": score_threshold, "types": ERRORS}
     write_json(output / "errors.json", {**about, "counts": counts}, indent=2)
     if each:
         for image_id, name in zip(records, names):
