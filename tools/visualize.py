@@ -7,9 +7,8 @@ import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets
-from ws_detectron.errors import ConfigError, exit_on_user_error
+from ws_detectron.errors import ConfigError, UserError, exit_on_user_error
 from ws_detectron.evaluation.coco_eval import TASKS, load_predictions
-from ws_detectron.evaluation.drawing import check_options
 from ws_detectron.evaluation.evaluate import (
     RESULTS,
     ImagePredictor,
@@ -59,24 +58,30 @@ def main() -> None:
         parser.error("--predictions needs --dataset; --input needs --config-file")
     set_up_logging()
     with exit_on_user_error():
-        check_options(args.confidence_threshold, args.num_images)  # before predicting
+        check_options(args)  # before predicting
         print(draw_inputs(args) if args.input else draw_dataset(args))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    if not 0 <= args.confidence_threshold <= 1:  # also false for NaN
+        raise UserError(f"the confidence threshold is {args.confidence_threshold}; allowed: 0 to 1")
+    if args.num_images < 1:
+        raise UserError(f"the number of images is {args.num_images}; allowed: 1 or more")
 
 
 def draw_dataset(args: argparse.Namespace) -> str:
     check_folder(args.output)
+    cfg = load_config(args.config_file or "", args.opts)  # also for DATASETS.REGISTER
+    dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
+    if not dataset:
+        raise ConfigError("DATASETS.TEST is empty; choose a data set: --dataset NAME")
+    check_datasets("--dataset", [dataset])
     if args.predictions:
-        load_config("", args.opts)  # for DATASETS.REGISTER
-        check_datasets("--dataset", [args.dataset])
         predictions = load_predictions(args.predictions)
     else:
-        cfg = load_config(args.config_file, args.opts)
-        args.dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
-        if not args.dataset:
-            raise ConfigError("DATASETS.TEST is empty; choose a data set: --dataset NAME")
-        predictions = predict_with_checkpoint(cfg, args.dataset, args.output)
+        predictions = predict_with_checkpoint(cfg, dataset, args.output)
     return visualize_dataset(
-        args.dataset,
+        dataset,
         predictions,
         args.output,
         score_threshold=args.confidence_threshold,
@@ -92,9 +97,13 @@ def draw_inputs(args: argparse.Namespace) -> str:
     if args.dataset:
         check_datasets("--dataset", [args.dataset], files=False)
     metadata = classes_of(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
-    predict = ImagePredictor(cfg, metadata)
+    classes = dict(enumerate(metadata.get("thing_classes", ())))
     return visualize_inputs(
-        args.input, args.output, predict, metadata, score_threshold=args.confidence_threshold
+        args.input,
+        args.output,
+        ImagePredictor(cfg),
+        classes,
+        score_threshold=args.confidence_threshold,
     )
 
 

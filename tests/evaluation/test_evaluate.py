@@ -118,15 +118,15 @@ def test_single_images_are_resized_and_given_in_the_right_order(cfg: CfgNode) ->
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 80, 400
     image = np.full((40, 60, 3), 60, np.uint8)
     image[10:20, 30:50, 0] = 200  # red
-    predict = ImagePredictor(cfg, Metadata(thing_dataset_id_to_contiguous_id={17: 0}))
+    predict = ImagePredictor(cfg)
     [entry] = predict(image)
-    assert entry["category_id"] == 17 and entry["score"] == 0.75
+    assert entry["category_id"] == 0 and entry["score"] == 0.75
     np.testing.assert_allclose(entry["bbox"], [30, 10, 20, 10], atol=1.5)
     given = predict._model.given[0]
     assert given["image"].shape == (3, 80, 120)
     assert (given["height"], given["width"]) == (40, 60)
     cfg.INPUT.FORMAT = "BGR"
-    predict = ImagePredictor(cfg, Metadata())
+    predict = ImagePredictor(cfg)
     with pytest.raises(RuntimeError):  # nothing in the first channel, blue, is bright
         predict(image)
     assert predict._model.given[0]["image"][2].max() == 200

@@ -36,13 +36,17 @@ NAMED_AT_MOST = 5
 Entry = dict[str, Any]  # an annotation or a prediction
 
 
-def load_annotations(path: Union[str, Path]) -> dict[str, Any]:
+def load_annotations(path: Union[str, Path], *, load: bool = False) -> dict[str, Any]:
     """Reads a COCO instances file, checked and fixed by `data.validate`.
+
+    Args:
+        path: the file.
+        load: images need file names and sizes, categories need names.
 
     Raises:
         DataError: the file cannot be read or has errors; lists them.
     """
-    return validate(read_json(path, "annotations"), str(path)).usable()
+    return validate(read_json(path, "annotations"), str(path), load=load).usable()
 
 
 def load_predictions(path: Union[str, Path]) -> list[Entry]:

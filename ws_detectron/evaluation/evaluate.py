@@ -103,17 +103,15 @@ class ImagePredictor:
 
     Args:
         cfg: names weights, image size and channel order.
-        metadata: metadata of a data set with the classes of the model.
 
     Raises:
         UserError: the device or the weights cannot work.
     """
 
-    def __init__(self, cfg: CfgNode, metadata: Metadata) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         check_device(cfg)
         check_weights(cfg)
         self._model = load_model_for_inference(cfg)
-        self._ids = category_ids(metadata)
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
@@ -121,7 +119,10 @@ class ImagePredictor:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> list[dict[str, Any]]:
-        """Entries of a COCO results file for an image of (H, W, 3) uint8, RGB; image id 0."""
+        """Entries of a COCO results file for an image of (H, W, 3) uint8, RGB.
+
+        Their category ids are the model's class numbers, their image id is 0.
+        """
         height, width = image.shape[:2]
         image = image[:, :, ::-1] if self._bgr else image
         try:
@@ -133,7 +134,7 @@ class ImagePredictor:
             ) from error
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         output = self._model([{"image": tensor, "height": height, "width": width}])[0]
-        return coco_entries(output, 0, self._ids)
+        return coco_entries(output, 0, None)
 
 
 def predict_dataset(
