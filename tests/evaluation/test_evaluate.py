@@ -14,8 +14,6 @@ from ws_detectron.evaluation.coco_eval import load_predictions
 from ws_detectron.evaluation.evaluate import (
     ImagePredictor,
     PredictionCollector,
-    category_ids,
-    coco_entries,
     evaluate_checkpoint,
 )
 
@@ -32,28 +30,29 @@ def output(classes: list[int]) -> dict[str, Any]:
     return {"instances": instances}
 
 
+def collected(metadata: Metadata, *outputs: tuple[int, list[int]]) -> list[dict[str, Any]]:
+    """The entries for some image ids and the classes predicted there."""
+    collector = PredictionCollector(metadata)
+    for image_id, classes in outputs:
+        collector.process([{"image_id": image_id}], [output(classes)])
+    return collector.evaluate()
+
+
 def test_classes_become_category_ids() -> None:
-    ids = category_ids(Metadata(thing_dataset_id_to_contiguous_id={17: 0, 99: 1}))
-    assert ids == {0: 17, 1: 99}
-    entries = coco_entries(output([1, 0]), 5, ids)
-    assert [entry["category_id"] for entry in entries] == [99, 17]
-    assert entries[0]["image_id"] == 5 and entries[0]["bbox"] == [10, 5, 20, 15]
+    metadata = Metadata(thing_dataset_id_to_contiguous_id={17: 0, 99: 1})
+    entries = collected(metadata, (5, [1, 0]), (8, []), (3, [0]))
+    assert [entry["category_id"] for entry in entries] == [99, 17, 17]
+    assert [entry["image_id"] for entry in entries] == [5, 5, 3]
+    assert entries[0]["bbox"] == [10, 5, 20, 15]
     assert entries[0]["segmentation"]["size"] == [40, 60]
-    assert category_ids(Metadata()) is None
-    assert [e["category_id"] for e in coco_entries(output([4]), 5, None)] == [4]
-
-
-def test_a_model_of_other_classes_is_refused() -> None:
+    assert [entry["category_id"] for entry in collected(Metadata(), (5, [4]))] == [4]
     with pytest.raises(ConfigError, match="class 2, .* classes 0 to 1; set MODEL.ROI_HEADS.NUM"):
-        coco_entries(output([2]), 5, {0: 17, 1: 99})
+        collected(metadata, (5, [2]))
 
 
-def test_entries_are_collected_in_order_and_forgotten_at_reset() -> None:
-    collector = PredictionCollector(Metadata(thing_dataset_id_to_contiguous_id={17: 0}))
-    collector.reset()
-    collector.process([{"image_id": 8}, {"image_id": 3}], [output([0]), output([])])
-    collector.process([{"image_id": 5}], [output([0, 0])])
-    assert [entry["image_id"] for entry in collector.evaluate()] == [8, 5, 5]
+def test_predictions_are_forgotten_at_reset() -> None:
+    collector = PredictionCollector(Metadata())
+    collector.process([{"image_id": 8}], [output([0])])
     collector.reset()
     assert collector.evaluate() == []
 

@@ -41,61 +41,42 @@ class PredictionCollector(DatasetEvaluator):
     Unlike detectron2's `COCOEvaluator` it computes no metrics, which `coco_eval.evaluate` does.
 
     Args:
-        metadata: metadata of the data set, for its category ids.
+        metadata: metadata of the data set; without category ids, class numbers are kept.
     """
 
     def __init__(self, metadata: Metadata) -> None:
-        self._category_ids = category_ids(metadata)
-        self._entries: list[dict[str, Any]] = []
+        numbers: Mapping[int, int] = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        self._category_ids = {number: category for category, number in numbers.items()}
+        self.reset()
 
     def reset(self) -> None:
-        self._entries = []
+        self._entries: list[dict[str, Any]] = []
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Adds the predictions for some images.
+
+        Raises:
+            ConfigError: the model has more classes than the data set.
+        """
         for image, output in zip(inputs, outputs):
-            self._entries += coco_entries(output, image["image_id"], self._category_ids)
+            entries = instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
+            for entry in entries if self._category_ids else ():
+                number, count = entry["category_id"], len(self._category_ids)
+                if number not in self._category_ids:
+                    raise ConfigError(
+                        f"the model predicts class {number}, but the data set has the {count} "
+                        f"classes 0 to {count - 1}; set MODEL.ROI_HEADS.NUM_CLASSES "
+                        "(MODEL.RETINANET.NUM_CLASSES), or name weights that were trained on these "
+                        "classes"
+                    )
+                entry["category_id"] = self._category_ids[number]
+            self._entries += entries
 
     def evaluate(self) -> list[dict[str, Any]]:
         """The entries of all processes in the order of the data set; empty on all but the main."""
         comm.synchronize()
         gathered = comm.gather(self._entries, dst=0)
         return list(itertools.chain.from_iterable(gathered))
-
-
-def category_ids(metadata: Metadata) -> Optional[dict[int, int]]:
-    """Class number of the model -> category id in the annotation file.
-
-    None if the data set has no such mapping; both are the same then.
-    """
-    mapping: Optional[Mapping[int, int]] = metadata.get("thing_dataset_id_to_contiguous_id")
-    return None if mapping is None else {number: id_ for id_, number in mapping.items()}
-
-
-def coco_entries(
-    output: dict[str, Any], image_id: Any, ids: Optional[Mapping[int, int]]
-) -> list[dict[str, Any]]:
-    """A model's output for one image as entries of a COCO results file.
-
-    Args:
-        output: what a detectron2 model in evaluation mode returns for an image.
-        image_id: id of the image.
-        ids: as returned by `category_ids`.
-
-    Raises:
-        ConfigError: the model has more classes than the data set.
-    """
-    entries = instances_to_coco_json(output["instances"].to("cpu"), image_id)
-    if ids is None:
-        return entries
-    for entry in entries:
-        if entry["category_id"] not in ids:
-            raise ConfigError(
-                f"the model predicts class {entry['category_id']}, but the data set has the "
-                f"{len(ids)} classes 0 to {len(ids) - 1}; set MODEL.ROI_HEADS.NUM_CLASSES "
-                "(MODEL.RETINANET.NUM_CLASSES), or name weights that were trained on these classes"
-            )
-        entry["category_id"] = ids[entry["category_id"]]
-    return entries
 
 
 class ImagePredictor:
@@ -134,7 +115,7 @@ class ImagePredictor:
             ) from error
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         output = self._model([{"image": tensor, "height": height, "width": width}])[0]
-        return coco_entries(output, 0, None)
+        return instances_to_coco_json(output["instances"].to("cpu"), 0)
 
 
 def predict_dataset(
@@ -180,24 +161,19 @@ def set_up_logging() -> None:
     logging.getLogger("detectron2.engine.defaults").setLevel(logging.WARNING)
 
 
-def evaluate_in_process(
-    cfg: CfgNode, tasks: Optional[Sequence[str]], reference: bool, output: Optional[str]
-) -> None:
-    """Runs `evaluate_checkpoint` in a process of an evaluation job and logs the tables."""
+def evaluate_in_process(cfg: CfgNode, *args: Any) -> None:
+    """`evaluate_checkpoint` in a process of an evaluation job, with logs on the screen."""
     set_up_logging()
-    results = evaluate_checkpoint(cfg, tasks, reference=reference, output=output)
-    for name, result in results.items():
-        logger.info("%s\n%s", name, as_text(result))
+    evaluate_checkpoint(cfg, *args)
 
 
 def evaluate_checkpoint(
     cfg: CfgNode,
     tasks: Optional[Sequence[str]] = None,
-    *,
     reference: bool = False,
     output: Optional[str] = None,
 ) -> dict[str, CocoResult]:
-    """Evaluates MODEL.WEIGHTS on every set of DATASETS.TEST and writes predictions and reports.
+    """Evaluates MODEL.WEIGHTS on every set of DATASETS.TEST; writes and logs the results.
 
     Every process of a job must call it.
 
@@ -259,4 +235,5 @@ def evaluate_checkpoint(
             annotations_file=path,
             predictions_file=str(folder / RESULTS),
         )
+        logger.info("%s\n%s", name, as_text(results[name]))
     return results
