@@ -66,20 +66,6 @@ def test_a_checkpoint_draws_a_data_set(call_tool, evaluation_files, tmp_path: Pa
     assert {entry["image_id"] for entry in predictions} == {1, 2, 3, 4, 5, 6}
 
 
-def test_predictions_are_not_written_over_an_input(
-    call_tool, evaluation_files, tmp_path: Path
-) -> None:
-    weights = tmp_path / "coco_instances_results.json"
-    weights.write_bytes(evaluation_files.weights.read_bytes())
-    status, _, errors = call_tool(
-        TOOL,
-        *["--config-file", QUICKSTART, "--output", tmp_path, "--opts", *OPTIONS],
-        *["MODEL.WEIGHTS", weights, "DATASETS.TEST", f"('{IN_PROCESS}',)"],
-    )
-    assert status == 2 and "coco_instances_results.json is an input" in errors
-    assert weights.read_bytes() == evaluation_files.weights.read_bytes()
-
-
 def test_wrong_commands_and_help(call_tool, evaluation_files, tmp_path: Path) -> None:
     output = ["--output", tmp_path / "out"]
     predictions = ["--predictions", evaluation_files.predictions]
