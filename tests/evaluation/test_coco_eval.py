@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from perturbed import Perturbation, perturbed_predictions
+from perturbed import perturbed_predictions
 from plain_coco import plain_ap
 from small_coco import annotations, prediction
 
@@ -89,7 +89,7 @@ def category_metrics(result: CocoResult, task: str) -> dict[Any, dict]:
 def test_both_libraries_agree_on_coco(coco_root: Path, seed: int) -> None:
     truth = load_annotations(coco_root / "annotations" / "instances_val2017.json")
     assert any(annotation["iscrowd"] for annotation in truth["annotations"])
-    found = perturbed_predictions(truth, seed, Perturbation(jitter=0.03 * (1 + seed)))
+    found = perturbed_predictions(truth, seed, jitter=0.03 * (1 + seed))
     fast, reference = (evaluate(truth, found, reference=value) for value in (False, True))
     assert set(fast.metrics) == {"bbox", "segm"}
     assert 5 < fast.metrics["segm"]["AP"] < 95  # neither all right nor all wrong
@@ -101,7 +101,7 @@ def test_both_libraries_agree_on_coco(coco_root: Path, seed: int) -> None:
 def test_both_libraries_agree_on_ties_crowds_and_empty_images() -> None:
     objects = [(1, 1, FIRST), (1, 1, SECOND), (2, 2, FIRST)]
     truth = annotations(objects, crowds=[(1, 1, (30, 30, 60, 60)), (2, 3, FIRST)], images=4)
-    found = perturbed_predictions(truth, 0, Perturbation(miss=0, duplicate=1, background=8))
+    found = perturbed_predictions(truth, 0, miss=0, duplicate=1, background=8)
     for entry in found:
         entry["score"] = round(entry["score"], 1)
     fast, reference = (evaluate(truth, found, reference=value) for value in (False, True))

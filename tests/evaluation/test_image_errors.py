@@ -4,6 +4,7 @@ from perturbed import perturbed_predictions
 from plain_coco import plain_ap
 from small_coco import annotations, prediction
 
+from ws_detectron.evaluation.coco_eval import check_predictions
 from ws_detectron.evaluation.image_errors import (
     BOTH,
     CORRECT,
@@ -81,6 +82,15 @@ def test_thresholds_are_met_from_above() -> None:
     assert classify_predictions(np.array([[0.0999]]), same, no_crowd)[0] == [ON_BACKGROUND]
     assert classify_predictions(np.array([[0.1]]), ~same, no_crowd)[0] == [ON_BACKGROUND]
     assert classify_predictions(np.array([[0.3]]), same, ~no_crowd)[0] == [IGNORED]
+
+
+def test_made_predictions_have_errors_of_every_type() -> None:
+    """The predictions of other tests."""
+    boxes = [(n, 1 + n % 3, (10 + n % 50, 10, 20 + n % 30, 30)) for n in range(1, 101)]
+    truth = annotations(boxes, crowds=[(1, 1, (60, 60, 30, 30))], images=100)
+    found = perturbed_predictions(truth, 0, jitter=0.15)
+    assert check_predictions(truth, found) == ("bbox", "segm")
+    assert min(count_errors(truth, found, "segm", 0.0).values()) > 0
 
 
 def test_at_most_100_predictions_of_an_image_are_taken() -> None:

@@ -200,7 +200,7 @@ class CocoResult:
         images_without_predictions: number of these images that have no prediction.
         predictions: number of predictions in the results file.
         metrics: task -> the twelve `COCO_METRICS`.
-        categories: in the order of the annotation file.
+        categories: in the order of their ids.
     """
 
     backend: str
@@ -256,6 +256,7 @@ def evaluate(
             by_category[task] = _by_category(evaluation)
     images = {image["id"] for image in annotations["images"]}
     objects = Counter(a["category_id"] for a in annotations["annotations"] if not a.get("iscrowd"))
+    names = {c["id"]: str(c.get("name", c["id"])) for c in annotations["categories"]}
     return CocoResult(
         backend=backend,
         images=len(images),
@@ -263,16 +264,8 @@ def evaluate(
         predictions=len(predictions),
         metrics=metrics,
         categories=tuple(
-            CategoryResult(
-                category["id"],
-                str(category.get("name", category["id"])),
-                objects[category["id"]],
-                {
-                    task: by_category[task][numbered.category_ids.index(category["id"])]
-                    for task in tasks
-                },
-            )
-            for category in annotations["categories"]
+            CategoryResult(id_, names[id_], objects[id_], {t: by_category[t][n] for t in tasks})
+            for n, id_ in enumerate(numbered.category_ids)
         ),
     )
 
