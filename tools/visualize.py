@@ -12,7 +12,7 @@ from ws_detectron.evaluation.coco_eval import TASKS, load_predictions
 from ws_detectron.evaluation.evaluate import (
     RESULTS,
     ImagePredictor,
-    predict_with_checkpoint,
+    evaluate_checkpoint,
     set_up_logging,
 )
 from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
@@ -25,7 +25,7 @@ examples:
   python tools/visualize.py --dataset coco_2017_val --output pictures \\
       --predictions output/inference/coco_instances_results.json
 
-  # the same with a checkpoint, on the first data set of DATASETS.TEST
+  # a checkpoint: evaluates it on the first data set of DATASETS.TEST, then the same
   python tools/visualize.py --config-file output/config.yaml --output pictures \\
       MODEL.WEIGHTS output/model_final.pth
 
@@ -76,19 +76,19 @@ def draw_dataset(args: argparse.Namespace) -> str:
     if not dataset:
         raise ConfigError("DATASETS.TEST is empty; choose a data set: --dataset NAME")
     check_datasets("--dataset", [dataset])
-    if args.predictions:
-        predictions = load_predictions(args.predictions)
-    else:
-        predictions = predict_with_checkpoint(cfg, dataset, args.output)
+    results = args.predictions or str(args.output / RESULTS)
+    if not args.predictions:
+        cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset,), str(args.output)
+        evaluate_checkpoint(cfg, args.task and [args.task], output=str(args.output))
     return visualize_dataset(
         dataset,
-        predictions,
+        load_predictions(results),
         args.output,
         score_threshold=args.confidence_threshold,
         num_images=args.num_images,
         each=args.each,
         task=args.task,
-        predictions_name=args.predictions or str(args.output / RESULTS),
+        predictions_name=results,
     )
 
 

@@ -61,7 +61,7 @@ def test_a_checkpoint_draws_a_data_set(call_tool, evaluation_files, tmp_path: Pa
         *["MODEL.WEIGHTS", evaluation_files.weights, "DATASETS.TEST", f"('{IN_PROCESS}',)"],
     )
     assert status == 0, errors
-    assert (tmp_path / "worst.png").is_file()
+    assert (tmp_path / "worst.png").is_file() and (tmp_path / "coco_evaluation.json").is_file()
     predictions = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert {entry["image_id"] for entry in predictions} == {1, 2, 3, 4, 5, 6}
 

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,7 +16,6 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from torch import nn
 
 from ws_detectron.data import register_coco_sets
 from ws_detectron.data.validate import read_json
@@ -118,42 +117,6 @@ class ImagePredictor:
         return instances_to_coco_json(output["instances"].to("cpu"), 0)
 
 
-def predict_dataset(
-    model: nn.Module, loader: Iterable, dataset_name: str, folder: Path
-) -> list[dict[str, Any]]:
-    """Predictions of a model on a registered data set; the main process writes them to `folder`.
-
-    Args:
-        model: as returned by `load_model_for_inference`.
-        loader: test loader of the data set.
-        dataset_name: name of the data set.
-        folder: gets `coco_instances_results.json`.
-
-    Returns:
-        Entries of a COCO results file; empty on processes other than the main one.
-    """
-    collector = PredictionCollector(MetadataCatalog.get(dataset_name))
-    entries = inference_on_dataset(model, loader, collector) or []
-    if comm.is_main_process():
-        write_json(folder / RESULTS, entries, indent=None)
-    return entries
-
-
-def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> list[dict[str, Any]]:
-    """Predictions of MODEL.WEIGHTS on a registered data set, written to `folder`, in one process.
-
-    Raises:
-        UserError: weights or data cannot work.
-    """
-    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset_name,), str(folder)
-    annotations = MetadataCatalog.get(dataset_name).get("json_file")
-    refuse_overwrite(folder / RESULTS, [annotations, cfg.MODEL.WEIGHTS])
-    cfg = prepare(cfg, Purpose.REPORT)
-    model = load_model_for_inference(cfg)
-    loader = Trainer.build_test_loader(cfg, dataset_name)
-    return predict_dataset(model, loader, dataset_name, folder)
-
-
 def set_up_logging() -> None:
     """Logs of detectron2 and this package on the screen, without the printed model."""
     for name in ("detectron2", "ws_detectron"):
@@ -216,12 +179,14 @@ def evaluate_checkpoint(
             path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
             annotations = read_json(path, "annotations")  # `prepare` has validated it
             check_predictions(annotations, (), tasks, annotations_name=path)  # before predicting
-        entries = predict_dataset(model, loader, name, folder)
+        collector = PredictionCollector(MetadataCatalog.get(name))
+        predictions = inference_on_dataset(model, loader, collector)
         if not comm.is_main_process():
             continue
+        write_json(folder / RESULTS, predictions, indent=None)
         results[name] = evaluate(
             annotations,
-            entries,
+            predictions,
             tasks,
             reference=reference,
             annotations_name=path,
