@@ -169,27 +169,45 @@ def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
 def contact_sheet(pairs: Sequence[Pair]) -> np.ndarray:
     """Captioned pairs of pictures, two pairs in a row; (H, W, 3) uint8, RGB.
 
-    A row is as high as its highest picture. Captions that are too long end in an ellipsis.
+    Args:
+        pairs: pictures at most `SIDE` wide, captions as for `captioned`.
+    """
+    margins = 0, PAIR_MARGIN
+    cells = [captioned(*cell, margin) for pair in pairs for cell, margin in zip(pair, margins)]
+    return tile(cells, columns=4)
+
+
+def captioned(picture: np.ndarray, text: str, right: int) -> np.ndarray:
+    """A picture on white, `SIDE` wide without its margins, below a line of text.
 
     Args:
-        pairs: pictures at most `SIDE` wide.
+        picture: (h, w, 3) uint8, RGB.
+        text: ends in an ellipsis if it is too long.
+        right: margin on the right, pixels.
     """
-    rows = [pairs[start : start + 2] for start in range(0, len(pairs), 2)]
-    heights = [max(cell[0].shape[0] for pair in row for cell in pair) for row in rows]
-    pair_width = 2 * (SIDE + MARGIN) + PAIR_MARGIN
-    size = len(rows[0]) * pair_width, sum(heights) + len(rows) * (CAPTION_HEIGHT + MARGIN)
-    sheet = Image.new("RGB", size, "white")
-    pen, font, top = ImageDraw.Draw(sheet), _font(round(CAPTION_HEIGHT * 0.55)), 0
-    for row, height in zip(rows, heights):
-        for number, (picture, text) in enumerate(cell for pair in row for cell in pair):
-            left = number // 2 * pair_width + number % 2 * (SIDE + MARGIN) + MARGIN
-            text = " ".join(shown(text).split("\n"))  # Pillow can measure single lines only
-            while font.getlength(text) > SIDE:
-                text = text.rstrip("…")[:-1] + "…"
-            pen.text((left, top + CAPTION_HEIGHT / 2), text, "black", font, anchor="lm")
-            sheet.paste(Image.fromarray(picture), (left, top + CAPTION_HEIGHT))
-        top += height + CAPTION_HEIGHT + MARGIN
-    return np.array(sheet)
+    size = MARGIN + SIDE + right, CAPTION_HEIGHT + picture.shape[0] + MARGIN
+    cell, font = Image.new("RGB", size, "white"), _font(round(CAPTION_HEIGHT * 0.55))
+    text = " ".join(shown(text).split("\n"))  # Pillow can measure single lines only
+    while font.getlength(text) > SIDE:
+        text = text.rstrip("…")[:-1] + "…"
+    ImageDraw.Draw(cell).text((MARGIN, CAPTION_HEIGHT / 2), text, "black", font, anchor="lm")
+    cell.paste(Image.fromarray(picture), (MARGIN, CAPTION_HEIGHT))
+    return np.array(cell)
+
+
+def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Pictures in rows, on white; a row is as high as its highest picture, the first the widest."""
+
+    def padded(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+        margins = (0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0)
+        return np.pad(picture, margins, constant_values=255)
+
+    rows = []
+    for start in range(0, len(pictures), columns):
+        row = pictures[start : start + columns]
+        height = max(picture.shape[0] for picture in row)
+        rows.append(np.concatenate([padded(p, height, p.shape[1]) for p in row], axis=1))
+    return np.concatenate([padded(row, row.shape[0], rows[0].shape[1]) for row in rows])
 
 
 @lru_cache(maxsize=1)
