@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ws_detectron.errors import UserError
-from ws_detectron.lab.scenes.draws import Draws
+from ws_detectron.lab.scenes.raster import Draws
 from ws_detectron.lab.scenes.scene import KINDS, Scene, SceneSpec, make_scene, sprite_source
 from ws_detectron.lab.scenes.sprites import Colour, ShapeSprites, Sprite
 
@@ -112,13 +112,6 @@ def test_a_scene_does_not_depend_on_the_others() -> None:
     assert len(set(forward)) == 6
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"split": "val"}, {"noise": 3}])
-def test_seed_split_and_parameters_change_the_scene(changes: dict[str, Any]) -> None:
-    other = dataclasses.replace(CROWDED, **changes)
-    first, second = (make_scene(spec, 0, ShapeSprites()) for spec in (CROWDED, other))
-    assert fingerprint(first) != fingerprint(second)
-
-
 def test_train_and_val_fashion_scenes_show_different_articles(
     request: pytest.FixtureRequest,
 ) -> None:
@@ -207,8 +200,3 @@ def test_defaults_follow_the_image_size() -> None:
     assert large.object_scale[0] * 800 == pytest.approx(28)
     with pytest.raises(UserError, match="image_size"):
         SceneSpec.for_size("shapes", 0)
-
-
-def test_index_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[0, 40\), got 40"):
-        make_scene(CROWDED, 40, ShapeSprites())
