@@ -187,12 +187,14 @@ def test_box_and_area_come_from_an_rle_too(content: Content, counts: str) -> Non
     assert read["bbox"] == [10, 4, 1, 5] and read["area"] == 5
 
 
-@pytest.mark.parametrize("ids", [[1, 1, 2, 3, 4, 5], [None] * 6, ["a", "b", "c", "d", "e", "f"]])
-def test_ids_of_annotations_are_replaced(content: Content, ids: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("ids", "invalid"), [([1, 1, 2, 3, 4, 5], 1), ([None] * 6, 6), (["a", "b", "c", "d", 5, 6], 4)]
+)
+def test_ids_of_annotations_are_replaced(content: Content, ids: list[Any], invalid: int) -> None:
     for entry, own in zip(content["annotations"], ids):
         entry["id"] = own
     result = checked(content)
-    assert [f.level for f in result.findings] == [FIXED]
+    assert [(f.level, f.count) for f in result.findings] == [(FIXED, invalid)]
     assert [a["id"] for a in result.usable()["annotations"]] == [1, 2, 3, 4, 5, 6]
 
 

@@ -500,7 +500,7 @@ class _Validator:
         if not invalid:
             return annotations
         what = "ids of annotations are missing, not unique or not integers; all are renumbered"
-        self.found.add(FIXED, f"{invalid} {what}")
+        self.found[FIXED, what] = Finding(FIXED, what, invalid)
         return [
             {**entry, "id": number} if isinstance(entry, dict) else entry
             for number, entry in enumerate(annotations, start=1)

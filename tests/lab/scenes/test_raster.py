@@ -151,12 +151,12 @@ def test_mixing_is_rounded_and_exact_at_the_extremes() -> None:
 
 def test_pieces_are_cropped_at_the_border() -> None:
     canvas = np.zeros((3, 4, 3), dtype=np.uint8)
-    paste(canvas, np.array([9, 9, 9]), np.full((2, 2), 255, np.uint8), -1, 3)
     colours = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    paste(canvas, colours, np.full((2, 2), 255, np.uint8), 2, -1)
-    paste(canvas, colours, np.full((2, 2), 255, np.uint8), 7, 7)
+    for top, left in ((-1, 3), (2, -1), (7, 7)):
+        paste(canvas, colours, np.full((2, 2), 255, np.uint8), top, left)
+    paste(canvas, np.array([9, 9, 9]), np.full((1, 1), 255, np.uint8), 1, 1)
     expected = np.zeros((3, 4, 3), dtype=np.uint8)
-    expected[0, 3], expected[2, 0] = 9, [3, 4, 5]
+    expected[0, 3], expected[2, 0], expected[1, 1] = [6, 7, 8], [3, 4, 5], 9
     np.testing.assert_array_equal(canvas, expected)
 
 

@@ -33,17 +33,14 @@ def need_data(kind: str, request: pytest.FixtureRequest) -> None:
             pytest.skip(f"needs data: no Fashion-MNIST in {root}")
 
 
-class Labelled:
+class Labelled(ShapeSprites):
     """Shapes with hard edges, the n-th of a scene in one colour that identifies it."""
 
-    classes = ShapeSprites.classes
-
     def __init__(self) -> None:
-        self._shapes = ShapeSprites()
         self.shown: list[Sprite] = []
 
     def draw(self, draws: Draws, size: int) -> Sprite:
-        sprite = self._shapes.draw(draws, size)
+        sprite = super().draw(draws, size)
         alpha = np.where(sprite.mask, 255, 0).astype(np.uint8)
         self._last = dataclasses.replace(sprite, alpha=alpha, tone=np.zeros_like(alpha))
         return self._last

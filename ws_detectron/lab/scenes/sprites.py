@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Optional, Protocol
+from typing import Optional, Union
 
 import cv2
 import numpy as np
@@ -29,20 +29,6 @@ class Sprite:
     def mask(self) -> np.ndarray:
         """(h, w) bool, the pixels of the whole object."""
         return self.alpha >= MASK_THRESHOLD
-
-
-class SpriteSource(Protocol):
-    """Draws the sprites of a data set."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the categories."""
-
-    def draw(self, draws: Draws, size: int) -> Sprite:
-        """A random sprite whose longer side is about `size` pixels."""
-
-    def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
-        """The colours for tone 0 and 255, which contrast with the mean colour behind the sprite."""
 
 
 def distance(a: Colour, b: Colour) -> int:
@@ -129,6 +115,7 @@ class ShapeSprites:
     classes = tuple(OUTLINES)
 
     def draw(self, draws: Draws, size: int) -> Sprite:
+        """A random sprite whose longer side is about `size` pixels."""
         category = draws.integer(0, len(self.classes) - 1)
         stretch = draws.log_uniform(1 / _STRETCH, _STRETCH)
         angle = draws.uniform(-_TILT, _TILT)
@@ -146,6 +133,7 @@ class ShapeSprites:
         return Sprite(category, alpha, tone)
 
     def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
+        """The colours for tone 0 and 255, which contrast with the mean colour behind the sprite."""
         first = draw_colour(draws, backdrop, gap=_EDGE)
         second = first
         for _ in range(8):
@@ -198,7 +186,7 @@ def article_mask(grey: np.ndarray) -> Optional[np.ndarray]:
 
 
 class FashionSprites:
-    """Articles of one split, tinted, scaled and rotated by up to 20 degrees."""
+    """Articles of one split, tinted, scaled and rotated by up to 20 degrees; as `ShapeSprites`."""
 
     classes = FASHION_CLASSES
 
@@ -224,6 +212,9 @@ class FashionSprites:
     def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
         red, green, blue = tint = draw_colour(draws, backdrop, darkest=330)
         return (red // 4, green // 4, blue // 4), tint
+
+
+SpriteSource = Union[ShapeSprites, FashionSprites]
 
 
 def _rotate(mask: np.ndarray, grey: np.ndarray, size: int, angle: float) -> tuple[np.ndarray, ...]:
