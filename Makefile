@@ -21,8 +21,7 @@ help:
 set-up: $(STAMP)
 
 # The stamp is made last, so an interrupted set-up is completed by the next call.
-$(STAMP): constraints.txt setup.py tools/install_detectron2.py \
-		tools/detectron2_build/patches.py tools/detectron2_build/wheel.py
+$(STAMP): constraints.txt setup.py tools/install_detectron2.py $(wildcard tools/detectron2_patches/*)
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch torchvision setuptools wheel
 	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt
@@ -33,7 +32,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 quickstart: $(STAMP)
-	$(BIN)/python tools/quickstart.py --resume
+	$(BIN)/python tools/train_net.py --resume \
+		--config-file configs/quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml
+	$(BIN)/python tools/visualize.py --dataset scenes_shapes_128_val --output output/quickstart/pictures \
+		--predictions output/quickstart/inference/coco_instances_results.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
