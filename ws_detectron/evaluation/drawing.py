@@ -127,7 +127,7 @@ def separate_labels(picture: VisImage) -> None:
     renderer = picture.canvas.get_renderer()
     placed: list[Any] = []
     for text in picture.ax.texts:
-        box = text.get_window_extent(renderer).padded(2, 1)  # y points up here
+        box = text.get_window_extent(renderer).padded(2)  # y points up here
         dx = min(max(-box.x0, 0), picture.width - box.x1)
         dy = max(min(picture.height - box.y1, 0), -box.y0)
         for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5):
