@@ -209,13 +209,6 @@ def _loaded_by_detectron2(name: str) -> bool:
     return DatasetCatalog[name].__module__ == register_coco_instances.__module__
 
 
-def check_files(name: str, folder: Union[str, Path]) -> None:
-    """`check_coco_set` and `use_annotations` for a data set that is evaluated or drawn."""
-    copy = check_coco_set(name, folder)
-    if copy:
-        use_annotations({name: copy})
-
-
 def use_annotations(copies: Mapping[str, str]) -> None:
     """Makes data sets read other annotation files: name -> path from `check_coco_set`."""
     for name, path in copies.items():

@@ -362,11 +362,11 @@ def contact_sheet(
     Returns:
         (H, W, 3) uint8, RGB; the rest of the last row is white.
     """
-    from ws_detectron.evaluation.drawing import annotated_objects, tile  # loads Matplotlib
+    from ws_detectron.evaluation.drawing import draw_entries, tile  # loads Matplotlib
 
-    metadata = MetadataCatalog.get(name)
+    classes = dict(enumerate(MetadataCatalog.get(name).thing_classes))
     pictures = [
-        annotated_objects(record, metadata).draw(read_rgb(record["file_name"]), longer_side)
-        for record in records
+        draw_entries(read_rgb(r["file_name"]), longer_side, r["annotations"], classes)
+        for r in records
     ]
     return tile(pictures, columns)
