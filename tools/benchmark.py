@@ -9,7 +9,7 @@ from ws_detectron.errors import exit_on_user_error
 from ws_detectron.lab.benchmark.benchmark_report import update_page
 from ws_detectron.lab.benchmark.detector_step import MODES, VARIANTS
 from ws_detectron.lab.benchmark.measurements import GPU, measure, measure_gpu
-from ws_detectron.lab.fashion_mnist.training_settings import VARIANTS as CLASSIFIER_VARIANTS
+from ws_detectron.lab.fashion_mnist.model import VARIANTS as CLASSIFIER_VARIANTS
 
 EXAMPLES = """
 examples (on an idle machine; step, variants and inference need COCO in DETECTRON2_DATASETS):
