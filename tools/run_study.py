@@ -9,6 +9,7 @@ import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.lab.study import (
     Options,
+    check_packages,
     commands,
     draw_studies,
     read_study,
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--html", action="store_true", help="also write report.html, one page")
     args = parser.parse_args()
     with exit_on_user_error():
+        if not args.dry_run:
+            check_packages(args.html)
         if args.figure:
             draw_studies(args.study, args.records, args.batches, args.figure)
             return
@@ -89,7 +92,6 @@ def main() -> None:
         if args.device:
             study = replace(study, device=args.device)
         options = Options(
-            train_net=Path(__file__).resolve().with_name("train_net.py"),
             jobs=args.jobs,
             gpus=args.gpus,
             launcher=args.launcher,

@@ -131,7 +131,7 @@ def test_dry_run_prints_commands_and_runs_nothing(call_tool, study: Path, tmp_pa
 def test_help_and_mistakes(call_tool, tmp_path: Path) -> None:
     status, output, _ = call_tool(TOOL, "--help")
     assert status == 0 and "configs/studies/fashion_scenes.yaml --jobs 2" in output
-    (tmp_path / "study.yaml").write_text("variant: {}")
+    (tmp_path / "study.yaml").write_text("seeds: [1]")
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml")
     assert status == 2 and "`variants` is missing" in errors
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml", "--jobs", 0)

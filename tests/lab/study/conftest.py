@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from small_study import FAKE, write_study
+from small_study import write_study
 
 from ws_detectron.lab.study import Options, Study
 
@@ -14,7 +14,7 @@ from ws_detectron.lab.study import Options, Study
 def polls_often() -> Iterator[None]:
     """The runs of the stand-in end within milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ws_detectron.lab.study.local.POLL_SECONDS", 0.02)
+        patch.setattr("ws_detectron.lab.study.workers.POLL_SECONDS", 0.02)
         yield
 
 
@@ -26,4 +26,4 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
 
 @pytest.fixture
 def options() -> Options:
-    return Options(train_net=FAKE)
+    return Options()

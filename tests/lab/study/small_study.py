@@ -21,6 +21,7 @@ def write_study(folder: Path, **changes: Any) -> Study:
     """
     content = {
         "title": "A study",
+        "command": str(FAKE),
         "output": str(folder / "out"),
         "variants": {"bn": VARIANT.format("bn"), "gn": VARIANT.format("gn")},
         "batches": [1, 4],

@@ -16,9 +16,8 @@ import pytest
 from small_study import reach
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.evaluation.runs import Run
 from ws_detectron.lab.study import Options, Study, read_study_results, run_study
-from ws_detectron.lab.study.plan import search_runs, study_runs
+from ws_detectron.lab.study.plan import StudyRun, search_runs, study_runs
 from ws_detectron.lab.study.records import (
     DIVERGED,
     FAILED,
@@ -26,17 +25,17 @@ from ws_detectron.lab.study.records import (
     LOCK,
     RUNNING,
     Record,
-    RunState,
     add_records,
-    final_ap,
-    is_finished,
+    choose,
+    final_scores,
     read_records,
     read_result,
-    read_results,
+    read_state,
     write_records,
     write_state,
 )
-from ws_detectron.lab.study.slurm import JOB
+from ws_detectron.lab.study.report import at_the_edge
+from ws_detectron.lab.study.workers import JOB
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4], "seed": 9}
 
@@ -48,18 +47,23 @@ Recorded = tuple[Study, Options, Path]
 def recorded(make_study, options: Options, tmp_path: Path) -> Recorded:
     """A finished study of one run per variant, the options that it ran with, its records."""
     study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
-    kept = Options(options.train_net, records=records)
+    kept = Options(records=records)
     run_study(study, kept, print)
     return study, kept, records
 
 
+def is_finished(run: StudyRun) -> bool:
+    state = read_state(run)
+    return state is not None and state.state == FINISHED
+
+
 def report_of(results) -> list:
-    return [(r.run.name, r.status, r.ap, r.run_record, len(r.metrics.rows)) for r in results.runs]
+    return [(r.run.name, r.scores, r.record) for r in results.runs]
 
 
 def test_a_study_continues_from_its_records(make_study, options: Options, tmp_path: Path) -> None:
     study, records = make_study(search=SEARCH), tmp_path / "records"
-    kept = Options(options.train_net, records=records, seeds=[1])
+    kept = Options(records=records, seeds=[1])
     run_study(study, kept, print)
     names = read_records(records).keys()
     assert {"bn_4img_seed1", "search_gn_4img_BASE_LR_0.04"} <= names and len(names) == 4 + 4
@@ -67,14 +71,14 @@ def test_a_study_continues_from_its_records(make_study, options: Options, tmp_pa
 
     shutil.rmtree(study.output)
     lines: list[str] = []
-    everything = run_study(study, Options(options.train_net, records=records), lines.append)
+    everything = run_study(study, Options(records=records), lines.append)
     assert any("4 runs taken from" in line for line in lines)
     assert [result.status for result in everything.runs] == ["finished"] * 8
     ran = {path.parent.name for path in study.output.glob("*/*/starts.txt")}
     assert ran == {f"{variant}_{batch}img_seed2" for variant in ("bn", "gn") for batch in (1, 4)}
 
     shutil.rmtree(study.output)
-    again = run_study(study, Options(options.train_net, records=records), print)
+    again = run_study(study, Options(records=records), print)
     assert report_of(again) == report_of(everything)
     assert not [*study.output.glob("*/*/starts.txt")]
 
@@ -87,7 +91,7 @@ def test_failed_runs_of_a_search_are_recorded_and_failed_runs_are_not(
     for folder in (lost, study.output / "runs" / "bn_4img_seed1"):
         folder.mkdir(parents=True)
         (folder / "fail").touch()
-    kept = Options(options.train_net, records=records, seeds=[1])
+    kept = Options(records=records, seeds=[1])
     ran = run_study(study, kept, print)
     names = read_records(records).keys()
     assert len(names) == 4 + 3 and "bn_4img_seed1" not in names
@@ -149,11 +153,11 @@ def test_a_run_of_a_search_that_did_not_diverge_is_tried_again(
     killed = study.output / "search" / "gn_4img_BASE_LR_0.04"
     killed.mkdir(parents=True)
     (killed / cause).touch()
-    kept = Options(options.train_net, records=records, seeds=[1])
+    kept = Options(records=records, seeds=[1])
     ran = run_study(study, kept, print)
     assert {r.run.variant for r in ran.runs} == {"bn"}
     assert f"search_{killed.name}" not in read_records(records)
-    (state,) = [r.state for r in ran.search if r.run.folder == killed]
+    (state,) = [r.record for r in ran.search if r.run.folder == killed]
     assert state and state.state == "failed" and reason in state.reason
 
     (killed / cause).unlink()
@@ -168,11 +172,11 @@ def test_a_report_needs_nothing_but_the_records(
     make_study, options: Options, tmp_path: Path
 ) -> None:
     study, records = make_study(search=SEARCH), tmp_path / "records"
-    ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
+    ran = run_study(study, Options(records=records, seeds=[1]), print)
     shutil.rmtree(study.output)
     found = read_study_results(study, records)
     assert report_of(found) == report_of(ran) and found.runs[0].status == "finished"
-    assert [r.ap for r in found.search] == [r.ap for r in ran.search] != [{}] * 4
+    assert [r.scores for r in found.search] == [r.scores for r in ran.search] != [{}] * 4
     assert not study.output.exists()
 
 
@@ -190,7 +194,7 @@ def test_reading_changes_no_file(
 ) -> None:
     """With runs that are finished in both places, in one of them, running, or nowhere."""
     study, records = make_study(search=SEARCH), tmp_path / "records"
-    ran = run_study(study, Options(options.train_net, records=records, seeds=[1]), print)
+    ran = run_study(study, Options(records=records, seeds=[1]), print)
     running = study.output / "runs" / "bn_4img_seed1"
     state = json.loads((running / "run.json").read_text())
     (running / "run.json").write_text(json.dumps({**state, "state": "running"}))
@@ -218,7 +222,7 @@ def test_runs_that_finished_before_are_recorded(
     study, records = make_study(seeds=[1], batches=[4]), tmp_path / "records"
     run_study(study, options, print)
     assert not records.exists()
-    run_study(study, Options(options.train_net, records=records), print)
+    run_study(study, Options(records=records), print)
     assert read_records(records).keys() == {"bn_4img_seed1", "gn_4img_seed1"}
 
 
@@ -229,7 +233,7 @@ def test_a_record_takes_the_place_of_what_is_unfinished(recorded: Recorded) -> N
     (folder / "run.json").write_text(json.dumps({**state, "state": "running"}))
     (folder / "metrics.json").write_text("")
     results = run_study(study, kept, print)
-    assert results.runs[0].status == "finished" and len(results.runs[0].metrics.rows) == 21
+    assert results.runs[0].status == "finished" and len(results.runs[0].record.rows) == 21
     assert len((folder / "starts.txt").read_text().splitlines()) == 1
 
 
@@ -247,7 +251,7 @@ def test_a_record_of_other_settings_is_refused(recorded: Recorded) -> None:
     study, kept, records = recorded
     shutil.rmtree(study.output)
     found = read_records(records)
-    found["bn_4img_seed1"].state.settings["SOLVER.BASE_LR"] = 7
+    found["bn_4img_seed1"].settings["SOLVER.BASE_LR"] = 7
     write_records(records, "t", found)
     with pytest.raises(ConfigError, match="record of bn_4img_seed1 holds .* SOLVER.BASE_LR was 7"):
         run_study(study, kept, print)
@@ -255,7 +259,7 @@ def test_a_record_of_other_settings_is_refused(recorded: Recorded) -> None:
 
 
 def record(rows: list, **settings: object) -> Record:
-    return Record(RunState(FINISHED, settings, seconds=1 / 3), rows, {"starts": 1})
+    return Record(FINISHED, settings, "", 1 / 3, rows, {"starts": 1})
 
 
 def test_records_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -312,12 +316,12 @@ def test_a_kill_between_writes_leaves_whole_records(
 def test_processes_that_record_at_once_wait_for_each_other(tmp_path: Path) -> None:
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from ws_detectron.lab.study.records import Record, RunState, add_records\n"
+        "from ws_detectron.lab.study.records import Record, add_records\n"
         "folder, mine, other = Path(sys.argv[1]), *sys.argv[2:]\n"
         "(folder / mine).touch()\n"
         "while not (folder / other).exists(): time.sleep(0.001)\n"
         "for i in range(20):\n"
-        "    record = Record(RunState('finished', {'SEED': i}), [{'iteration': i}])\n"
+        "    record = Record('finished', {'SEED': i}, rows=[{'iteration': i}])\n"
         "    add_records(folder, 't', {f'{mine}{i}': record})\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -354,33 +358,31 @@ def test_only_finished_runs_count(make_study) -> None:
     reach(failed.folder, 50.0)
     write_state(running, RUNNING)
     reach(running.folder, 50.0)
-    found = read_results([new, failed, running], {})
-    assert [result.ap for result in found] == [{}, {}, {}]
+    found = [read_result(run, {}) for run in (new, failed, running)]
+    assert [result.scores for result in found] == [{}, {}, {}]
     assert [result.status for result in found] == ["not started", "failed", "running"]
     assert found[1].notes == ("FAILED: it broke",)
 
 
-def test_the_last_evaluation_counts_and_not_the_best() -> None:
+def test_the_last_evaluation_counts_and_not_the_best(make_study) -> None:
     rows = [{"iteration": i, "bbox/AP": ap, "segm/AP": ap} for i, ap in ((9, 50.0), (19, 40.0))]
-    assert final_ap(Run("r", Path(), rows=rows), ["bbox", "segm"]) == (
-        {"bbox": 40.0, "segm": 40.0},
-        [],
-    )
+    run = study_runs(make_study(), {})[0]
+    assert final_scores(run, rows) == ({"bbox/AP": 40.0, "segm/AP": 40.0}, [])
 
 
-def test_a_detector_that_finds_nothing_has_an_ap_of_zero() -> None:
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(make_study) -> None:
     """detectron2 then writes NaN for boxes and leaves masks out, whatever it found earlier."""
     rows = [
         {"iteration": 9, "bbox/AP": 5.0, "segm/AP": 5.0},
         {"iteration": 19, "bbox/AP": float("nan")},
     ]
-    ap, notes = final_ap(Run("r", Path(), rows=rows), ["bbox", "segm"])
-    assert ap == {"bbox": 0.0, "segm": 0.0} and "detects nothing" in notes[0]
+    ap, notes = final_scores(study_runs(make_study(), {})[0], rows)
+    assert ap == {"bbox/AP": 0.0, "segm/AP": 0.0} and "detects nothing" in notes[0]
 
 
-def test_never_evaluated_is_not_zero() -> None:
+def test_never_evaluated_is_not_zero(make_study) -> None:
     rows = [{"iteration": 9, "total_loss": 1.0}]
-    ap, notes = final_ap(Run("r", Path(), rows=rows), ["bbox"])
+    ap, notes = final_scores(study_runs(make_study(), {})[0], rows)
     assert ap == {} and "never evaluated" in notes[0]
 
 
@@ -390,3 +392,35 @@ def test_resumed_runs_are_marked(make_study) -> None:
     reach(run.folder, 5.0)
     (run.folder / "run_record.json").write_text(json.dumps({"starts": 3}))
     assert read_result(run, {}).notes == ("resumed: 3 starts",)
+
+
+def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:
+    grid = {"SOLVER.BASE_LR": [0.04, 0.01, 0.02], "SOLVER.WEIGHT_DECAY": [0.0, 0.1]}
+    study = make_study(search={"grid": grid, "images": 40, "batches": [4]})
+    runs = search_runs(study)
+    assert choose([read_result(run, {}) for run in runs]) == {
+        ("bn", 4): None,
+        ("gn", 4): None,
+    }
+    for run in runs:
+        if run.variant == "bn":
+            write_state(run, FINISHED)
+            lr, decay = run.choice.values()
+            reach(run.folder, 100 * lr + 10 * decay)
+    best = next(c for c in runs if c.variant == "bn" and c.choice["SOLVER.BASE_LR"] == 0.04)
+    write_state(
+        next(
+            c
+            for c in runs
+            if c.choice == {**best.choice, "SOLVER.WEIGHT_DECAY": 0.1} and c.variant == "bn"
+        ),
+        DIVERGED,
+        reason="diverged",
+    )
+    choices = choose([read_result(run, {}) for run in runs])
+    # 0.04 with 0.1 would be best, but failed: 4.0 at (0.04, 0) against 3.0 at (0.02, 0.1)
+    expected = {"SOLVER.BASE_LR": 0.04, "SOLVER.WEIGHT_DECAY": 0.0}
+    assert choices == {("bn", 4): expected, ("gn", 4): None}
+    # of two values, each is at the edge
+    assert at_the_edge(study.search, expected) == ["SOLVER.BASE_LR"]
+    assert at_the_edge(study.search, {**expected, "SOLVER.BASE_LR": 0.02}) == []

@@ -8,23 +8,21 @@ from pathlib import Path
 import pytest
 
 from ws_detectron.errors import UserError
-from ws_detectron.lab.study import Options, run_study, study_runs
-from ws_detectron.lab.study.progress import Progress
-from ws_detectron.lab.study.records import FINISHED, RUNNING, read_results, write_state
-from ws_detectron.lab.study.slurm import JOB, RunJob, _outcome, run_on_slurm
+from ws_detectron.lab.study import Options, study_runs
+from ws_detectron.lab.study.records import FINISHED, RUNNING, read_result, read_state, write_state
+from ws_detectron.lab.study.workers import JOB, Progress, RunJob, _note_failure, run_on_slurm
 
 submitit = pytest.importorskip("submitit", reason="--launcher slurm needs the package submitit")
 ONE = {"seeds": [1], "batches": [4]}
 
 
 def submit(study, options: Options, cluster: str = "local") -> list[str]:
-    runs, lines = study_runs(study, {}), []
+    results, lines = [read_result(run, {}) for run in study_runs(study, {})], []
     run_on_slurm(
-        runs,
-        options.train_net,
+        [result.run for result in results if result.status != FINISHED],
         study.slurm,
         study.output / "submitit",
-        Progress(read_results(runs, {}), 1, lines.append),
+        Progress(results, 1, study.scores, lines.append),
         cluster=cluster,
         poll_seconds=0.1,
     )
@@ -37,22 +35,22 @@ def test_runs_are_jobs_and_a_failing_one_is_named(make_study, options: Options) 
     bn.folder.mkdir(parents=True)
     (bn.folder / "fail").touch()
     lines = submit(study, options)
-    failed, finished = read_results([bn, gn], {})
-    assert finished.ap["bbox"] == pytest.approx(101)
-    assert failed.state and "diverged" in failed.state.reason
+    failed, finished = (read_result(run, {}) for run in (bn, gn))
+    assert finished.scores["bbox/AP"] == pytest.approx(101)
+    assert failed.record and "diverged" in failed.record.reason
     assert any("bn_4img_seed1 DIVERGED" in line for line in lines)
     assert not (gn.folder / JOB).exists()
 
     (bn.folder / "fail").unlink()
     submit(study, options)
-    assert [result.status for result in read_results([bn, gn], {})] == ["finished", "finished"]
+    assert [read_result(run, {}).status for run in (bn, gn)] == ["finished", "finished"]
     assert len((gn.folder / "starts.txt").read_text().splitlines()) == 1
 
 
 def test_a_job_that_is_cut_short_is_submitted_again_as_it_is(make_study, options: Options) -> None:
     (run, _) = study_runs(make_study(**ONE), {})
-    again = RunJob().checkpoint(run, options.train_net)
-    assert isinstance(again.function, RunJob) and again.args == (run, options.train_net)
+    again = RunJob().checkpoint(run)
+    assert isinstance(again.function, RunJob) and again.args == (run,)
 
 
 def test_a_job_in_the_queue_is_not_submitted_twice(
@@ -77,10 +75,7 @@ def test_a_job_in_the_queue_is_not_submitted_twice(
             return Queued.looks >= 3
 
         def exception(self) -> None:
-            return None
-
-        def result(self):
-            return write_state(bn, FINISHED, seconds=2.0)
+            write_state(bn, FINISHED, seconds=2.0)
 
     monkeypatch.setattr(submitit, "LocalJob", Queued)
     submit(study, options)
@@ -88,32 +83,19 @@ def test_a_job_in_the_queue_is_not_submitted_twice(
     assert not (gn.folder / "starts.txt").exists()
 
 
-def test_a_job_that_ended_unwatched_is_forgotten(make_study, options: Options) -> None:
-    study = make_study(**ONE)
-    runs = study_runs(study, {})
-    for run in runs:
-        write_state(run, FINISHED, seconds=1.0)
-        (run.folder / JOB).write_text("12345")
-    run_study(study, options, print)  # not refused: there is nothing to wait for
-    submit(study, options)
-    assert not any((run.folder / JOB).exists() for run in runs)
-
-
 def test_a_finished_run_stays_so_when_its_job_fails_afterwards(
     make_study, options: Options
 ) -> None:
     """A node may fail between the end of the training and the end of the job."""
 
-    class Lost:
-        def exception(self) -> Exception:
-            return RuntimeError("job 12345 has no result")
-
     (bn, gn) = study_runs(make_study(**ONE), {})
     write_state(bn, FINISHED, seconds=1.0)
     write_state(gn, RUNNING)
-    assert _outcome(bn, Lost()).state == FINISHED
-    outcome = _outcome(gn, Lost())
-    assert outcome.reason == "job 12345 has no result" and outcome.state == "failed"
+    for run in (bn, gn):
+        _note_failure(run, RuntimeError("job 12345 has no result"))
+    finished, failed = read_state(bn), read_state(gn)
+    assert finished and finished.state == FINISHED
+    assert failed and (failed.state, failed.reason) == ("failed", "job 12345 has no result")
 
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="needs a machine without Slurm")

@@ -10,24 +10,25 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from small_study import FAKE, VARIANT, write_study
+from small_study import VARIANT, write_study
 
 from ws_detectron.errors import UserError
 from ws_detectron.lab.study import (
     Options,
     StudyResults,
+    check_packages,
     draw_studies,
     read_study_results,
     run_study,
+)
+from ws_detectron.lab.study.figures import draw_batches, draw_over_batch, draw_study_curves
+from ws_detectron.lab.study.report import (
+    as_page,
+    markdown_table,
+    problems_of,
+    report_text,
     write_report,
 )
-from ws_detectron.lab.study.figures import (
-    draw_ap_by_variant,
-    draw_ap_over_batch,
-    draw_batches,
-    draw_study_curves,
-)
-from ws_detectron.lab.study.report import as_page, problems_of, report_text, table
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
 
@@ -67,7 +68,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> StudyResults:
     failing = study.output / "runs" / "gn_1img_seed2"
     failing.mkdir(parents=True)
     (failing / "fail").touch()
-    return run_study(study, Options(FAKE, jobs=2), lambda line: None)
+    return run_study(study, Options(jobs=2), lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +135,16 @@ def test_page_is_written_on_request_alone(ran: StudyResults, tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {*names}
 
 
-def test_page_needs_markdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "markdown", None)
-    with pytest.raises(UserError, match="--html needs the package markdown"):
-        as_page("t", "text", tmp_path)
+    check_packages()
+    with pytest.raises(UserError, match=r"needs markdown: pip install 'ws_detectron\[lab\]'"):
+        check_packages(page=True)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UserError, match="needs scipy: pip"):
+        check_packages()
 
 
 def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:
@@ -156,12 +163,12 @@ def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_written(ran: StudyResults, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write into"):
+    with pytest.raises(UserError, match="cannot write"):
         write_report(ran, tmp_path / "file")
 
 
 def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
-    box, mask = draw_ap_over_batch(ran.study, ran.runs).axes
+    box, mask = draw_over_batch(ran).axes
     assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP (%)", "mask AP (%)")
     (line, _, (bars,)) = box.containers[0]
     assert [*line.get_ydata()] == [101.5, 101.5]
@@ -171,18 +178,18 @@ def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
 
 
 def test_variants_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
-    box, _ = draw_ap_over_batch(replace(ran.study, batches=(4,)), ran.runs).axes
+    box, _ = draw_over_batch(replace(ran, study=replace(ran.study, batches=[4]))).axes
     low, high = box.get_xlim()
     places = [container[0].get_xdata()[0] for container in box.containers]
     assert len(places) == 2 and places[1] - places[0] < (high - low) / 10
 
 
 def test_legend_of_many_variants_is_not_cut_off(ran: StudyResults) -> None:
-    variants = [replace(ran.study.variants[0], name=f"{n}_of_eight_all") for n in range(8)]
+    variants = dict.fromkeys([f"{n}_of_eight_all" for n in range(8)], ran.study.variants["bn"])
     study = replace(ran.study, variants=variants, batches=[1])
     (seen, *_) = (c for c in ran.runs if c.status == "finished" and c.run.batch == 1)
-    runs = [replace(seen, run=replace(seen.run, variant=variant.name)) for variant in variants]
-    figure = draw_study_curves(study, runs)
+    runs = [replace(seen, run=replace(seen.run, variant=variant)) for variant in variants]
+    figure = draw_study_curves(replace(ran, study=study, runs=runs))
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 8
@@ -191,7 +198,7 @@ def test_legend_of_many_variants_is_not_cut_off(ran: StudyResults) -> None:
 
 
 def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResults) -> None:
-    panels = draw_study_curves(ran.study, ran.runs).axes
+    panels = draw_study_curves(ran).axes
     loss_1, loss_4 = panels[:2]
     assert (loss_1.get_title(), loss_4.get_title()) == ("1 image per step", "4 images per step")
     np.testing.assert_array_equal(loss_1.lines[0].get_xdata(), np.arange(1, 81))
@@ -206,9 +213,9 @@ def test_curves_are_of_finished_runs_and_may_lack_a_value(ran: StudyResults) -> 
     """gn of seed 2 at batch 1 failed; bn of seed 2 at batch 4 has no value at 40 images."""
     runs = [*ran.runs]
     number = next(i for i, r in enumerate(runs) if r.run.name == "bn_4img_seed2")
-    rows = [row for row in runs[number].metrics.rows if row["iteration"] != 9]
-    runs[number] = replace(runs[number], metrics=replace(runs[number].metrics, rows=rows))
-    loss_1, loss_4 = draw_study_curves(ran.study, runs).axes[:2]
+    rows = [row for row in runs[number].record.rows if row["iteration"] != 9]
+    runs[number] = replace(runs[number], record=replace(runs[number].record, rows=rows))
+    loss_1, loss_4 = draw_study_curves(replace(ran, runs=runs)).axes[:2]
     (gn,) = (line for line in loss_1.lines if line.get_label() == "gn")
     assert len(gn.get_xdata()) == 80
     np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
@@ -216,29 +223,31 @@ def test_curves_are_of_finished_runs_and_may_lack_a_value(ran: StudyResults) -> 
 
     number = next(i for i, r in enumerate(runs) if r.run.name == "gn_1img_seed2")
     diverged = [{"iteration": 0, "total_loss": 1000.0}]
-    runs[number] = replace(runs[number], metrics=replace(runs[number].metrics, rows=diverged))
-    (gn,) = (x for x in draw_study_curves(ran.study, runs).axes[0].lines if x.get_label() == "gn")
+    runs[number] = replace(runs[number], record=replace(runs[number].record, rows=diverged))
+    (gn,) = (
+        x for x in draw_study_curves(replace(ran, runs=runs)).axes[0].lines if x.get_label() == "gn"
+    )
     assert len(gn.get_xdata()) == 80 and max(gn.get_ydata()) < 10
 
 
 def test_text_of_a_log_is_escaped(ran: StudyResults, tmp_path: Path) -> None:
     number = next(i for i, r in enumerate(ran.runs) if r.run.name == "gn_1img_seed2")
     runs = [*ran.runs]
-    state = runs[number].state
-    assert state is not None
-    said = replace(state, reason="<class 'x'> & a|b")
-    runs[number] = replace(runs[number], state=said, notes=("FAILED: <class 'x'> & a|b",))
+    record = runs[number].record
+    assert record is not None
+    said = replace(record, reason="<class 'x'> & a|b")
+    runs[number] = replace(runs[number], record=said, notes=("FAILED: <class 'x'> & a|b",))
     text = report_text(replace(ran, runs=runs))
     assert "is diverged: &lt;class 'x'&gt; &amp; a|b**" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| gn_1img_seed2"))
     assert row.rstrip(" |").endswith("FAILED: &lt;class 'x'&gt; &amp; a\\|b")
     assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "text", tmp_path)
-    assert "h|1" not in table(["a"], [["h|1"]])
+    assert "h|1" not in markdown_table(["a"], [["h|1"]])
 
 
 def test_one_batch_is_drawn_by_variant(ran: StudyResults) -> None:
-    study = replace(ran.study, batches=(4,))
-    box, mask = draw_ap_by_variant(study, ran.runs).axes
+    results = replace(ran, study=replace(ran.study, batches=[4]))
+    box, mask = draw_batches([results], scores=["bbox/AP", "segm/AP"]).axes
     assert [label.get_text() for label in box.get_yticklabels()] == ["BN", "GN"]
     # the stand-in reaches 101 and 102 with its two seeds: t(0.975, 1) = 12.706, s = 0.7071
     half = 12.7062 * 0.70711 / 2**0.5
@@ -249,7 +258,7 @@ def test_one_batch_is_drawn_by_variant(ran: StudyResults) -> None:
 
 
 def test_panels_of_several_studies(ran: StudyResults) -> None:
-    only_gn = replace(ran.study, variants=ran.study.variants[1:], batches=(4,))
+    only_gn = replace(ran.study, variants={"gn": ran.study.variants["gn"]}, batches=[4])
     figure = draw_batches([ran, replace(ran, study=only_gn)], batches=[4])
     both, alone = figure.axes
     assert "4 images per step\n" in both.get_title() and "images" in alone.get_title()

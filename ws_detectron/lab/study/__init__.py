@@ -2,17 +2,25 @@
 
 from .plan import StudyRun, search_runs, study_runs
 from .records import StudyResults
-from .report import write_report
-from .runner import Options, commands, draw_studies, read_study_results, report_study, run_study
-from .spec import Search, Study, Variant, read_study
+from .runner import (
+    Options,
+    check_packages,
+    commands,
+    draw_studies,
+    read_study_results,
+    report_study,
+    run_study,
+)
+from .study_file import Search, Study, Variant, read_study
 
 __all__ = [
-    "Variant",
-    "StudyRun",
     "Options",
     "Search",
     "Study",
     "StudyResults",
+    "StudyRun",
+    "Variant",
+    "check_packages",
     "commands",
     "draw_studies",
     "read_study",
@@ -21,5 +29,4 @@ __all__ = [
     "run_study",
     "search_runs",
     "study_runs",
-    "write_report",
 ]

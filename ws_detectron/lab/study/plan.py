@@ -1,14 +1,16 @@
-"""The runs of a study, each one training, matched by the linear rule."""
+"""The runs of a study, each one training; those of detectors are matched by the linear rule."""
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from detectron2.config import CfgNode
 
+import ws_detectron
 from ws_detectron.engine import as_flat_dict, load_config
 from ws_detectron.engine.checks import (
     check_batch,
@@ -20,9 +22,9 @@ from ws_detectron.engine.prepare import find_config
 from ws_detectron.engine.scaling import ITERATIONS, PERIODS, before_end, scale_to_batch
 from ws_detectron.errors import ConfigError
 
-from .spec import Search, Study, Variant
+from .study_file import AP, Search, Study, Values
 
-Values = dict[str, Any]
+Choices = Mapping[tuple[str, int], Optional[Values]]  # (variant, searched batch) -> what was found
 
 # keys that the linear rule and the study set, in the order of a command
 SCALED = (
@@ -38,65 +40,48 @@ SCALED = (
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One training run.
-
-    Args:
-        name: name of the run and of its folder.
-        variant: name of its variant.
-        batch: images per process and step.
-        seed: seed of the run.
-        folder: OUTPUT_DIR.
-        config: path of the variant's config file.
-        options: config key -> value of the overrides, OUTPUT_DIR included.
-        processes: number of processes.
-        images: number of training images.
-        checkpoints: which checkpoints are kept, see `Study`.
-        settings: the merged config, by full key, with lists in place of tuples.
-        choice: values that a search tries or has found, at the reference batch.
-        searching: whether it is a run of a search.
-    """
+    """One training run."""
 
     name: str
     variant: str
-    batch: int
+    batch: int  # images per process and step
     seed: int
-    folder: Path
-    config: str
-    options: Values
+    folder: Path  # where it writes
+    command: list[str]  # starts or resumes it
+    settings: Values = field(repr=False)  # config key or option -> value; lists in place of tuples
+    scores: list[str]  # metrics of a finished run
     processes: int
-    images: int
-    checkpoints: str
-    settings: Values = field(repr=False)
-    choice: Values = field(default_factory=dict)
-    searching: bool = False
-
-    @property
-    def iterations(self) -> int:
-        return self.options["SOLVER.MAX_ITER"]
+    device: str
+    checkpoints: str  # which are kept, see `Study`
+    images: Optional[int] = None  # that it sees; None for a command
+    choice: Values = field(default_factory=dict)  # what a search tries or found, at the reference
+    searching: bool = False  # whether it is a run of a search
+    # merged, but for seed and folder; None for a command
+    cfg: Optional[CfgNode] = field(default=None, repr=False, compare=False)
 
 
-def study_runs(study: Study, choices: Mapping[tuple[str, int], Optional[Values]]) -> list[StudyRun]:
+def study_runs(study: Study, choices: Choices) -> list[StudyRun]:
     """The runs of a study without its search, from the largest batch, which is fastest.
 
     Args:
         study: as returned by `read_study`.
-        choices: as returned by `choice.choose`, empty without a search; runs whose search found
+        choices: as returned by `records.choose`, empty without a search; runs whose search found
             nothing are skipped.
 
     Raises:
         ConfigError: a config or override cannot work; names it.
     """
-    runs = []
-    for seed, batch, variant in itertools.product(
-        study.seeds, sorted(study.batches, reverse=True), study.variants
-    ):
+    runs: list[StudyRun] = []
+    for batch, name in itertools.product(sorted(study.batches, reverse=True), study.variants):
+        own = study.variants[name].runs
+        seeds = own.get(batch, []) if own else study.seeds
         choice: Optional[Values] = {}
         if study.search and choices:
-            choice = choices[variant.name, nearest(batch, study.search.batches)]
-        if choice is not None:
-            name = f"{variant.name}_{batch}img_seed{seed}"
-            runs.append(_run(study, variant, batch, seed, f"runs/{name}", choice))
-    return runs
+            choice = choices[name, nearest(batch, study.search.batches)]
+        if seeds and choice is not None:
+            first = _first_run(study, name, batch, choice)
+            runs += [_with_seed(study, first, seed, "runs", f"seed{seed}") for seed in seeds]
+    return sorted(runs, key=lambda run: study.seeds.index(run.seed))
 
 
 def search_runs(study: Study) -> list[StudyRun]:
@@ -105,30 +90,55 @@ def search_runs(study: Study) -> list[StudyRun]:
     They are evaluated once, at the end.
 
     Raises:
-        ConfigError: a config or override cannot work, or two values of the grid are the same.
+        ConfigError: a config or override cannot work; names it.
     """
     search = study.search
     if search is None:
         return []
-    terms = replace(
-        study,
-        images=search.images,
-        evaluations=1,
-        overrides={**study.overrides, **search.overrides},
-    )
-    choices = {_folder_name(choice): choice for choice in combinations(search)}
-    if len(choices) < len(combinations(search)):
-        raise ConfigError(f"search: `grid` has a value twice: {search.grid}")
+    overrides = {**study.overrides, **search.overrides}
+    terms = replace(study, images=search.images, evaluations=1, overrides=overrides)
     return [
-        _run(terms, variant, batch, search.seed, f"search/{variant.name}_{batch}img_{name}", choice)
-        for batch, variant in itertools.product(
-            sorted(search.batches, reverse=True), study.variants
+        _with_seed(
+            terms, _first_run(terms, name, batch, choice), search.seed, "search", _label(choice)
         )
-        for name, choice in choices.items()
+        for batch, name in itertools.product(sorted(search.batches, reverse=True), study.variants)
+        for choice in _combinations(search)
     ]
 
 
-def _folder_name(choice: Values) -> str:
+def nearest(batch: int, batches: Sequence[int]) -> int:
+    """The element of `batches` with the smallest ratio to `batch`; of two, the smaller."""
+    return min(batches, key=lambda other: (max(batch / other, other / batch), other))
+
+
+def check_runs(runs: Iterable[StudyRun]) -> None:
+    """Checks all runs before the first is started.
+
+    The device is not checked, as another machine may train the run.
+
+    Raises:
+        ConfigError: a run cannot work; names it and the reason.
+    """
+    for run in runs:
+        if not Path(run.command[1]).is_file():
+            raise ConfigError(f"`command`: there is no file {run.command[1]}")
+        if run.cfg is None:
+            continue
+        try:
+            check_weights(run.cfg)
+            check_registered(run.cfg)
+            check_datasets("DATASETS.TRAIN", run.cfg.DATASETS.TRAIN)
+            check_datasets("DATASETS.TEST", run.cfg.DATASETS.TEST)
+            check_batch(run.cfg, run.processes)
+        except ConfigError as error:
+            raise ConfigError(f"run {run.name}: {error}") from error
+
+
+def _combinations(search: Search) -> list[Values]:
+    return [dict(zip(search.grid, values)) for values in itertools.product(*search.grid.values())]
+
+
+def _label(choice: Values) -> str:
     """A name from the values alone, so that a run keeps its folder when the grid grows."""
     ends = [key.rpartition(".")[2] for key in choice]
     keys = ends if len(set(ends)) == len(ends) else list(choice)
@@ -138,71 +148,77 @@ def _folder_name(choice: Values) -> str:
     )
 
 
-def combinations(search: Search) -> list[Values]:
-    """All combinations of the grid, as config key -> value."""
-    return [dict(zip(search.grid, values)) for values in itertools.product(*search.grid.values())]
-
-
-def nearest(batch: int, batches: Sequence[int]) -> int:
-    """The element of `batches` with the smallest ratio to `batch`; of two, the smaller."""
-    return min(batches, key=lambda other: (max(batch / other, other / batch), other))
-
-
-def _run(
-    study: Study, variant: Variant, batch: int, seed: int, path: str, choice: Values
-) -> StudyRun:
-    name = path.replace("runs/", "").replace("/", "_")
-    at_reference = {**study.overrides, **variant.overrides, **choice}
-    reference, _ = scale_to_batch(load_config(variant.config, as_arguments(at_reference)))
-    per_step = batch * study.processes
-    seen = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
-    if seen % per_step:
-        raise ConfigError(
-            f"run {name}: {seen} images are not a whole number of steps of {per_step} images; give "
-            "the study a number of `images` that is a multiple of every batch times `processes`"
-        )
-    scaled = _scaled(reference, per_step, seen, study.evaluations)
-    folder = study.output / path
-    flat = as_flat_dict(scaled)
-    options = {key: value for key, value in at_reference.items() if key not in SCALED}
-    options.update({key: flat[key] for key in SCALED})
-    options.update({"SEED": seed, "MODEL.DEVICE": study.device, "OUTPUT_DIR": str(folder)})
-    cfg = load_config(variant.config, as_arguments(options))
-    return StudyRun(
-        name=name,
-        variant=variant.name,
-        batch=batch,
+def _with_seed(study: Study, run: StudyRun, seed: int, parent: str, label: str) -> StudyRun:
+    """A run of `_first_run` with a seed, a folder and a name that ends in `label`."""
+    name = f"{run.variant}_{run.batch}img_{label}"
+    folder = study.output / parent / name
+    if run.cfg is not None:
+        own: Values = {"SEED": seed, "OUTPUT_DIR": str(folder)}
+        arguments = as_arguments(own)
+    else:
+        own = {"seed": seed}
+        arguments = _as_options({**own, "output": folder, "resume": True})
+    return replace(
+        run,
+        name=f"search_{name}" if parent == "search" else name,
         seed=seed,
         folder=folder,
-        config=find_config(variant.config),
-        options=options,
-        processes=study.processes,
-        images=seen,
-        checkpoints=study.checkpoints,
-        settings={key: _plain(value) for key, value in as_flat_dict(cfg).items()},
-        choice=choice,
-        searching=path.startswith("search/"),
+        command=[*run.command, *arguments],
+        settings={**run.settings, **own},
+        searching=parent == "search",
     )
 
 
-def check_runs(runs: Sequence[StudyRun]) -> None:
-    """Checks all runs before the first is started.
-
-    The device is not checked, as another machine may train the run.
-
-    Raises:
-        UserError: a run cannot work; names it and the reason.
-    """
-    for run in runs:
-        cfg = load_config(run.config, as_arguments(run.options))
-        try:
-            check_weights(cfg)
-            check_registered(cfg)
-            check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
-            check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-            check_batch(cfg, run.processes)
-        except ConfigError as error:
-            raise ConfigError(f"run {run.name}: {error}") from error
+def _first_run(study: Study, name: str, batch: int, choice: Values) -> StudyRun:
+    """A run of a variant at a batch, without what `_with_seed` adds."""
+    variant, script = study.variants[name], Path(study.command)
+    if not script.is_file():
+        script = Path(ws_detectron.__file__).parents[1] / script
+    command = [sys.executable, str(script)]
+    cfg, images, scores = None, None, [*study.scores]
+    if study.detectors:
+        overrides = {**study.overrides, **variant.overrides, **choice}
+        reference, _ = scale_to_batch(load_config(variant.config, as_arguments(overrides)))
+        images = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
+        per_step = batch * study.processes
+        if images % per_step:
+            raise ConfigError(
+                f"runs {name}_{batch}img: {images} images are not a whole number of steps of "
+                f"{per_step} images; give the study a number of `images` that is a multiple of "
+                "every batch times `processes`"
+            )
+        cfg = _scaled(reference, per_step, images, study.evaluations)
+        cfg.MODEL.DEVICE = study.device
+        scores = scores if cfg.MODEL.MASK_ON else [*AP][:1]
+        settings = {key: _plain(value) for key, value in as_flat_dict(cfg).items()}
+        decided = {key: settings[key] for key in (*SCALED, "MODEL.DEVICE")}
+        command += ["--resume", "--config-file", find_config(variant.config)]
+        if study.processes > 1:
+            # the default address is the same for all runs of a user
+            command += ["--num-gpus", str(study.processes), "--dist-url", "auto"]
+        command += as_arguments({**overrides, **decided})
+    else:
+        given = {**study.options, **variant.options}
+        settings = {"batch-size": batch, "device": study.device}
+        settings.update({key.replace("_", "-"): value for key, value in given.items()})
+        command += _as_options(settings)
+        settings["command"] = study.command
+    return StudyRun(
+        name="",
+        variant=name,
+        batch=batch,
+        seed=0,
+        folder=study.output,
+        command=command,
+        settings=settings,
+        scores=scores,
+        processes=study.processes,
+        device=study.device,
+        checkpoints=study.checkpoints,
+        images=images,
+        choice=choice,
+        cfg=cfg,
+    )
 
 
 def as_arguments(values: Values) -> list[str]:
@@ -210,7 +226,17 @@ def as_arguments(values: Values) -> list[str]:
     return [str(item) for pair in values.items() for item in pair]
 
 
-def _scaled(reference: CfgNode, per_step: int, seen: int, evaluations: Optional[int]) -> CfgNode:
+def _as_options(values: Values) -> list[str]:
+    """Options of a command; True is a flag, and False or None is left out."""
+    options = []
+    for key, value in values.items():
+        if value is not None and value is not False:
+            several = value if isinstance(value, list) else [] if value is True else [value]
+            options += [f"--{key}", *map(str, several)]
+    return options
+
+
+def _scaled(reference: CfgNode, per_step: int, images: int, evaluations: Optional[int]) -> CfgNode:
     """Scales LR and schedule of a reference config to another batch and number of images.
 
     Milestones keep their relative position in the schedule; warm-up keeps its number of images.
@@ -223,7 +249,7 @@ def _scaled(reference: CfgNode, per_step: int, seen: int, evaluations: Optional[
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     cfg, _ = scale_to_batch(cfg)
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = per_step  # even if it was 0: this LR is for this batch
-    cfg.SOLVER.MAX_ITER = seen // per_step
+    cfg.SOLVER.MAX_ITER = images // per_step
     length = cfg.SOLVER.MAX_ITER / reference.SOLVER.MAX_ITER
     steps = [round(step * length) for step in reference.SOLVER.STEPS]
     cfg.SOLVER.STEPS = before_end(steps, cfg.SOLVER.MAX_ITER)

@@ -1,38 +1,28 @@
 """Runs a whole study: search, runs, report."""
 
+import importlib.util
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import shlex
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Optional
 
 from ws_detectron.errors import UserError
-from ws_detectron.evaluation.curves import write_figure
 
-from .choice import choose
-from .figures import draw_batches
-from .local import run_locally, slots, study_lock
 from .plan import StudyRun, check_runs, search_runs, study_runs
-from .process import command, drop_checkpoints, shown
-from .progress import Progress
 from .records import (
     DIVERGED,
     FINISHED,
-    Record,
     RunResult,
-    RunState,
     StudyResults,
     add_records,
-    folder_record,
-    is_finished,
-    is_recorded,
+    choose,
     read_records,
-    read_results,
+    read_result,
 )
-from .report import problems_of, write_report
-from .slurm import JOB, run_on_slurm
-from .spec import Study, read_study
+from .study_file import Study, read_study
+from .workers import Progress, drop_checkpoints, run_locally, run_on_slurm, slots, study_lock
 
 Say = Callable[[str], None]
 
@@ -42,25 +32,21 @@ class Options:
     """How a study is run.
 
     Args:
-        train_net: path of tools/train_net.py.
         jobs: number of runs that train at a time.
         gpus: numbers of GPUs, each once per run that may use it; None: all visible ones on "cuda",
             none on "cpu".
         launcher: "local" or "slurm".
-        cluster: submitit's name of the cluster for "slurm".
         variants, batches, seeds: run only these; None for all. The report shows all.
         records: folder in which runs that have ended are recorded, and whose recorded runs are not
             trained again; None: no records.
     """
 
-    train_net: Path
     jobs: int = 1
     gpus: Optional[Sequence[int]] = None
     launcher: str = "local"
-    cluster: str = "slurm"
-    variants: Optional[Collection[str]] = field(default=None)
-    batches: Optional[Collection[int]] = field(default=None)
-    seeds: Optional[Collection[int]] = field(default=None)
+    variants: Optional[Collection[str]] = None
+    batches: Optional[Collection[int]] = None
+    seeds: Optional[Collection[int]] = None
     records: Optional[Path] = None
 
 
@@ -73,91 +59,59 @@ def run_study(study: Study, options: Options, say: Say) -> StudyResults:
     Raises:
         UserError: a run cannot work on any machine, or another process works on the study.
     """
-    check_runs([*search_runs(study), *study_runs(study, {})])
+    searching, runs = search_runs(study), study_runs(study, {})
+    check_runs([*searching, *runs])
     with study_lock(study.output) as lock:
-        _train(study, "search", search_runs(study), options, say, lock)
-        choices = _choices(study, read_records(options.records))
-        _train(study, "study", study_runs(study, choices), options, say, lock)
-    return read_study_results(study, options.records)
+        searched = _train(study, "search", searching, options, say, lock)
+        choices = choose(searched)
+        if searching:
+            runs = study_runs(study, choices)
+        results = _train(study, "study", runs, options, say, lock)
+    return StudyResults(study, results, searched, choices)
 
 
 def _train(
     study: Study, what: str, runs: Sequence[StudyRun], options: Options, say: Say, lock: IO[Any]
-) -> None:
-    """Trains the selected runs that are not finished."""
-    results = _recorded(study, what, runs, options.records, say)
-    selected = {run.name for run in _selected(study, runs, options)}
-    results = [result for result in results if result.run.name in selected]
-    if what == "search":
-        results = _not_diverged(results)
-    if not results:
-        return
-    for result in results:
-        if is_finished(result.run):  # if its process was killed before it did so
-            drop_checkpoints(result.run)
-    wanted = [r.run for r in results if r.status != FINISHED or is_finished(r.run)]
-    say(f"{what}: {len(results)} runs in {study.output}")
-    progress = Progress(
-        results,
-        options.jobs if options.launcher == "local" else None,
-        say,
-        keep=partial(_record, study, options.records),
-    )
-    if options.launcher == "slurm":
-        run_on_slurm(
-            wanted,
-            options.train_net,
-            study.slurm,
-            study.output / "submitit",
-            progress,
-            cluster=options.cluster,
-        )
-        return
-    _check_not_queued(wanted)
-    gpus = _gpus(study, options)
-    workers = slots(options.jobs, gpus, study.processes)
-    if gpus is not None and options.jobs < len(gpus) // study.processes:
-        what = "GPUs" if len(set(gpus)) == len(gpus) else "workers on GPUs"
-        say(
-            f"{options.jobs * study.processes} of {len(gpus)} {what} are used; "
-            f"--jobs {len(gpus) // study.processes} trains more runs at a time"
-        )
-    run_locally(wanted, options.train_net, workers, progress, lock)
-
-
-def _recorded(
-    study: Study, what: str, runs: Sequence[StudyRun], folder: Optional[Path], say: Say
 ) -> list[RunResult]:
-    """Results of all runs; runs that have ended are recorded if they were not."""
-    records = read_records(folder)
-    results = read_results(runs, records)
-    if folder is not None:
-        say(f"{what}: {sum(run.name in records for run in runs)} runs taken from {folder}")
-        new = {
-            result.run.name: Record(result.state, result.metrics.rows, result.run_record)
-            for result in results
-            if result.state is not None and is_recorded(result.run, result.state)
-        }
-        add_records(
-            folder,
-            study.title,
-            {k: v for k, v in new.items() if k not in records or records[k].state != v.state},
-        )
-    return results
+    """Trains the selected runs that are not finished; returns the results of all runs."""
 
+    records = read_records(options.records)
+    results = {run.name: read_result(run, records) for run in runs}
 
-def _record(study: Study, folder: Optional[Path], run: StudyRun, state: RunState) -> None:
-    """Records a run that has ended."""
-    if folder is not None and is_recorded(run, state):
-        add_records(folder, study.title, {run.name: folder_record(run, state)})
+    def keep(*ended: RunResult) -> None:
+        """Records runs that have ended, if they are not recorded."""
+        results.update({result.run.name: result for result in ended})
+        new = {r.run.name: r.record for r in ended if r.has_ended and r.record}
+        if options.records is not None:
+            changed = {name: new[name] for name in new if new[name] != records.get(name)}
+            add_records(options.records, study.title, changed)
 
-
-def _not_diverged(results: Sequence[RunResult]) -> list[RunResult]:
-    """Skips diverged runs of a search, unless all of their variant and batch diverged."""
-    others = {(r.run.variant, r.run.batch) for r in results if r.status != DIVERGED}
-    return [
-        r for r in results if r.status != DIVERGED or (r.run.variant, r.run.batch) not in others
-    ]
+    if runs and options.records is not None:
+        say(f"{what}: {len(results.keys() & records)} runs taken from {options.records}")
+    keep(*results.values())
+    chosen = [results[run.name] for run in _selected(study, runs, options)]
+    if what == "search":
+        # a variant and batch all of whose runs diverged is tried again
+        hopeful = {(r.run.variant, r.run.batch) for r in chosen if r.status != DIVERGED}
+        chosen = [
+            r for r in chosen if r.status != DIVERGED or (r.run.variant, r.run.batch) not in hopeful
+        ]
+    if not chosen:
+        return [*results.values()]
+    for result in chosen:
+        if result.status == FINISHED:  # if its process was killed before it did so
+            drop_checkpoints(result.run)
+    wanted = [result.run for result in chosen if result.status != FINISHED]
+    say(f"{what}: {len(chosen)} runs in {study.output}")
+    workers = options.jobs if options.launcher == "local" else None
+    progress = Progress(chosen, workers, study.scores, say, keep)
+    if options.launcher == "slurm":
+        run_on_slurm(wanted, study.slurm, study.output / "submitit", progress)
+    else:
+        gpus = _gpus(study, options)
+        environments = slots(options.jobs, gpus, study.processes)
+        run_locally(wanted, environments, progress, lock)
+    return [*results.values()]
 
 
 def read_study_results(study: Study, records: Optional[Path] = None) -> StudyResults:
@@ -171,13 +125,33 @@ def read_study_results(study: Study, records: Optional[Path] = None) -> StudyRes
         ConfigError: a folder or record has other settings than its run; names them.
     """
     recorded = read_records(records)
-    searched = read_results(search_runs(study), recorded)
-    runs = study_runs(study, choose(study, searched))
-    return StudyResults(study, read_results(runs, recorded), searched)
+    searched = [read_result(run, recorded) for run in search_runs(study)]
+    choices = choose(searched)
+    runs = [read_result(run, recorded) for run in study_runs(study, choices)]
+    return StudyResults(study, runs, searched, choices)
+
+
+def check_packages(page: bool = False) -> None:
+    """Checks that a report can be written, before anything is trained.
+
+    Args:
+        page: whether it is wanted as HTML, too.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    needed = ["matplotlib", "pandas", "scipy", *(["markdown"] if page else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"the report of a study needs {', '.join(missing)}: pip install 'ws_detectron[lab]'"
+        )
 
 
 def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = False) -> list[str]:
     """Writes the report and prints its path; returns what is missing or failed."""
+    from .report import problems_of, write_report  # needs the packages of the extra `lab`
+
     paths = write_report(results, folder, page=page)
     say(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
     return problems_of(results)
@@ -198,6 +172,8 @@ def draw_studies(
         UserError: the numbers of studies and folders differ, there is no such batch, or the figure
             cannot be written.
     """
+    from .figures import draw_batches, write_figure
+
     if records and len(records) != len(files):
         raise UserError(f"{len(files)} studies need as many --records; got {len(records)}")
     folders: Sequence[Optional[Path]] = [*records] or [None] * len(files)
@@ -205,10 +181,7 @@ def draw_studies(
     known = sorted({batch for result in results for batch in result.study.batches})
     if batches is not None and not set(batches) <= set(known):
         raise UserError(f"--batches has {[*batches]}; the studies have {known}")
-    try:
-        write_figure(draw_batches(results, batches), figure)
-    except OSError as error:
-        raise UserError(f"cannot write {figure}: {error.strerror}") from error
+    write_figure(draw_batches(results, batches), figure)
 
 
 def commands(study: Study, options: Options) -> list[str]:
@@ -217,39 +190,33 @@ def commands(study: Study, options: Options) -> list[str]:
     If the search has not ended, the other runs are shown with the values of the study file, and a
     comment says so.
     """
-    lines = []
-    searching = search_runs(study)
-    choices = _choices(study, read_records(options.records))
+    records = read_records(options.records)
+    searching, lines = search_runs(study), []
+    choices = choose([read_result(run, records) for run in searching])
     if searching:
-        lines.append("# search")
-        lines += _commands(_selected(study, searching, options), options)
-        lines.append("# runs")
+        lines += ["# search", *_commands(study, searching, options), "# runs"]
         unknown = sorted({variant for (variant, _), choice in choices.items() if choice is None})
         if unknown:
             keys = ", ".join(study.search.grid if study.search else ())
             lines.append(f"# {keys} of {', '.join(unknown)}: not yet chosen by the search")
             choices = {where: choice or {} for where, choice in choices.items()}
-    lines += _commands(_selected(study, study_runs(study, choices), options), options)
-    return lines
+    return [*lines, *_commands(study, study_runs(study, choices), options)]
 
 
-def _commands(runs: Sequence[StudyRun], options: Options) -> list[str]:
-    return [shown(command(run, options.train_net)) for run in runs]
-
-
-def _choices(study: Study, records: Mapping[str, Record]) -> dict:
-    return choose(study, read_results(search_runs(study), records))
+def _commands(study: Study, runs: Sequence[StudyRun], options: Options) -> list[str]:
+    return [shlex.join(run.command) for run in _selected(study, runs, options)]
 
 
 def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[StudyRun]:
     """The selected runs; runs of a search are selected by their variant alone."""
     known: dict[str, Collection] = {
-        "variants": [variant.name for variant in study.variants],
-        "batches": study.batches,
-        "seeds": study.seeds,
-    }
+        "variants": study.variants, "batches": study.batches, "seeds": study.seeds
+    }  # fmt: skip
+    wanted: dict[str, Collection] = {}
     for name, values in known.items():
-        unknown = set(getattr(options, name) or ()) - set(values)
+        asked = getattr(options, name)
+        wanted[name] = values if asked is None else asked
+        unknown = set(wanted[name]) - set(values)
         if unknown:
             raise UserError(
                 f"--{name} has {', '.join(map(str, sorted(unknown)))}; the study has "
@@ -258,26 +225,9 @@ def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[
     return [
         run
         for run in runs
-        if (options.variants is None or run.variant in options.variants)
-        and (
-            run.searching
-            or (
-                (options.batches is None or run.batch in options.batches)
-                and (options.seeds is None or run.seed in options.seeds)
-            )
-        )
+        if run.variant in wanted["variants"]
+        and (run.searching or (run.batch in wanted["batches"] and run.seed in wanted["seeds"]))
     ]
-
-
-def _check_not_queued(runs: Sequence[StudyRun]) -> None:
-    """Refuses to train locally a run that is a queued Slurm job."""
-    for run in runs:
-        path = run.folder / JOB
-        if path.is_file() and not is_finished(run):
-            raise UserError(
-                f"{run.name} is job {path.read_text('utf-8').strip()} of an earlier --launcher "
-                f"slurm; wait for it with the same option, or cancel it and delete {path}"
-            )
 
 
 def _gpus(study: Study, options: Options) -> Optional[list[str]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Optional
 
 import pytest
-from small_study import FAKE
 
 from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.lab.study import (
@@ -22,12 +21,16 @@ from ws_detectron.lab.study import (
     search_runs,
     study_runs,
 )
-from ws_detectron.lab.study.local import _ended_by_signals, slots, study_lock
-from ws_detectron.lab.study.process import command, train
-from ws_detectron.lab.study.records import RUNNING, failure_reason, read_state, write_state
+from ws_detectron.lab.study.records import RUNNING, read_state, write_state
 from ws_detectron.lab.study.report import problems_of
 from ws_detectron.lab.study.runner import _gpus, commands
-from ws_detectron.lab.study.slurm import JOB
+from ws_detectron.lab.study.workers import (
+    RunJob,
+    _ended_by_signals,
+    failure_reason,
+    slots,
+    study_lock,
+)
 
 ONE = {"seeds": [1], "batches": [4]}
 
@@ -59,7 +62,7 @@ def test_a_failing_run_is_named_and_the_others_run(make_study, options: Options)
     lines: list[str] = []
     results = run_study(study, options, lines.append)
     assert [result.status for result in results.runs] == ["diverged", "finished"]
-    state = results.runs[0].state
+    state = results.runs[0].record
     assert state and state.reason == (
         "training diverged at iteration 3: loss_mask is nan (exit status 3)"
     )
@@ -78,12 +81,12 @@ def test_a_study_that_was_killed_resumes(make_study, options: Options, number: i
     run.folder.mkdir(parents=True)
     (run.folder / "hang").touch()
     script = (
-        "import sys\nfrom pathlib import Path\nimport ws_detectron.lab.scenes\n"
+        "import sys\nimport ws_detectron.lab.scenes\n"
         "from ws_detectron.lab.study import Options, read_study, run_study\n"
-        "run_study(read_study(sys.argv[1]), Options(Path(sys.argv[2])), print)\n"
+        "run_study(read_study(sys.argv[1]), Options(), print)\n"
     )
     job = [sys.executable, "-c", script, str(study.output.parent / "study.yaml")]
-    runner = subprocess.Popen([*job, str(options.train_net)], stdout=subprocess.DEVNULL)
+    runner = subprocess.Popen(job, stdout=subprocess.DEVNULL)
     try:
         while not (run.folder / "starts.txt").is_file():
             assert runner.poll() is None
@@ -167,7 +170,7 @@ def test_a_search_goes_first_and_its_choice_is_used(make_study, options: Options
 
 
 def lrs(results: StudyResults) -> dict[str, float]:
-    return {result.run.variant: result.run.options["SOLVER.BASE_LR"] for result in results.runs}
+    return {result.run.variant: result.run.settings["SOLVER.BASE_LR"] for result in results.runs}
 
 
 def test_a_search_all_of_which_failed_is_tried_again(make_study, options: Options) -> None:
@@ -199,7 +202,7 @@ def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Option
 def test_only_selected_runs_are_trained(make_study, options: Options) -> None:
     study = make_study()
     results = run_study(study, replace(options, variants=["gn"], batches=[1], seeds=[2]), print)
-    assert [r.run.name for r in results.runs if r.state] == ["gn_1img_seed2"]
+    assert [r.run.name for r in results.runs if r.record] == ["gn_1img_seed2"]
     with pytest.raises(UserError, match="--variants has ln; the study has bn, gn"):
         run_study(study, replace(options, variants=["ln"]), print)
 
@@ -239,19 +242,9 @@ def test_a_run_is_finished_before_its_checkpoints_go(
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda p: interrupt(p) if p.suffix == ".pth" else unlink(p))
     with pytest.raises(KeyboardInterrupt):
-        train(run, options.train_net)
+        RunJob()(run)
     state = read_state(run)
     assert state and state.state == "finished"
-
-
-def test_a_run_that_is_a_job_of_slurm_is_left_alone(make_study, options: Options) -> None:
-    study = make_study(**ONE)
-    (run, _) = study_runs(study, {})
-    run.folder.mkdir(parents=True)
-    (run.folder / JOB).write_text("12345")
-    with pytest.raises(UserError, match="bn_4img_seed1 is job 12345 of an earlier --laun"):
-        run_study(study, options, print)
-    assert not [*study.output.glob("*/*/starts.txt")]
 
 
 def test_several_processes_are_asked_for(make_study, options: Options) -> None:
@@ -259,7 +252,7 @@ def test_several_processes_are_asked_for(make_study, options: Options) -> None:
     run_study(study, options, print)
     run = study_runs(study, {})[0]
     assert starts(run.folder)[0]["processes"] == 2
-    line = command(run, options.train_net)
+    line = run.command
     assert line[line.index("--dist-url") + 1] == "auto"
 
 
@@ -305,18 +298,7 @@ def test_visible_gpus_are_the_default(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert _gpus(make_study(device="cuda"), Options(FAKE, gpus=asked)) == expected
-
-
-@pytest.mark.parametrize("jobs, told", [(1, True), (2, False)])
-def test_gpus_without_work_are_named(
-    make_study, options: Options, monkeypatch: pytest.MonkeyPatch, jobs: int, told: bool
-) -> None:
-    monkeypatch.setattr("ws_detectron.lab.study.runner.check_runs", lambda runs: None)
-    lines: list[str] = []
-    study = make_study(**ONE, device="cuda", processes=2)
-    run_study(study, replace(options, gpus=[0, 1, 2, 3, 4], jobs=jobs), lines.append)
-    assert any("2 of 5 GPUs are used; --jobs 2 trains more" in line for line in lines) == told
+    assert _gpus(make_study(device="cuda"), Options(gpus=asked)) == expected
 
 
 def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:

@@ -1,0 +1,398 @@
+"""Trains the runs of a study, each in its own process: on this machine, or as Slurm jobs."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Optional
+
+from ws_detectron.errors import DivergedError, UserError
+from ws_detectron.evaluation.comparison import duration
+from ws_detectron.evaluation.runs import read_run
+from ws_detectron.utils.io import write_text
+from ws_detectron.utils.locking import locked
+
+from .plan import StudyRun
+from .records import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    OUTPUT,
+    RUNNING,
+    RunResult,
+    final_scores,
+    read_result,
+    read_state,
+    write_state,
+)
+
+STOP_SECONDS = 20.0  # between SIGTERM and SIGKILL
+POLL_SECONDS = 0.5
+LOCK = "study.lock"
+JOB = "submitit_job.txt"
+# of Slurm; each run is one task that starts its own processes
+DEFAULTS = {"tasks_per_node": 1, "nodes": 1, "timeout_min": 24 * 60}
+
+
+class Progress:
+    """Prints a line for each start and each end of a run, with the time left.
+
+    The time left is estimated from the seconds per image of finished runs: those of the same batch
+    if there are any, else all.
+
+    Args:
+        results: results of all selected runs, finished ones included.
+        workers: number of runs that train at a time; None if unknown, as in a queue, so that no
+            time is estimated.
+        titles: score -> title.
+        say: prints a line.
+        keep: called with the result of each run that has ended, before the line is printed.
+    """
+
+    def __init__(
+        self,
+        results: Sequence[RunResult],
+        workers: Optional[int],
+        titles: Mapping[str, str],
+        say: Callable[[str], None],
+        keep: Callable[[RunResult], None] = lambda result: None,
+    ) -> None:
+        self._runs, self._workers, self._titles = [r.run for r in results], workers, titles
+        self._say, self._keep = say, keep
+        self._begun: dict[str, float] = {}
+        self._ended: set[str] = set()
+        self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
+        for result in results:
+            if result.status == FINISHED:
+                self._learn(result)
+        if self._ended:
+            say(f"{len(self._ended)} of {len(results)} runs are finished already")
+
+    def began(self, run: StudyRun) -> None:
+        self._begun[run.name] = time.monotonic()
+        self._say(f"{self._position()} {run.name} begins; log: {run.folder}/{OUTPUT}")
+
+    def ended(self, run: StudyRun) -> None:
+        result = read_result(run, {})
+        assert result.record is not None
+        self._learn(result)
+        self._keep(result)
+        what = f"{result.status.upper()}: {result.record.reason}"
+        if result.status == FINISHED:
+            scores = [f"{self._titles[key]} {value:.1f}" for key, value in result.scores.items()]
+            what = f"finished in {duration(result.record.seconds)}: {', '.join(scores) or 'no AP'}"
+        seconds = self.seconds_left()
+        left = "time left unknown" if seconds is None else f"about {duration(seconds)} left"
+        self._say(f"{self._position()} {run.name} {what}; {left}")
+
+    def seconds_left(self) -> Optional[float]:
+        """None before any run has finished, and for a queue."""
+        all_speeds = [speed for speeds in self._speeds.values() for speed in speeds]
+        if not all_speeds or self._workers is None:
+            return None
+        total = 0.0
+        for run in self._runs:
+            if run.name not in self._ended:
+                known = self._speeds.get(run.batch, all_speeds)
+                gone = time.monotonic() - self._begun.get(run.name, time.monotonic())
+                total += max(0.0, (run.images or 1) * sum(known) / len(known) - gone)
+        return total / self._workers
+
+    def _learn(self, result: RunResult) -> None:
+        run, record = result.run, result.record
+        self._ended.add(run.name)
+        # `seconds` are those of the last start, in which a resumed run sees a part of its images
+        if record and record.state == FINISHED and record.run_record.get("starts", 1) == 1:
+            if record.seconds:
+                self._speeds.setdefault(run.batch, []).append(record.seconds / (run.images or 1))
+
+    def _position(self) -> str:
+        return f"[{len(self._ended)}/{len(self._runs)}]"
+
+
+class RunProcess:
+    """The process of a run.
+
+    Makes the run's folder, sets its state to "running", and starts a new log.
+
+    Args:
+        run: the run to train.
+        environ: environment variables, in addition to those of this process.
+        pass_fds: file descriptors that the process keeps open.
+    """
+
+    def __init__(
+        self, run: StudyRun, environ: Mapping[str, str], pass_fds: Sequence[int] = ()
+    ) -> None:
+        self.run = run
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_state(run, RUNNING)
+        self._start = time.perf_counter()
+        # Overwritten, as the error of an earlier process is not that of this one. detectron2's
+        # log.txt keeps all of them.
+        with open(run.folder / OUTPUT, "wb") as log:
+            self._process = subprocess.Popen(
+                run.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environ},
+                start_new_session=True,  # a new process group, so that `stop` ends its children too
+                pass_fds=pass_fds,
+            )
+
+    def poll(self) -> bool:
+        """Whether the process has ended."""
+        return self._process.poll() is not None
+
+    def finish(self) -> None:
+        """Waits for the process to end, and writes the state of the run."""
+        status = self._process.wait()
+        seconds = time.perf_counter() - self._start
+        if status == 0:
+            rows = read_run(self.run.folder, "").rows
+            missing = [] if self.run.cfg else final_scores(self.run, rows)[1]
+            # in this order: without checkpoints, an unfinished run starts from the beginning
+            state = FAILED if missing else FINISHED
+            write_state(self.run, state, reason="; ".join(missing), seconds=seconds)
+            if not missing:
+                drop_checkpoints(self.run)
+            return
+        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+        reason = f"{failure_reason(self.run.folder / OUTPUT)} ({how})"
+        failure = DIVERGED if status == DivergedError.exit_status else FAILED
+        write_state(self.run, failure, reason=reason, seconds=seconds)
+
+    def stop(self) -> None:
+        """Ends the process and its children; the state stays "running", to be resumed."""
+        self._signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def failure_reason(path: Path) -> str:
+    """Why a process failed: the last `error:` line of its log, else the last non-empty line."""
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    filled = [line.strip() for line in lines if line.strip()]
+    errors = [line[len("error: ") :] for line in filled if line.startswith("error: ")]
+    return (errors or filled or ["it wrote nothing"])[-1]
+
+
+def drop_checkpoints(run: StudyRun) -> None:
+    """Deletes the checkpoints that a finished run does not keep."""
+    patterns = {"all": [], "last": ["model_[0-9]*.pth"], "none": ["last_checkpoint", "*.pth"]}
+    for pattern in patterns[run.checkpoints]:
+        for path in run.folder.glob(pattern):
+            path.unlink()
+
+
+def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict[str, str]]:
+    """The environment of each worker, which trains one run at a time.
+
+    On the CPU, workers divide the cores, and `tools/train_net.py` divides those of a run among its
+    processes. On GPUs, each worker gets the next `processes` GPUs.
+
+    Args:
+        jobs: number of workers.
+        gpus: GPUs, as CUDA_VISIBLE_DEVICES names them, each once per run that may use it; None for
+            the CPU.
+        processes: number of processes of each run.
+
+    Raises:
+        UserError: there are not enough GPUs, or a run would get the same one twice.
+    """
+    if gpus is None:
+        if "OMP_NUM_THREADS" in os.environ:
+            return [{} for _ in range(jobs)]
+        on_linux = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+        return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))} for _ in range(jobs)]
+    if len(gpus) < jobs * processes:
+        raise UserError(
+            f"--jobs {jobs} with {processes} process(es) each need {jobs * processes} GPUs; "
+            f"there are {len(gpus)} (--gpus, else the visible ones): {', '.join(gpus) or 'none'}. "
+            "To share a GPU between runs, name it once for each: --gpus 0 0 0 0"
+        )
+    shares = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
+    for share in shares:
+        if len(set(share)) < len(share):
+            raise UserError(
+                f"--gpus gives a run {', '.join(share)}; its {processes} processes need a GPU each"
+            )
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+def run_locally(
+    runs: Sequence[StudyRun],
+    workers: Sequence[dict[str, str]],
+    progress: Progress,
+    lock: IO[Any],
+) -> None:
+    """Trains runs here; if one fails, the others continue.
+
+    Runs that were killed resume from their last checkpoint, and failed ones are tried again.
+
+    Args:
+        runs: in the order in which they start.
+        workers: an environment for each worker, as returned by `slots`.
+        progress: reports every start and end.
+        lock: as returned by `study_lock`; the runs inherit it, so that the study stays locked while
+            any of them is alive, even if this process is killed.
+    """
+    waiting, free = [*reversed(runs)], [*reversed(range(len(workers)))]
+    running: dict[int, RunProcess] = {}
+    with _ended_by_signals():
+        try:
+            while waiting or running:
+                while waiting and free:
+                    worker, run = free.pop(), waiting.pop()
+                    progress.began(run)
+                    running[worker] = RunProcess(run, workers[worker], [lock.fileno()])
+                for worker in [worker for worker, process in running.items() if process.poll()]:
+                    process = running.pop(worker)
+                    free.append(worker)
+                    process.finish()
+                    progress.ended(process.run)
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in running.values():
+                process.stop()
+
+
+def study_lock(output: Path) -> AbstractContextManager[IO[Any]]:
+    """Within it, no other process can work on a study's folder.
+
+    Raises:
+        AlreadyLocked: another `run_study.py` works on it, or a run of one that was killed.
+    """
+    path = output / LOCK
+    return locked(
+        path,
+        f"{output} is being worked on by another run_study.py, or by a run of one that was "
+        f"killed; wait for it or end it (fuser {path} shows the process)",
+    )
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Turns SIGTERM and SIGHUP (a closed terminal) into SystemExit, so that the runs are stopped.
+
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+    """
+
+    def leave(number: int, frame: Optional[FrameType]) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        signal.signal(number, handler if handler == signal.SIG_IGN else leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class RunJob:
+    """The function of a job. If Slurm preempts it or its time is up, submitit submits it again."""
+
+    def __call__(self, run: StudyRun) -> None:
+        process = RunProcess(run, {})
+        try:
+            process.finish()
+        except BaseException:
+            process.stop()
+            raise
+
+    def checkpoint(self, run: StudyRun) -> Any:
+        """What submitit submits again: the same, as a run resumes from its checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, run)
+
+
+def run_on_slurm(
+    runs: Sequence[StudyRun],
+    parameters: dict[str, Any],
+    folder: Path,
+    progress: Progress,
+    *,
+    cluster: str = "slurm",
+    poll_seconds: float = 10.0,
+) -> None:
+    """Submits runs and waits for them.
+
+    If this process ends, the jobs stay in the queue; the same call later waits for them instead of
+    submitting them again.
+
+    Args:
+        runs: in the order in which they are submitted; their folders and scripts are on a file
+            system that the nodes share.
+        parameters: arguments of `submitit.AutoExecutor.update_parameters`; the number of GPUs is
+            that of a run's processes by default.
+        folder: folder of submitit's own files.
+        progress: reports every submission and end.
+        cluster: submitit's name of the cluster; "local" runs the jobs here.
+        poll_seconds: seconds between queries of the queue.
+
+    Raises:
+        UserError: submitit is not installed, there is no Slurm, a parameter is unknown, or Slurm
+            refuses a job.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--launcher slurm needs submitit: pip install submitit") from error
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "%j", cluster=cluster)
+    except RuntimeError as error:
+        raise UserError(f"--launcher slurm cannot submit jobs here: {error}") from error
+    job_type = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
+    jobs: dict[str, tuple[StudyRun, Any]] = {}
+    for run in runs:
+        path = run.folder / JOB  # of an earlier call, if it may still be in the queue
+        job: Any = job_type(folder / "%j", path.read_text().strip()) if path.is_file() else None
+        if job is None or job.done():
+            needs = {"gpus_per_node": run.processes} if run.device == "cuda" else {}
+            try:
+                executor.update_parameters(**{**DEFAULTS, **needs, **parameters, "name": run.name})
+                job = executor.submit(RunJob(), run)
+            except (NameError, TypeError, ValueError) as error:
+                raise UserError(f"submitit refuses the study's `slurm`: {error}") from error
+            except RuntimeError as error:  # from sbatch; submitit raises subclasses
+                raise UserError(
+                    f"{run.name} could not be submitted: {error}. The same command waits for the "
+                    "runs that are already submitted"
+                ) from error
+            write_text(path, job.job_id)
+        progress.began(run)
+        jobs[run.name] = run, job
+    while jobs:
+        for name in [name for name, (_, job) in jobs.items() if job.done()]:
+            run, job = jobs.pop(name)
+            (run.folder / JOB).unlink(missing_ok=True)
+            _note_failure(run, job.exception())
+            progress.ended(run)
+        if jobs:
+            time.sleep(poll_seconds)
+
+
+def _note_failure(run: StudyRun, error: Optional[BaseException]) -> None:
+    """Sets a run's state to "failed" if its job failed, unless that was after the training."""
+    state = read_state(run)
+    if error is not None and (state is None or state.state != FINISHED):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        write_state(run, FAILED, reason=lines[-1])
