@@ -1,7 +1,10 @@
 import gzip
 import hashlib
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -20,10 +23,18 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 
 @pytest.fixture
-def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only mirror, a folder with a small data set; both folders that are searched are empty."""
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the only mirror, a small data set; both folders that are searched are empty."""
     folder = tmp_path / "mirror"
     folder.mkdir()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
     resources = []
     for n, name in enumerate(NAMES, start=5):
         shape = (n, 28, 28) if "images" in name else (n - 1,)
@@ -32,9 +43,12 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         resources.append((name, hashlib.md5(content).hexdigest()))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "stated"))
     monkeypatch.setenv("WS_DETECTRON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(FashionMNIST, "mirrors", [folder.as_uri() + "/"])
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
     monkeypatch.setattr(FashionMNIST, "resources", resources)
-    return folder
+    yield folder
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture

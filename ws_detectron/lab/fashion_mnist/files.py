@@ -20,6 +20,7 @@ from ws_detectron.lab.cache import cache_root
 from ws_detectron.utils.io import atomic_write
 
 FASHION_CLASSES = tuple(FashionMNIST.classes)
+SPLITS = ("train", "test")
 
 
 def load_fashion_mnist(
@@ -44,8 +45,13 @@ def load_fashion_mnist(
         UserError: files are absent and cannot be downloaded or written.
         ValueError: no such split.
     """
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    return _load(folder)[split]
+
+
+def _load(folder: Optional[Union[str, Path]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Both splits."""
     target, searched = _find(folder)
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch, "FashionMNIST", "raw")
@@ -63,8 +69,10 @@ def load_fashion_mnist(
                     f"is not {md5}. It may be truncated: delete it to download it again."
                 )
         try:
-            data = FashionMNIST(scratch, train=split == "train", download=True)
+            sets = {s: FashionMNIST(scratch, train=s == "train", download=True) for s in SPLITS}
         except (OSError, RuntimeError) as error:
+            if not absent:  # such as a full disk
+                raise
             raise UserError(
                 f"Fashion-MNIST not found: {', '.join(absent)} are not in {searched}, and the "
                 f"download into {target} failed: {error}. Set DETECTRON2_DATASETS to the folder "
@@ -73,7 +81,7 @@ def load_fashion_mnist(
         for name in absent:
             with atomic_write(target / name, "wb") as file:
                 file.write((raw / name).read_bytes())
-    return data.data.numpy(), data.targets.numpy()
+    return {split: (data.data.numpy(), data.targets.numpy()) for split, data in sets.items()}
 
 
 def _find(folder: Optional[Union[str, Path]]) -> tuple[Path, str]:
@@ -109,8 +117,8 @@ def load_splits(
     Returns:
         Images (N, 1, 28, 28) float32 with their labels (N,) int64, three times.
     """
-    images, labels = load_fashion_mnist("train", folder)
-    test_images, test_labels = load_fashion_mnist("test", folder)
+    splits = _load(folder)
+    (images, labels), (test_images, test_labels) = splits["train"], splits["test"]
     chosen, others = stratified_split(labels, train, held_out, seed)
     pixels = images[chosen].astype(np.float64) / 255
     mean, std = float(pixels.mean()), float(pixels.std())

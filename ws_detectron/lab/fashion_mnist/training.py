@@ -258,37 +258,13 @@ def _train(
             torch.cuda.set_rng_state(state["cuda_random_state"])
 
     while len(rows) < settings.epochs:
-        epoch = len(rows) + 1
-        first = len(rows) * settings.steps_per_epoch
-        lrs = [settings.lr_at(first + step) for step in range(settings.steps_per_epoch)]
-        head = f"epoch {epoch}/{settings.epochs}"
-        start = time.perf_counter()
-        loss, accuracy = train_epoch(
-            model, optimizer, train_set, settings.batch_size, lrs, title=head
-        )
-        seconds = time.perf_counter() - start
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"{head}: the training loss is {loss}; choose a lower --lr than {settings.lr:g}"
-            )
-        validation_loss, validation_accuracy = metrics(
-            predict(model, validation_set), validation_set.tensors[1]
-        )
-        rows.append(
-            {
-                "iteration": first + len(lrs) - 1,
-                "epoch": epoch,
-                "lr": lrs[-1],
-                "total_loss": loss,
-                "train_accuracy": accuracy,
-                "validation_loss": validation_loss,
-                "validation_accuracy": validation_accuracy,
-                "time": seconds / len(lrs),
-            }
-        )
-        if validation_accuracy > best["accuracy"]:  # the first of equal epochs
+        row = _epoch(settings, len(rows) + 1, model, optimizer, train_set, validation_set)
+        rows.append(row)
+        if row["validation_accuracy"] > best["accuracy"]:  # the first of equal epochs
             weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-            best = {"epoch": epoch, "accuracy": validation_accuracy, "model": weights}
+            best = {
+                "epoch": row["epoch"], "accuracy": row["validation_accuracy"], "model": weights,
+            }  # fmt: skip
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
@@ -301,8 +277,11 @@ def _train(
         _save(folder / CHECKPOINT, state)
         _write_rows(folder, rows)
         echo(
-            f"{head}: train loss {loss:.4f}, accuracy {accuracy:.2f} %; validation loss "
-            f"{validation_loss:.4f}, accuracy {validation_accuracy:.2f} %; {seconds:.1f} s"
+            f"epoch {row['epoch']}/{settings.epochs}: "
+            f"train loss {row['total_loss']:.4f}, accuracy {row['train_accuracy']:.2f} %; "
+            f"validation loss {row['validation_loss']:.4f}, "
+            f"accuracy {row['validation_accuracy']:.2f} %; "
+            f"{settings.steps_per_epoch * row['time']:.1f} s"
         )
 
     model.load_state_dict(best["model"])
@@ -315,6 +294,38 @@ def _train(
     rows = [*rows[:-1], {**rows[-1], **tested}]
     _write_rows(folder, rows)
     return rows
+
+
+def _epoch(
+    settings: TrainingSettings,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_set: TensorDataset,
+    validation_set: TensorDataset,
+) -> dict[str, Any]:
+    """Trains and validates an epoch, counted from 1; returns its row of metrics.json."""
+    end = epoch * settings.steps_per_epoch
+    lrs = [settings.lr_at(step) for step in range(end - settings.steps_per_epoch, end)]
+    title = f"epoch {epoch}/{settings.epochs}"
+    start = time.perf_counter()
+    loss, accuracy = train_epoch(model, optimizer, train_set, settings.batch_size, lrs, title)
+    seconds = time.perf_counter() - start
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"{title}: the training loss is {loss}; choose a lower --lr than {settings.lr:g}"
+        )
+    validation = metrics(predict(model, validation_set), validation_set.tensors[1])
+    return {
+        "iteration": end - 1,
+        "epoch": epoch,
+        "lr": lrs[-1],
+        "total_loss": loss,
+        "train_accuracy": accuracy,
+        "validation_loss": validation[0],
+        "validation_accuracy": validation[1],
+        "time": seconds / len(lrs),
+    }
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
