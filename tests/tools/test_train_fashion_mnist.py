@@ -1,5 +1,6 @@
 """tools/train_fashion_mnist.py as a user runs it."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_fashion_mnist.py"
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "train_fashion_mnist.py"
 
 
 def test_quick_check_passes(call_tool, datasets_root: Path) -> None:
@@ -51,6 +54,24 @@ def test_a_killed_training_is_resumed(call_tool, datasets_root: Path, tmp_path: 
     )
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     assert len(metrics.read_text().splitlines()) == 8
+
+
+def test_the_grid_is_a_study(call_tool, datasets_root: Path, tmp_path: Path) -> None:
+    study = yaml.safe_load((ROOT / "configs/studies/fashion_mnist.yaml").read_text())
+    study.update(
+        output=str(tmp_path / "runs"), batches=[50], seeds=[0], comparisons=[["gn_ws", "bn"]]
+    )
+    study["options"] = {"images": 500, "epochs": 1, "data_dir": str(datasets_root)}
+    study["variants"] = {name: {"options": {"variant": name}} for name in ("bn", "gn_ws")}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(study))
+    status, _, errors = call_tool("run_study.py", tmp_path / "small.yaml")
+    assert status == 0, errors
+    report = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert re.search(r"\| gn_ws_50img_seed0 +\| finished +\| \d+\.\d\d +\| 10 ", report)  # 10 steps
+    metrics = tmp_path / "runs" / "runs" / "bn_50img_seed0" / "metrics.json"
+    before = metrics.stat().st_mtime_ns
+    assert call_tool("run_study.py", tmp_path / "small.yaml")[0] == 0
+    assert metrics.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
