@@ -34,19 +34,16 @@ def without(results: StudyResults, *names: str) -> StudyResults:
 
 
 def gn_minus_bn(results: StudyResults) -> dict:
-    return differences(results, score_table(results.runs), ("gn", "bn"), "bbox/AP")
+    return differences(results, ("gn", "bn"), "bbox/AP")
 
 
 def test_means_over_seeds(results: StudyResults) -> None:
-    table = score_table(results.runs)
-    assert len(table) == 8 * 2
+    assert len(score_table(results.runs, "bbox/AP")) == 8
     for score, cell in (("bbox/AP", "42.00 ± 2.83 (2)"), ("segm/AP", "21.00 ± 1.41 (2)")):
-        (bn,) = (x for x in mean_table(results, table, score).splitlines() if "| bn " in x)
+        (bn,) = (x for x in mean_table(results, score).splitlines() if "| bn " in x)
         assert bn.split("|")[3].strip() == cell
     left = without(results, "bn_1img_seed1", "bn_4img_seed1", "bn_4img_seed2")
-    (bn,) = (
-        x for x in mean_table(left, score_table(left.runs), "bbox/AP").splitlines() if "| bn" in x
-    )
+    (bn,) = (x for x in mean_table(left, "bbox/AP").splitlines() if "| bn" in x)
     assert [cell.strip() for cell in bn.split("|")[2:4]] == ["12.00 (1)", "–"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 from small_study import VARIANT, write_study
 
@@ -242,7 +243,7 @@ def test_text_of_a_log_is_escaped(ran: StudyResults, tmp_path: Path) -> None:
     (row,) = (line for line in text.splitlines() if line.startswith("| gn_1img_seed2"))
     assert row.rstrip(" |").endswith("FAILED: &lt;class 'x'&gt; &amp; a\\|b")
     assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "text", tmp_path)
-    assert "h|1" not in markdown_table(["a"], [["h|1"]])
+    assert "h|1" not in markdown_table(pd.DataFrame({"a": ["h|1"]}, index=["x"]), "b")
 
 
 def test_one_batch_is_drawn_by_variant(ran: StudyResults) -> None:

@@ -23,12 +23,12 @@ from ws_detectron.lab.study import (
 )
 from ws_detectron.lab.study.records import RUNNING, read_state, write_state
 from ws_detectron.lab.study.report import problems_of
-from ws_detectron.lab.study.runner import _gpus, commands
+from ws_detectron.lab.study.runner import commands
 from ws_detectron.lab.study.workers import (
     RunJob,
     _ended_by_signals,
+    environments,
     failure_reason,
-    slots,
     study_lock,
 )
 
@@ -196,7 +196,10 @@ def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Option
     results = read_study_results(study)
     assert [*lrs(results)] == ["gn"]
     assert any("for bn at 4 images has not ended" in text for text in problems_of(results))
-    assert "# SOLVER.BASE_LR of bn: not yet chosen by the search" in commands(study, options)
+    said = commands(study, options)
+    assert (
+        said[-1] == "# bn: the search has not found its values yet" and len(said) == 2 + 4 + 1 + 1
+    )
 
 
 def test_only_selected_runs_are_trained(make_study, options: Options) -> None:
@@ -256,54 +259,53 @@ def test_several_processes_are_asked_for(make_study, options: Options) -> None:
     assert line[line.index("--dist-url") + 1] == "auto"
 
 
-def test_cpu_runs_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_runs_share_the_cores(make_study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     # two runs of 4 cores; train_net.py gives each of a run's processes its share of them
-    assert slots(2, None, 2) == [{"OMP_NUM_THREADS": "4"}] * 2
-    assert slots(99, None, 1)[0] == {"OMP_NUM_THREADS": "1"}
+    assert environments(make_study(processes=2), 2, None) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert environments(make_study(), 99, None)[0] == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert slots(2, None, 1) == [{}, {}]
-
-
-def test_gpu_runs_get_their_own() -> None:
-    places = slots(2, ["4", "5", "6", "7"], 2)
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["4,5", "6,7"]
-    with pytest.raises(UserError, match="--jobs 2 with 2 .* need 4 GPUs; there are 3 .*0, 1, 2"):
-        slots(2, ["0", "1", "2"], 2)
-    with pytest.raises(UserError, match="need 1 GPUs; there are 0 .*none"):
-        slots(1, [], 1)
-
-
-def test_small_runs_may_share_a_gpu_but_the_processes_of_one_may_not() -> None:
-    assert slots(3, ["0", "0", "1"], 1) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "001"]
-    assert len(slots(2, ["0", "1", "0", "1"], 2)) == 2
-    with pytest.raises(UserError, match="--gpus gives a run 0, 0; its 2 processes need a GPU"):
-        slots(2, ["0", "1", "0", "0"], 2)
+    assert environments(make_study(), 2, None) == [{}, {}]
+    with pytest.raises(UserError, match="--gpus was given, but the study is for the CPU"):
+        environments(make_study(), 1, [0])
 
 
 @pytest.mark.parametrize(
-    "visible, asked, expected",
+    "visible, jobs, processes, gpus, expected",
     [
-        (None, None, ["0", "1"]),
-        ("4,5", None, ["4", "5"]),
-        ("GPU-8f,GPU-9c", None, ["GPU-8f", "GPU-9c"]),
-        ("4,5", [7], ["7"]),
+        (None, 2, 2, [4, 5, 6, 7], ["4,5", "6,7"]),
+        (None, 3, 1, [0, 0, 1], ["0", "0", "1"]),  # small runs may share a GPU
+        (None, 2, 2, [0, 1, 0, 1], ["0,1", "0,1"]),
+        (None, 2, 1, None, ["0", "1"]),
+        ("4,5", 2, 1, None, ["4", "5"]),
+        ("GPU-8f,GPU-9c", 2, 1, None, ["GPU-8f", "GPU-9c"]),
+        ("4,5", 1, 1, [7], ["7"]),
+        (None, 2, 2, [0, 1, 2], "--jobs 2 with 2 .* need 4 GPUs; there are 3 .*0, 1, 2"),
+        (None, 1, 1, [], "need 1 GPUs; there are 0 .*none"),
+        (None, 2, 2, [0, 1, 0, 0], "--gpus gives a run 0, 0; its 2 processes need a GPU"),
     ],
 )
-def test_visible_gpus_are_the_default(
-    make_study, monkeypatch: pytest.MonkeyPatch, visible: Optional[str], asked, expected: list[str]
+def test_gpu_runs_get_their_own(
+    make_study,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: Optional[str],
+    jobs: int,
+    processes: int,
+    gpus: Optional[list[int]],
+    expected,
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert _gpus(make_study(device="cuda"), Options(gpus=asked)) == expected
-
-
-def test_gpus_for_a_study_on_the_cpu_are_refused(make_study, options: Options) -> None:
-    with pytest.raises(UserError, match="--gpus"):
-        run_study(make_study(), replace(options, gpus=[0]), print)
+    study = make_study(device="cuda", processes=processes)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            environments(study, jobs, gpus)
+    else:
+        found = environments(study, jobs, gpus)
+        assert [environ["CUDA_VISIBLE_DEVICES"] for environ in found] == expected
 
 
 def test_lock_is_for_one_at_a_time(tmp_path: Path) -> None:

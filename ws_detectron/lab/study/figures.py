@@ -6,18 +6,17 @@ Needs the packages of the extra `lab`, see `runner.check_packages`.
 from collections.abc import Collection, Sequence
 from typing import Any, Optional
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws_detectron.evaluation.curves import line_style, write_figure
+from ws_detectron.evaluation.curves import line_style
 from ws_detectron.evaluation.runs import series
 
 from .records import FINISHED, StudyResults
-from .scores import LEVEL, contrast, score_table, scores_of, values_of
+from .scores import LEVEL, contrast, samples, scores_of
 from .study_file import Study
-
-__all__ = ["draw_batches", "draw_over_batch", "draw_study_curves", "write_figure"]
 
 NAMES = {"bn": "BN", "gn": "GN", "ln": "LN", "wn": "WN", "bn_ws": "BN+WS", "gn_ws": "GN+WS"}
 LEGEND_WIDTH = 1.7
@@ -26,22 +25,21 @@ LEGEND_WIDTH = 1.7
 
 def draw_over_batch(results: StudyResults) -> Figure:
     """Mean of each variant over the batch, bars of one standard deviation; a panel per score."""
-    study, table = results.study, score_table(results.runs)
-    scores = scores_of(results.runs, study.scores)
+    study, scores = results.study, scores_of(results.runs, results.study.scores)
+    batches = sorted(study.batches)
     figure = Figure(figsize=(1 + 4.6 * len(scores), 4.2), layout="constrained")
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
-    batches = sorted(study.batches)
-    groups = table.groupby(["score", "variant", "batch"]).value.agg(["mean", "std"]).fillna(0.0)
     for panel, score in zip(panels, scores):
+        values = samples(results.runs, score)
         for number, variant in enumerate(study.variants):
-            if (score, variant) in groups.index.droplevel("batch"):
-                found = groups.loc[(score, variant)]
-                # shifted, so that bars do not overlap
-                shift = 1.02 ** (number - (len(study.variants) - 1) / 2)
+            found = {batch: values[variant, batch] for batch in batches if values[variant, batch]}
+            # shifted, so that bars do not overlap
+            shift = 1.02 ** (number - (len(study.variants) - 1) / 2)
+            if found:
                 panel.errorbar(
-                    found.index * shift,
-                    found["mean"],
-                    yerr=found["std"],
+                    [batch * shift for batch in found],
+                    [np.mean(some) for some in found.values()],
+                    yerr=[np.std(some, ddof=1) if len(some) > 1 else 0 for some in found.values()],
                     label=variant,
                     capsize=3,
                     **line_style(number),
@@ -53,7 +51,7 @@ def draw_over_batch(results: StudyResults) -> Figure:
         panel.set_xlabel(study.unit)
         panel.set_ylabel(f"{study.scores[score]} (%)")
         if study.detectors:  # an accuracy is far from 0
-            _from_zero(panel)
+            _start_at_zero(panel)
     _finish(figure, panels)
     return figure
 
@@ -80,17 +78,17 @@ def draw_batches(
     rows = max(len(results.study.variants) for results, *_ in shown)
     colours = [*dict.fromkeys(name for results, *_ in shown for name in results.study.variants)]
     figure = Figure(figsize=(1 + 4.2 * len(shown), 1.5 + 0.45 * rows), layout="constrained")
-    one_scale = len(studies) > 1 or len(scores) < 2
-    panels = figure.subplots(1, len(shown), squeeze=False, sharex=one_scale)[0]
+    panels = figure.subplots(1, len(shown), squeeze=False, sharex=len(scores) < 2)[0]
     for panel, (results, batch, score) in zip(panels, shown):
-        study, table = results.study, score_table(results.runs)
-        for row, variant in enumerate(study.variants):
-            values = values_of(table, variant, batch, score)
-            reached = contrast([values])
+        names = [*results.study.variants]
+        values = samples(results.runs, score)
+        for row, variant in enumerate(names):
+            some = values[variant, batch]
+            reached = contrast([some])
             if reached is None:
                 continue
             colour = line_style(colours.index(variant))["color"]
-            panel.plot(values, [row] * len(values), "|", color=colour, markersize=9, alpha=0.7)
+            panel.plot(some, [row] * len(some), "|", color=colour, markersize=9, alpha=0.7)
             ends = [reached.mean if end is None else end for end in (reached.low, reached.high)]
             panel.plot(ends, [row, row], color=colour, linewidth=5, alpha=0.25)
             panel.plot(reached.mean, row, "o", color=colour, markersize=6)
@@ -98,10 +96,12 @@ def draw_batches(
                 f"{reached.mean:.1f}", (reached.mean, row), (0, 7), textcoords="offset points",
                 ha="center", fontsize=9,
             )  # fmt: skip
-        panel.set_yticks(range(len(study.variants)), [NAMES.get(n, n) for n in study.variants])
-        panel.set_ylim(len(study.variants) - 0.4, -0.7)
-        panel.set_xlabel(f"{study.scores[score]}, mean and {LEVEL:.0%} interval")
-        panel.set_title(_panel_title(results, batch), fontsize=10)
+        panel.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names])
+        panel.set_ylim(len(names) - 0.4, -0.7)
+        panel.set_xlabel(f"{results.study.scores[score]}, mean and {LEVEL:.0%} interval")
+        images = sorted({f"{r.run.images:,}" for r in results.runs if r.run.images})
+        seen = f"\n{' or '.join(images)} images" if images else ""
+        panel.set_title(f"{_batch_title(results.study, batch)}{seen}", fontsize=10)
         panel.grid(True, axis="x", linewidth=0.4, color="0.8")
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
@@ -115,10 +115,8 @@ def draw_study_curves(results: StudyResults) -> Figure:
     run that was killed in an evaluation resumes after it and has no value there.
     """
     study, batches = results.study, sorted(results.study.batches)
-    scores = scores_of(results.runs, study.scores)
-    titles = study.curves or {
-        "total_loss": "total loss", **{score: study.scores[score] for score in scores}
-    }  # fmt: skip
+    scores = {score: study.scores[score] for score in scores_of(results.runs, study.scores)}
+    titles = study.curves or {"total_loss": "total loss", **scores}
     table = _curves(results, [*titles])
     size = (0.8 + 3.0 * len(batches), 0.8 + 2.4 * len(titles))
     figure = Figure(figsize=size, layout="constrained")
@@ -131,37 +129,32 @@ def draw_study_curves(results: StudyResults) -> Figure:
                 if len(curve):
                     style = {**line_style(number), "markevery": max(1, len(curve) // 6)}
                     panel.plot(curve.index, curve["mean"], label=variant, **style)
-                    panel.fill_between(
-                        curve.index, curve["min"], curve["max"],
-                        color=style["color"], alpha=0.15, lw=0,
-                    )  # fmt: skip
+                    band = {"color": style["color"], "alpha": 0.15, "lw": 0}
+                    panel.fill_between(curve.index, curve["min"], curve["max"], **band)
             if study.detectors or key == "total_loss":
-                _from_zero(panel)
+                _start_at_zero(panel)
         row[0].set_ylabel(titles[key])
-    for panel, batch in zip(panels[0], batches):
-        panel.set_title(_batch_title(study, batch), fontsize=10)
-    for panel in panels[-1]:
-        panel.set_xlabel("images seen")
-        panel.locator_params(axis="x", nbins=5)  # numbers of five digits would overlap
+    for top, bottom, batch in zip(panels[0], panels[-1], batches):
+        top.set_title(_batch_title(study, batch), fontsize=10)
+        bottom.set_xlabel("images seen")
+        bottom.locator_params(axis="x", nbins=5)  # numbers of five digits would overlap
     _finish(figure, [*panels.flat])
     return figure
 
 
 def _curves(results: StudyResults, keys: Sequence[str]) -> pd.DataFrame:
     """Values over the images seen, in long form."""
-    done = {(r.run.variant, r.run.batch) for r in results.runs if r.status == FINISHED}
+    finished = {(r.run.variant, r.run.batch) for r in results.runs if r.status == FINISHED}
     rows = []
     for result in results.runs:
         run, record = result.run, result.record
-        if record is None or (result.status != FINISHED and (run.variant, run.batch) in done):
+        if record is None or (result.status != FINISHED and (run.variant, run.batch) in finished):
             continue
-        per_step = run.batch * run.processes
-        # a last evaluation is written one iteration after the last step
-        last = run.images or float("inf")
         for key in keys:
             for iteration, value in zip(*series(record.rows, key)):
-                seen = min((iteration + 1) * per_step, last)
-                rows.append((run.variant, run.batch, key, seen, value))
+                # a last evaluation is written one iteration after the last step
+                seen = (iteration + 1) * run.batch * run.processes
+                rows.append((run.variant, run.batch, key, min(seen, run.images or seen), value))
     return pd.DataFrame(rows, columns=["variant", "batch", "key", "images", "value"])
 
 
@@ -170,16 +163,8 @@ def _batch_title(study: Study, batch: int) -> str:
     return f"{batch} {study.unit if batch > 1 else study.unit.replace('images', 'image')}"
 
 
-def _panel_title(results: StudyResults, batch: int) -> str:
-    seen = sorted({result.run.images for result in results.runs if result.run.images})
-    counts = f"\n{' or '.join(f'{count:,}' for count in seen)} images" if seen else ""
-    return f"{_batch_title(results.study, batch)}{counts}"
-
-
-def _from_zero(panel: Axes) -> None:
-    """Lets the y axis start at 0, with room above the highest value."""
-    panel.update_datalim([(panel.dataLim.x1, 0)])
-    panel.autoscale_view()
+def _start_at_zero(panel: Axes) -> None:
+    panel.axhline(0, linewidth=0)  # so that there is room above the highest value, too
     panel.set_ylim(bottom=0)
 
 
@@ -190,12 +175,6 @@ def _finish(figure: Figure, panels: Sequence[Axes]) -> None:
         panel.grid(True, linewidth=0.4, color="0.8")
         lines, names = panel.get_legend_handles_labels()
         entries.update(zip(names, lines))
-        if not lines:
-            panel.text(0.5, 0.5, "no values", transform=panel.transAxes, ha="center")
     if entries:
-        figure.legend(
-            [*entries.values()],
-            [*entries],
-            loc="outside lower center",
-            ncols=max(1, min(6, len(entries), int(figure.get_figwidth() / LEGEND_WIDTH))),
-        )
+        columns = max(1, min(6, len(entries), int(figure.get_figwidth() / LEGEND_WIDTH)))
+        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=columns)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pandas as pd
 
 from ws_detectron.evaluation.coco_report import UNDEFINED, format_metric
@@ -21,7 +22,7 @@ from ws_detectron.utils.io import write_text
 from .figures import draw_batches, draw_over_batch, draw_study_curves
 from .plan import Values
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults
-from .scores import LEVEL, Interval, differences, images, score_table, scores_of
+from .scores import LEVEL, Interval, differences, images, samples, scores_of
 from .study_file import Search, Study
 
 # settings that differ between runs and are not those of a variant
@@ -93,9 +94,8 @@ def as_page(title: str, text: str, folder: Path) -> str:
 def report_text(results: StudyResults) -> str:
     """The report as Markdown."""
     study, runs = results.study, results.runs
-    table, scores = score_table(runs), scores_of(runs, study.scores)
+    several, scores = len(study.batches) > 1, scores_of(runs, study.scores)
     what, points = ("AP", "points of AP") if study.detectors else ("scores", "percentage points")
-    over = " over the batch" if len(study.batches) > 1 else ""
     parts = [f"# {study.title}", _what_was_run(results)]
     for verb, some in (("Measured", runs), ("Searched", results.search)):
         environments = _environments(some)
@@ -108,35 +108,29 @@ def report_text(results: StudyResults) -> str:
         f"## {'AP' if study.detectors else 'Scores'} over batch size",
         f"Mean ± standard deviation (n - 1) over seeds, in brackets their number; {what} in % at "
         "the end of training, not the best of it.",
-        *(mean_table(results, table, score) for score in scores),
-        f"![{what} of each variant{over}]({_first_figure(study)})",
+        *(mean_table(results, score) for score in scores),
+        f"![{what} of each variant{' over the batch' if several else ''}]({_first_figure(study)})",
     ]
     if study.comparisons:
+        overall = (
+            " Below, the difference of each seed's mean over all batches, and how the difference "
+            "changes with the batch."
+        )
         parts += [
             "## Differences",
-            f"In {points}, in brackets the {LEVEL:.0%} confidence interval of Welch's "
-            "t-test over seeds, **bold** where it excludes 0. Intervals are not corrected for "
-            "their number: of twenty, one is expected to miss."
-            + (
-                " Below, the difference of each seed's mean over all batches, and how the "
-                "difference changes with the batch."
-                if len(study.batches) > 1
-                else ""
-            ),
+            f"In {points}, in brackets the {LEVEL:.0%} confidence interval of Welch's t-test over "
+            "seeds, **bold** where it excludes 0. Intervals are not corrected for their number: of "
+            f"twenty, one is expected to miss.{overall if several else ''}",
         ]
     for pair in study.comparisons or ():
-        columns = [differences(results, table, pair, score) for score in scores]
-        rows = [[name, *(_signed(column[name]) for column in columns)] for name in columns[0]]
-        headers = [" - ".join(pair), *(study.scores[score] for score in scores)]
-        parts.append(markdown_table(headers, rows))
+        columns = {study.scores[score]: differences(results, pair, score) for score in scores}
+        table = pd.DataFrame(columns, dtype=object).map(_signed)
+        parts.append(markdown_table(table, " - ".join(pair)))
     parts += [
         "## Learning curves",
         f"![Loss and {what} of each variant over images seen](learning_curves.png)",
-    ]
-    if study.search:
-        parts += _search_section(results, study.search)
-    parts += _settings_section(results)
-    parts += [
+        *(_search_section(results, study.search) if study.search else []),
+        *_settings_section(results),
         "## Runs",
         "Training time is that of the training steps (median of 20 iterations); per image it is "
         "divided by the images of one GPU or process. Wall time includes start-up, evaluations and "
@@ -173,22 +167,21 @@ def problems_of(results: StudyResults) -> list[str]:
     return problems
 
 
-def mean_table(results: StudyResults, table: pd.DataFrame, score: str) -> str:
+def mean_table(results: StudyResults, score: str) -> str:
     """Mean ± standard deviation (number of seeds): a row per variant, a column per batch."""
-    study = results.study
-    groups = table[table.score == score].groupby(["variant", "batch"]).value
-    cells = groups.agg(["mean", "std", "count"]).apply(
-        lambda g: (
-            f"{g['mean']:.2f}"
-            + ("" if pd.isna(g["std"]) else f" ± {g['std']:.2f}")
-            + f" ({g['count']:.0f})"
-        ),
-        axis=1,
-        result_type="reduce",
-    )
-    batches = sorted(study.batches)
-    rows = [[name, *(cells.get((name, b), UNDEFINED) for b in batches)] for name in study.variants]
-    return markdown_table([study.scores[score], *map(images, batches)], rows)
+    study, values = results.study, samples(results.runs, score)
+
+    def cell(some: list[float]) -> str:
+        if not some:
+            return UNDEFINED
+        deviation = f" ± {np.std(some, ddof=1):.2f}" if len(some) > 1 else ""
+        return f"{np.mean(some):.2f}{deviation} ({len(some)})"
+
+    columns = {
+        images(batch): {name: cell(values[name, batch]) for name in study.variants}
+        for batch in sorted(study.batches)
+    }
+    return markdown_table(pd.DataFrame(columns), study.scores[score])
 
 
 def run_table(results: StudyResults) -> str:
@@ -203,7 +196,6 @@ def run_table(results: StudyResults) -> str:
         total = run.settings.get("SOLVER.MAX_ITER")
         rows.append(
             {
-                "run": run.name,
                 "state": result.status,
                 **{study.scores[key]: format_metric(result.scores.get(key)) for key in scores},
                 **({"LR": f"{run.settings['SOLVER.BASE_LR']:.4g}"} if study.detectors else {}),
@@ -215,15 +207,12 @@ def run_table(results: StudyResults) -> str:
                 "notes": _plain("; ".join(result.notes)),
             }
         )
-    if not rows:
-        return "None yet."
-    return markdown_table([*rows[0]], [[*row.values()] for row in rows])
+    return markdown_table(pd.DataFrame(rows, index=[r.run.name for r in results.runs]), "run")
 
 
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown."""
-    table = pd.DataFrame(rows, columns=[*headers], dtype=str)
-    escaped = table.map(lambda text: text.replace("|", "\\|"))
+def markdown_table(table: pd.DataFrame, index: str) -> str:
+    """A table of text in GitHub's Markdown; `index` is the header of the rows' names."""
+    escaped = table.rename_axis(index).reset_index().map(lambda text: text.replace("|", "\\|"))
     return escaped.to_markdown(index=False, tablefmt="github", disable_numparse=True)
 
 
@@ -243,25 +232,27 @@ def _search_section(results: StudyResults, search: Search) -> list[str]:
         numbers = (v if isinstance(v, (int, float)) else 0 for v in values)
         return (variants.index(result.run.variant), result.run.batch, *numbers)
 
-    rows = []
-    for result in sorted(results.search, key=position):
+    searched, rows = sorted(results.search, key=position), []
+    for result in searched:
         run = result.run
         failed = result.status in (DIVERGED, FAILED)
         reached = result.status if failed else format_metric(result.mean)
         chosen = results.choices[run.variant, run.batch] == run.choice
-        values = [str(run.choice[key]) for key in search.grid]
-        ap = [format_metric(result.scores.get(score)) for score in scores]
-        mean = f"**{reached}**" if chosen else reached
-        rows.append([run.variant, str(run.batch), *values, *ap, mean])
-    headers = ["variant", study.unit, *(f"`{key}`" for key in search.grid)]
-    headers += [*(study.scores[score] for score in scores), "mean"]
+        rows.append(
+            {
+                study.unit: str(run.batch),
+                **{f"`{key}`": str(value) for key, value in run.choice.items()},
+                **{study.scores[key]: format_metric(result.scores.get(key)) for key in scores},
+                "mean": f"**{reached}**" if chosen else reached,
+            }
+        )
     parts = [
         "## Search",
         f"Each variant got the same {len(results.search) // len(study.variants)} runs of "
         f"{search.images:,} images (seed {search.seed}); values are at the reference "
         "batch of the variant's config. **Bold**: chosen, by the mean of box and mask AP. A run "
         "takes what was found at the nearest searched batch.",
-        markdown_table(headers, rows),
+        markdown_table(pd.DataFrame(rows, index=[r.run.variant for r in searched]), "variant"),
     ]
     edges = [
         f"{variant} at {batch}: {', '.join(f'`{key}`' for key in keys)}"
@@ -307,14 +298,10 @@ def _settings_section(results: StudyResults) -> list[str]:
         (f"Between variants, at {images(batch)}:", variants),
         (f"Between batches, for {variant}:", batches),
     ):
-        keys = sorted({key for settings in columns.values() for key in settings} - NOT_SETTINGS)
-        rows = [
-            [f"`{key}`", *(f"`{settings[key]}`" if key in settings else UNDEFINED
-                           for settings in columns.values())]
-            for key in keys
-        ]  # fmt: skip
-        rows = [row for row in rows if len({*row[1:]}) > 1]
-        parts += [title, markdown_table(["key", *columns], rows)] if rows else [f"{title} nowhere."]
+        table = pd.DataFrame(columns, dtype=object).map("`{}`".format, na_action="ignore")
+        table = table.drop(index=NOT_SETTINGS, errors="ignore").sort_index().fillna(UNDEFINED)
+        table = table[table.nunique(axis=1) > 1].rename("`{}`".format)
+        parts += [title, markdown_table(table, "key")] if len(table) else [f"{title} nowhere."]
     return parts
 
 

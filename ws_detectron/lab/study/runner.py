@@ -1,7 +1,6 @@
 """Runs a whole study: search, runs, report."""
 
 import importlib.util
-import os
 import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -22,31 +21,30 @@ from .records import (
     read_result,
 )
 from .study_file import Study, read_study
-from .workers import Progress, drop_checkpoints, run_locally, run_on_slurm, slots, study_lock
+from .workers import (
+    Progress,
+    drop_checkpoints,
+    environments,
+    run_locally,
+    run_on_slurm,
+    study_lock,
+)
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a study is run.
+    """How a study is run."""
 
-    Args:
-        jobs: number of runs that train at a time.
-        gpus: numbers of GPUs, each once per run that may use it; None: all visible ones on "cuda",
-            none on "cpu".
-        launcher: "local" or "slurm".
-        variants, batches, seeds: run only these; None for all. The report shows all.
-        records: folder in which runs that have ended are recorded, and whose recorded runs are not
-            trained again; None: no records.
-    """
-
-    jobs: int = 1
-    gpus: Optional[Sequence[int]] = None
-    launcher: str = "local"
+    jobs: int = 1  # runs that train at a time
+    gpus: Optional[Sequence[int]] = None  # each once per run that may use it; None: all visible
+    launcher: str = "local"  # or "slurm"
+    # Only these are run; None for all. The report shows all.
     variants: Optional[Collection[str]] = None
     batches: Optional[Collection[int]] = None
     seeds: Optional[Collection[int]] = None
+    # Folder in which ended runs are recorded, and whose recorded runs are not trained again
     records: Optional[Path] = None
 
 
@@ -103,14 +101,13 @@ def _train(
             drop_checkpoints(result.run)
     wanted = [result.run for result in chosen if result.status != FINISHED]
     say(f"{what}: {len(chosen)} runs in {study.output}")
-    workers = options.jobs if options.launcher == "local" else None
-    progress = Progress(chosen, workers, study.scores, say, keep)
-    if options.launcher == "slurm":
+    on_slurm = options.launcher == "slurm"
+    progress = Progress(chosen, None if on_slurm else options.jobs, study.scores, say, keep)
+    if on_slurm:
         run_on_slurm(wanted, study.slurm, study.output / "submitit", progress)
     else:
-        gpus = _gpus(study, options)
-        environments = slots(options.jobs, gpus, study.processes)
-        run_locally(wanted, environments, progress, lock)
+        workers = environments(study, options.jobs, options.gpus)
+        run_locally(wanted, workers, progress, lock)
     return [*results.values()]
 
 
@@ -172,7 +169,9 @@ def draw_studies(
         UserError: the numbers of studies and folders differ, there is no such batch, or the figure
             cannot be written.
     """
-    from .figures import draw_batches, write_figure
+    from ws_detectron.evaluation.curves import write_figure
+
+    from .figures import draw_batches
 
     if records and len(records) != len(files):
         raise UserError(f"{len(files)} studies need as many --records; got {len(records)}")
@@ -187,24 +186,15 @@ def draw_studies(
 def commands(study: Study, options: Options) -> list[str]:
     """The shell command of each selected run, finished ones included.
 
-    If the search has not ended, the other runs are shown with the values of the study file, and a
-    comment says so.
+    A comment names variants of which the search has not found anything yet.
     """
-    records = read_records(options.records)
-    searching, lines = search_runs(study), []
-    choices = choose([read_result(run, records) for run in searching])
-    if searching:
-        lines += ["# search", *_commands(study, searching, options), "# runs"]
-        unknown = sorted({variant for (variant, _), choice in choices.items() if choice is None})
-        if unknown:
-            keys = ", ".join(study.search.grid if study.search else ())
-            lines.append(f"# {keys} of {', '.join(unknown)}: not yet chosen by the search")
-            choices = {where: choice or {} for where, choice in choices.items()}
-    return [*lines, *_commands(study, study_runs(study, choices), options)]
-
-
-def _commands(study: Study, runs: Sequence[StudyRun], options: Options) -> list[str]:
-    return [shlex.join(run.command) for run in _selected(study, runs, options)]
+    results = read_study_results(study, options.records)
+    unknown = sorted({variant for (variant, _), choice in results.choices.items() if not choice})
+    lines = []
+    for title, some in (("# search", results.search), ("# runs", results.runs)):
+        runs = _selected(study, [result.run for result in some], options)
+        lines += [*([title] if study.search else []), *(shlex.join(run.command) for run in runs)]
+    return lines + [f"# {name}: the search has not found its values yet" for name in unknown]
 
 
 def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[StudyRun]:
@@ -228,19 +218,3 @@ def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[
         if run.variant in wanted["variants"]
         and (run.searching or (run.batch in wanted["batches"] and run.seed in wanted["seeds"]))
     ]
-
-
-def _gpus(study: Study, options: Options) -> Optional[list[str]]:
-    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them."""
-    if study.device == "cpu":
-        if options.gpus is not None:
-            raise UserError("--gpus was given, but the study is for the CPU; add --device cuda")
-        return None
-    if options.gpus is not None:
-        return [str(number) for number in options.gpus]
-    import torch
-
-    # the visible GPUs may not be the first of the machine, and may be given by UUID
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    count = torch.cuda.device_count()
-    return visible[:count] if visible != [""] else [str(number) for number in range(count)]

@@ -1,10 +1,12 @@
-"""Scores of runs as one table, and differences of means with intervals.
+"""Scores of runs as samples, and differences of their means with intervals.
 
-Source of the interval: Welch, "The generalization of Student's problem when several different
-population variances are involved" (Biometrika 34, 1947).
+Needs the packages of the extra `lab`, see `runner.check_packages`. Source of the interval: Welch,
+"The generalization of Student's problem when several different population variances are involved"
+(Biometrika 34, 1947).
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
@@ -15,7 +17,6 @@ from scipy import stats
 from .records import RunResult, StudyResults
 
 LEVEL = 0.95
-COLUMNS = ["run", "variant", "batch", "seed", "score", "value"]
 
 
 class Interval(NamedTuple):
@@ -31,11 +32,11 @@ class Interval(NamedTuple):
 
 
 def contrast(
-    plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]] = (), level: float = LEVEL
+    plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]] = ()
 ) -> Optional[Interval]:
-    """Sum of the means of `plus` minus that of the means of `minus`, with Welch's interval.
+    """Sum of the means of `plus` minus that of the means of `minus`, with Welch's 95 % interval.
 
-        d ± t(level, v) * sqrt(sum of s²/n)
+        d ± t(0.95, v) * sqrt(sum of s²/n)
         v = (sum of s²/n)² / sum of (s²/n)²/(n - 1)
 
     over all samples; for a single sample, v = n - 1, this is Student's interval of its mean.
@@ -50,69 +51,63 @@ def contrast(
     if min(sizes) == 0:
         return None
     mean = float(sum(map(np.mean, plus)) - sum(map(np.mean, minus)))
-    if min(sizes) < 2:
+    if min(sizes) == 1:
         return Interval(mean)
     shares = [float(np.var(sample, ddof=1)) / n for sample, n in zip(samples, sizes)]
     total = sum(shares)
     if total == 0:
         return Interval(mean, mean, mean)
     freedom = total**2 / sum(share**2 / (n - 1) for share, n in zip(shares, sizes))
-    half = float(stats.t.interval(level, freedom)[1]) * math.sqrt(total)
+    half = float(stats.t.interval(LEVEL, freedom)[1]) * math.sqrt(total)
     return Interval(mean, mean - half, mean + half)
 
 
-def score_table(results: Sequence[RunResult]) -> pd.DataFrame:
-    """The scores of all finished runs in % in long form, with the columns `COLUMNS`."""
-    rows = [
-        (r.run.name, r.run.variant, r.run.batch, r.run.seed, score, value)
-        for r in results
-        for score, value in r.scores.items()
-    ]
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def scores_of(results: Sequence[RunResult], titles: Iterable[str]) -> list[str]:
-    """Scores that any result has, in the order of `titles`; the first if there is none yet."""
+def scores_of(results: Sequence[RunResult], scores: Iterable[str]) -> list[str]:
+    """Those of the scores that any result has; the first if there is none yet."""
     found = {score for result in results for score in result.scores}
-    return [score for score in titles if score in found] or [*titles][:1]
+    return [score for score in scores if score in found] or [*scores][:1]
 
 
-def values_of(table: pd.DataFrame, variant: str, batch: int, score: str) -> list[float]:
-    """The values of a variant at a batch, in the order of the runs."""
-    wanted = (table.variant == variant) & (table.batch == batch) & (table.score == score)
-    return table[wanted].value.tolist()
+def score_table(results: Sequence[RunResult], score: str) -> pd.DataFrame:
+    """The values of a score in %, in long form: variant, batch, seed, value."""
+    rows = [
+        (r.run.variant, r.run.batch, r.run.seed, r.scores[score])
+        for r in results
+        if score in r.scores
+    ]
+    return pd.DataFrame(rows, columns=["variant", "batch", "seed", "value"])
 
 
-def means_over(
-    table: pd.DataFrame, variant: str, batches: Sequence[int], score: str
-) -> list[float]:
-    """Each seed's mean over the batches; seeds with a missing run are skipped."""
-    wanted = table[(table.variant == variant) & (table.score == score)]
-    by_seed = wanted.pivot(index="seed", columns="batch", values="value")
-    return by_seed.reindex(columns=[*batches]).dropna().mean(axis=1).tolist()
+def samples(results: Sequence[RunResult], score: str) -> dict[tuple[str, int], list[float]]:
+    """(variant, batch) -> the values of its finished runs; an empty list if there are none."""
+    groups = score_table(results, score).groupby(["variant", "batch"]).value
+    return defaultdict(list, {key: group.tolist() for key, group in groups})
 
 
 def differences(
-    results: StudyResults, table: pd.DataFrame, pair: Sequence[str], score: str
+    results: StudyResults, pair: Sequence[str], score: str
 ) -> dict[str, Optional[Interval]]:
     """First minus second variant: at each batch, over all, and how it changes with the batch.
 
-    Batches that a variant leaves out are skipped.
+    Over all batches, the values are each seed's mean; seeds with a missing run are skipped, and so
+    are batches that a variant leaves out.
     """
-    variants = results.study.variants
-    batches = [
-        batch
-        for batch in sorted(results.study.batches)
-        if all(not variants[name].runs or batch in variants[name].runs for name in pair)
-    ]
-    a, b = ({n: values_of(table, name, n, score) for n in batches} for name in pair)
-    rows = {images(n): contrast([a[n]], [b[n]]) for n in batches}
+    planned = [results.study.variants[name].runs or results.study.batches for name in pair]
+    batches = sorted(set.intersection(*map(set, planned)))
+    values = samples(results.runs, score)
+    a, b = ({batch: values[name, batch] for batch in batches} for name in pair)
+    rows = {images(batch): contrast([a[batch]], [b[batch]]) for batch in batches}
     if len(batches) > 1:
-        first, second = (means_over(table, name, batches, score) for name in pair)
-        rows["all batches"] = contrast([first], [second])
+        table = score_table(results.runs, score).pivot(
+            index=["variant", "seed"], columns="batch", values="value"
+        )
+        means = table.reindex(columns=batches).dropna().mean(axis=1)
+        over_all = [means[means.index.get_level_values("variant") == name] for name in pair]
+        rows["all batches"] = contrast(over_all[:1], over_all[1:])
     for other in batches[1:]:
-        name = f"more at {images(batches[0])} than at {images(other)}"
-        rows[name] = contrast([a[batches[0]], b[other]], [b[batches[0]], a[other]])
+        first = batches[0]
+        name = f"more at {images(first)} than at {images(other)}"
+        rows[name] = contrast([a[first], b[other]], [b[first], a[other]])
     return rows
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Optional
 
+import torch
+
 from ws_detectron.errors import DivergedError, UserError
 from ws_detectron.evaluation.comparison import duration
 from ws_detectron.evaluation.runs import read_run
@@ -29,6 +31,7 @@ from .records import (
     read_state,
     write_state,
 )
+from .study_file import Study
 
 STOP_SECONDS = 20.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.5
@@ -117,12 +120,8 @@ class Progress:
 class RunProcess:
     """The process of a run.
 
-    Makes the run's folder, sets its state to "running", and starts a new log.
-
-    Args:
-        run: the run to train.
-        environ: environment variables, in addition to those of this process.
-        pass_fds: file descriptors that the process keeps open.
+    Makes the run's folder, sets its state to "running", and starts a new log. It gets `environ` in
+    addition to the variables of this process, and keeps the file descriptors `pass_fds` open.
     """
 
     def __init__(
@@ -199,38 +198,44 @@ def drop_checkpoints(run: StudyRun) -> None:
             path.unlink()
 
 
-def slots(jobs: int, gpus: Optional[Sequence[str]], processes: int) -> list[dict[str, str]]:
+def environments(study: Study, jobs: int, gpus: Optional[Sequence[int]]) -> list[dict[str, str]]:
     """The environment of each worker, which trains one run at a time.
 
     On the CPU, workers divide the cores, and `tools/train_net.py` divides those of a run among its
     processes. On GPUs, each worker gets the next `processes` GPUs.
 
     Args:
+        study: its `device` and `processes` count.
         jobs: number of workers.
-        gpus: GPUs, as CUDA_VISIBLE_DEVICES names them, each once per run that may use it; None for
-            the CPU.
-        processes: number of processes of each run.
+        gpus: numbers of GPUs, each once per run that may use it; None for all visible ones.
 
     Raises:
         UserError: there are not enough GPUs, or a run would get the same one twice.
     """
-    if gpus is None:
+    if study.device == "cpu":
+        if gpus is not None:
+            raise UserError("--gpus was given, but the study is for the CPU; add --device cuda")
         if "OMP_NUM_THREADS" in os.environ:
-            return [{} for _ in range(jobs)]
+            return [{}] * jobs
         on_linux = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
-        return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))} for _ in range(jobs)]
-    if len(gpus) < jobs * processes:
+        return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
+    # visible GPUs may not be the first of the machine, and may be given by UUID
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    count = torch.cuda.device_count()
+    names = [*map(str, gpus)] if gpus is not None else visible[:count] or [*map(str, range(count))]
+    each = study.processes
+    if len(names) < jobs * each:
         raise UserError(
-            f"--jobs {jobs} with {processes} process(es) each need {jobs * processes} GPUs; "
-            f"there are {len(gpus)} (--gpus, else the visible ones): {', '.join(gpus) or 'none'}. "
-            "To share a GPU between runs, name it once for each: --gpus 0 0 0 0"
+            f"--jobs {jobs} with {each} process(es) each need {jobs * each} GPUs; there are "
+            f"{len(names)} (--gpus, else the visible ones): {', '.join(names) or 'none'}. To share "
+            "a GPU between runs, name it once for each: --gpus 0 0 0 0"
         )
-    shares = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
+    shares = [names[i * each : (i + 1) * each] for i in range(jobs)]
     for share in shares:
-        if len(set(share)) < len(share):
+        if len(set(share)) < each:
             raise UserError(
-                f"--gpus gives a run {', '.join(share)}; its {processes} processes need a GPU each"
+                f"--gpus gives a run {', '.join(share)}; its {each} processes need a GPU each"
             )
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
@@ -247,7 +252,7 @@ def run_locally(
 
     Args:
         runs: in the order in which they start.
-        workers: an environment for each worker, as returned by `slots`.
+        workers: an environment for each worker, as returned by `environments`.
         progress: reports every start and end.
         lock: as returned by `study_lock`; the runs inherit it, so that the study stays locked while
             any of them is alive, even if this process is killed.
