@@ -120,6 +120,7 @@ def test_a_failed_download_is_named_and_leaves_nothing(
         "Set DETECTRON2_DATASETS",
     ):
         assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not files_in(root / "stated") and not files_in(root / "cache")
 
 

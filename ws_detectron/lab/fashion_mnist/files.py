@@ -73,9 +73,10 @@ def _load(folder: Optional[Union[str, Path]]) -> dict[str, tuple[np.ndarray, np.
         except (OSError, RuntimeError) as error:
             if not absent:  # such as a full disk
                 raise
+            reason = " ".join(str(error).split())  # in one line
             raise UserError(
                 f"Fashion-MNIST not found: {', '.join(absent)} are not in {searched}, and the "
-                f"download into {target} failed: {error}. Set DETECTRON2_DATASETS to the folder "
+                f"download into {target} failed: {reason}. Set DETECTRON2_DATASETS to the folder "
                 "that holds FashionMNIST/raw with the four official gz files."
             ) from error
         for name in absent:
