@@ -15,7 +15,7 @@ from ws_detectron.lab.benchmark.measurements import (
     measure_gpu,
     update_page,
 )
-from ws_detectron.lab.fashion_mnist.training_settings import VARIANTS as CLASSIFIER_VARIANTS
+from ws_detectron.lab.fashion_mnist.model import VARIANTS as CLASSIFIER_VARIANTS
 
 EXAMPLES = """
 examples (on an idle machine; step, variants and inference need COCO in DETECTRON2_DATASETS):

@@ -1,147 +1,102 @@
 """tools/train_fashion_mnist.py as a user runs it."""
 
-import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from train_fashion_mnist import build_parser
+import torch
+import yaml
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_fashion_mnist.py"
-
-
-@pytest.fixture
-def command(datasets_root: Path, tmp_path: Path) -> list[str]:
-    return [
-        sys.executable,
-        str(TOOL),
-        "--data-dir",
-        str(datasets_root),
-        "--output",
-        str(tmp_path),
-    ]
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "train_fashion_mnist.py"
 
 
-def replace_output(job: list[str], folder: Path) -> list[str]:
-    position = job.index("--output") + 1
-    return [*job[:position], str(folder), *job[position + 1 :]]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([*map(str, arguments)], capture_output=True, text=True, timeout=600)
-
-
-def test_quick_check_passes(command: list[str], tmp_path: Path) -> None:
+def test_quick_check_passes(call_tool, datasets_root: Path) -> None:
     """GN+WS learns at batch 2 and BN does not: the effect itself."""
-    result = run(*command, "--quick")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "passed: GN+WS at batch 2 learns" in result.stdout
-    assert "passed: BN at batch 2 collapses" in result.stdout
-    assert "passed: GN+WS leads BN" in result.stdout
-    found = json.loads((tmp_path / "quick" / "gn_ws_batch2_seed0" / "result.json").read_text())
-    assert found["test_images"] == 800
+    status, output, errors = call_tool(TOOL.name, "--quick", "--data-dir", datasets_root)
+    assert status == 0, output + errors
+    assert "passed: GN+WS at batch 2 learns" in output
+    assert "passed: BN at batch 2 collapses" in output
+    assert "passed: GN+WS leads BN" in output
 
 
-def test_a_killed_training_is_resumed(call_tool, command: list[str], tmp_path: Path) -> None:
-    job = [*command, "--variant", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "8"]
-    folder = tmp_path / "gn_ws_batch50_seed0"
-    process = subprocess.Popen(job, stdout=subprocess.DEVNULL)
-    while not (folder / "history.json").is_file():
+def test_a_killed_training_is_resumed(call_tool, datasets_root: Path, tmp_path: Path) -> None:
+    options = ["--variant", "gn_ws", "--batch-size", "50", "--images", "500", "--epochs", "8"]
+    options += ["--data-dir", str(datasets_root), "--output"]
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), *options, str(folder)], stdout=subprocess.DEVNULL
+    )
+    metrics = folder / "metrics.json"
+    while not metrics.is_file():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = len(json.loads((folder / "history.json").read_text()))
-    assert 1 <= done < 8 and not (folder / "result.json").exists()
+    done = len(metrics.read_text().splitlines())
+    assert 1 <= done < 8 and "test_accuracy" not in metrics.read_text()
 
-    status, _, errors = call_tool(TOOL.name, *job[2:])
+    status, _, errors = call_tool(TOOL.name, *options, folder)
     assert status == 2 and "resume it with --resume" in errors
-    status, output, errors = call_tool(TOOL.name, *job[2:], "--resume")
+    status, output, errors = call_tool(TOOL.name, *options, folder, "--resume")
     assert status == 0, errors
     assert f"epoch {done}/8" not in output and "epoch 8/8" in output
     assert "test accuracy" in output
-    whole = replace_output(job, tmp_path / "whole")
-    status, _, errors = call_tool(TOOL.name, *whole[2:])
+    status, _, errors = call_tool(TOOL.name, *options, tmp_path / "whole")
     assert status == 0, errors
-    logits = [
-        np.load(path / "test_logits.npy") for path in (folder, tmp_path / "whole" / folder.name)
-    ]
-    np.testing.assert_array_equal(*logits)
-    assert len(json.loads((folder / "history.json").read_text())) == 8
+    killed, whole = (
+        torch.load(path / "model_best.pth", weights_only=True)
+        for path in (folder, tmp_path / "whole")
+    )
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    assert len(metrics.read_text().splitlines()) == 8
 
 
-def test_grid_is_trained_and_reported(call_tool, command: list[str], tmp_path: Path) -> None:
-    job = [
-        *command[2:],
-        "--all",
-        "--variants",
-        "bn",
-        "gn_ws",
-        "--batch-sizes",
-        "50",
-        "--seeds",
-        "0",
-    ]
-    job += ["--images", "500", "--epochs", "1"]
-    status, output, errors = call_tool(TOOL.name, *job)
+def test_the_grid_is_a_study(call_tool, datasets_root: Path, tmp_path: Path) -> None:
+    study = yaml.safe_load((ROOT / "configs/studies/fashion_mnist.yaml").read_text())
+    study.update(
+        output=str(tmp_path / "runs"), batches=[50], seeds=[0], comparisons=[["gn_ws", "bn"]]
+    )
+    study["options"] = {"images": 500, "epochs": 1, "data_dir": str(datasets_root)}
+    study["variants"] = {name: {"options": {"variant": name}} for name in ("bn", "gn_ws")}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(study))
+    status, _, errors = call_tool("run_study.py", tmp_path / "small.yaml")
     assert status == 0, errors
-    assert "[2/2] gn_ws_batch50_seed0: test accuracy" in output
-    assert "GN+WS" in (tmp_path / "report" / "README.md").read_text()
-    _, output, _ = call_tool(TOOL.name, *job)
-    assert "[2/2] gn_ws_batch50_seed0: already finished" in output
-
-    # the report needs nothing but what it has recorded
-    (tmp_path / "report" / "README.md").unlink()
-    paths = ["--output", str(tmp_path / "gone"), "--report", str(tmp_path / "report")]
-    status, _, errors = call_tool(TOOL.name, "--report-only", *paths)
-    assert status == 0, errors
-    text = (tmp_path / "report" / "README.md").read_text()
-    assert "    python tools/train_fashion_mnist.py --data-dir" in text and "GN+WS" in text
+    report = (tmp_path / "runs" / "report" / "report.md").read_text()
+    assert re.search(r"\| gn_ws_50img_seed0 +\| finished +\| \d+\.\d\d +\| 10 ", report)  # 10 steps
+    metrics = tmp_path / "runs" / "runs" / "bn_50img_seed0" / "metrics.json"
+    before = metrics.stat().st_mtime_ns
+    assert call_tool("run_study.py", tmp_path / "small.yaml")[0] == 0
+    assert metrics.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "needs --variant and --batch-size, or --all"),
+        ([], "needs --variant and --batch-size, or --quick"),
         (["--variant", "bn", "--batch-size", "1"], "--batch-size is 1; allowed: from 2"),
-        (["--report-only", "--report", "nowhere"], "holds no finished trainings"),
-        (["--all", "--seed", "1"], "--seed has no effect with --all; allowed are --variants"),
-        (["--variant", "bn", "--seeds", "1"], "--seeds has no effect without --all"),
-        (["--quick", "--amp"], "--amp has no effect with --quick; allowed are --data-dir"),
+        (["--quick", "--seed", "1"], "--seed has no effect with --quick; allowed are --data-dir"),
     ],
 )
-def test_errors_are_one_line(
-    call_tool, command: list[str], arguments: list[str], message: str
-) -> None:
-    status, _, errors = call_tool(TOOL.name, *command[2:], *arguments)
+def test_errors_are_one_line(call_tool, arguments: list[str], message: str) -> None:
+    status, _, errors = call_tool(TOOL.name, *arguments)
     assert status == 2 and message in errors and len(errors.splitlines()) == 1
 
 
-def test_missing_data_are_named(command: list[str], tmp_path: Path) -> None:
+def test_a_wrong_data_file_is_named(call_tool, datasets_root: Path, tmp_path: Path) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
-        (raw / name).write_bytes(b"not gzip")
-    job = [*command, "--variant", "gn", "--batch-size", "50"]
-    job[job.index("--data-dir") + 1] = str(tmp_path)
-    result = run(*job)
-    assert (
-        result.returncode == 2
-        and "train-images-idx3-ubyte.gz is not the published" in result.stderr
-    )
+    for path in (datasets_root / "FashionMNIST" / "raw").glob("*.gz"):
+        (raw / path.name).write_bytes(b"not gzip")
+    options = ["--variant", "gn", "--batch-size", "50", "--output", tmp_path / "run"]
+    status, _, errors = call_tool(TOOL.name, *options, "--data-dir", tmp_path)
+    assert status == 2 and "train-images-idx3-ubyte.gz is not the published file" in errors
 
 
-def test_help_has_examples() -> None:
-    result = run(sys.executable, TOOL, "--help")
-    assert result.returncode == 0 and "--variant gn_ws --batch-size 2 --resume" in result.stdout
-
-
-def test_option_names_of_version_0_1_work_but_are_not_shown() -> None:
-    parser = build_parser()
-    args = parser.parse_args("--arm bn --arms gn wn --output-dir runs".split())
-    assert (args.variant, args.variants, args.output) == ("bn", ["gn", "wn"], Path("runs"))
-    assert "--arm" not in parser.format_help() and "--output-dir" not in parser.format_help()
+def test_help_has_examples(call_tool) -> None:
+    status, output, _ = call_tool(TOOL.name, "--help")
+    assert status == 0 and "--variant gn_ws --batch-size 2 --resume" in output

@@ -1,8 +1,9 @@
 """Trainings of a few hundred images: they learn, resume bit for bit, and test once."""
 
 import json
+import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from ws_detectron.errors import UserError
-from ws_detectron.lab.fashion_mnist import loop, training
-from ws_detectron.lab.fashion_mnist.files import find_fashion_mnist
-from ws_detectron.lab.fashion_mnist.loop import Progress, compile_model
+from ws_detectron.errors import DataError, DivergedError, UserError
+from ws_detectron.lab.fashion_mnist import training
+from ws_detectron.lab.fashion_mnist.misclassified import draw_misclassified
+from ws_detectron.lab.fashion_mnist.model import build_classifier
 from ws_detectron.lab.fashion_mnist.training import (
+    BEST_WEIGHTS,
     CHECKPOINT,
-    ENVIRONMENT,
-    HISTORY,
-    RESULT,
-    SETTINGS,
-    WEIGHTS,
+    METRICS,
+    RECORD,
+    TrainingSettings,
+    build_optimizer,
+    default_lr,
     train,
 )
-from ws_detectron.lab.fashion_mnist.training_settings import TrainingSettings
+from ws_detectron.utils.locking import locked
 
 SMALL = TrainingSettings("gn_ws", 20, epochs=3, images=300, seed=3)
 
@@ -32,15 +34,29 @@ class Killed(Exception):
     """Ends a training as a signal would."""
 
 
-class KillAfter(Progress):
-    """Raises after an epoch was saved."""
+def kill_after(epoch: int) -> Any:
+    """An `echo` that raises after the epoch was saved."""
 
-    def __init__(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def end_epoch(self, record: dict[str, Any]) -> None:
-        if record["epoch"] == self._epoch:
+    def echo(line: str) -> None:
+        if line.startswith(f"epoch {epoch}/"):
             raise Killed
+
+    return echo
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def assert_same_run(*folders: Path) -> None:
+    """Bit for bit, but for the time."""
+    rows = [read_rows(folder) for folder in folders]
+    for row in (*rows[0], *rows[1]):
+        assert row.pop("time") > 0
+    assert rows[0] == rows[1]
+    weights = [torch.load(folder / BEST_WEIGHTS, weights_only=True) for folder in folders]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +66,18 @@ def finished(datasets_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if "seconds" not in k} for entry in history]
-
-
 def test_a_run_leaves_its_files_and_learns(finished: Path) -> None:
-    result = json.loads((finished / RESULT).read_text())
-    history = json.loads((finished / HISTORY).read_text())
-    assert [entry["epoch"] for entry in history] == [1, 2, 3]
-    assert history[-1]["train_loss"] < history[0]["train_loss"]
-    # chance is 0.1; 300 images seen three times
-    assert result["test_accuracy"] > 0.35
-    assert result["test_images"] == 60 and result["settings"] == SMALL.as_dict()
-    assert result["environment"]["torch"] == torch.__version__.split("+")[0]
-    assert not (finished / CHECKPOINT).exists()
+    rows = read_rows(finished)
+    # 15 steps an epoch; the study that runs it reads these keys
+    assert [(row["epoch"], row["iteration"]) for row in rows] == [(1, 14), (2, 29), (3, 44)]
+    assert rows[-1]["total_loss"] < rows[0]["total_loss"]
+    assert rows[-1]["test_accuracy"] > 35  # chance is 10; 300 images seen three times
+    assert [row["lr"] for row in rows] == [SMALL.lr_at(step) for step in (14, 29, 44)]
+    record = json.loads((finished / RECORD).read_text())
+    assert record["settings"] == asdict(SMALL) and record["starts"] == 1
+    assert record["versions"]["torch"] == torch.__version__
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "settings.json", "environment.json", "history.json", "result.json", "weights.pth",
-        "test_logits.npy",
+        ".lock", "metrics.json", "run_record.json", "model_best.pth", "misclassified.png",
     }  # fmt: skip
 
 
@@ -75,50 +86,24 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     finished: Path, datasets_root: Path, tmp_path: Path, epoch: int
 ) -> None:
     with pytest.raises(Killed):
-        train(SMALL, tmp_path, data_dir=datasets_root, progress=KillAfter(epoch))
+        train(SMALL, tmp_path, data_dir=datasets_root, echo=kill_after(epoch))
     torch.manual_seed(99)  # another process has other generators
     train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
-    histories = [json.loads((folder / HISTORY).read_text()) for folder in (finished, tmp_path)]
-    assert without_times(histories[0]) == without_times(histories[1])
-    weights = [torch.load(folder / WEIGHTS, weights_only=True) for folder in (finished, tmp_path)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    logits = [np.load(folder / "test_logits.npy") for folder in (finished, tmp_path)]
-    np.testing.assert_array_equal(*logits)
+    assert_same_run(finished, tmp_path)
+    assert json.loads((tmp_path / RECORD).read_text())["starts"] == 2
 
 
-def test_killed_between_checkpoint_and_history_ends_with_the_same_bits(
+def test_killed_between_checkpoint_and_metrics_ends_with_the_same_bits(
     finished: Path, datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_json(path: Path, *_: Any, **__: Any) -> None:
-        if path.name == HISTORY:
-            raise Killed
+    def write_text(*_: Any) -> None:
+        raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training, "write_json", write_json)
+        patch.setattr(training, "write_text", write_text)
         train(SMALL, tmp_path, data_dir=datasets_root)
     train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
-    histories = [json.loads((folder / HISTORY).read_text()) for folder in (finished, tmp_path)]
-    assert without_times(histories[0]) == without_times(histories[1])
-    logits = [np.load(folder / "test_logits.npy") for folder in (finished, tmp_path)]
-    np.testing.assert_array_equal(*logits)
-
-
-def test_every_start_of_a_run_is_recorded(
-    datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dates = iter("abc")
-    monkeypatch.setattr(training, "environment", lambda _: {"date": next(dates)})
-    monkeypatch.setattr(training, "utc_now", lambda: next(dates))
-    settings = replace(SMALL, epochs=2, images=100)
-    with pytest.raises(Killed):
-        train(settings, tmp_path, data_dir=datasets_root, progress=KillAfter(1))
-    threads = torch.get_num_threads()
-    first, second = ({"date": date, "threads": threads} for date in "ab")
-    assert json.loads((tmp_path / ENVIRONMENT).read_text()) == [first]
-    result = train(settings, tmp_path, data_dir=datasets_root, resume=True)
-    assert (result["environment"], result["resumed"]) == (first, [second])
-    assert result["finished"] == "c"
+    assert_same_run(finished, tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["bn", "wn"])
@@ -126,204 +111,89 @@ def test_buffers_and_parametrizations_resume_as_well(
     datasets_root: Path, tmp_path: Path, variant: str
 ) -> None:
     settings = replace(SMALL, variant=variant, epochs=2, images=100)
-    whole = train(settings, tmp_path / "whole", data_dir=datasets_root)
+    train(settings, tmp_path / "whole", data_dir=datasets_root)
     with pytest.raises(Killed):
-        train(settings, tmp_path / "cut", data_dir=datasets_root, progress=KillAfter(1))
-    cut = train(settings, tmp_path / "cut", data_dir=datasets_root, resume=True)
-    assert cut["test_loss"] == whole["test_loss"]
-    weights = [torch.load(tmp_path / n / WEIGHTS, weights_only=True) for n in ("whole", "cut")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        train(settings, tmp_path / "cut", data_dir=datasets_root, echo=kill_after(1))
+    train(settings, tmp_path / "cut", data_dir=datasets_root, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_another_number_of_threads_is_warned_of(
-    datasets_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = replace(SMALL, epochs=2, images=100)
-    with pytest.raises(Killed):
-        train(settings, tmp_path, data_dir=datasets_root, progress=KillAfter(1))
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    try:
-        train(settings, tmp_path, data_dir=datasets_root, resume=True)
-    finally:
-        torch.set_num_threads(before)
-    assert f"made with {before} threads and is resumed with {before + 1}" in caplog.text
-
-
-def test_a_compiled_model_computes_the_batches_of_full_size(
-    datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What torch.compile itself makes of the model is torch's to test, and takes a compiler."""
-    settings = replace(SMALL, epochs=1, images=300, batch_size=40)
-    plain = train(settings, tmp_path / "plain", data_dir=datasets_root)
-    sizes = []
-
-    def compiled(model: torch.nn.Module, **_: Any) -> Any:
-        return lambda x: (sizes.append(len(x)), model(x))[1]  # type: ignore[func-returns-value]
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    same = train(replace(settings, compile=True), tmp_path / "same", data_dir=datasets_root)
-    assert sizes == [40] * 7 and same["test_loss"] == plain["test_loss"]
-
-
-def test_compiled_code_is_for_the_threads_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The options are part of the key under which torch caches code; its own threads are not."""
-    seen: list[dict] = []
-    monkeypatch.setattr(torch, "compile", lambda _, **how: seen.append(how["options"]))
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            compile_model(torch.nn.ReLU(), "cpu")
-    finally:
-        torch.set_num_threads(before)
-    assert [options["cpp.threads"] for options in seen] == [1, 2]
-
-
-@pytest.mark.parametrize(("version", "called_from_cpp"), [((3, 11), False), ((3, 12), True)])
-def test_a_python_whose_none_can_be_freed_does_not_call_from_cpp(
-    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], called_from_cpp: bool
-) -> None:
-    seen: list[dict] = []
-    monkeypatch.setattr(torch, "compile", lambda _, **how: seen.append(how["options"]))
-    monkeypatch.setattr(loop.sys, "version_info", version)
-    compile_model(torch.nn.ReLU(), "cpu")
-    assert seen[0]["cpp_wrapper"] is called_from_cpp
-
-
-def test_nothing_is_begun_without_data(
-    datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither a folder that has to be resumed, nor hours that end before a missing test."""
-    raw = tmp_path / "data"
+def test_nothing_is_begun_with_a_damaged_test_set(datasets_root: Path, tmp_path: Path) -> None:
+    """Neither a folder that has to be resumed, nor hours that end before the test."""
+    raw, run = tmp_path / "data", tmp_path / "run"
     raw.mkdir()
-    run = tmp_path / "run"
-    monkeypatch.setattr("ws_detectron.lab.fashion_mnist.files._download", _no_network)
-    with pytest.raises(UserError, match="train split.* not found"):
-        train(SMALL, run, data_dir=raw)
-    for path in find_fashion_mnist("train", root=datasets_root).glob("train-*"):
-        shutil.copy(path, raw)
-    with pytest.raises(UserError, match="test split.* not found.*Give the folder that holds them"):
-        train(SMALL, run, data_dir=raw)
-    for path in find_fashion_mnist("test", root=datasets_root).glob("t10k-*"):
-        (raw / path.name).write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="t10k-images.* is not the published file"):
+    for path in (datasets_root / "FashionMNIST" / "raw").glob("*.gz"):
+        shutil.copyfile(path, raw / path.name)
+    damaged = raw / "t10k-images-idx3-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(DataError, match="t10k-images.* is not the published file: 1000 bytes"):
         train(SMALL, run, data_dir=raw)
     assert {path.name for path in run.iterdir()} == {".lock"}
-
-
-def _no_network(*_: object) -> None:
-    raise OSError("no network")
 
 
 def test_test_images_are_seen_once_by_the_epoch_that_validation_chose(
     datasets_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, accuracies = [], iter([0.5, 0.9, 0.9, 0.7])
-    load, metrics = training.load_test_data, training.metrics
-
-    def load_test_data(*args: Any) -> Any:
-        asked.append(args)
-        return load(*args)
-
-    def validated(logits: torch.Tensor, labels: torch.Tensor) -> Any:
-        return replace(metrics(logits, labels), accuracy=next(accuracies))
-
-    monkeypatch.setattr(training, "load_test_data", load_test_data)
-    monkeypatch.setattr(training, "metrics", validated)
+    # training and validation of each epoch, then the test
+    accuracies = iter([10.0, 50.0, 10.0, 90.0, 10.0, 90.0, 70.0])
+    metrics = training.metrics
+    monkeypatch.setattr(training, "metrics", lambda *of: (metrics(*of)[0], next(accuracies)))
     states = []
 
-    class Watch(Progress):
-        def end_epoch(self, record: dict[str, Any]) -> None:
-            assert not asked
-            states.append(torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"])
+    def echo(_: str) -> None:
+        states.append(torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"])
 
-    result = train(SMALL, tmp_path, data_dir=datasets_root, progress=Watch())
-    assert len(asked) == 1
-    assert result["best_epoch"] == 2  # of the two equal ones the first
-    weights = torch.load(tmp_path / WEIGHTS, weights_only=True)
+    result = train(SMALL, tmp_path, data_dir=datasets_root, echo=echo)
+    assert next(accuracies, None) is None
+    assert (result["best_epoch"], result["test_accuracy"]) == (2, 70)  # the first of equal ones
+    weights = torch.load(tmp_path / BEST_WEIGHTS, weights_only=True)
     assert all(torch.equal(weights[name], states[1][name]) for name in weights)
     assert not all(torch.equal(weights[name], states[2][name]) for name in weights)
 
 
+def test_a_diverged_run_ends_at_once(datasets_root: Path, tmp_path: Path) -> None:
+    settings = replace(SMALL, variant="none", lr=1e6)
+    with pytest.raises(DivergedError, match="epoch 1/3: .* is nan; choose a lower --lr than 1e.06"):
+        train(settings, tmp_path, data_dir=datasets_root)
+
+
 def test_a_folder_is_not_trained_in_twice(finished: Path, datasets_root: Path) -> None:
-    before = (finished / RESULT).stat().st_mtime_ns
+    before = (finished / METRICS).stat().st_mtime_ns
     with pytest.raises(
         UserError, match="holds a training; resume it with --resume.* with --overwrite"
     ):
         train(SMALL, finished, data_dir=datasets_root)
     with pytest.raises(UserError, match="with batch_size 20, requested is 10"):
         train(replace(SMALL, batch_size=10), finished, data_dir=datasets_root, resume=True)
-    result = train(SMALL, finished, data_dir=datasets_root, resume=True)
-    assert result == json.loads((finished / RESULT).read_text())
-    assert (finished / RESULT).stat().st_mtime_ns == before
-    # a kill between the result and the clean-up, and one while a checkpoint was written
+    # a kill between the last metrics and the clean-up, and one while a checkpoint was written
     for name in (CHECKPOINT, f".{CHECKPOINT}.abc"):
         (finished / name).touch()
-    train(SMALL, finished, data_dir=datasets_root, resume=True)
+    assert train(SMALL, finished, data_dir=datasets_root, resume=True) == read_rows(finished)[-1]
+    assert (finished / METRICS).stat().st_mtime_ns == before
     assert not [*finished.glob(f"*{CHECKPOINT}*")]
 
 
-def test_a_run_of_version_0_1_calls_its_variant_arm(
+def test_a_training_is_overwritten_where_that_is_asked_for(
     finished: Path, datasets_root: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(finished, tmp_path / "old")
-    path = folder / SETTINGS
-    path.write_text(path.read_text().replace('"variant"', '"arm"'))
-    assert train(SMALL, folder, data_dir=datasets_root, resume=True)["test_images"] == 60
-
-
-def test_a_training_is_overwritten_where_that_is_asked_for(
-    datasets_root: Path, tmp_path: Path
-) -> None:
-    train(SMALL, tmp_path, data_dir=datasets_root)
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / CHECKPOINT).write_text("of an earlier run")
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "notes.txt").write_text("mine")
+    (folder / CHECKPOINT).write_text("of an earlier run")
     once = replace(SMALL, epochs=1, seed=5)
     with pytest.raises(UserError, match="--overwrite .*--resume"):
-        train(once, tmp_path, data_dir=datasets_root, resume=True, overwrite=True)
-    with training.run_lock(tmp_path), pytest.raises(UserError, match="another process is training"):
-        train(once, tmp_path, data_dir=datasets_root, overwrite=True)
-    assert json.loads((tmp_path / RESULT).read_text())["settings"]["seed"] == SMALL.seed
-    train(once, tmp_path, data_dir=datasets_root, overwrite=True)
-    assert json.loads((tmp_path / RESULT).read_text())["settings"]["seed"] == 5
-    assert len(json.loads((tmp_path / HISTORY).read_text())) == 1
-    assert len(json.loads((tmp_path / ENVIRONMENT).read_text())) == 1
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_two_processes_do_not_share_a_folder(datasets_root: Path, tmp_path: Path) -> None:
-    with training.run_lock(tmp_path), pytest.raises(UserError, match="another process is training"):
-        train(SMALL, tmp_path, data_dir=datasets_root)
-
-
-def test_a_damaged_checkpoint_is_named(datasets_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        train(SMALL, tmp_path, data_dir=datasets_root, progress=KillAfter(1))
-    path = tmp_path / CHECKPOINT
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="checkpoint.pt"):
-        train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
-    torch.save({"model": {}}, path)
-    with pytest.raises(UserError, match="is not a checkpoint of this training"):
-        train(SMALL, tmp_path, data_dir=datasets_root, resume=True)
-
-
-def test_seeds_differ_and_bfloat16_trains(datasets_root: Path, tmp_path: Path) -> None:
-    short = replace(SMALL, epochs=1, images=100)
-    results = {
-        name: train(replace(short, **changes), tmp_path / name, data_dir=datasets_root)
-        for name, changes in {"0": {}, "1": {"seed": 8}, "amp": {"amp": True}}.items()
-    }
-    losses = {name: result["test_loss"] for name, result in results.items()}
-    assert len(set(losses.values())) == 3 and all(np.isfinite(list(losses.values())))
+        train(once, folder, data_dir=datasets_root, resume=True, overwrite=True)
+    with locked(folder / ".lock", ""), pytest.raises(UserError, match="process is training in"):
+        train(once, folder, data_dir=datasets_root, overwrite=True)
+    assert len(read_rows(folder)) == 3
+    train(once, folder, data_dir=datasets_root, overwrite=True)
+    record = json.loads((folder / RECORD).read_text())
+    assert (record["settings"]["seed"], record["starts"], len(read_rows(folder))) == (5, 1, 1)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variant": "in"}, "--variant is in; allowed: none or bn"),
         ({"batch_size": 0}, "--batch-size is 0; allowed: from 1 to"),
         ({"variant": "bn", "batch_size": 1}, "--batch-size is 1; allowed: from 2 to"),
         (
@@ -334,8 +204,6 @@ def test_seeds_differ_and_bfloat16_trains(datasets_root: Path, tmp_path: Path) -
         ({"images": 120}, "--images is 120; allowed: a multiple of 50"),
         ({"images": 60_000}, "--images is 60000"),
         ({"lr": -1.0}, "--lr is -1.0"),
-        ({"groups": 12}, "--groups is 12"),
-        ({"schedule": "step"}, "--schedule is step; allowed: cosine or constant"),
         ({"seed": -1}, "--seed is -1"),
     ],
 )
@@ -348,3 +216,47 @@ def test_settings_that_cannot_work_are_named(changes: dict[str, Any], message: s
 def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--device is cuda, but torch finds no GPU"):
         train(replace(SMALL, device="cuda"), tmp_path)
+
+
+def test_cosine_rises_and_falls() -> None:
+    settings = TrainingSettings("gn", 50, epochs=10, images=500, lr=0.1)  # 100 steps
+    assert [settings.lr_at(step) for step in (0, 4, 9)] == pytest.approx([0.01, 0.05, 0.1])
+    assert settings.lr_at(10) == pytest.approx(0.1)
+    assert settings.lr_at(55) == pytest.approx(0.05)  # half way down
+    assert settings.lr_at(99) == pytest.approx(0.05 * (1 + math.cos(math.pi * 89 / 90)))
+    assert replace(settings, batch_size=500, epochs=1).lr_at(0) == 0.1  # a single step
+    constant = replace(settings, schedule="constant")
+    assert {constant.lr_at(step) for step in range(100)} == {0.1}
+
+
+def test_default_lr_scales_from_the_nearest_known_batch() -> None:
+    assert TrainingSettings("gn", 32).lr == default_lr(32) == 0.02
+    assert default_lr(4) == pytest.approx(2 * default_lr(2))
+    assert default_lr(1) == pytest.approx(default_lr(2) / 2)
+    assert default_lr(512) == pytest.approx(4 * default_lr(128))
+    assert default_lr(40) == pytest.approx(default_lr(32) * 40 / 32)
+
+
+@pytest.mark.parametrize("variant", ["gn_ws", "wn"])
+def test_biases_norm_layers_and_lengths_do_not_decay(variant: str) -> None:
+    model = build_classifier(variant)
+    decayed, free = build_optimizer(model, 0.1).param_groups
+    assert decayed["weight_decay"] == 5e-4 and free["weight_decay"] == 0
+    assert {parameter.dim() for parameter in free["params"]} == {1}
+    # four convs and two dense layers, and with weight norm the length of each of their vectors
+    assert len(decayed["params"]) == (12 if variant == "wn" else 6)
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    assert decayed["nesterov"] and decayed["momentum"] == 0.9
+
+
+def test_misclassified_images_are_sorted_by_confidence() -> None:
+    logits = torch.zeros(4, 10)
+    logits[0, 0] = 9  # correct
+    logits[1, 5], logits[2, 6], logits[3, 7] = 2, 8, 4  # wrong, with rising confidence 1, 3, 2
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 28, 28)
+    figure = draw_misclassified("GN", logits, images, torch.tensor([0, 1, 2, 3]))
+    panels = [panel for panel in figure.axes if panel.get_title()]
+    assert [panel.get_title().split(" ")[0] for panel in panels] == ["Shirt", "Sneaker", "Sandal"]
+    assert panels[0].get_title().endswith("is Pullover")
+    assert [np.unique(panel.images[0].get_array()).tolist() for panel in panels] == [[2], [3], [1]]
+    assert "3 of 4 test images" in figure.get_suptitle()

@@ -8,13 +8,13 @@ from threading import Thread
 
 import numpy as np
 import pytest
-import torchvision
+import torch
+from torchvision.datasets import FashionMNIST
 
 from ws_detectron.errors import UserError
-from ws_detectron.lab.fashion_mnist import files
-from ws_detectron.lab.fashion_mnist.files import find_fashion_mnist, load_fashion_mnist, read_idx_gz
+from ws_detectron.lab.fashion_mnist.files import load_fashion_mnist, load_splits, stratified_split
 
-TRAIN_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz")
+NAMES = [name for name, _ in FashionMNIST.resources]
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -23,16 +23,8 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 
 @pytest.fixture
-def raw_folder(datasets_root: Path) -> Path:
-    folder = datasets_root / "FashionMNIST" / "raw"
-    if not (folder / TRAIN_FILES[0]).is_file():
-        pytest.skip(f"needs data: no Fashion-MNIST in {folder}")
-    return folder
-
-
-@pytest.fixture
-def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """An empty folder and the address under which this machine serves it."""
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the only mirror, a small data set; both folders that are searched are empty."""
     folder = tmp_path / "mirror"
     folder.mkdir()
 
@@ -43,129 +35,134 @@ def mirror(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield folder, f"http://127.0.0.1:{server.server_port}/"
+    resources = []
+    for n, name in enumerate(NAMES, start=5):
+        shape = (n, 28, 28) if "images" in name else (n - 1,)
+        content = gzip.compress(idx_bytes(np.full(shape, n, np.uint8)))
+        (folder / name).write_bytes(content)
+        resources.append((name, hashlib.md5(content).hexdigest()))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "stated"))
+    monkeypatch.setenv("WS_DETECTRON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(FashionMNIST, "resources", resources)
+    yield folder
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both folders that are searched for Fashion-MNIST are empty; `mirror` is the only mirror."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "stated"))
-    monkeypatch.setenv("WS_DETECTRON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [mirror[1]])
-    return tmp_path
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of temporary files; a test ends with nothing in it."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
 
 
-def test_idx_file_is_read_as_written(tmp_path: Path) -> None:
-    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress(idx_bytes(array)))
-    np.testing.assert_array_equal(read_idx_gz(path), array)
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_real_files_hold_60000_and_10000_articles(raw_folder: Path) -> None:
+def test_real_files_hold_60000_and_10000_articles(datasets_root: Path) -> None:
     for split, count in (("train", 60000), ("test", 10000)):
-        images, labels = load_fashion_mnist(split, raw_folder)
+        images, labels = load_fashion_mnist(split, datasets_root)
         assert images.shape == (count, 28, 28) and images.dtype == np.uint8
         # the data set is balanced
         assert np.bincount(labels).tolist() == [count // 10] * 10
 
 
-def test_real_files_equal_what_torchvision_reads(raw_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for path in raw_folder.glob("t10k-*.gz"):
-        (folder / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    # torchvision wants the training files to exist before it reads the test files
-    for name in TRAIN_FILES:
-        (folder / name[:-3]).touch()
-    theirs = torchvision.datasets.FashionMNIST(tmp_path, train=False)
-    images, labels = load_fashion_mnist("test", raw_folder)
-    np.testing.assert_array_equal(images, theirs.data.numpy())
-    np.testing.assert_array_equal(labels, theirs.targets.numpy())
-
-
-def test_truncated_file_is_named(raw_folder: Path, tmp_path: Path) -> None:
-    for path in raw_folder.glob("t10k-*.gz"):
-        (tmp_path / path.name).write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte\.gz.*5000 bytes.*bef4ecab"):
-        load_fashion_mnist("test", tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not a complete gzip file|not an idx file"),
-        (b"not gzip", "not a complete gzip file"),
-        (gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8)))[:-9], "not a complete gzip file"),
-        (gzip.compress(b"\0\0\x0d\x01" + bytes(8)), "not an idx file of unsigned bytes"),
-        (
-            gzip.compress(idx_bytes(np.zeros((3, 4), np.uint8))[:-1]),
-            "holds 11 values, but .* .3, 4.",
-        ),
-        (gzip.compress(b"\0\0\x08\x03\0\0"), "ends within its header, after 6"),
-    ],
-    ids=["empty", "text", "cut short", "other type", "too few values", "header alone"],
+    ("variable", "target"), [("stated", "stated"), (None, "cache")], ids=["stated", "not stated"]
 )
-def test_damaged_file_is_named(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "damaged.gz"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"damaged.gz.*({message})"):
-        read_idx_gz(path)
+def test_absent_files_are_downloaded_once(
+    mirror: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch, variable: str, target: str
+) -> None:
+    root = mirror.parent
+    if variable is None:
+        monkeypatch.delenv("DETECTRON2_DATASETS")
+        monkeypatch.chdir(root)
+    raw = root / target / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / NAMES[0]).write_bytes((mirror / NAMES[0]).read_bytes())
+    (mirror / NAMES[0]).unlink()  # what is there is not downloaded
+    images, labels = load_fashion_mnist("train")
+    assert images.shape == (5, 28, 28) and set(images.flat) == {5} and labels.tolist() == [6] * 5
+    assert files_in(root / target) == sorted(NAMES)
+    for name in NAMES[1:]:
+        (mirror / name).unlink()
+    raw.chmod(0o500)  # decompressing needs no writable folder
+    assert load_fashion_mnist("test")[1].tolist() == [8] * 7
 
 
-def test_the_message_on_missing_data_names_folders_and_variables(nowhere: Path) -> None:
+@pytest.mark.parametrize("place", ["mine", "mine/FashionMNIST/raw"])
+def test_a_folder_may_hold_the_files_directly(mirror: Path, scratch: Path, place: str) -> None:
+    folder = mirror.parent / place
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mirror.rename(folder)
+    assert load_fashion_mnist("test", mirror.parent / "mine")[0].shape == (7, 28, 28)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None])
+def test_a_failed_download_is_named_and_leaves_nothing(
+    mirror: Path, scratch: Path, content: bytes
+) -> None:
+    for name in NAMES[1:]:
+        (mirror / name).unlink() if content is None else (mirror / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_fashion_mnist("train")
-    message = str(caught.value)
+    root = mirror.parent
     for part in (
-        *TRAIN_FILES,
-        str(nowhere / "stated" / "FashionMNIST" / "raw"),
-        str(nowhere / "cache" / "FashionMNIST" / "raw"),
-        "download",
-        "DETECTRON2_DATASETS",
-        "WS_DETECTRON_CACHE",
+        *NAMES,
+        f"{root}/stated/FashionMNIST/raw or {root}/cache/FashionMNIST/raw",
+        f"download into {root}/stated/FashionMNIST/raw failed",
+        "Set DETECTRON2_DATASETS",
     ):
-        assert part in message
-    # a failed download leaves no file
-    assert not [p for p in nowhere.rglob("*") if p.is_file()]
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not files_in(root / "stated") and not files_in(root / "cache")
 
 
-def test_files_in_the_cache_are_found(nowhere: Path) -> None:
-    folder = nowhere / "cache" / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    for name in TRAIN_FILES:
-        (folder / name).touch()
-    assert find_fashion_mnist("train", download=False) == folder
-    with pytest.raises(UserError, match="t10k"):
-        find_fashion_mnist("test", download=False)
-
-
-def test_download_writes_complete_files_to_the_folder_of_the_variable(
-    nowhere: Path, mirror: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    contents = [gzip.compress(idx_bytes(np.full(n, 7, np.uint8))) for n in (5, 6)]
-    served = []
-    for name, content in zip(TRAIN_FILES, contents):
-        (mirror[0] / name).write_bytes(content)
-        served.append((name, hashlib.md5(content).hexdigest()))
-    monkeypatch.setitem(files._FILES, "train", tuple(served))
-    images, labels = load_fashion_mnist("train")
-    assert images.tolist() == [7] * 5 and labels.tolist() == [7] * 6
-    folder = nowhere / "stated" / "FashionMNIST" / "raw"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(TRAIN_FILES)
-
-
-def test_download_of_a_wrong_file_is_refused(nowhere: Path, mirror: tuple[Path, str]) -> None:
-    for name in TRAIN_FILES:
-        (mirror[0] / name).write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match="download into .*stated.* failed"):
-        load_fashion_mnist("train")
-    assert not list((nowhere / "stated" / "FashionMNIST" / "raw").iterdir())
+@pytest.mark.parametrize("content", [b"", b"not gzip", "cut short"])
+def test_a_wrong_file_is_named_and_stays(mirror: Path, scratch: Path, content: object) -> None:
+    damaged = mirror / "train-images-idx3-ubyte.gz"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:30] if content == "cut short" else content)  # type: ignore[arg-type]
+    before = damaged.read_bytes()
+    message = f"{damaged} is not the published file: {len(before)} bytes.*delete it"
+    with pytest.raises(UserError, match=message):
+        load_fashion_mnist("train", mirror)
+    assert damaged.read_bytes() == before and files_in(mirror) == sorted(NAMES)
 
 
 def test_unknown_split_is_refused() -> None:
     with pytest.raises(ValueError, match="'val'"):
         load_fashion_mnist("val")
+
+
+def test_split_is_stratified_disjoint_and_seeded() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 30))
+    train, held_out = stratified_split(labels, 200, 100, seed=4)
+    assert np.bincount(labels[train]).tolist() == [20] * 10
+    assert np.bincount(labels[held_out]).tolist() == [10] * 10
+    assert not set(train) & set(held_out)
+    again = stratified_split(labels, 200, 100, seed=4)
+    assert all(np.array_equal(a, b) for a, b in zip((train, held_out), again))
+    assert not np.array_equal(train, stratified_split(labels, 200, 100, seed=5)[0])
+
+
+def test_real_images_are_normalized_by_the_training_part(datasets_root: Path) -> None:
+    splits = load_splits(1, 1000, 200, datasets_root)
+    assert [split.tensors[0].shape for split in splits] == [
+        (1000, 1, 28, 28), (200, 1, 28, 28), (200, 1, 28, 28),
+    ]  # fmt: skip
+    train, validation, test = splits
+    assert train.tensors[0].mean().item() == pytest.approx(0, abs=1e-5)
+    assert train.tensors[0].std().item() == pytest.approx(1, abs=1e-3)
+    assert torch.bincount(validation.tensors[1]).tolist() == [20] * 10
+    images, labels = load_fashion_mnist("test", datasets_root)
+    assert test.tensors[1].tolist() == labels[:200].tolist()
+    # the mean pixel of Fashion-MNIST is 0.286, its standard deviation 0.353
+    expected = torch.from_numpy((images[:200] / 255 - 0.286) / 0.353).float()
+    assert (test.tensors[0][:, 0] - expected).abs().max().item() < 0.1

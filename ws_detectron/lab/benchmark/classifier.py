@@ -5,18 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils.data import TensorDataset
 
-from ws_detectron.lab.fashion_mnist.loop import (
-    Progress,
-    Schedule,
-    build_optimizer,
-    compile_model,
-    train_epoch,
-)
 from ws_detectron.lab.fashion_mnist.model import build_classifier
-from ws_detectron.lab.fashion_mnist.training_data import Images
-from ws_detectron.lab.fashion_mnist.training_settings import TRAIN_IMAGES
+from ws_detectron.lab.fashion_mnist.training import TRAIN_IMAGES, build_optimizer, train_epoch
 
 from .timing import Action, interleave
 
@@ -43,8 +35,8 @@ def measure_classifier(
         steps = max(1, min(MAX_STEPS, MAX_IMAGES // batch_size))
         images = steps * batch_size
         torch.manual_seed(0)
-        data = Images(
-            torch.randn(images, 28, 28, 1, device=device).permute(0, 3, 1, 2),
+        data = TensorDataset(
+            torch.randn(images, 1, 28, 28, device=device),
             torch.randint(0, 10, (images,), device=device),
         )
         actions = {
@@ -59,10 +51,12 @@ def measure_classifier(
         yield {"facts": {"batch_size": batch_size, "steps": steps}, "seconds": epochs}
 
 
-def _epoch(variant: str, data: Images, batch_size: int, device: str, compiled: bool) -> Action:
-    model: nn.Module = build_classifier(variant).to(device)
-    return partial(
-        train_epoch, model, build_optimizer(model, 0.001), Schedule("constant", 0.001, 1), data,
-        batch_size, 0, progress=Progress(),
-        compiled=compile_model(model, device) if compiled else None,
-    )  # fmt: skip
+def _epoch(
+    variant: str, data: TensorDataset, batch_size: int, device: str, compiled: bool
+) -> Action:
+    model: Any = build_classifier(variant).to(device)
+    if compiled:
+        model = torch.compile(model, dynamic=False)
+    optimizer = build_optimizer(model, 0.001)
+    lrs = [0.001] * (len(data) // batch_size)
+    return partial(train_epoch, model, optimizer, data, batch_size, lrs)

@@ -1,203 +1,155 @@
-"""The official Fashion-MNIST files.
+"""The Fashion-MNIST images: the official files, a balanced split, normalized tensors.
 
 Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
-Algorithms", arXiv:1708.07747. 60,000 training and 10,000 test images of 28 x 28 grey pixels, in the
-idx format of MNIST, gzip-compressed. They are decompressed in memory only.
+Algorithms", arXiv:1708.07747. 60,000 training and 10,000 test images of 28 x 28 grey pixels.
 """
 
-import gzip
-import hashlib
-import logging
-import math
 import os
-import shutil
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Optional, Union
 
 import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import check_integrity
 
-from ws_detectron.errors import UserError
-from ws_detectron.lab.cache import CACHE_VARIABLE, cache_root
+from ws_detectron.errors import DataError, UserError
+from ws_detectron.lab.cache import cache_root
+from ws_detectron.utils.io import atomic_write
 
-logger = logging.getLogger(__name__)
-
-FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-DATASETS_VARIABLE = "DETECTRON2_DATASETS"
-
-# split -> (images, labels), each with its published MD5 sum
-_FILES = {
-    "train": (
-        ("train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-        ("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
-    ),
-    "test": (
-        ("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
-        ("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
-    ),
-}
+FASHION_CLASSES = tuple(FashionMNIST.classes)
+SPLITS = ("train", "test")
 
 
 def load_fashion_mnist(
     split: str, folder: Optional[Union[str, Path]] = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads one split of Fashion-MNIST.
+    """Reads one split of Fashion-MNIST; downloads the official files that are absent.
+
+    They are decompressed in a temporary folder, so their own may be read-only.
 
     Args:
         split: `"train"` or `"test"`.
-        folder: holds the four gz files; by default `find_fashion_mnist(split)`, which downloads
-            them if they are missing.
+        folder: holds the files, or `FashionMNIST/raw` with them. By default they are searched in
+            `FashionMNIST/raw` of `$DETECTRON2_DATASETS` (`./datasets` if the variable is not set,
+            as in detectron2) and of the package's cache; a download goes to the former if the
+            variable is set.
 
     Returns:
-        images (N, 28, 28) uint8 and labels (N,) uint8 in [0, 10); N is 60,000 or 10,000.
+        images (N, 28, 28) uint8 and labels (N,) int64 in [0, 10); N is 60,000 or 10,000.
 
     Raises:
-        UserError: a file is missing, or is not the published one.
+        DataError: a file is not the published one.
+        UserError: files are absent and cannot be downloaded or written.
         ValueError: no such split.
     """
-    (images_name, images_md5), (labels_name, labels_md5) = _files(split)
-    folder = find_fashion_mnist(split) if folder is None else Path(folder)
-    images = read_idx_gz(folder / images_name, images_md5)
-    labels = read_idx_gz(folder / labels_name, labels_md5)
-    return images, labels
+    if split not in SPLITS:
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    return _load(folder)[split]
 
 
-def read_idx_gz(path: Union[str, Path], md5: Optional[str] = None) -> np.ndarray:
-    """Reads a gzip-compressed idx file of unsigned bytes.
-
-    The format (LeCun, "The MNIST database"): two zero bytes, the type (8 = unsigned byte), the
-    number of dimensions, each dimension as a big-endian 32-bit integer, then the values.
-
-    Args:
-        path: the .gz file.
-        md5: the expected MD5 sum of the compressed file.
-
-    Returns:
-        A uint8 array with the dimensions in the header of the file.
-
-    Raises:
-        UserError: the file is missing, has another MD5 sum, or is damaged.
-    """
-    path = Path(path)
-    try:
-        compressed = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if md5 is not None:
-        found = hashlib.md5(compressed).hexdigest()
-        if found != md5:
-            raise UserError(
-                f"{path} is not the published file: {len(compressed)} bytes with MD5 {found}, "
-                f"expected MD5 {md5}. It may be truncated: delete it to download it again."
-            )
-    try:
-        content = gzip.decompress(compressed)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a complete gzip file: {error}") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise UserError(
-            f"{path} is not an idx file of unsigned bytes: it starts with {content[:4].hex()!r}, "
-            "expected 000008 and the number of dimensions"
-        )
-    start = 4 + 4 * content[3]
-    if len(content) < start:
-        raise UserError(f"{path} ends within its header, after {len(content)} bytes")
-    shape = tuple(int(n) for n in np.frombuffer(content[4:start], dtype=">u4"))
-    if len(content) - start != math.prod(shape):
-        raise UserError(f"{path} holds {len(content) - start} values, but its header says {shape}")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
-
-
-def find_fashion_mnist(
-    split: str, download: bool = True, root: Optional[Union[str, Path]] = None
-) -> Path:
-    """The folder that holds the gz files of a split.
-
-    Searches `$DETECTRON2_DATASETS/FashionMNIST/raw` (torchvision's layout; `./datasets` if the
-    variable is not set, as in detectron2), then the package's cache. If neither has the files,
-    downloads them from torchvision's mirrors: to the first folder if the variable is set, else to
-    the cache.
-
-    Args:
-        split: `"train"` or `"test"`.
-        download: whether to download missing files.
-        root: if given, only this folder and `FashionMNIST/raw` in it are searched, and files are
-            downloaded to the latter.
-
-    Raises:
-        UserError: the files are not found, and not downloaded.
-        ValueError: no such split.
-    """
-    files = _files(split)
-    stated = os.environ.get(DATASETS_VARIABLE)
-    candidates = [
-        Path(os.path.expanduser(parent)).absolute() / "FashionMNIST" / "raw"
-        for parent in (stated or "datasets", cache_root())
-    ]
-    if root is not None:
-        given = Path(os.path.expanduser(root)).absolute()
-        candidates = [given, given / "FashionMNIST" / "raw"]
-    for folder in candidates:
-        if all((folder / name).is_file() for name, _ in files):
-            return folder
-    target = candidates[0] if stated and root is None else candidates[1]
-    problem = "downloading is off"
-    if download:
+def _load(folder: Optional[Union[str, Path]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Both splits."""
+    target, searched = _find(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch, "FashionMNIST", "raw")
+        raw.mkdir(parents=True)
+        absent = []
+        for name, md5 in FashionMNIST.resources:
+            path = target / name
+            if not path.is_file():
+                absent.append(name)
+            elif check_integrity(str(path), md5):
+                (raw / name).symlink_to(path)
+            else:
+                raise DataError(
+                    f"{path} is not the published file: {path.stat().st_size} bytes, and its MD5 "
+                    f"is not {md5}. It may be truncated: delete it to download it again."
+                )
         try:
-            for name, md5 in files:
-                if not (target / name).is_file():
-                    _download(name, md5, target)
-            return target
-        # urllib's errors are OSErrors; torchvision raises RuntimeError for a wrong checksum
-        except (OSError, RuntimeError, ValueError) as error:
-            problem = f"the download into {target} failed: {error}"
-    raise UserError(
-        f"Fashion-MNIST ({split} split) not found: looked for "
-        f"{' and '.join(name for name, _ in files)} in {' and in '.join(map(str, candidates))}; "
-        f"{problem}. "
-        + (
-            "Give the folder that holds them directly or in FashionMNIST/raw."
-            if root is not None
-            else f"Set {DATASETS_VARIABLE} to the folder that holds FashionMNIST/raw with the "
-            f"official gz files, or {CACHE_VARIABLE} to a writable folder."
-        )
+            sets = {s: FashionMNIST(scratch, train=s == "train", download=True) for s in SPLITS}
+        except (OSError, RuntimeError) as error:
+            if not absent:  # such as a full disk
+                raise
+            reason = " ".join(str(error).split())  # in one line
+            raise UserError(
+                f"Fashion-MNIST not found: {', '.join(absent)} are not in {searched}, and the "
+                f"download into {target} failed: {reason}. Set DETECTRON2_DATASETS to the folder "
+                "that holds FashionMNIST/raw with the four official gz files."
+            ) from error
+        for name in absent:
+            with atomic_write(target / name, "wb") as file:
+                file.write((raw / name).read_bytes())
+    return {split: (data.data.numpy(), data.targets.numpy()) for split, data in sets.items()}
+
+
+def _find(folder: Optional[Union[str, Path]]) -> tuple[Path, str]:
+    """The folder of the files, or that to which they are downloaded; all folders searched."""
+    stated = os.environ.get("DETECTRON2_DATASETS")
+    roots = [Path(stated or "datasets"), cache_root()] if folder is None else [Path(folder)]
+    roots = [root.expanduser().absolute() for root in roots]
+    places = [root / "FashionMNIST" / "raw" for root in roots]
+    default = places[0 if stated else -1]
+    if folder is not None:
+        places += roots
+    found = (p for p in places if all((p / name).is_file() for name, _ in FashionMNIST.resources))
+    return next(found, default), " or ".join(map(str, places))
+
+
+def load_splits(
+    seed: int,
+    train: int,
+    held_out: int,
+    folder: Optional[Union[str, Path]] = None,
+    device: str = "cpu",
+) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Loads images for training, validation and test, normalized by the mean and std of the first.
+
+    Args:
+        seed: of the split of the official training images.
+        train: number of training images, a multiple of 10.
+        held_out: number of validation images, the same of each class, and of test images, the
+            first of the official ones; a multiple of 10.
+        folder: see `load_fashion_mnist`, with its errors.
+        device: that stores the images.
+
+    Returns:
+        Images (N, 1, 28, 28) float32 with their labels (N,) int64, three times.
+    """
+    splits = _load(folder)
+    (images, labels), (test_images, test_labels) = splits["train"], splits["test"]
+    chosen, others = stratified_split(labels, train, held_out, seed)
+    pixels = images[chosen].astype(np.float64) / 255
+    mean, std = float(pixels.mean()), float(pixels.std())
+
+    def dataset(images: np.ndarray, labels: np.ndarray) -> TensorDataset:
+        pixels = torch.from_numpy(images).unsqueeze(1).float().div_(255).sub_(mean).div_(std)
+        return TensorDataset(pixels.to(device), torch.from_numpy(labels).to(device))
+
+    return (
+        dataset(images[chosen], labels[chosen]),
+        dataset(images[others], labels[others]),
+        dataset(test_images[:held_out], test_labels[:held_out]),
     )
 
 
-def _files(split: str) -> tuple[tuple[str, str], tuple[str, str]]:
-    if split not in _FILES:
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    return _FILES[split]
+def stratified_split(
+    labels: np.ndarray, train: int, held_out: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws two disjoint sets of indices with the same number of each class.
 
+    Args:
+        labels: (N,) in [0, 10), with enough of each class.
+        train, held_out: sizes of the sets, multiples of 10.
+        seed: the same seed gives the same sets.
 
-def _download(name: str, md5: str, folder: Path) -> None:
-    """Downloads one file; it gets its name only when it is complete."""
-    from torchvision.datasets import FashionMNIST
-    from torchvision.datasets.utils import download_url
-
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".download.", dir=folder))
-    try:
-        for position, mirror in enumerate(FashionMNIST.mirrors, start=1):
-            try:
-                logger.info("downloading %s%s to %s", mirror, name, folder)
-                download_url(mirror + name, str(scratch), filename=name, md5=md5)
-                break
-            except (OSError, RuntimeError):
-                if position == len(FashionMNIST.mirrors):
-                    raise
-        os.replace(scratch / name, folder / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    Returns:
+        The sorted indices of both sets.
+    """
+    random = np.random.default_rng(seed)
+    drawn = [random.permutation(np.flatnonzero(labels == label)) for label in range(10)]
+    first, end = train // 10, (train + held_out) // 10
+    chosen, others = zip(*((found[:first], found[first:end]) for found in drawn))
+    return np.sort(np.concatenate(chosen)), np.sort(np.concatenate(others))

@@ -1,55 +1,136 @@
 """One training, from its first epoch or from its checkpoint, to its test accuracy.
 
-Its folder holds these files, each written atomically:
+Its folder is that of a run of a study. Every file is written atomically:
 
-settings.json     the settings it was started with
-environment.json  machine and versions at its start and at each resume
-history.json      one entry per epoch
-checkpoint.pt     everything the next epoch depends on; deleted when the training is finished
-weights.pth       of the epoch with the best validation accuracy
-test_logits.npy   (images, 10) float32, computed with these weights
-result.json       written last: the training is finished if it exists
+metrics.json        a line of JSON for each epoch; the last one of a finished training has its test
+                    accuracy
+run_record.json     settings, number of starts, machine and versions
+checkpoint.pth      everything the next epoch depends on; deleted when the training is finished
+model_best.pth      weights of the epoch with the best validation accuracy
+misclassified.png   the test images that these misclassify with the highest confidence
 """
 
 import json
-import logging
+import math
+import platform
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import IO, Any, Optional
+from typing import Any, Optional
 
-import numpy as np
+import detectron2
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 from ws_detectron.checkpoint.reading import read_weight_file
-from ws_detectron.errors import UserError
-from ws_detectron.utils.environment import environment, utc_now
-from ws_detectron.utils.io import atomic_write, write_json
+from ws_detectron.errors import DivergedError, UserError
+from ws_detectron.utils.environment import cpu_model, package_version, utc_now
+from ws_detectron.utils.io import atomic_write, write_json, write_text
 from ws_detectron.utils.locking import locked
 
-from .loop import (
-    Progress,
-    Schedule,
-    build_optimizer,
-    compile_model,
-    metrics,
-    predict,
-    train_epoch,
-)
-from .model import build_classifier
-from .training_data import TrainingData, check_test_data, load_test_data, load_training_data
-from .training_settings import RECIPE, TrainingSettings, first_difference, with_current_names
+from .files import load_splits
+from .model import ORDERS, REPORT_GROUPS, VARIANTS, build_classifier
 
-logger = logging.getLogger(__name__)
+TRAIN_IMAGES = 50_000
+DEFAULT_LRS = {2: 0.0015, 32: 0.02, 128: 0.05}
+"""Batch size -> highest LR. Other sizes scale linearly from the nearest of these (by ratio)."""
+SCHEDULES = ("cosine", "constant")
+WARMUP = 0.1
+"""Share of all steps during which the LR rises linearly."""
+WEIGHT_DECAY = 5e-4
+"""For parameters with more than one dimension; biases and norm layers have none."""
+EVALUATION_BATCH = 200  # at 500 the features exceed the cache: 1.5 times as long per image
 
-PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "ws_detectron")
-SETTINGS, ENVIRONMENT = "settings.json", "environment.json"
-HISTORY, RESULT = "history.json", "result.json"
-CHECKPOINT, WEIGHTS, TEST_LOGITS = "checkpoint.pt", "weights.pth", "test_logits.npy"
-_FILES = (RESULT, WEIGHTS, TEST_LOGITS, CHECKPOINT, HISTORY, ENVIRONMENT, SETTINGS)
-"""In the order in which they are deleted: the result first, as it says that the others exist."""
+METRICS, RECORD, CHECKPOINT = "metrics.json", "run_record.json", "checkpoint.pth"
+BEST_WEIGHTS, PICTURE = "model_best.pth", "misclassified.png"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The settings of one training; the defaults are the report's.
+
+    Attributes:
+        variant: a key of `VARIANTS`.
+        batch_size: images per step; the last step of an epoch may have fewer.
+        epochs: passes over the training images.
+        lr: highest LR; None: `default_lr(batch_size)`.
+        schedule: one of `SCHEDULES`.
+        seed: for the split, the initial weights, the order of images and dropout.
+        order: one of `ORDERS`.
+        groups: of GN, a divisor of 32.
+        images: training images, a multiple of 50; validation and test get a fifth each.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: a number is not allowed; names the option.
+    """
+
+    variant: str
+    batch_size: int
+    epochs: int = 10
+    lr: Optional[float] = None
+    schedule: str = SCHEDULES[0]
+    seed: int = 0
+    order: str = ORDERS[0]
+    groups: int = REPORT_GROUPS
+    images: int = TRAIN_IMAGES
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        _require("seed", self.seed, self.seed >= 0, "0 or more")
+        divisible = 50 <= self.images <= TRAIN_IMAGES and self.images % 50 == 0
+        _require("images", self.images, divisible, f"a multiple of 50 up to {TRAIN_IMAGES}")
+        least = 2 if VARIANTS[self.variant].norm == "BN" else 1
+        rule = f"from {least} to the number of training images"
+        _require("batch-size", self.batch_size, least <= self.batch_size <= self.images, rule)
+        if self.images % self.batch_size == 1 < least:
+            raise UserError(
+                f"--batch-size {self.batch_size} leaves one image of {self.images} for the last "
+                "batch, too few for the statistics of BN; choose another batch size"
+            )
+        if self.lr is None:
+            object.__setattr__(self, "lr", default_lr(self.batch_size))
+        _require("lr", self.lr, self.peak_lr > 0, "above 0")
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest LR."""
+        assert self.lr is not None
+        return self.lr
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.images // self.batch_size)
+
+    def lr_at(self, step: int) -> float:
+        """The LR of a step, counted from 0.
+
+        "cosine": a linear rise over the first `WARMUP` of all steps, then half a cosine down to 0.
+        """
+        steps = self.steps_per_epoch * self.epochs
+        warmup = max(1, round(WARMUP * steps))
+        if self.schedule == "constant":
+            return self.peak_lr
+        if step < warmup:
+            return self.peak_lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def default_lr(batch_size: int) -> float:
+    """The highest LR for a batch size, see `DEFAULT_LRS`."""
+    nearest = min(DEFAULT_LRS, key=lambda known: abs(math.log(known / batch_size)))
+    return DEFAULT_LRS[nearest] * batch_size / nearest
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"--{name} is {value}; allowed: {allowed}")
 
 
 def train(
@@ -59,8 +140,7 @@ def train(
     data_dir: Optional[Path] = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Optional[Progress] = None,
-    command: str = "",
+    echo: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Trains, chooses the epoch with the best validation accuracy, and tests it once.
 
@@ -71,16 +151,16 @@ def train(
     Args:
         settings: what to train.
         folder: for the files of the run.
-        data_dir: see `root` of `find_fashion_mnist`.
+        data_dir: see `folder` of `load_fashion_mnist`.
         resume: resume the run in `folder`, if any; a finished run is not trained again.
         overwrite: delete the run in `folder`, if any, and start anew.
-        progress: receives the progress.
-        command: the user's command line, for the record.
+        echo: called with a line after each epoch, once the epoch is saved.
 
     Returns:
-        The content of result.json.
+        The last line of metrics.json, accuracies in %.
 
     Raises:
+        DivergedError: the training loss is not finite.
         UserError: the data are missing or damaged, the device does not exist, `resume` and
             `overwrite` are both set, `folder` holds a run and neither is set, the run to resume
             has other settings, or another process trains there.
@@ -89,239 +169,227 @@ def train(
         raise UserError("--device is cuda, but torch finds no GPU; allowed here: cpu")
     if resume and overwrite:
         raise UserError("--overwrite and --resume exclude each other; choose one")
-    with run_lock(folder):
+    with locked(folder / ".lock", f"another process is training in {folder}"):
         if overwrite:
-            _delete_run(folder)
-        if not resume and (folder / SETTINGS).exists():
-            raise UserError(
-                f"{folder} holds a training; resume it with --resume, delete it with --overwrite, "
-                "or choose another --output"
+            for name in (METRICS, RECORD, CHECKPOINT, BEST_WEIGHTS, PICTURE):
+                (folder / name).unlink(missing_ok=True)
+        record = json.loads(_text(folder / RECORD) or '{"starts": 0}')
+        if record["starts"]:
+            _check_resumes(folder, settings, record["settings"], resume)
+        rows = [json.loads(line) for line in _text(folder / METRICS).splitlines()]
+        if not (rows and "test_accuracy" in rows[-1]):
+            splits = load_splits(
+                settings.seed, settings.images, settings.images // 5, data_dir, settings.device
             )
-        if check_same_settings(folder, settings) and (folder / RESULT).exists():
-            finished: dict[str, Any] = read_json(folder / RESULT) or {}
-            _clean_up(folder)
-            return finished
-        data = load_training_data(
-            data_dir, settings.seed, settings.images, settings.held_out, settings.device
+            write_json(folder / RECORD, _record(settings, record["starts"] + 1))
+            rows = _train(settings, folder, splits, echo)
+        for path in folder.glob(f"*{CHECKPOINT}*"):  # also partial ones, of killed processes
+            path.unlink()
+    last: dict[str, Any] = rows[-1]
+    return last
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def _check_resumes(
+    folder: Path, settings: TrainingSettings, found: dict[str, Any], resume: bool
+) -> None:
+    """Checks that the run in `folder` may be resumed; `found` are its settings."""
+    if not resume:
+        raise UserError(
+            f"{folder} holds a training; resume it with --resume, delete it with --overwrite, "
+            "or choose another --output"
         )
-        check_test_data(data_dir)
-        write_json(folder / SETTINGS, settings.as_dict(), allow_nan=False)
-        starts = [*(read_json(folder / ENVIRONMENT) or []), _environment()]
-        write_json(folder / ENVIRONMENT, starts)
-        run = _Run(settings, data)
-        checkpoint = folder / CHECKPOINT
-        if checkpoint.exists():
-            run.load_state_dict(read_weight_file(checkpoint), str(checkpoint))
-        progress = progress or Progress()
-        while len(run.history) < settings.epochs:
-            record = run.train_epoch(progress)
-            with atomic_write(checkpoint, "wb") as file:
-                torch.save(run.state_dict(), file)
-            write_json(folder / HISTORY, run.history, allow_nan=False)
-            progress.end_epoch(record)
-        write_json(folder / HISTORY, run.history, allow_nan=False)
-        return _finish(run, folder, data_dir, command, starts)
-
-
-class _Run:
-    """Model, optimizer, history, and the best weights so far."""
-
-    def __init__(self, settings: TrainingSettings, data: TrainingData) -> None:
-        self.settings, self.data = settings, data
-        torch.manual_seed(settings.seed)
-        self.model: nn.Module = build_classifier(
-            settings.variant, groups=settings.groups, order=settings.order
-        ).to(settings.device)
-        assert settings.lr is not None
-        self.optimizer = build_optimizer(self.model, settings.lr)
-        self.steps_per_epoch = -(-settings.images // settings.batch_size)
-        steps = self.steps_per_epoch * settings.epochs
-        self.schedule = Schedule(settings.schedule, settings.lr, steps)
-        self.compiled = compile_model(self.model, settings.device) if settings.compile else None
-        self.history: list[dict[str, Any]] = []
-        self.best_epoch = 0
-        self.best_state: dict[str, torch.Tensor] = {}
-
-    def train_epoch(self, progress: Progress) -> dict[str, Any]:
-        """Trains and validates the next epoch; returns its entry in the history."""
-        settings, done = self.settings, len(self.history)
-        progress.begin_epoch(done + 1, settings.epochs, settings.images)
-        start = time.perf_counter()
-        trained = train_epoch(
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.data.train,
-            settings.batch_size,
-            done * self.steps_per_epoch,
-            progress=progress,
-            amp=settings.amp,
-            compiled=self.compiled,
-        )
-        middle = time.perf_counter()
-        held_out = self.data.validation
-        validated = metrics(predict(self.model, held_out, settings.amp), held_out.labels)
-        record = {
-            "epoch": done + 1,
-            "images": settings.images,
-            "lr": self.schedule.at((done + 1) * self.steps_per_epoch - 1),
-            "train_loss": trained.loss,
-            "train_accuracy": trained.accuracy,
-            "validation_loss": validated.loss,
-            "validation_accuracy": validated.accuracy,
-            "seconds": middle - start,
-            "validation_seconds": time.perf_counter() - middle,
-        }
-        best = self.history[self.best_epoch - 1]["validation_accuracy"] if self.best_epoch else -1.0
-        self.history.append(record)
-        if validated.accuracy > best:  # the first of equal epochs
-            self.best_epoch = done + 1
-            self.best_state = {
-                name: value.detach().to("cpu", copy=True)
-                for name, value in self.model.state_dict().items()
-            }
-        return record
-
-    def state_dict(self) -> dict[str, Any]:
-        state = {
-            "settings": self.settings.as_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
-            "best_epoch": self.best_epoch,
-            "best_state": self.best_state,
-            "random_state": torch.get_rng_state(),
-            "threads": torch.get_num_threads(),
-        }
-        if self.settings.device == "cuda":
-            state["cuda_random_state"] = torch.cuda.get_rng_state()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.history = state["history"]
-            self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
-            torch.set_rng_state(state["random_state"])
-            if "cuda_random_state" in state:
-                torch.cuda.set_rng_state(state["cuda_random_state"])
-            threads = state["threads"]
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    for name, requested in asdict(settings).items():
+        if found.get(name) != requested:
             raise UserError(
-                f"{source} is not a checkpoint of this training ({error}); delete its folder to "
-                "train anew"
-            ) from error
-        if self.settings.device == "cpu" and threads != torch.get_num_threads():
-            logger.warning(
-                "%s was made with %d threads and is resumed with %d: the last digits will differ "
-                "from those of an uninterrupted training (OMP_NUM_THREADS sets the number)",
-                source,
-                threads,
-                torch.get_num_threads(),
+                f"{folder} holds a training with {name} {found.get(name)!r}, requested is "
+                f"{requested!r}; choose another --output, or delete it with --overwrite"
             )
 
 
-def _environment() -> dict[str, Any]:
-    return {**environment(PACKAGES), "threads": torch.get_num_threads()}
-
-
-def _finish(
-    run: _Run,
-    folder: Path,
-    data_dir: Optional[Path],
-    command: str,
-    starts: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Tests the best weights and writes the outcome; nothing else evaluates the test images."""
-    settings, data = run.settings, run.data
-    run.model.load_state_dict(run.best_state)
-    test = load_test_data(data_dir, settings.held_out, data.mean, data.std, settings.device)
-    logits = predict(run.model, test, settings.amp)
-    tested = metrics(logits, test.labels)
-    result = {
-        "settings": settings.as_dict(),
-        "recipe": RECIPE,
-        "command": command,
-        "best_epoch": run.best_epoch,
-        "validation_accuracy": run.history[run.best_epoch - 1]["validation_accuracy"],
-        "test_loss": tested.loss,
-        "test_accuracy": tested.accuracy,
-        "test_images": len(test),
-        "seconds_per_epoch": median(record["seconds"] for record in run.history),
-        "pixel_mean": data.mean,
-        "pixel_std": data.std,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+def _record(settings: TrainingSettings, starts: int) -> dict[str, Any]:
+    """The content of run_record.json, with the keys of `engine.hooks.RunRecord`."""
+    return {
+        "settings": asdict(settings),
+        "starts": starts,
         "threads": torch.get_num_threads(),
-        "environment": starts[0],
-        "resumed": starts[1:],
-        "finished": utc_now(),
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu_model(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "detectron2": detectron2.__version__,
+        },
+        "ws_detectron": package_version(),
+        "date": utc_now()[:10],
     }
-    with atomic_write(folder / WEIGHTS, "wb") as file:
-        torch.save(run.best_state, file)
-    with atomic_write(folder / TEST_LOGITS, "wb") as file:
-        np.save(file, logits.cpu().numpy())
-    write_json(folder / RESULT, result, allow_nan=False)
-    _clean_up(folder)
-    return result
 
 
-def run_lock(folder: Path) -> AbstractContextManager[IO[Any]]:
-    """A lock that only one process at a time can hold, so that only one trains in `folder`.
+def _train(
+    settings: TrainingSettings,
+    folder: Path,
+    splits: tuple[TensorDataset, TensorDataset, TensorDataset],
+    echo: Callable[[str], object],
+) -> list[dict[str, Any]]:
+    """Trains from the checkpoint on, if there is one; returns the rows of metrics.json."""
+    try:
+        from ws_detectron.evaluation.curves import write_figure
 
-    Raises:
-        AlreadyLocked: another process holds it.
-    """
-    return locked(folder / ".lock", f"another process is training in {folder}")
+        from .misclassified import draw_misclassified
+    except ImportError as error:
+        raise UserError(f"{error}; install it: pip install 'ws_detectron[lab]'") from error
+    train_set, validation_set, test_set = splits
+    torch.manual_seed(settings.seed)
+    model: nn.Module = build_classifier(
+        settings.variant, groups=settings.groups, order=settings.order
+    ).to(settings.device)
+    optimizer = build_optimizer(model, settings.peak_lr)
+    rows: list[dict[str, Any]] = []
+    best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "model": {}}
+    if (folder / CHECKPOINT).exists():
+        state = read_weight_file(folder / CHECKPOINT)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rows, best = state["rows"], state["best"]
+        torch.set_rng_state(state["random_state"])
+        if settings.device == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random_state"])
+
+    while len(rows) < settings.epochs:
+        row = _epoch(settings, len(rows) + 1, model, optimizer, train_set, validation_set)
+        rows.append(row)
+        if row["validation_accuracy"] > best["accuracy"]:  # the first of equal epochs
+            weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+            best = {
+                "epoch": row["epoch"], "accuracy": row["validation_accuracy"], "model": weights,
+            }  # fmt: skip
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rows": rows,
+            "best": best,
+            "random_state": torch.get_rng_state(),
+        }
+        if settings.device == "cuda":
+            state["cuda_random_state"] = torch.cuda.get_rng_state()
+        _save(folder / CHECKPOINT, state)
+        _write_rows(folder, rows)
+        echo(
+            f"epoch {row['epoch']}/{settings.epochs}: "
+            f"train loss {row['total_loss']:.4f}, accuracy {row['train_accuracy']:.2f} %; "
+            f"validation loss {row['validation_loss']:.4f}, "
+            f"accuracy {row['validation_accuracy']:.2f} %; "
+            f"{settings.steps_per_epoch * row['time']:.1f} s"
+        )
+
+    model.load_state_dict(best["model"])
+    logits = predict(model, test_set)  # nothing else evaluates the test images
+    test_loss, test_accuracy = metrics(logits, test_set.tensors[1])
+    tested = {"test_loss": test_loss, "test_accuracy": test_accuracy, "best_epoch": best["epoch"]}
+    _save(folder / BEST_WEIGHTS, best["model"])
+    title = f"{VARIANTS[settings.variant].title}, batch {settings.batch_size}"
+    write_figure(draw_misclassified(title, logits, *test_set.tensors), folder / PICTURE)
+    rows = [*rows[:-1], {**rows[-1], **tested}]
+    _write_rows(folder, rows)
+    return rows
 
 
-def read_json(path: Path, remedy: str = "delete its folder to train anew") -> Optional[Any]:
-    """The content of a JSON file, None if there is no file.
+def _epoch(
+    settings: TrainingSettings,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_set: TensorDataset,
+    validation_set: TensorDataset,
+) -> dict[str, Any]:
+    """Trains and validates an epoch, counted from 1; returns its row of metrics.json."""
+    end = epoch * settings.steps_per_epoch
+    lrs = [settings.lr_at(step) for step in range(end - settings.steps_per_epoch, end)]
+    title = f"epoch {epoch}/{settings.epochs}"
+    start = time.perf_counter()
+    loss, accuracy = train_epoch(model, optimizer, train_set, settings.batch_size, lrs, title)
+    seconds = time.perf_counter() - start
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"{title}: the training loss is {loss}; choose a lower --lr than {settings.lr:g}"
+        )
+    validation = metrics(predict(model, validation_set), validation_set.tensors[1])
+    return {
+        "iteration": end - 1,
+        "epoch": epoch,
+        "lr": lrs[-1],
+        "total_loss": loss,
+        "train_accuracy": accuracy,
+        "validation_loss": validation[0],
+        "validation_accuracy": validation[1],
+        "time": seconds / len(lrs),
+    }
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    with atomic_write(path, "wb") as file:
+        torch.save(state, file)
+
+
+def _write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(folder / METRICS, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def build_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, the recipe of all variants; the report does not name its."""
+    parameters = list(model.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: TensorDataset,
+    batch_size: int,
+    lrs: Sequence[float],
+    title: Optional[str] = None,
+) -> tuple[float, float]:
+    """Trains on every image once, in an order drawn from torch's global generator.
 
     Args:
-        path: of the file.
-        remedy: ends the message about a damaged file.
+        lrs: the LR of each step.
+        title: of the progress bar on a terminal; None: no bar.
 
-    Raises:
-        UserError: it is not JSON.
+    Returns:
+        Loss and accuracy over all images, each computed in its own training step, with dropout.
     """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; {remedy}") from error
+    model.train()
+    order = torch.randperm(len(data)).to(data.tensors[0].device)
+    outputs = []  # metrics are computed at the end: at every step they would make a GPU wait
+    steps = tqdm(
+        order.split(batch_size), title, leave=False, unit="step", disable=title is None or None
+    )
+    for lr, chosen in zip(lrs, steps):
+        images, labels = data[chosen]
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        logits = model(images)
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        outputs.append(logits.detach())
+    return metrics(torch.cat(outputs), data.tensors[1][order])
 
 
-def check_same_settings(folder: Path, settings: TrainingSettings) -> bool:
-    """Whether `folder` holds a run; if so, it must have the same settings.
-
-    Raises:
-        UserError: its settings differ; names one of them.
-    """
-    found = read_json(folder / SETTINGS)
-    if found is None:
-        return False
-    difference = first_difference(settings.as_dict(), with_current_names(found))
-    if difference:
-        name, requested, stored = difference
-        raise UserError(
-            f"{folder} holds a training with {name} {stored!r}, requested is {requested!r}; choose "
-            "another --output, or delete the folder"
-        )
-    return True
+def predict(model: nn.Module, data: TensorDataset) -> torch.Tensor:
+    """Logits (N, 10) of the model in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(images) for images in data.tensors[0].split(EVALUATION_BATCH)])
 
 
-def _delete_run(folder: Path) -> None:
-    """Deletes the files of a run, if any; the folder and other files in it stay."""
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
-    _clean_up(folder)
-
-
-def _clean_up(folder: Path) -> None:
-    """Deletes what a finished run does not need, and partial files of killed processes."""
-    for name in _FILES:
-        for path in folder.glob(f".{name}.*"):
-            path.unlink(missing_ok=True)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+def metrics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in % of logits (N, 10) for labels (N,)."""
+    accuracy = 100 * int((logits.argmax(1) == labels).sum()) / len(labels)
+    return F.cross_entropy(logits, labels).item(), accuracy
