@@ -21,8 +21,7 @@ help:
 set-up: $(STAMP)
 
 # The stamp is made last, so an interrupted set-up is completed by the next call.
-$(STAMP): constraints.txt setup.py tools/install_detectron2.py \
-		tools/detectron2_build/patches.py tools/detectron2_build/wheel.py
+$(STAMP): constraints.txt setup.py tools/install_detectron2.py $(wildcard tools/detectron2_patches/*)
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch torchvision setuptools wheel
 	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt

@@ -8,7 +8,7 @@ would break the user's environment:
 - detectron2: no registry has it. Whoever took the name there would be installed.
 - OpenCV: four distributions provide `cv2`, and two of them in one environment break each other.
 
-`python -m ws_detectron.doctor` says which of them is missing and how to get it.
+`ws-doctor` says which of them is missing and how to get it.
 """
 
 import re
@@ -53,6 +53,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ws_detectron", "ws_detectron.*"]),
+    py_modules=["ws_doctor"],
+    entry_points={"console_scripts": ["ws-doctor = ws_doctor:main"]},
     package_data={"ws_detectron": ["py.typed"]},
     cmdclass={"build_py": BuildWithConfigs},
     python_requires=">=3.9",

@@ -32,11 +32,10 @@ from limited import Outcome, run_limited
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer, convert_file, read_weight_file
-from ws_detectron.checkpoint.state import check_finite, unwrap_state
+from ws_detectron.checkpoint.reading import check_finite, unwrap_state
 from ws_detectron.engine import load_config
 from ws_detectron.errors import UserError
-from ws_detectron.evaluation.coco_eval import evaluate
-from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
+from ws_detectron.evaluation.coco_eval import evaluate, load_annotations, load_predictions
 from ws_detectron.evaluation.runs import read_run
 from ws_detectron.lab.study import read_study
 

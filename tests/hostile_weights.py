@@ -49,6 +49,21 @@ PICKLES = {
     "doubled tuple in a frozenset": b"\x80\x04(" + doubled(b")", b"\x86") + b"\x91.",
     "doubled tuple as a key of OrderedDict": b"\x80\x02ccollections\nOrderedDict\n]"
     + doubled(b")", b"\x86") + b"N\x86a\x85R.",
+    # A message must not print such a value: its text is as long as the value expanded.
+    "doubled tuple as a dtype": _pickled(b"cnumpy\ndtype\n" + doubled(b")", b"\x86") + b"\x85R"),
+    "doubled tuple as a text encoding": _pickled(
+        b"c_codecs\nencode\nX\x01\x00\x00\x00a" + doubled(b")", b"\x86") + b"\x86R"
+    ),
+    "doubled tuple as a name": _pickled(doubled(b")", b"\x86") + doubled(b")", b"\x86") + b"\x93"),
+    "doubled tuple as a device": _pickled(
+        b"ctorch\ndevice\n" + doubled(b")", b"\x86") + b"\x85R"
+    ),
+    "doubled tuple as a byte order": _pickled(
+        b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x89\x88\x87R(K\x03"
+        + doubled(b")", b"\x86") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    ),
+    "doubled tuple as a storage": _pickled(doubled(b")", b"\x86") + b"Q"),
+    "doubled tuple as a shape": _pickled(b"ctorch\nSize\n" + doubled(b")", b"\x86") + b"\x85R"),
     "deep tuple as a key": b"\x80\x02}" + b")" + b"\x85" * _NEST + b"Ns.",
     "deep list": _pickled(b"]" * _NEST + b"a" * (_NEST - 1)),
     "deep tuple": _pickled(b")" + b"\x85" * _NEST),
@@ -207,11 +222,11 @@ def _changed_directory(size: int) -> bytes:
     return data[: entry + 20] + struct.pack("<II", size, size) + data[entry + 28 :]
 
 
-def _doubled_entry() -> bytes:
+def _with_entry(name: str) -> bytes:
     file = io.BytesIO(torch_zip(tensor_pickle((4,), (1,), 4), {"0": FOUR}))
     with zipfile.ZipFile(file, "a") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        archive.writestr("archive/data/0", bytes(16))
+        archive.writestr(f"archive/{name}", bytes(16))
     return file.getvalue()
 
 
@@ -231,10 +246,10 @@ def _overlapping_entries() -> bytes:
 ZIPS = {
     "directory states 3 GB": _changed_directory(3 * 2**30),
     "directory states 17 bytes": _changed_directory(17),
-    "doubled entry": _doubled_entry(),
+    "doubled entry": _with_entry("data/0"),
     "overlapping entries": _overlapping_entries(),
     "compressed": torch_zip(tensor_pickle((4,), (1,), 4), {"0": FOUR}, zipfile.ZIP_DEFLATED),
-    "TorchScript": torch_zip(tensor_pickle((4,), (1,), 4), {"../constants.pkl": b""}),
+    "TorchScript": _with_entry("constants.pkl"),
 }
 
 
@@ -251,5 +266,11 @@ def all_files() -> dict[str, bytes]:
             files[f"{name}, legacy"] = saved({"w": tensor}, zipped=False)
     files["legacy, terabyte"] = legacy_with(10**12)
     files["legacy, other length"] = legacy_with(3)
+    legacy = saved({"w": torch.arange(4.0)}, zipped=False)
+    protocol = pickle.dumps(1001, 2)
+    bomb = b"\x80\x02" + doubled(b")", b"\x86", 18) + b"."
+    files["legacy, doubled tuple as its protocol"] = legacy.replace(protocol, bomb, 1)
+    # tarfile.is_tarfile would try to unpack it.
+    files["lzma, dictionary of 4 GB"] = b"]" + b"\xff" * 12 + bytes(600)
     files["flipped bit"] = flipped(saved({"w": torch.arange(4.0)}), FOUR)
     return files

@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     for name in ("configs", "ws_detectron", "tools", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+    for name in ("setup.py", "ws_doctor.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, source)
     if (ROOT / "README.md").exists():
         shutil.copy(ROOT / "README.md", source)
@@ -69,7 +69,18 @@ def test_wheel_holds_the_package_and_its_configs_and_nothing_else(wheel: Path) -
     configs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
     assert len(configs) > 10
     assert "ws_detectron/py.typed" in package
-    assert names == package | {f"ws_detectron/{name}" for name in configs}
+    assert names == package | {"ws_doctor.py"} | {f"ws_detectron/{name}" for name in configs}
+
+
+def test_doctor_runs_from_the_wheel_with_nothing_installed(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+        (entries,) = (n for n in archive.namelist() if n.endswith("/entry_points.txt"))
+        assert "ws-doctor = ws_doctor:main" in archive.read(entries).decode()
+    command = [sys.executable, "-S", "-m", "ws_doctor"]  # -S: without site-packages
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={})
+    assert done.returncode == 1 and done.stderr == ""
+    assert "problem: torch: not installed" in done.stdout
 
 
 def test_installed_wheel_finds_its_configs_without_the_repository(

@@ -48,8 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="unexpected keys to leave out, or settings in its config that you set in yours; "
-        "* matches anything",
+        help="unexpected keys to leave out; * matches anything",
     )
     parser.add_argument(
         "--report", metavar="FILE", help="write a TSV table of what became of each key"
@@ -73,7 +72,8 @@ def main() -> None:
         record, metadata = converted.record, converted.metadata
         print(f"{metadata.origin}: {metadata.source}, {metadata.architecture or 'any model'}")
         ws = f"WS in {len(metadata.ws_convs)} convs" if metadata.ws_convs else "no WS"
-        print(f"{ws}, norm {metadata.norm or 'not recorded'}, {metadata.preprocessing}")
+        preprocessing = metadata.preprocessing or "input not recorded"
+        print(f"{ws}, norm {metadata.norm or 'not recorded'}, {preprocessing}")
     print(record.summary())
     if args.report:
         write_text(args.report, record.table())

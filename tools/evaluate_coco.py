@@ -7,8 +7,7 @@ import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start
 from ws_detectron.engine.checks import Purpose
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.evaluation.coco_eval import TASKS, evaluate
-from ws_detectron.evaluation.coco_files import load_annotations, load_predictions
+from ws_detectron.evaluation.coco_eval import TASKS, evaluate, load_annotations, load_predictions
 from ws_detectron.evaluation.coco_report import KEYPOINTS, as_text, check_reports, write_reports
 from ws_detectron.evaluation.evaluate import evaluate_in_process
 from ws_detectron.utils.command_line import add_overrides

@@ -7,7 +7,7 @@ import argparse
 import os
 
 from ws_detectron.engine import load_config
-from ws_detectron.engine.folding import write_folded
+from ws_detectron.engine.inference import write_folded
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.utils.command_line import add_overrides
 from ws_detectron.utils.io import refuse_overwrite

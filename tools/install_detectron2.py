@@ -1,55 +1,202 @@
-"""Installs a pure-Python build of detectron2 v0.5 if no detectron2 is installed.
+"""Installs a pure-Python build of detectron2 0.5 if no detectron2 is installed.
 
 An importable detectron2 >= 0.5 is left unchanged. Otherwise the source distribution
 `detectron2-cdo==0.5` is downloaded by pip (with your index settings) and its SHA-256 is checked.
-It contains the Python files of detectron2 v0.5 but not the C++ ones. So the patches in
-`detectron2_build/patches.py` are applied, and a wheel of version 0.5+purepy is built and
-installed. Install torch, torchvision, setuptools and wheel first.
+It contains the Python files of detectron2 but not the C++ ones. So the patches in
+`detectron2_patches/` are applied, and a wheel of version 0.5+purepy is built and installed.
+Install torch, torchvision, setuptools and wheel first.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
-from detectron2_build.patches import PatchError
-from detectron2_build.wheel import (
-    REQUIREMENTS,
-    SDIST,
-    SDIST_SHA256,
-    VERSION,
-    BuildError,
-    assemble,
-    check_hash,
-    fingerprint,
-    pack,
-)
-
-# Without empty and relative entries of sys.path, which would find a folder named detectron2 in the
-# current directory, such as a clone of its repository.
-PROBE = """
-import json, os, sys
-sys.path = [p for p in sys.path if os.path.isabs(p)]
-import importlib.util
-if importlib.util.find_spec("detectron2") is None:
-    print(json.dumps(None))
-else:
-    import detectron2
-    import detectron2.engine, detectron2.evaluation, detectron2.model_zoo, detectron2.modeling
-    print(json.dumps([detectron2.__version__, os.path.dirname(detectron2.__file__)]))
-"""
+PATCHES = Path(__file__).with_name("detectron2_patches")
 
 
 class InstallError(Exception):
     """The installation failed; the user sees only the message."""
+
+
+class Release(NamedTuple):
+    """Where the Python files of a version come from, and `detectron2_patches/<number>-*.patch`."""
+
+    sdist: str
+    sha256: str
+    patches: tuple[str, ...]
+    requirements: tuple[str, ...]
+
+
+RELEASES = {
+    "0.5": Release(
+        "detectron2-cdo==0.5",
+        "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18",
+        ("compiled-ops", "libraries", "numpy", "torch"),
+        # those of setup.py without `future` and `pydot` (caffe2 export only) and `black`
+        # (LazyConfig.to_py only), and with numpy, which it does not list
+        (
+            *("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.6"),
+            *("tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore<0.1.6,>=0.1.5"),
+            *("iopath<0.1.10,>=0.1.7", "omegaconf>=2.1", "hydra-core>=1.1", "numpy"),
+        ),
+    ),
+}
+NUMBER = "0.5"
+VERSION = f"{NUMBER}+purepy"
+RELEASE = RELEASES[NUMBER]
+TORCH = ("torch>=2.1", "torchvision>=0.16")
+PROJECTS = {
+    "PointRend/point_rend": "point_rend",
+    "DeepLab/deeplab": "deeplab",
+    "Panoptic-DeepLab/panoptic_deeplab": "panoptic_deeplab",
+}
+METADATA = """\
+Metadata-Version: 2.1
+Name: detectron2
+Version: {version}
+Summary: detectron2 v{number} as a pure-Python build, patched for current PyTorch, NumPy and Pillow
+Home-page: https://github.com/facebookresearch/detectron2
+Author: FAIR
+License: Apache 2.0
+License-File: LICENSE
+Requires-Python: >=3.9
+{requires}
+
+The Python files of detectron2 v{number} without its compiled ops: rotated boxes, deformable
+convolution and the fast COCO evaluator are missing. Built by tools/install_detectron2.py of
+ws_detectron with these patches ({fingerprint}):
+
+{reasons}
+"""
+WHEEL = """\
+Wheel-Version: 1.0
+Generator: install_detectron2.py
+Root-Is-Purelib: true
+Tag: py3-none-any
+"""
+
+
+def patches() -> list[Path]:
+    return [PATCHES / f"{NUMBER}-{name}.patch" for name in RELEASE.patches]
+
+
+def metadata() -> str:
+    """METADATA of the wheel; a build with another source or other patches has another one."""
+    texts = [path.read_text("utf-8") for path in patches()]
+    return METADATA.format(
+        number=NUMBER,
+        version=VERSION,
+        requires="\n".join(f"Requires-Dist: {name}" for name in (*TORCH, *RELEASE.requirements)),
+        fingerprint=hashlib.sha256("".join([RELEASE.sha256, *texts]).encode()).hexdigest()[:16],
+        reasons="\n\n".join(text.partition("\n--- ")[0].strip() for text in texts),
+    )
+
+
+def apply_patch(patch: Path, tree: Path) -> None:
+    """Applies a unified diff; every line that it keeps or removes must be where it says.
+
+    Raises:
+        InstallError: it does not fit; names patch, file and line.
+    """
+    diffs = re.split(r"^--- (.+)\n\+\+\+ b/(.+)\n", patch.read_text("utf-8"), flags=re.MULTILINE)
+    for source, name, text in zip(diffs[1::3], diffs[2::3], diffs[3::3]):
+        path = tree / name
+        if path.exists() is (source == "/dev/null"):
+            state = "exists already" if path.exists() else "is missing"
+            raise InstallError(f"{patch.name}: {name} {state}")
+        old = path.read_bytes().decode().splitlines(keepends=True) if path.exists() else []
+        new: list[str] = []
+        done = 0
+        hunks = re.split(r"^@@ -(\d+).*\n", text, flags=re.MULTILINE)
+        for number, hunk in zip(hunks[1::2], hunks[2::2]):
+            lines = hunk.splitlines(keepends=True)
+            before = [line[1:] for line in lines if line[0] != "+"]
+            start = max(int(number) - 1, 0)  # a new file starts at 0
+            if old[start : start + len(before)] != before:
+                raise InstallError(f"{patch.name}: {name} has other lines from line {number} on")
+            new += old[done:start] + [line[1:] for line in lines if line[0] != "-"]
+            done = start + len(before)
+        path.write_bytes("".join(new + old[done:]).encode())
+
+
+def build_tree(sdist: Path, folder: Path) -> Path:
+    """Unpacks and patches the source distribution; returns the file tree of the wheel.
+
+    Raises:
+        InstallError: it is another file than the patches are for, or one does not fit.
+    """
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if digest != RELEASE.sha256:
+        raise InstallError(f"{sdist.name} has sha256 {digest}, expected {RELEASE.sha256}")
+    shutil.unpack_archive(sdist, folder)  # its content is known by its hash
+    source, tree = folder / sdist.name.removesuffix(".tar.gz"), folder / "tree"
+    shutil.move(source / "detectron2", tree / "detectron2")
+    for origin, name in PROJECTS.items():
+        shutil.move(source / "projects" / origin, tree / "detectron2" / "projects" / name)
+    for patch in patches():
+        apply_patch(patch, tree)
+    info = tree / f"detectron2-{VERSION}.dist-info"
+    info.mkdir()
+    shutil.copy(source / "LICENSE", info)
+    (info / "METADATA").write_text(metadata(), encoding="utf-8")
+    (info / "WHEEL").write_text(WHEEL)
+    (info / "top_level.txt").write_text("detectron2\n")
+    return tree
+
+
+PROBE = """
+import detectron2.engine, detectron2.evaluation, detectron2.model_zoo, detectron2.modeling
+print(detectron2.__version__)
+"""
+
+
+def usable_detectron2() -> Optional[str]:
+    """Version and folder of the installed detectron2, None if one must be built.
+
+    That is where there is none, or one of this script that is broken or has other patches.
+
+    Raises:
+        InstallError: another one cannot be imported or is older than 0.5.
+    """
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None or spec.origin is None:  # the latter is a folder of that name
+        return None
+    try:
+        built = importlib.metadata.distribution("detectron2")
+    except importlib.metadata.PackageNotFoundError:  # a clone on PYTHONPATH
+        built = None
+    own = built is not None and built.version.endswith("+purepy")
+    if built is not None and own and built.read_text("METADATA") != metadata():
+        print(f"detectron2 {built.version} was built with other patches: building it again")
+        return None
+    # In a folder without a clone of detectron2, which would be imported instead.
+    command = [sys.executable, "-c", PROBE]
+    probe = subprocess.run(command, cwd=PATCHES, stdout=subprocess.PIPE, text=True)
+    found = f"detectron2 at {Path(spec.origin).parent}"
+    if probe.returncode == 0:
+        version = probe.stdout.split()[-1]
+        if version_number(version) >= (0, 5):
+            return found.replace(" at", f" {version} at")
+        problem = f"{found} is {version}, which is older than 0.5"
+    else:
+        problem = f"{found} cannot be imported, its error is above"
+    if own:
+        print(f"{problem}: building it again")
+        return None
+    raise InstallError(
+        f"{problem}\nRepair it, or remove it with `python -m pip uninstall detectron2` "
+        "and run this again."
+    )
 
 
 def version_number(version: str) -> tuple[int, int]:
@@ -58,85 +205,32 @@ def version_number(version: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def own_build() -> Optional[str]:
-    """METADATA of the installed detectron2 if this script built it, otherwise None."""
-    try:
-        installed = importlib.metadata.distribution("detectron2")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return (installed.read_text("METADATA") or "") if installed.version == VERSION else None
-
-
-def find_detectron2() -> Optional[tuple[str, str]]:
-    """Version and folder of the installed detectron2, None if there is none.
-
-    Raises:
-        InstallError: the installed detectron2 cannot be imported or is older than 0.5.
-    """
-    probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
-    remedy = "Repair it, or remove it with `python -m pip uninstall detectron2` and run this again."
-    if probe.returncode != 0:
-        error = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InstallError(f"the installed detectron2 cannot be imported: {error}\n{remedy}")
-    found = json.loads(probe.stdout.strip().splitlines()[-1])
-    if found is None:
-        return None
-    version, folder = found
-    if version_number(version) < (0, 5):
-        raise InstallError(f"detectron2 {version} at {folder} is older than 0.5.\n{remedy}")
-    return version, folder
-
-
-def usable_detectron2() -> Optional[tuple[str, str]]:
-    """Like `find_detectron2`, but None also if a build of this script must be replaced."""
-    build = own_build()
-    if build is not None and fingerprint() not in build:
-        print(f"detectron2 {VERSION} was built with other patches: building it again")
-        return None
-    try:
-        return find_detectron2()
-    except InstallError as error:
-        if build is None:
-            raise
-        print(f"{str(error).splitlines()[0]}; installing {VERSION} again")
-        return None
-
-
 def check_prerequisites() -> None:
     """Checks what the build needs.
 
     Raises:
         InstallError: a package is missing, or torch is too old.
     """
-    try:
-        importlib.metadata.version("pip")
-    except importlib.metadata.PackageNotFoundError:
-        raise InstallError(f"pip must be installed first: {sys.executable} -m ensurepip") from None
-    names = ("torch", "torchvision", "setuptools", "wheel")
+    names = ("pip", "torch", "torchvision", "setuptools", "wheel")
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
+        command = "ensurepip" if "pip" in missing else f"pip install {' '.join(missing)}"
         raise InstallError(
-            f"{' and '.join(missing)} must be installed first: "
-            f"{sys.executable} -m pip install {' '.join(missing)}"
+            f"{' and '.join(missing)} must be installed first: {sys.executable} -m {command}"
         )
     version = importlib.metadata.version("torch")
     if version_number(version) < (2, 1):
         raise InstallError(f"torch {version} is too old, 2.1 or newer is needed")
 
 
-def pip(*arguments: str, folder: Optional[Path] = None) -> None:
-    """Runs this interpreter's pip, or the one in `folder`, with output to the terminal.
+def run(*arguments: str) -> None:
+    """Runs this interpreter with output to the terminal.
 
     Raises:
-        InstallError: pip failed.
+        InstallError: the command failed.
     """
-    environment = dict(os.environ)
-    if folder is not None:
-        paths = [str(folder), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-m", "pip", *arguments]
-    if subprocess.run(command, env=environment).returncode != 0:
-        raise InstallError(f"`pip {' '.join(arguments)}` failed, its output is above")
+    if subprocess.run([sys.executable, *arguments]).returncode != 0:
+        raise InstallError(f"`python {' '.join(arguments)}` failed, its output is above")
 
 
 def download(folder: Path) -> Path:
@@ -144,21 +238,19 @@ def download(folder: Path) -> Path:
     # `pip download` runs setup.py to read the metadata; with a hash in the requirement, it checks
     # the file first. setup.py imports torch, so build isolation is off.
     requirement = folder / "requirement.txt"
-    requirement.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n")
-    older_pip = None
+    requirement.write_text(f"{RELEASE.sdist} --hash=sha256:{RELEASE.sha256}\n")
+    pip = ["-m", "pip"]
     if version_number(importlib.metadata.version("pip")) >= (26, 3):
         # From 26.3 on, pip refuses this file because an optional extra in it is a URL.
-        older_pip = folder / "pip"
-        pip("install", "--no-deps", "--target", str(older_pip), "pip==25.3")
-    pip(
-        *("download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"),
+        run(*pip, "install", "--no-deps", "--target", str(folder / "older"), "pip==25.3")
+        pip = [str(folder / "older" / "pip")]
+    run(
+        *(*pip, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"),
         *("--dest", str(folder), "--requirement", str(requirement)),
-        folder=older_pip,
     )
     found = sorted(folder.glob("*.tar.gz"))
     if len(found) != 1:
         raise InstallError(f"pip left {[p.name for p in found]} instead of one .tar.gz file")
-    check_hash(found[0])
     return found[0]
 
 
@@ -172,18 +264,19 @@ def build_and_install(wheel_dir: Optional[Path], constraint: Optional[Path]) -> 
     check_prerequisites()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tree = assemble(download(folder), folder)
+        tree = build_tree(download(folder), folder)
         output = wheel_dir or folder / "wheel"
-        pack(tree, output)
-        requirements = list(REQUIREMENTS)
+        output.mkdir(parents=True, exist_ok=True)
+        run("-m", "wheel", "pack", "--dest-dir", str(output), str(tree))
+        requirements = list(RELEASE.requirements)
         if importlib.util.find_spec("cv2") is None:
             # Of the four distributions with cv2, this one works without libGL, as on servers.
             requirements.append("opencv-python-headless")
         constraints = ["--constraint", str(constraint)] if constraint else []
-        pip("install", *constraints, *requirements)
+        run("-m", "pip", "install", *constraints, *requirements)
         # Never from an index, where anyone could register the name detectron2.
-        pip(
-            *("install", "--no-deps", "--no-index", "--force-reinstall"),
+        run(
+            *("-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall"),
             *("--find-links", str(output), f"detectron2=={VERSION}"),
         )
 
@@ -202,12 +295,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         found = usable_detectron2()
         if found is not None:
-            print(f"using detectron2 {found[0]} at {found[1]}, unchanged")
-            return 0
-        build_and_install(options.wheel_dir, options.constraint)
-        version, folder = find_detectron2() or ("", "")
-        print(f"installed detectron2 {VERSION} (module version {version}) at {folder}")
-    except (InstallError, BuildError, PatchError) as error:
+            print(f"using {found}, unchanged")
+        else:
+            build_and_install(options.wheel_dir, options.constraint)
+            print(f"installed {VERSION}: {usable_detectron2()}")
+    except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,8 +8,7 @@ from detectron2.data import DatasetCatalog
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.drawing import write_png
 from ws_detectron.lab.scenes import SceneSpec, ensure_scenes, register_scenes
-from ws_detectron.lab.scenes.dataset import summarize
-from ws_detectron.lab.scenes.preview import contact_sheet
+from ws_detectron.lab.scenes.dataset import contact_sheet, summarize
 from ws_detectron.lab.scenes.scene import KINDS, SPLITS
 from ws_detectron.utils.io import refuse_overwrite
 

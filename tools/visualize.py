@@ -7,14 +7,12 @@ import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets
-from ws_detectron.errors import ConfigError, exit_on_user_error
-from ws_detectron.evaluation.coco_eval import TASKS
-from ws_detectron.evaluation.coco_files import load_predictions
-from ws_detectron.evaluation.drawing import check_options
+from ws_detectron.errors import ConfigError, UserError, exit_on_user_error
+from ws_detectron.evaluation.coco_eval import TASKS, load_predictions
 from ws_detectron.evaluation.evaluate import (
     RESULTS,
     ImagePredictor,
-    predict_with_checkpoint,
+    evaluate_checkpoint,
     set_up_logging,
 )
 from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
@@ -27,7 +25,7 @@ examples:
   python tools/visualize.py --dataset coco_2017_val --output pictures \\
       --predictions output/inference/coco_instances_results.json
 
-  # the same with a checkpoint, on the first data set of DATASETS.TEST
+  # a checkpoint: evaluates it on the first data set of DATASETS.TEST, then the same
   python tools/visualize.py --config-file output/config.yaml --output pictures \\
       MODEL.WEIGHTS output/model_final.pth
 
@@ -60,31 +58,37 @@ def main() -> None:
         parser.error("--predictions needs --dataset; --input needs --config-file")
     set_up_logging()
     with exit_on_user_error():
-        check_options(args.confidence_threshold, args.num_images)  # before predicting
+        check_options(args)  # before predicting
         print(draw_inputs(args) if args.input else draw_dataset(args))
+
+
+def check_options(args: argparse.Namespace) -> None:
+    if not 0 <= args.confidence_threshold <= 1:  # also false for NaN
+        raise UserError(f"the confidence threshold is {args.confidence_threshold}; allowed: 0 to 1")
+    if args.num_images < 1:
+        raise UserError(f"the number of images is {args.num_images}; allowed: 1 or more")
 
 
 def draw_dataset(args: argparse.Namespace) -> str:
     check_folder(args.output)
-    if args.predictions:
-        load_config("", args.opts)  # for DATASETS.REGISTER
-        check_datasets("--dataset", [args.dataset])
-        predictions = load_predictions(args.predictions)
-    else:
-        cfg = load_config(args.config_file, args.opts)
-        args.dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
-        if not args.dataset:
-            raise ConfigError("DATASETS.TEST is empty; choose a data set: --dataset NAME")
-        predictions = predict_with_checkpoint(cfg, args.dataset, args.output)
+    cfg = load_config(args.config_file or "", args.opts)  # also for DATASETS.REGISTER
+    dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
+    if not dataset:
+        raise ConfigError("DATASETS.TEST is empty; choose a data set: --dataset NAME")
+    check_datasets("--dataset", [dataset])
+    results = args.predictions or str(args.output / RESULTS)
+    if not args.predictions:
+        cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset,), str(args.output)
+        evaluate_checkpoint(cfg, args.task and [args.task], output=str(args.output))
     return visualize_dataset(
-        args.dataset,
-        predictions,
+        dataset,
+        load_predictions(results),
         args.output,
         score_threshold=args.confidence_threshold,
         num_images=args.num_images,
         each=args.each,
         task=args.task,
-        predictions_name=args.predictions or str(args.output / RESULTS),
+        predictions_name=results,
     )
 
 
@@ -93,9 +97,13 @@ def draw_inputs(args: argparse.Namespace) -> str:
     if args.dataset:
         check_datasets("--dataset", [args.dataset], files=False)
     metadata = classes_of(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
-    predict = ImagePredictor(cfg, metadata)
+    classes = dict(enumerate(metadata.get("thing_classes", ())))
     return visualize_inputs(
-        args.input, args.output, predict, metadata, score_threshold=args.confidence_threshold
+        args.input,
+        args.output,
+        ImagePredictor(cfg),
+        classes,
+        score_threshold=args.confidence_threshold,
     )
 
 

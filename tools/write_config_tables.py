@@ -16,12 +16,6 @@ PUBLISHED = ROOT / "docs" / "published_ap.csv"
 LEAF = re.compile(
     r"(?P<folder>.*)/(?P<row>(scratch_|mask_|faster_|retinanet_|panoptic_).*?)(_\d+img)?\.yaml"
 )
-# rows of configs, by the start of their names, that were trained here
-MEASURED = {
-    "mask_rcnn_R_18_FPN_shapes_gn_ws": "[yes](README.md)",
-    "mask_rcnn_R_18_FPN_coco_gn_ws": "[yes](results/coco_128_images/README.md)",
-    "mask_rcnn_R_18_FPN_fashion": "[in studies](docs/studies.md)",
-}
 
 
 def filled(page: str) -> str:
@@ -109,20 +103,15 @@ def _leaves(folder: str) -> list[dict[str, str]]:
         weights = cfg.MODEL.WEIGHTS
         if weights.startswith("ws://mmdet/"):
             published[name] = " / ".join(f"{ap:.1f}" for _, _, ap, _ in cfg.TEST.EXPECTED_RESULTS)
-        measured = [text for start, text in MEASURED.items() if name.startswith(start)]
         rows[name] = {
             "config": name,
             "`MODEL.WEIGHTS`": f"`{weights}`" if weights else "random",
             "published": published.get(name, "no"),  # at 2 images per GPU
-            "measured here": measured[0] if measured else "no",
         }
         images = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.REFERENCE_WORLD_SIZE or 1)
         batches.setdefault(name, {})[images] = f"[{images}](configs/{file})"
     for name, links in batches.items():
         rows[name]["images per GPU"] = " · ".join(links[images] for images in sorted(links))
-    if all(row["measured here"] == "no" for row in rows.values()):
-        for row in rows.values():
-            del row["measured here"]
     return list(rows.values())
 
 

@@ -22,26 +22,16 @@ if _backend and "matplotlib" not in sys.modules:
         import matplotlib
 
         matplotlib.rcParams["backend"] = _backend
-    except ValueError:  # there is no such backend
+        os.environ["MPLBACKEND"] = _backend
+    except Exception:  # there is no such backend, or matplotlib is missing: what draws says so
         pass
-    except Exception:  # matplotlib is missing or broken: what draws says so
-        os.environ["MPLBACKEND"] = _backend
-    else:
-        os.environ["MPLBACKEND"] = _backend
 
-try:
-    from .checkpoint import register_weight_names
-    from .config import add_ws_config
-    from .layers import WSConv2d, standardize_together, standardize_weight
-    from .modeling import convert_to_ws, fold_ws, with_ws
+from .checkpoint import register_weight_names
+from .config import add_ws_config
+from .layers import WSConv2d, standardize_together, standardize_weight
+from .modeling import convert_to_ws, fold_ws, with_ws
 
-    register_weight_names()
-except Exception:
-    # The doctor, which must be able to say what is missing or broken. While Python looks for the
-    # module to run, argv[0] is "-m"; 3.9 has no orig_argv and does not say which module that is.
-    _command = getattr(sys, "orig_argv", ["ws_detectron.doctor"])
-    if sys.argv[:1] != ["-m"] or "ws_detectron.doctor" not in _command:
-        raise
+register_weight_names()
 
 __all__ = [
     "WSConv2d",

@@ -26,7 +26,7 @@ from ws_detectron.checkpoint import (
     read_weight_file,
     write_detectron2,
 )
-from ws_detectron.checkpoint.fit import _outputs_differ
+from ws_detectron.checkpoint.fit import outputs_differ
 from ws_detectron.checkpoint.metadata import WSForm
 from ws_detectron.layers import WSConv2d
 from ws_detectron.modeling import REGISTRATIONS, fold_ws
@@ -513,7 +513,7 @@ def test_content_of_another_form(plain_model: nn.Module, tmp_path: Path, content
 @pytest.mark.parametrize(
     "other, differ", [("official", False), ("paper", False), ("bit", True), ("one_more", True)]
 )
-def test_forms_of_ws_whose_outputs_differ(other: str, differ: bool) -> None:
+def test_forms_of_ws_whoseoutputs_differ(other: str, differ: bool) -> None:
     """A mode that is added later is not taken to give the same outputs."""
-    assert _outputs_differ(WSForm("official", 1e-5), WSForm(other, 1e-5)) is differ
-    assert _outputs_differ(WSForm(other, 1e-5), WSForm(other, 1e-6))
+    assert outputs_differ(WSForm("official", 1e-5), WSForm(other, 1e-5)) is differ
+    assert outputs_differ(WSForm(other, 1e-5), WSForm(other, 1e-6))

@@ -2,11 +2,13 @@ import hashlib
 import urllib.error
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from email.message import Message
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from detectron2.utils.file_io import PathManager
 from weight_samples import as_state, torchvision_keys
 
@@ -15,11 +17,9 @@ from ws_detectron.checkpoint import (
     METADATA_KEY,
     PUBLISHED,
     WeightsError,
-    path_handler,
     read_weight_file,
     register_weight_names,
 )
-from ws_detectron.checkpoint.architecture import ResNetArchitecture
 
 NAME = "ws://jhu/resnet50_gn_ws"
 
@@ -28,12 +28,12 @@ NAME = "ws://jhu/resnet50_gn_ws"
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A separate cache, and no network."""
 
-    def no_network(url: str, timeout: float) -> Any:
+    def no_network(request: Any) -> Any:
         raise urllib.error.URLError("no network in tests")
 
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr(path_handler.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
     register_weight_names()
     yield
 
@@ -41,7 +41,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture
 def published(save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file in the layout of a published one, registered with its hash."""
-    path = save(as_state(torchvision_keys(ResNetArchitecture(18), "gn")), "raw.pth")
+    path = save(as_state(torchvision_keys("resnet18", "gn")), "raw.pth")
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     weights = PUBLISHED["jhu/resnet50_gn_ws"]
     entry = replace(weights, url=f"https://example.org/resnet50_gn_ws-{digits}.pth")
@@ -62,33 +62,29 @@ def test_file_from_the_folder(published: Path, monkeypatch: pytest.MonkeyPatch) 
         assert file.read(2) == b"PK"
 
 
-def test_download(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+def test_download(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
     class Response(BytesIO):
-        headers = {"Content-Length": str(published.stat().st_size)}
+        def info(self) -> Message:
+            return Message()
 
     asked = []
 
-    def urlopen(url: str, timeout: float) -> Response:
-        asked.append(url)
-        return Response(published.read_bytes())
+    def urlopen(request: Any) -> Response:
+        asked.append(request.full_url)
+        return Response(published.read_bytes()[: None if whole else 1000])
 
-    monkeypatch.setattr(path_handler.urllib.request, "urlopen", urlopen)
-    PathManager.get_local_path(NAME)
-    PathManager.get_local_path(NAME)
-    assert asked == [PUBLISHED["jhu/resnet50_gn_ws"].url]
-
-
-def test_download_that_breaks_off(
-    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Response(BytesIO):
-        headers = {"Content-Length": str(published.stat().st_size)}
-
-    half = published.read_bytes()[:1000]
-    monkeypatch.setattr(path_handler.urllib.request, "urlopen", lambda url, timeout: Response(half))
-    with pytest.raises(WeightsError, match="received 1000 of"):
-        PathManager.get_local_path(NAME)
-    assert not list((tmp_path / "cache").rglob("*resnet50*.pth"))
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    for _ in range(2):
+        if whole:
+            PathManager.get_local_path(NAME)
+        else:
+            with pytest.raises(WeightsError, match="could not be downloaded .*invalid hash value"):
+                PathManager.get_local_path(NAME)
+    assert asked == [PUBLISHED["jhu/resnet50_gn_ws"].url] * (1 if whole else 2)
+    assert len(list((tmp_path / "cache").rglob("*resnet50*.pth"))) == (2 if whole else 0)
 
 
 def test_without_network_the_message_says_what_to_do() -> None:

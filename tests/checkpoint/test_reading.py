@@ -24,7 +24,7 @@ from ws_detectron.checkpoint import (
     convert_file,
     read_weight_file,
 )
-from ws_detectron.checkpoint.state import check_finite, unwrap_state
+from ws_detectron.checkpoint.reading import check_finite, unwrap_state
 
 
 class Payload:
@@ -35,14 +35,6 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, (f"touch '{self.target}'",))
-
-
-class Eval:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (eval, (f"open({str(self.target)!r}, 'w').close()",))
 
 
 def refused(path: Path) -> str:
@@ -60,14 +52,15 @@ def proof(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("payload", [Payload, Eval])
-def test_reduce_payload_in_a_pickle(
-    tmp_path: Path, proof: Path, protocol: int, payload: type
-) -> None:
+def test_reduce_payload_in_a_pickle(tmp_path: Path, proof: Path, protocol: int) -> None:
     path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"model": payload(proof)}, protocol=protocol))
-    message = refused(path)
-    assert "system" in message or "eval" in message
+    nested: Any = {"key": Payload(proof)}
+    for _ in range(20):
+        nested = {"model": [nested, (1, 2.0, "text")]}
+    in_array = np.array([Payload(proof)], dtype=object)
+    for content, name in ((nested, "system"), (Payload(proof), "system"), (in_array, "'O8'")):
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+        assert name in refused(path)
     assert not proof.exists()
 
 
@@ -81,46 +74,25 @@ def test_reduce_payload_in_a_torch_file(tmp_path: Path, proof: Path, zipped: boo
     assert not proof.exists()
 
 
-def test_payload_nested_deep_inside(tmp_path: Path, proof: Path) -> None:
-    nested: Any = {"key": Payload(proof)}
-    for _ in range(20):
-        nested = {"model": [nested, (1, 2.0, "text")]}
+class ForgedDtype:
+    """dtype('f4') with fields in its state."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (np.dtype, ("f4", False, True), (3, "<", None, ("a",), {"a": 1}, 4, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (np.array([None], dtype=object), "'O8'"),
+        (np.zeros(2, dtype=[("a", "f4"), ("b", "i4")]), "'V8'"),
+        (ForgedDtype(), "structured"),
+    ],
+)
+def test_arrays_of_other_types_are_refused(tmp_path: Path, value: Any, reason: str) -> None:
     path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps(nested))
-    refused(path)
-    assert not proof.exists()
-
-
-def test_payload_inside_an_array_of_objects(tmp_path: Path, proof: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": np.array([Payload(proof)], dtype=object)}))
-    refused(path)
-    assert not proof.exists()
-
-
-def test_object_array_is_refused_without_a_payload(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": np.array([None], dtype=object)}))
-    assert "'O8'" in refused(path)
-
-
-def test_structured_dtype_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": np.zeros(2, dtype=[("a", "f4"), ("b", "i4")])}))
-    refused(path)
-
-
-def test_forged_dtype_state_is_refused(tmp_path: Path) -> None:
-    class Forged:
-        """dtype('f4') with fields in its state."""
-
-        def __reduce__(self) -> tuple[Any, ...]:
-            state = (3, "<", None, ("a",), {"a": 1}, 4, 1, 0)
-            return (np.dtype, ("f4", False, True), state)
-
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"w": Forged()}))
-    assert "structured" in refused(path)
+    path.write_bytes(pickle.dumps({"w": value}))
+    assert reason in refused(path)
 
 
 def test_array_shape_beyond_its_bytes(tmp_path: Path) -> None:
@@ -156,6 +128,27 @@ def test_a_storage_is_not_reserved_before_its_size_is_checked(tmp_path: Path, na
     path.write_bytes(all_files()[name])
     with mock.patch.object(torch, "empty", side_effect=AssertionError):
         assert "should have 4,000,000,000,000 bytes" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("archive, compressed", "is compressed"),
+        ("archive, TorchScript", "asks for a TorchScript program"),
+        ("archive, doubled entry", "two of its entries have the same name"),
+        ("archive, overlapping entries", "is larger than its part of the file"),
+        ("flipped bit", "Bad CRC-32"),
+        ("sparse, zip", "asks for torch._utils._rebuild_sparse_tensor"),
+        ("pickle, doubled tuple as a key", "asks for a dict key of type tuple"),
+        ("pickle, deep list", "nested too deeply"),
+        ("pickle, doubled list", "expands to"),
+        ("pickle, one bytes object in 200 arrays", "copies its values many times"),
+    ],
+)
+def test_the_message_says_why(tmp_path: Path, name: str, reason: str) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(all_files()[name])
+    assert reason in refused(path)
 
 
 def test_pipe_device_and_link(tmp_path: Path) -> None:
@@ -311,12 +304,6 @@ def test_dict_that_holds_itself(tmp_path: Path) -> None:
     assert "holds itself" in refused(path)
 
 
-def test_nesting_beyond_the_stack(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
-    refused(path)
-
-
 @pytest.mark.parametrize("name", ["../../escaped", "/etc/escaped", "archive\\..\\escaped"])
 def test_zip_entry_that_points_outside(tmp_path: Path, name: str) -> None:
     path = tmp_path / "folder" / "weights.pth"
@@ -326,16 +313,6 @@ def test_zip_entry_that_points_outside(tmp_path: Path, name: str) -> None:
         archive.writestr(name, "payload")
     assert "outside" in refused(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder"]
-
-
-def test_compressed_zip_is_refused(tmp_path: Path) -> None:
-    plain, path = tmp_path / "plain.pth", tmp_path / "weights.pth"
-    torch.save({"w": torch.zeros(1000)}, plain)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
-        with zipfile.ZipFile(plain) as source:
-            for entry in source.namelist():
-                target.writestr(entry, source.read(entry))
-    assert "compressed" in refused(path)
 
 
 def test_zip_that_is_no_torch_file(tmp_path: Path) -> None:

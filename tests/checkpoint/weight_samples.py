@@ -1,16 +1,15 @@
 """State dicts with full shapes that need little memory, and small models."""
 
+from functools import partial
 from typing import Any
 
 import torch
+import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
 from ws_detectron import add_ws_config
-from ws_detectron.checkpoint.architecture import ResNetArchitecture
-
-NORM_TENSORS = {"gn": ("weight", "bias"), "bn": ("weight", "bias", "running_mean", "running_var")}
 
 
 def constant(value: float, shape: tuple[int, ...]) -> torch.Tensor:
@@ -18,28 +17,21 @@ def constant(value: float, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.full((), float(value)).expand(shape)
 
 
-def torchvision_keys(architecture: ResNetArchitecture, letters: str) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a ResNet in torchvision's layout, written down independently.
+def torchvision_keys(name: str, letters: str) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a ResNet of torchvision, without its classifier.
 
     Args:
-        architecture: which ResNet.
-        letters: "bn" or "gn", what the norm layers are called.
+        name: of the function in torchvision.models.
+        letters: "bn" for BN; "gn" for GN, whose layers are called so in mmdetection.
     """
-    keys: dict[str, tuple[int, ...]] = {}
-    for conv, shape in architecture.conv_shapes().items():
-        parts = conv.split(".")
-        if parts[0] == "stem":
-            names = ("conv1", f"{letters}1")
-        else:
-            block = f"layer{int(parts[0][3:]) - 1}.{parts[1]}"
-            if parts[2] == "shortcut":
-                names = (f"{block}.downsample.0", f"{block}.downsample.1")
-            else:
-                names = (f"{block}.{parts[2]}", f"{block}.{letters}{parts[2][4:]}")
-        keys[f"{names[0]}.weight"] = shape
-        for tensor in NORM_TENSORS[letters]:
-            keys[f"{names[1]}.{tensor}"] = shape[:1]
-    return keys
+    build = getattr(torchvision.models, name)
+    with torch.device("meta"):
+        model = build() if letters == "bn" else build(norm_layer=partial(nn.GroupNorm, 32))
+    return {
+        key.replace("bn", letters): tuple(value.shape)
+        for key, value in model.state_dict().items()
+        if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
+    }
 
 
 def as_state(keys: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -49,7 +41,7 @@ def as_state(keys: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 def mmdet_keys(depth: int = 18, masks: bool = True, classes: int = 80) -> dict[str, Any]:
     """Key -> shape of a mmdetection gn_ws-all detector."""
-    body = torchvision_keys(ResNetArchitecture(depth), "gn")
+    body = torchvision_keys(f"resnet{depth}", "gn")
     keys: dict[str, Any] = {f"backbone.{key}": shape for key, shape in body.items()}
     channels = (64, 128, 256, 512) if depth < 50 else (256, 512, 1024, 2048)
 

@@ -7,7 +7,7 @@ from detectron2 import model_zoo as detectron2_zoo
 from leaves import CONFIGS
 from write_config_tables import PAGES, ROOT, filled
 
-from ws_detectron.checkpoint.names import PUBLISHED
+from ws_detectron.checkpoint import PUBLISHED
 from ws_detectron.model_zoo import get_config
 
 ZOO = (ROOT / "MODEL_ZOO.md").read_text(encoding="utf-8")

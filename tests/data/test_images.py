@@ -10,7 +10,13 @@ import pytest
 from detectron2.utils import logger as detectron2_logger
 from PIL import Image
 
-from ws_detectron.data.images import check_image_file, read_annotated, read_rgb
+from ws_detectron.data.images import (
+    check_image_file,
+    image_findings,
+    missing_images,
+    read_annotated,
+    read_rgb,
+)
 from ws_detectron.errors import DataError
 
 # 16-bit values from black to white
@@ -136,3 +142,17 @@ def test_the_size_is_that_of_the_record(tmp_path: Path) -> None:
         read_annotated({"file_name": path, "width": 64, "height": 48})
     with pytest.raises(DataError, match=r"width 10 and height 48; correct"):
         read_annotated({"file_name": path, "width": 10, "height": 48})
+
+
+def test_missing_images_are_found(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("1.png", "sub/2.png"):
+        (tmp_path / name).touch()
+    images = [{"file_name": name} for name in ("1.png", "sub/2.png", "nowhere/3.png")]
+    assert missing_images(images, tmp_path) == ["nowhere/3.png"]
+
+
+def test_images_without_a_name_are_reported_by_the_validator_alone(tmp_path: Path) -> None:
+    images = [{"id": 1}, {"id": 2, "file_name": "none.png", "width": 4, "height": 4}]
+    (finding,) = image_findings(images, tmp_path)
+    assert str(finding) == "images are not in the folder: images[1] ('none.png')"

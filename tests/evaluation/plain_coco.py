@@ -62,7 +62,7 @@ def average_precision(counted: list[tuple[float, bool]], objects: int) -> float:
 
 
 def plain_ap(annotations: dict[str, Any], predictions: list[dict[str, Any]]) -> dict[str, Any]:
-    """AP, APs, APm, APl in per cent; None where there is no object."""
+    """AP, APs, APm, APl in %; None where there is no object."""
     result = {}
     for name, (low, high) in AREAS.items():
         values = []

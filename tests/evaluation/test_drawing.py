@@ -1,69 +1,68 @@
-import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
-from small_coco import HEIGHT, WIDTH, prediction
+from detectron2.utils.visualizer import Visualizer
+from small_coco import HEIGHT, WIDTH, annotations, prediction
 
-from ws_detectron.errors import ConfigError, DataError, UserError
+from ws_detectron.errors import UserError
+from ws_detectron.evaluation import drawing
 from ws_detectron.evaluation.drawing import (
     CAPTION_HEIGHT,
     CROWD_COLOUR,
     MARGIN,
     PAIR_MARGIN,
-    annotated_objects,
-    by_image_id,
-    captioned,
+    SIDE,
     class_colour,
-    draw_sheet,
-    pair,
-    predicted_objects,
-    records_by_id,
-    tile,
+    contact_sheet,
+    draw_entries,
+    separate_labels,
+    write_png,
 )
 
-SIDE = 240  # twice the size of the images
 BOX = (60, 20, 40, 40)
+CLASSES = {1: "one", 2: "two", 3: "three"}
+IMAGE = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
 
 
-def test_ground_truth_has_classes_masks_and_crowds(dataset: str, tmp_path: Path) -> None:
-    records = records_by_id(dataset, tmp_path)
-    objects = annotated_objects(records[3], MetadataCatalog.get(dataset))
-    assert objects.labels == ["class 1", "class 2", "class 3", "class 1 (crowd)"]
-    assert objects.colours[3] == CROWD_COLOUR and objects.colours[0] == class_colour(0)
-    np.testing.assert_array_equal(objects.boxes[1], [60, 20, 100, 60])
-    for mask, area in zip(objects.masks, (600, 1600, 600, 750)):
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What `draw_entries` hands to `draw_objects`."""
+    objects: dict[str, Any] = {}
+    monkeypatch.setattr(drawing, "draw_objects", lambda image, side, **given: objects.update(given))
+    return objects
+
+
+def test_annotations_have_classes_masks_and_crowds(drawn: dict) -> None:
+    truth = annotations([(1, 1, (10, 10, 30, 20)), (1, 2, BOX)], crowds=[(1, 1, (80, 70, 30, 25))])
+    draw_entries(IMAGE, SIDE, truth["annotations"], CLASSES)
+    assert drawn["labels"] == ["one", "two", "one (crowd)"]
+    assert drawn["colours"] == [class_colour(0), class_colour(1), CROWD_COLOUR]
+    np.testing.assert_array_equal(drawn["boxes"][1], [60, 20, 100, 60])
+    for mask, area in zip(drawn["masks"], (600, 1600, 750)):
         assert mask.shape == (HEIGHT, WIDTH) and mask.sum() == area
 
 
-def test_predictions_have_classes_scores_and_the_colours_of_the_truth(
-    dataset: str, tmp_path: Path
-) -> None:
-    metadata = MetadataCatalog.get(dataset)
-    records_by_id(dataset, tmp_path)
-    only_mask = prediction(1, 3, BOX, 0.456)
-    del only_mask["bbox"]
-    only_box = prediction(1, 1, BOX, 0.9)
-    del only_box["segmentation"]
-    objects = predicted_objects([only_mask, only_box], metadata)
-    assert objects.labels == ["class 3 46", "class 1 90"]
-    assert objects.colours == [class_colour(2), class_colour(0)]
-    np.testing.assert_array_equal(objects.boxes, [[60, 20, 100, 60]] * 2)
-    assert objects.masks[0].sum() == 1600 and objects.masks[1] is None
-    with pytest.raises(DataError, match=f"category id 9, which data set {dataset}"):
-        predicted_objects([prediction(1, 9, BOX, 0.5)], metadata)
+def test_predictions_have_classes_scores_and_the_colours_of_annotations(drawn: dict) -> None:
+    entries = [
+        prediction(1, number, BOX, score) for number, score in ((3, 0.456), (1, 0.9), (9, 1))
+    ]
+    del entries[0]["bbox"], entries[1]["segmentation"]
+    draw_entries(IMAGE, SIDE, entries, CLASSES)
+    assert drawn["labels"] == ["three 46", "one 90", "class 9 100"]
+    assert drawn["colours"][:2] == [class_colour(2), class_colour(0)]
+    np.testing.assert_array_equal(drawn["boxes"], [[60, 20, 100, 60]] * 3)
+    assert drawn["masks"][0].sum() == 1600 and drawn["masks"][1] is None
 
 
-def test_predictions_are_grouped_by_image_from_a_score_on() -> None:
-    found = [prediction(n, 1, BOX, score) for score in (0.3, 0.5, 0.7) for n in (1, 2)]
-    grouped = by_image_id(found, 0.5)
-    assert {n: [entry["score"] for entry in grouped[n]] for n in (1, 2, 3)} == {
-        1: [0.5, 0.7],
-        2: [0.5, 0.7],
-        3: [],
-    }
+def test_only_the_object_and_its_label_are_drawn() -> None:
+    picture = draw_entries(IMAGE, 2 * WIDTH, [prediction(1, 2, BOX, 0.9)], CLASSES).astype(int)
+    changed = np.abs(picture - 90).max(axis=2) > 10
+    assert picture.shape == (2 * HEIGHT, 2 * WIDTH, 3)
+    assert changed[60:115, 130:195].all()  # the mask below its label, twice the size
+    assert not changed[:, :110].any() and not changed[130:].any()
 
 
 def test_class_colours_are_bright_and_differ() -> None:
@@ -73,71 +72,70 @@ def test_class_colours_are_bright_and_differ() -> None:
     assert apart.min() > 0.15
 
 
-def test_a_pair_shows_truth_left_and_predictions_right(dataset: str, tmp_path: Path) -> None:
-    metadata, record = MetadataCatalog.get(dataset), records_by_id(dataset, tmp_path)[1]
-    found = [prediction(1, 2, BOX, 0.9)]
-    picture = pair(record, found, metadata, note="note", longer_side=SIDE).astype(int)
-    empty = pair({**record, "annotations": []}, [], metadata, note="note", longer_side=SIDE)
-    changed = np.abs(picture - empty)[CAPTION_HEIGHT:].max(axis=2) > 10
-    left, right = changed[:, : SIDE + MARGIN], changed[:, SIDE + MARGIN :]
-    # masks, twice the size, inside of their boxes: (10, 10, 30, 20) and (60, 20, 40, 40)
-    assert left[30:55, 30 + MARGIN : 75 + MARGIN].all()
-    assert right[60:115, 130 + MARGIN : 195 + MARGIN].all()
-    # and away from them and their labels nothing
-    assert not left[90:].any() and not left[:, 150:].any()
-    assert not right[:, : 110 + MARGIN].any() and not right[130:].any()
+@pytest.mark.parametrize(
+    ("boxes", "visible"),
+    [
+        ([(100, 60, 180, 140)] * 6, 6),  # at one place
+        ([(-40, -30, 60, 70), (250, 130, 330, 230), (-9, 150, 9, 199), (280, 1, 299, 9)], 4),
+        ([(x, y, x + 20, y + 20) for x in (90, 110) for y in (60, 75, 90)], 6),
+        ([(100, 60, 180, 140)] * 40, 9),  # further ones would be too far away
+    ],
+)
+def test_labels_are_inside_and_do_not_overlap(boxes: list, visible: int) -> None:
+    artist = Visualizer(np.zeros((200, 300, 3), np.uint8))
+    artist.overlay_instances(boxes=np.array(boxes, float), labels=["cross 68"] * len(boxes))
+    separate_labels(artist.output)
+    renderer = artist.output.canvas.get_renderer()
+    shown = [text for text in artist.output.ax.texts if text.get_visible()]
+    extents = [text.get_window_extent(renderer) for text in shown]
+    assert len(extents) == visible
+    for number, one in enumerate(extents):
+        assert one.x0 >= 0 and one.y0 >= 0 and one.x1 <= 300 and one.y1 <= 200
+        assert not one.count_overlaps(extents[number + 1 :])
 
 
-def test_captions_say_how_many_and_are_cut_where_too_long() -> None:
-    white = np.full((20, 100, 3), 255, np.uint8)
-    short, long = (captioned(white, text, 100, 20) for text in ("a", "a" * 300))
-    assert short.shape == long.shape == (20 + CAPTION_HEIGHT + MARGIN, 100 + MARGIN, 3)
-    assert (short < 128).any() and (long < 128).sum() > (short < 128).sum()
-    # no letter is cut through at the right edge
-    assert (long[:, -3:] == 255).all()
+def test_a_sheet_has_two_pairs_in_a_row_and_captions_cut_where_too_long() -> None:
+    def pair(text: str, height: int) -> tuple:
+        return (np.full((height, SIDE, 3), 7, np.uint8), text), (
+            np.zeros((50, 60, 3), np.uint8),
+            "",
+        )
+
+    width, head = 2 * (SIDE + MARGIN) + PAIR_MARGIN, CAPTION_HEIGHT
+    sheet = contact_sheet([pair("a", 90), pair("W" * 300, 80), pair("\udcff\n$", 70)])
+    assert sheet.shape == (90 + 70 + 2 * (head + MARGIN), 2 * width, 3)
+    assert contact_sheet([pair("a", 90)]).shape == (90 + head + MARGIN, width, 3)
+    for top, left, height in ((0, 0, 90), (0, width, 80), (90 + head + MARGIN, 0, 70)):
+        cell = sheet[top:, left:]
+        assert (cell[head : head + height, MARGIN : MARGIN + SIDE] == 7).all()
+        assert (cell[head : head + 50, SIDE + 2 * MARGIN :][:, :60] == 0).all()
+        assert (cell[:head, MARGIN : MARGIN + SIDE] < 128).any()  # a caption
+        assert (cell[: head + height, MARGIN + SIDE : SIDE + 2 * MARGIN] == 255).all()
+    assert (sheet[90 + head + MARGIN :, width:] == 255).all()
+    captions = sheet[:head] < 128
+    assert captions[:, width:].sum() > 20 * captions[:, :width].sum()
 
 
-def test_tiles_stand_row_by_row() -> None:
-    cells = [np.full((height, 5, 3), n, np.uint8) for n, height in enumerate((4, 6, 3))]
-    sheet = tile(cells, columns=2)
-    assert sheet.shape == (6 + 3, 10, 3)
-    assert (sheet[:4, :5] == 0).all() and (sheet[4:6, :5] == 255).all()
-    assert (sheet[:6, 5:] == 1).all()
-    assert (sheet[6:, :5] == 2).all() and (sheet[6:, 5:] == 255).all()
-    assert tile(cells[:1], columns=2).shape == (4, 5, 3)
+def test_small_images_are_enlarged_without_smoothing_and_large_ones_scaled_down() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (4, 8, 3), np.uint8)
+    nothing: dict[str, Any] = {"boxes": [], "masks": [], "labels": [], "colours": []}
+    large = drawing.draw_objects(image, 32, **nothing)
+    np.testing.assert_array_equal(large, image.repeat(4, axis=0).repeat(4, axis=1))
+    small = drawing.draw_objects(image, 4, **nothing)
+    np.testing.assert_array_equal(small, cv2.resize(image, (4, 2), interpolation=cv2.INTER_AREA))
 
 
-def test_a_sheet_is_drawn_from_a_results_file(dataset: str, tmp_path: Path) -> None:
-    path, output = tmp_path / "predictions.json", tmp_path / "new" / "sheet.png"
-    entries = [prediction(n, 2, BOX, score) for n in (1, 2, 3) for score in (0.9, 0.3)]
-    path.write_text(json.dumps(entries))
-    draw_sheet(dataset, str(path), str(output), num_images=3)
-    sheet = cv2.imread(str(output))[:, :, ::-1]
-    width = 2 * (448 + MARGIN) + PAIR_MARGIN
-    height = round(448 * HEIGHT / WIDTH) + CAPTION_HEIGHT + MARGIN
-    assert sheet.shape == (2 * height, 2 * width, 3)
-    draw_sheet(dataset, str(path), str(output), image_ids=[2])
-    second = cv2.imread(str(output))[:, :, ::-1]
-    np.testing.assert_array_equal(second, sheet[:height, width:])
-    draw_sheet(dataset, str(path), str(output), image_ids=[2], score_threshold=0.95)
-    assert not np.array_equal(second, cv2.imread(str(output))[:, :, ::-1])
+def test_pictures_are_written_as_they_are(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    write_png(tmp_path / "new" / "a.png", picture)
+    found = cv2.imread(str(tmp_path / "new" / "a.png"))[:, :, ::-1]
+    np.testing.assert_array_equal(found, picture)
 
 
-def test_sheets_of_what_does_not_fit_are_refused(dataset: str, tmp_path: Path) -> None:
-    path, output = tmp_path / "predictions.json", str(tmp_path / "sheet.png")
-    path.write_text(json.dumps([prediction(1, 1, BOX, 0.9)]))
-    with pytest.raises(ConfigError, match="'no_set' is not a registered data set"):
-        draw_sheet("no_set", str(path), output)
-    with pytest.raises(UserError, match=r"no image ids \[9\]"):
-        draw_sheet(dataset, str(path), output, image_ids=[1, 9])
-    broken = prediction(1, 1, BOX, 0.9)
-    broken["segmentation"]["counts"] = "5"
-    path.write_text(json.dumps([broken]))
-    with pytest.raises(DataError, match="malformed RLE"):
-        draw_sheet(dataset, str(path), output)
-    path.write_text("[]")
-    records = records_by_id(dataset, tmp_path)
-    Path(records[2]["file_name"]).write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"cannot read image .*2\.png"):
-        draw_sheet(dataset, str(path), output)
-    assert not Path(output).exists()
+def test_other_formats_and_unwritable_paths_are_refused(tmp_path: Path) -> None:
+    picture = np.zeros((2, 2, 3), dtype=np.uint8)
+    with pytest.raises(UserError, match=r"a\.jpg: .* must end in \.png"):
+        write_png(tmp_path / "a.jpg", picture)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        write_png(tmp_path / "file" / "a.png", picture)

@@ -10,12 +10,10 @@ from detectron2.structures import Boxes, Instances
 from ws_detectron.engine import load_config
 from ws_detectron.errors import ConfigError
 from ws_detectron.evaluation import evaluate
-from ws_detectron.evaluation.coco_files import load_predictions
+from ws_detectron.evaluation.coco_eval import load_predictions
 from ws_detectron.evaluation.evaluate import (
     ImagePredictor,
     PredictionCollector,
-    category_ids,
-    coco_entries,
     evaluate_checkpoint,
 )
 
@@ -32,28 +30,29 @@ def output(classes: list[int]) -> dict[str, Any]:
     return {"instances": instances}
 
 
+def collected(metadata: Metadata, *outputs: tuple[int, list[int]]) -> list[dict[str, Any]]:
+    """The entries for some image ids and the classes predicted there."""
+    collector = PredictionCollector(metadata)
+    for image_id, classes in outputs:
+        collector.process([{"image_id": image_id}], [output(classes)])
+    return collector.evaluate()
+
+
 def test_classes_become_category_ids() -> None:
-    ids = category_ids(Metadata(thing_dataset_id_to_contiguous_id={17: 0, 99: 1}))
-    assert ids == {0: 17, 1: 99}
-    entries = coco_entries(output([1, 0]), 5, ids)
-    assert [entry["category_id"] for entry in entries] == [99, 17]
-    assert entries[0]["image_id"] == 5 and entries[0]["bbox"] == [10, 5, 20, 15]
+    metadata = Metadata(thing_dataset_id_to_contiguous_id={17: 0, 99: 1})
+    entries = collected(metadata, (5, [1, 0]), (8, []), (3, [0]))
+    assert [entry["category_id"] for entry in entries] == [99, 17, 17]
+    assert [entry["image_id"] for entry in entries] == [5, 5, 3]
+    assert entries[0]["bbox"] == [10, 5, 20, 15]
     assert entries[0]["segmentation"]["size"] == [40, 60]
-    assert category_ids(Metadata()) is None
-    assert [e["category_id"] for e in coco_entries(output([4]), 5, None)] == [4]
-
-
-def test_a_model_of_other_classes_is_refused() -> None:
+    assert [entry["category_id"] for entry in collected(Metadata(), (5, [4]))] == [4]
     with pytest.raises(ConfigError, match="class 2, .* classes 0 to 1; set MODEL.ROI_HEADS.NUM"):
-        coco_entries(output([2]), 5, {0: 17, 1: 99})
+        collected(metadata, (5, [2]))
 
 
-def test_entries_are_collected_in_order_and_forgotten_at_reset() -> None:
-    collector = PredictionCollector(Metadata(thing_dataset_id_to_contiguous_id={17: 0}))
-    collector.reset()
-    collector.process([{"image_id": 8}, {"image_id": 3}], [output([0]), output([])])
-    collector.process([{"image_id": 5}], [output([0, 0])])
-    assert [entry["image_id"] for entry in collector.evaluate()] == [8, 5, 5]
+def test_predictions_are_forgotten_at_reset() -> None:
+    collector = PredictionCollector(Metadata())
+    collector.process([{"image_id": 8}], [output([0])])
     collector.reset()
     assert collector.evaluate() == []
 
@@ -118,15 +117,15 @@ def test_single_images_are_resized_and_given_in_the_right_order(cfg: CfgNode) ->
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 80, 400
     image = np.full((40, 60, 3), 60, np.uint8)
     image[10:20, 30:50, 0] = 200  # red
-    predict = ImagePredictor(cfg, Metadata(thing_dataset_id_to_contiguous_id={17: 0}))
+    predict = ImagePredictor(cfg)
     [entry] = predict(image)
-    assert entry["category_id"] == 17 and entry["score"] == 0.75
+    assert entry["category_id"] == 0 and entry["score"] == 0.75
     np.testing.assert_allclose(entry["bbox"], [30, 10, 20, 10], atol=1.5)
     given = predict._model.given[0]
     assert given["image"].shape == (3, 80, 120)
     assert (given["height"], given["width"]) == (40, 60)
     cfg.INPUT.FORMAT = "BGR"
-    predict = ImagePredictor(cfg, Metadata())
+    predict = ImagePredictor(cfg)
     with pytest.raises(RuntimeError):  # nothing in the first channel, blue, is bright
         predict(image)
     assert predict._model.given[0]["image"][2].max() == 200

@@ -11,7 +11,7 @@ from torch import nn
 
 from ws_detectron import WSConv2d
 from ws_detectron.engine import load_config
-from ws_detectron.engine.folding import stock_config
+from ws_detectron.engine.inference import stock_config
 from ws_detectron.errors import ConfigError
 from ws_detectron.layers import GroupNorm
 from ws_detectron.modeling import NORMS, WSSettings

@@ -15,7 +15,7 @@ from ws_detectron import WSConv2d, convert_to_ws
 from ws_detectron.checkpoint import WSCheckpointer
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import norm_keys
-from ws_detectron.engine.folding import stock_config, write_folded
+from ws_detectron.engine.inference import stock_config, write_folded
 from ws_detectron.modeling import (
     REGISTRATIONS,
     Registration,

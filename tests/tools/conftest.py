@@ -17,10 +17,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from evaluated_model import IN_PROCESS, OPTIONS, QUICKSTART
+from perturbed import perturbed_predictions
 
 from ws_detectron.checkpoint import WSCheckpointer
 from ws_detectron.engine import Trainer, load_config
-from ws_detectron.lab.benchmark.perturb import perturbed_predictions
 from ws_detectron.lab.scenes import SceneSpec, ensure_scenes
 
 ROOT = Path(__file__).resolve().parents[2]

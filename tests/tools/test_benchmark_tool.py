@@ -1,5 +1,6 @@
 """tools/benchmark.py as a user runs it; times are not judged here."""
 
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -10,16 +11,6 @@ import pytest
 import torch
 
 from ws_detectron.lab.benchmark import measurements, operation
-
-
-def test_the_operation_is_measured(run_tool, tmp_path: Path) -> None:
-    options = ["--rounds", 1, "--warmup", 0, "--depth", 50, "--output", tmp_path]
-    result = run_tool("benchmark.py", "operation", "--device", "cpu", *options)
-    assert result.returncode == 0, result.stderr
-    content = json.loads((tmp_path / "cpu_operation.json").read_text())
-    assert content["about"]["command"].startswith("python tools/benchmark.py operation --device")
-    assert content["about"]["torch"] and content["parts"][0]["facts"]["values"] == 23_454_912
-    assert "times the floor" in result.stdout and "ws_detectron, paper" in result.stdout
 
 
 def test_help_shows_an_example(call_tool) -> None:
@@ -59,10 +50,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def stand_in(what: str) -> Callable[..., Iterator[dict[str, Any]]]:
-        signature = inspect.signature(measurements.MEASUREMENTS[what])
+        replaced = measurements.MEASUREMENTS[what]
 
+        @functools.wraps(replaced)
         def measure(**options: Any) -> Iterator[dict[str, Any]]:
-            signature.bind(**options)
+            inspect.signature(replaced).bind(**options)
             calls.append((what, options))
             seconds = {operation.COPY: [1.0], operation.OURS["official"]: [2.0]}
             yield {"facts": {"images": 1}, "seconds": seconds}
@@ -85,16 +77,6 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]
             ["bn", "frozen_bn", "sync_bn", "gn", "gn_ws"], ["plain", "autocast"],
             "cpu_variants_modes",
         ),
-        # as in 0.1
-        (["arms", "--arms", "bn", "gn"], ["bn", "gn"], ["plain"], "cpu_variants"),
-        (
-            ["step", "--variants", "plain", "autocast"],
-            ["gn", "gn_ws", "bn"], ["plain", "autocast"], "cpu_step_modes",
-        ),
-        (
-            ["classifier", "--variants", "plain", "compile", "--arms", "bn", "wn"],
-            ["bn", "wn"], ["plain", "compile"], "cpu_classifier_modes",
-        ),
     ],
 )  # fmt: skip
 def test_variants_and_modes(
@@ -104,14 +86,13 @@ def test_variants_and_modes(
     status, _, errors = call_tool("benchmark.py", *arguments, *options)
     assert status == 0, errors
     ((_, used),) = stand_ins
-    assert (used["variants"], used["modes"], used["rounds"]) == (variants, modes, 3)
+    assert [*used["variants"]] == variants and [*used["modes"]] == modes and used["rounds"] == 3
     assert [path.stem for path in tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("what", measurements.MEASUREMENTS)
 def test_every_measurement_gets_its_options(call_tool, stand_ins, tmp_path: Path, what) -> None:
-    needed = ["--annotations", "x.json"] if what == "coco_eval" else []
-    status, output, errors = call_tool("benchmark.py", what, *needed, "--output", tmp_path)
+    status, output, errors = call_tool("benchmark.py", what, "--output", tmp_path)
     assert status == 0, errors
     assert [name for name, _ in stand_ins] == [what] and "1 rounds; images 1." in output
 
@@ -150,29 +131,11 @@ def test_group_norm_is_measured(call_tool, tmp_path: Path, monkeypatch) -> None:
     options = ["--device", "cpu", "--output", tmp_path, "--rounds", 2]
     status, output, errors = call_tool("benchmark.py", "group_norm", *options)
     assert status == 0, errors
-    assert len(json.loads((tmp_path / "cpu_group_norm.json").read_text())["parts"]) == 8
+    content = json.loads((tmp_path / "cpu_group_norm.json").read_text())
+    assert content["about"]["command"].startswith("python tools/benchmark.py group_norm --device")
+    assert content["about"]["torch"] == torch.__version__.split("+")[0]
+    assert content["kind"] == "group_norm" and len(content["parts"]) == 8
     assert sum("| nn.GroupNorm" in line for line in output.splitlines()) == 8
-
-
-def test_coco_eval_is_measured(call_tool, evaluation_files, tmp_path: Path) -> None:
-    options = ["--annotations", evaluation_files.annotations, "--output", tmp_path]
-    options += ["--num-images", 15, "--rounds", 2, "--background", 3]
-    status, output, errors = call_tool("benchmark.py", "coco_eval", *options)
-    assert status == 0, errors
-    content = json.loads((tmp_path / "cpu_coco_eval.json").read_text())
-    assert content["parts"][0]["facts"]["images"] == 15
-    assert "times faster-coco-eval" in output and "seed 0" in output
-
-
-def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path) -> None:
-    annotations = tmp_path / "cpu_coco_eval.json"
-    annotations.write_bytes(evaluation_files.annotations.read_bytes())
-    status, _, errors = call_tool(
-        "benchmark.py", "coco_eval", "--annotations", annotations, "--output", tmp_path,
-        *["--num-images", 2, "--rounds", 1],
-    )  # fmt: skip
-    assert status == 2 and "cpu_coco_eval.json is an input" in errors
-    assert annotations.read_bytes() == evaluation_files.annotations.read_bytes()
 
 
 def test_page_is_written(call_tool, tmp_path: Path) -> None:

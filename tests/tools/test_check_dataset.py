@@ -10,7 +10,7 @@ import pytest
 from evaluated_model import IN_PROCESS  # noqa: F401  the fixtures register it
 from PIL import Image
 
-from ws_detectron.evaluation.coco_files import load_annotations
+from ws_detectron.evaluation.coco_eval import load_annotations
 
 TOOL = "check_dataset.py"
 Call = Callable[..., tuple[int, str, str]]

@@ -56,6 +56,16 @@ def test_converts_and_reports(run: Run, resnet18: Path, tmp_path: Path) -> None:
     assert torch.equal(returned["layer4.1.conv2.weight"], original["layer4.1.conv2.weight"])
 
 
+def test_lists_the_settings_that_a_file_does_not_tell(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    conv = "backbone.bottom_up.stem.conv1"
+    state = {f"{conv}.weight": torch.ones(4, 3, 7, 7), f"{conv}.norm.weight": torch.ones(4)}
+    torch.save({"model": state}, path)
+    printed = run(str(path), str(tmp_path / "out.pth"), "--ws")
+    assert "WS in 1 convs, norm not recorded, input not recorded" in printed
+    assert "  to check: INPUT.FORMAT" in printed
+
+
 def test_mistakes_end_with_status_2_and_one_message(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,10 +135,16 @@ def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path
         *["--annotations", evaluation_files.annotations, "--output", tmp_path / "file"],
     )
     assert status == 2 and "file is not a folder; choose another output" in errors
+
+
+@pytest.mark.parametrize("tool", [TOOL, "visualize.py"])
+def test_weights_are_not_written_over(
+    call_tool, evaluation_files, tmp_path: Path, tool: str
+) -> None:
     weights = tmp_path / "coco_instances_results.json"
     weights.write_bytes(evaluation_files.weights.read_bytes())
     status, _, errors = call_tool(
-        TOOL,
+        tool,
         *["--config-file", QUICKSTART, "--output", tmp_path, *OPTIONS, "MODEL.WEIGHTS", weights],
         *["DATASETS.TEST", f"('{IN_PROCESS}',)"],
     )

@@ -155,7 +155,7 @@ def laughs(first: str, template: str, steps: int = 40) -> str:
     [
         (laughs("[1, 2]", "[*, *]"), "aliases expand"),
         (laughs("{k: 1}", "{<<: [*, *], x: *}"), "aliases expand"),
-        ("SEED: &a [*a]", "*a refers to itself"),
+        ("SEED: &a [*a]", "line 1: an alias refers to the value"),
         ("SEED: " + "[" * 100_000, "nested"),
         ("SEED: " + "[" * 900 + "]" * 900, "nested more than 50"),
         ("".join(" " * i + "a:\n" for i in range(500)), "nested"),

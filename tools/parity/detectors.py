@@ -1,13 +1,16 @@
 """Compares mmdetection's detectors with ours, layer by layer and at the end."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from torchvision import ops
 
 from ws_detectron.checkpoint import (
     WSCheckpointer,
@@ -18,10 +21,44 @@ from ws_detectron.checkpoint import (
 )
 from ws_detectron.model_zoo import get_config
 
-from . import mmdet_models
-from .measures import LIMITS, Measure, relative_difference, worst
+from . import Measure, compare, perturb
 
-CONFIGS = {
+
+def _nms(
+    boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int
+) -> torch.Tensor:
+    if offset != 0:
+        raise NotImplementedError(f"nms with offset {offset}")
+    return ops.nms(boxes, scores, iou_threshold)
+
+
+def _roi_align_forward(
+    features: torch.Tensor, rois: torch.Tensor, output: torch.Tensor, *argmax: Any, **how: Any
+) -> None:
+    if how["pool_mode"] != 1:
+        raise NotImplementedError("RoIAlign with max pooling")
+    names = ("spatial_scale", "sampling_ratio", "aligned")
+    size = (how["aligned_height"], how["aligned_width"])
+    output.copy_(ops.roi_align(features, rois, size, *(how[name] for name in names)))
+
+
+# mmcv-lite has mmcv's Python code, including `RoIAlign`, `nms` and `batched_nms`, but not the
+# compiled module. Its two kernels that are needed are torchvision's, as on our side; their
+# arguments, the class offsets of batched NMS and everything else are mmcv's. Other ops are None.
+kernels: Any = ModuleType("mmcv._ext")
+kernels.nms, kernels.roi_align_forward = _nms, _roi_align_forward
+kernels.__getattr__ = lambda name: None
+sys.modules["mmcv._ext"] = kernels
+
+import mmdet  # noqa: E402  (needs the kernels)
+import mmdet.models  # noqa: E402, F401
+from mmdet.datasets import CocoDataset  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
+from mmdet.structures import DetDataSample  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.registry import init_default_scope  # noqa: E402
+
+DETECTORS = {
     f"{model}-rcnn_{body}_fpn_gn-ws-all_{schedule}_coco": f"{folder}/mmdet/"
     f"{model}_rcnn_{body.replace('-', '_')}_fpn_gn_ws-all_{schedule}_coco.yaml"
     for model, schedule, folder in (
@@ -32,80 +69,117 @@ CONFIGS = {
 }
 """mmdetection's config -> ours."""
 
-_BOXES_FOR_HEADS, _BOXES_FOR_MASKS = 100, 20
+# Standard deviation to which the output of each last layer is scaled, so that scores spread, boxes
+# move and masks have both signs. As initialized, no score would pass the threshold.
+_SPREAD = {
+    "rpn_head.rpn_cls": 2.0,
+    "rpn_head.rpn_reg": 0.3,
+    "roi_head.bbox_head.fc_cls": 2.5,
+    "roi_head.bbox_head.fc_reg": 1.0,
+    "roi_head.mask_head.conv_logits": 3.0,
+}
+_BOXES_FOR_HEADS, _BOXES_FOR_MASKS, _LEAST_DETECTIONS = 100, 20, 10
 # The score limit allows for float32 rounding over 50 layers, which depends on the summation order:
 # 0.97e-4 on an AMD EPYC, on an Intel Xeon 0.59e-4 with one thread and 1.04e-4 with two. In float64
 # the logits agree to 1e-14.
-_BOX_PIXELS, _SCORE, _MASK_SHARE = 0.01, 2e-4, 0.999
+_BOX_PIXELS, _SCORE, _MASK_SHARE = 0.01, 2e-4, 0.001
 
 
 def compare_detector(
     name: str, images: list[torch.Tensor], seed: int, folder: Path
-) -> dict[str, list[Measure]]:
+) -> Iterator[Measure]:
     """Builds, saves, converts and loads one detector, and compares both on all images.
 
     Args:
-        name: of mmdetection's config, a key of `CONFIGS`.
-        images: RGB (3, H, W).
+        name: of mmdetection's config, a key of `DETECTORS`.
+        images: RGB (3, H, W); layers in float64 are those of the first.
         seed: of the random weights.
         folder: for the weight files.
-
-    Returns:
-        Measures by group: "float32", "float64", "detections", "settings", "files".
     """
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    theirs, text = mmdet_models.build_detector(name)
-    mmdet_models.perturb(theirs, generator)
-    ours, files = _convert_and_load(name, theirs, text, folder)
-    results = {"files": files, "settings": _settings(theirs, ours)}
-    results["float32"] = worst([m for image in images for m in _layers(theirs, ours, image)])
-    theirs.double(), ours.double()
-    results["float64"] = _layers(theirs, ours, images[0])
-    theirs.float()
-    mmdet_models.spread_outputs(theirs, images[0])
-    ours, _ = _convert_and_load(name, theirs, text, folder)
-    results["detections"] = worst([m for image in images for m in _detections(theirs, ours, image)])
-    return results
+    init_default_scope("mmdet")
+    configs = Path(mmdet.__file__).parent / ".mim" / "configs" / "gn+ws"
+    config = Config.fromfile(configs / f"{name}.py")
+    theirs = MODELS.build(config.model).eval()
+    perturb(theirs, seed)
+    ours = _converted(name, theirs, config.pretty_text, folder)
+    yield "settings", "tensors changed by converting there and back", _changed(theirs, folder), 0
+    ours_named = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
+    moved = sum(a != b for a, b in zip(CocoDataset.METAINFO["classes"], ours_named))
+    yield "settings", "classes in another place", moved, 0
+    for image in images:
+        yield from _compare_layers(theirs, ours, image)
+    yield from _compare_layers(theirs.double(), ours.double(), images[0])
+    _spread_outputs(theirs.float(), images[0])
+    ours = _converted(name, theirs, config.pretty_text, folder)
+    for image in images:
+        yield from _compare_detections(theirs, ours, image)
 
 
-def _convert_and_load(name: str, theirs: Any, text: str, folder: Path) -> tuple[Any, list[Measure]]:
-    original, converted = folder / "theirs.pth", folder / "ours.pth"
-    torch.save({"meta": {"cfg": text}, "state_dict": theirs.state_dict()}, original)
-    weights = convert_file(original)
-    write_detectron2(weights, converted)
-    files = _compare_files(theirs, original, converted, folder / "back.pth")
-    files.append(Measure("WS convs", float(len(weights.metadata.ws_convs)), 1, True))
-    return load_ours(get_config(CONFIGS[name]), converted), files
-
-
-def load_ours(cfg: CfgNode, weights: Path) -> Any:
-    """Our detector in eval mode, with every tensor from the file."""
+def _converted(name: str, theirs: Any, config: str, folder: Path) -> Any:
+    """Our detector in eval mode, with every tensor from the converted file."""
+    torch.save({"meta": {"cfg": config}, "state_dict": theirs.state_dict()}, folder / "theirs.pth")
+    weights = convert_file(folder / "theirs.pth", ws=True)
+    write_detectron2(weights, folder / "ours.pth")
+    cfg = get_config(DETECTORS[name])
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
-    checkpoint = WSCheckpointer(model)
-    missing = set(model.state_dict()) - set(read_weight_file(weights)["model"])
-    if missing:
-        raise AssertionError(f"{weights} lacks {sorted(missing)[:5]}")
-    checkpoint.load(str(weights))
+    missing = set(model.state_dict()) - set(read_weight_file(folder / "ours.pth")["model"])
+    if missing or not weights.metadata.ws_convs:
+        raise AssertionError(f"the converted file lacks WS convs or {sorted(missing)[:5]}")
+    WSCheckpointer(model).load(str(folder / "ours.pth"))
     return model
 
 
-def _compare_files(theirs: Any, original: Path, converted: Path, back: Path) -> list[Measure]:
-    write_mmdet(converted, back)
-    before = read_weight_file(original)["state_dict"]
-    after = read_weight_file(back)["state_dict"]
-    changed = set(before) ^ set(after)
-    changed |= {key for key in before if key in after and not torch.equal(before[key], after[key])}
+def _changed(theirs: Any, folder: Path) -> int:
+    """The number of tensors that differ after converting ours back."""
+    write_mmdet(folder / "ours.pth", folder / "back.pth")
+    before, after = (
+        read_weight_file(folder / file)["state_dict"] for file in ("theirs.pth", "back.pth")
+    )
     theirs.load_state_dict(after, strict=True)
-    return [Measure("tensors changed by converting there and back", float(len(changed)), 0)]
+    return sum(not torch.equal(before[key], after[key]) for key in before)
 
 
 @torch.no_grad()
-def _layers(theirs: Any, ours: Any, image: torch.Tensor) -> list[Measure]:
+def _spread_outputs(model: Any, image: torch.Tensor) -> None:
+    """Scales and shifts the last layers so that their outputs on `image` vary."""
+    rpn = model.rpn_head.test_cfg
+    limit, rpn.max_per_img = rpn.max_per_img, 100
+    for name, target in _SPREAD.items():
+        layer = dict(model.named_modules()).get(name)
+        if layer is None:
+            continue
+        outputs: list[torch.Tensor] = []
+        handle = layer.register_forward_hook(lambda _, __, output: outputs.append(output))  # noqa: B023
+        _predict(model, image)
+        handle.remove()
+        output = torch.cat([out.transpose(0, 1).flatten(1) for out in outputs], dim=1)
+        scale = target / output.std(dim=1)
+        layer.weight *= scale.view(-1, *[1] * (layer.weight.dim() - 1))
+        layer.bias.copy_((layer.bias - output.mean(dim=1)) * scale)
+    rpn.max_per_img = limit
+
+
+def _preprocess(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """mmdetection's preprocessing of one image, which it reads as BGR."""
+    size = tuple(image.shape[-2:])
+    sample = DetDataSample()
+    sample.set_metainfo({"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)})
+    data = model.data_preprocessor({"inputs": [image.flip(0)], "data_samples": [sample]}, False)
+    return data["inputs"], data["data_samples"]
+
+
+def _predict(model: Any, image: torch.Tensor) -> Any:
+    """mmdetection's detections in one image: `bboxes`, `scores`, `labels` and perhaps `masks`."""
+    inputs, samples = _preprocess(model, image)
+    return model.predict(inputs, samples, rescale=True)[0].pred_instances
+
+
+@torch.no_grad()
+def _compare_layers(theirs: Any, ours: Any, image: torch.Tensor) -> Iterator[Measure]:
     """Compares features, RPN, box head and mask head; the heads get the same boxes."""
-    dtype = next(theirs.parameters()).dtype
-    inputs, samples = mmdet_models.preprocess(theirs, image)
+    inputs, samples = _preprocess(theirs, image)
     batch = ours.preprocess_image([{"image": image}])
     pairs = [("input", inputs, batch.tensor)]
 
@@ -120,14 +194,12 @@ def _layers(theirs: Any, ours: Any, image: torch.Tensor) -> list[Measure]:
         pairs += [(f"{what} {n}", a, b) for n, a, b in zip(names, their_side, our_side)]
 
     proposals = theirs.rpn_head.predict(their_levels, samples, rescale=False)[0].bboxes
-    # detectron2 keeps boxes in float32.
-    boxes = proposals[:_BOXES_FOR_HEADS].float()
-    rois = torch.cat([boxes.new_zeros(len(boxes), 1), boxes], dim=1).to(dtype)
+    boxes = proposals[:_BOXES_FOR_HEADS].float()  # detectron2 keeps boxes in float32
+    rois = torch.cat([boxes.new_zeros(len(boxes), 1), boxes], dim=1).to(inputs.dtype)
     levels = [our_levels[n] for n in names[:4]]
     their_box = theirs.roi_head._bbox_forward(their_levels, rois)
     head = ours.roi_heads
-    features = head.box_head(head.box_pooler(levels, [Boxes(boxes)]))
-    scores, deltas = head.box_predictor(features)
+    scores, deltas = head.box_predictor(head.box_head(head.box_pooler(levels, [Boxes(boxes)])))
     pairs += [
         ("class logits", their_box["cls_score"], scores),
         ("box deltas", their_box["bbox_pred"], deltas),
@@ -136,68 +208,33 @@ def _layers(theirs: Any, ours: Any, image: torch.Tensor) -> list[Measure]:
         their_masks = theirs.roi_head._mask_forward(their_levels, rois[:_BOXES_FOR_MASKS])
         pooled = head.mask_pooler(levels, [Boxes(boxes[:_BOXES_FOR_MASKS])])
         pairs.append(("mask logits", their_masks["mask_preds"], head.mask_head.layers(pooled)))
-    return [Measure(what, relative_difference(a, b), LIMITS[dtype]) for what, a, b in pairs]
+    yield from compare(pairs)
 
 
 @torch.no_grad()
-def _detections(theirs: Any, ours: Any, image: torch.Tensor) -> list[Measure]:
+def _compare_detections(theirs: Any, ours: Any, image: torch.Tensor) -> Iterator[Measure]:
     """Compares final detections, which must match one to one."""
-    found = mmdet_models.predict(theirs, image)
+    found = _predict(theirs, image)
     height, width = image.shape[-2:]
     mine = ours([{"image": image, "height": height, "width": width}])[0]["instances"]
     boxes, classes, scores = mine.pred_boxes.tensor, mine.pred_classes, mine.scores
+    if len(found.bboxes) < _LEAST_DETECTIONS:
+        raise AssertionError(f"only {len(found.bboxes)} detections to compare")
     distances = (found.bboxes[:, None] - boxes[None]).abs().amax(dim=2)
     distances[found.labels[:, None] != classes[None]] = float("inf")
-    pairs, taken = [], set()
-    for i in range(len(found.bboxes)):
-        for j in distances[i].argsort().tolist():
-            if j not in taken and float(distances[i, j]) <= _BOX_PIXELS:
-                pairs.append((i, j))
-                taken.add(j)
-                break
-    unmatched = len(found.bboxes) + len(boxes) - 2 * len(pairs)
-    a, b = [i for i, _ in pairs], [j for _, j in pairs]
-    measures = [
-        Measure("detections", float(len(found.bboxes)), 10, at_least=True),
-        Measure("detections of one side only", float(unmatched), 0),
-        Measure("box, pixels", _largest(found.bboxes[a] - boxes[b]), _BOX_PIXELS),
-        Measure("score", _largest(found.scores[a] - scores[b]), _SCORE),
-    ]
+    partner: dict[int, int] = {}  # ours -> theirs
+    for i, row in enumerate(distances):
+        near = (j for j in row.argsort().tolist() if row[j] <= _BOX_PIXELS and j not in partner)
+        partner.update({j: i for j in [next(near, None)] if j is not None})
+    a, b = list(partner.values()), list(partner)
+    differences = {
+        "box (pixels)": (found.bboxes[a] - boxes[b], _BOX_PIXELS),
+        "score": (found.scores[a] - scores[b], _SCORE),
+    }
     if theirs.with_mask:
-        equal = (found.masks[a] == mine.pred_masks[b]).flatten(1).double().mean(dim=1)
-        least = float(equal.min()) if len(equal) else 0.0
-        measures.append(Measure("share of equal mask pixels", least, _MASK_SHARE, at_least=True))
-    return measures
-
-
-def _largest(difference: torch.Tensor) -> float:
-    return float(difference.abs().max()) if difference.numel() else 0.0
-
-
-@torch.no_grad()
-def _settings(theirs: Any, ours: Any) -> list[Measure]:
-    """Compares anchors, box coders and class order, which do not depend on weights."""
-    from mmdet.datasets import CocoDataset
-
-    sizes = [(25, 38), (13, 19), (7, 10), (4, 5), (2, 3)]
-    their_anchors = theirs.rpn_head.prior_generator.grid_priors(sizes, device="cpu")
-    features = [torch.zeros(1, 1, *size) for size in sizes]
-    our_anchors = ours.proposal_generator.anchor_generator(features)
-    anchors = max(_largest(a - b.tensor) for a, b in zip(their_anchors, our_anchors))
-    generator = torch.Generator().manual_seed(0)
-    boxes = torch.rand(500, 2, generator=generator) * 300
-    boxes = torch.cat([boxes, boxes + 1 + 300 * torch.rand(500, 2, generator=generator)], dim=1)
-    deltas = torch.randn(500, 4, generator=generator)
-    coders = (
-        ("RPN", theirs.rpn_head.bbox_coder, ours.proposal_generator.box2box_transform),
-        ("box head", theirs.roi_head.bbox_head.bbox_coder, ours.roi_heads.box_predictor),
-    )
-    measures = [Measure("anchors, pixels", anchors, 1e-3)]
-    for name, coder, transform in coders:
-        transform = getattr(transform, "box2box_transform", transform)
-        difference = coder.decode(boxes, deltas) - transform.apply_deltas(deltas, boxes)
-        measures.append(Measure(f"decoded boxes of the {name}, pixels", _largest(difference), 1e-2))
-    names = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
-    unequal = sum(a != b for a, b in zip(CocoDataset.METAINFO["classes"], names))
-    measures.append(Measure("classes in another place", float(unequal), 0))
-    return measures
+        unequal = (found.masks[a] != mine.pred_masks[b]).flatten(1).double().mean(dim=1)
+        differences["mask (share)"] = (unequal, _MASK_SHARE)
+    yield "detections", "detections", len(found.bboxes), None
+    yield "detections", "in one only", len(found.bboxes) + len(boxes) - 2 * len(partner), 0
+    for what, (difference, limit) in differences.items():
+        yield "detections", what, float(difference.abs().max()) if partner else 0.0, limit

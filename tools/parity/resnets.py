@@ -2,26 +2,23 @@
 
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
-import torchvision
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import resnet18, resnet50, resnet101, resnext50_32x4d
 
 from ws_detectron.checkpoint import Preprocessing, WSCheckpointer, convert_file, write_detectron2
 from ws_detectron.model_zoo import get_config
 
-from .measures import LIMITS, Measure, relative_difference, worst
-from .mmdet_models import perturb
-
-_STAGES = ("res2", "res3", "res4", "res5")
+from . import Measure, compare, perturb
 
 
 class _AuthorsConv2d(nn.Conv2d):
@@ -33,119 +30,82 @@ class _AuthorsConv2d(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def _authors(build: Callable[..., nn.Module]) -> nn.Module:
-    model = build(norm_layer=lambda channels: nn.GroupNorm(32, channels))
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = _AuthorsConv2d
-    return model
+def _authors(resnet: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = resnet(norm_layer=lambda channels: nn.GroupNorm(32, channels))
+        for module in model.modules():
+            if type(module) is nn.Conv2d:
+                module.__class__ = _AuthorsConv2d
+        return model
+
+    return build
 
 
-def _as_pth_tar(model: nn.Module, path: Path) -> None:
-    state = {f"module.{key}": value for key, value in model.state_dict().items()}
-    torch.save({"epoch": 90, "arch": "resnet", "state_dict": state}, path)
+def _save(model: nn.Module, path: Path) -> None:
+    """Saves as the source does: a training's state, Caffe2 blobs or a state dict."""
+    state = model.state_dict()
+    if path.suffix == ".tar":
+        state = {f"module.{key}": value for key, value in state.items()}
+        torch.save({"epoch": 90, "arch": "resnet", "state_dict": state}, path)
+    elif path.suffix == ".pkl":  # pickled as by Python 2
+        blobs = {_caffe2_name(key): value.numpy() for key, value in state.items()}
+        path.write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
+    else:
+        torch.save(state, path)
 
 
-def _as_state_dict(model: nn.Module, path: Path) -> None:
-    torch.save(model.state_dict(), path)
+def _caffe2_name(key: str) -> str:
+    """The name of a parameter as a blob of Detectron's R-50-GN."""
+    if key.startswith("fc."):
+        return f"pred_{key[3]}"
+    key = re.sub(r"^(conv|bn)1\.", r"conv1.\1.", key)
+    key = re.sub(r"^layer(\d)\.(\d+)", lambda m: f"res{int(m[1]) + 1}_{m[2]}", key)
+    key = re.sub(r"\.(conv|bn)([123])", lambda m: f"_branch2{'abc'[int(m[2]) - 1]}.{m[1]}", key)
+    key = key.replace(".downsample.0", "_branch1.conv").replace(".downsample.1", "_branch1.bn")
+    endings = {".conv.weight": "_w", ".bn.weight": "_gn_s", ".bn.bias": "_gn_b"}
+    return re.sub("|".join(map(re.escape, endings)), lambda m: endings[m[0]], key)
 
 
-def _as_caffe2(model: nn.Module, path: Path) -> None:
-    """With the blob names of Detectron's R-50-GN, pickled as by Python 2."""
-    blobs = {}
-    for key, value in model.state_dict().items():
-        if key.startswith("fc."):
-            blobs["pred_" + key[3]] = value.numpy()
-            continue
-        name = re.sub(r"^(conv|bn)1\.", r"conv1.\1.", key)
-        name = re.sub(
-            r"^layer(\d)\.(\d+)\.(conv|bn)(\d)",
-            lambda m: f"res{int(m[1]) + 1}_{m[2]}_branch2{'abc'[int(m[4]) - 1]}.{m[3]}",
-            name,
-        )
-        name = re.sub(
-            r"^layer(\d)\.(\d+)\.downsample\.(\d)",
-            lambda m: f"res{int(m[1]) + 1}_{m[2]}_branch1.{('conv', 'bn')[int(m[3])]}",
-            name,
-        )
-        for ending, blob in (
-            (".conv.weight", "_w"),
-            (".bn.weight", "_gn_s"),
-            (".bn.bias", "_gn_b"),
-        ):
-            name = name.replace(ending, blob)
-        blobs[name] = value.numpy()
-    with open(path, "wb") as file:
-        pickle.dump({"blobs": blobs}, file, protocol=2)
-
-
-class _Case(NamedTuple):
-    """How an original ResNet is built and saved, and its architecture."""
-
-    build: Callable[[], nn.Module]
-    save: Callable[[nn.Module, Path], None]
-    filename: str
-    source: str = "auto"
-    depth: int = 50
-    groups: int = 1
-    width_per_group: int = 64
-
-
-_R18 = partial(torchvision.models.resnet18, weights=None)
-_R50 = partial(torchvision.models.resnet50, weights=None)
-_R101 = partial(torchvision.models.resnet101, weights=None)
-_X50 = partial(torchvision.models.resnext50_32x4d, weights=None)
-_TIMM_R50 = partial(timm.create_model, "resnet50", pretrained=False)
-_TIMM_R50_GN = partial(timm.create_model, "resnet50_gn", pretrained=False)
-
-CASES = {
-    "WS authors' R-50 (.pth.tar)": _Case(
-        partial(_authors, _R50), _as_pth_tar, "R-50-GN-WS.pth.tar"
+_X50: dict[str, Any] = {"NUM_GROUPS": 32, "WIDTH_PER_GROUP": 4}
+_R18: dict[str, Any] = {"DEPTH": 18, "RES2_OUT_CHANNELS": 64}
+RESNETS: dict[str, tuple[Callable[[], nn.Module], str, str, dict[str, Any]]] = {
+    "WS authors' R-50 (.pth.tar)": (_authors(resnet50), "R-50-GN-WS.pth.tar", "auto", {}),
+    "WS authors' R-101 (.pth.tar)": (
+        *(_authors(resnet101), "R-101-GN-WS.pth.tar", "auto", {"DEPTH": 101}),
     ),
-    "WS authors' R-101 (.pth.tar)": _Case(
-        partial(_authors, _R101), _as_pth_tar, "R-101-GN-WS.pth.tar", depth=101
+    "WS authors' X-50 (.pth.tar)": (
+        *(_authors(resnext50_32x4d), "X-50-GN-WS.pth.tar", "auto", _X50),
     ),
-    "WS authors' X-50 (.pth.tar)": _Case(
-        partial(_authors, _X50), _as_pth_tar, "X-50-GN-WS.pth.tar", groups=32, width_per_group=4
-    ),
-    "WS authors' R-50 (Caffe2-style .pkl)": _Case(
-        partial(_authors, _R50), _as_caffe2, "R-50-GN-WS.pkl"
-    ),
-    "torchvision resnet50": _Case(_R50, _as_state_dict, "resnet50.pth"),
-    "torchvision resnet18": _Case(_R18, _as_state_dict, "resnet18.pth", depth=18),
-    "timm resnet50": _Case(_TIMM_R50, _as_state_dict, "resnet50.pth", "timm"),
-    "timm resnet50_gn": _Case(_TIMM_R50_GN, _as_state_dict, "resnet50_gn.pth", "timm"),
+    "WS authors' R-50 (Caffe2-style .pkl)": (_authors(resnet50), "R-50-GN-WS.pkl", "auto", {}),
+    "torchvision resnet50": (resnet50, "resnet50.pth", "auto", {}),
+    "torchvision resnet18": (resnet18, "resnet18.pth", "auto", _R18),
+    "timm resnet50": (partial(timm.create_model, "resnet50"), "resnet50.pth", "timm", {}),
+    "timm resnet50_gn": (partial(timm.create_model, "resnet50_gn"), "r50_gn.pth", "timm", {}),
 }
+"""How an original is built, its file, that file's source, and keys of `MODEL.RESNETS`."""
 
 
 def compare_resnet(
     name: str, images: list[torch.Tensor], seed: int, folder: Path
-) -> dict[str, list[Measure]]:
+) -> Iterator[Measure]:
     """Builds, saves, converts and loads one ResNet, and compares the outputs of its stages.
 
     Args:
-        name: a key of `CASES`.
-        images: RGB (3, H, W).
+        name: a key of `RESNETS`.
+        images: RGB (3, H, W); in float64 only the first is used.
         seed: of the random weights.
         folder: for the weight files.
-
-    Returns:
-        Measures by group: "float32", "float64".
     """
-    case = CASES[name]
+    build, file, source, keys = RESNETS[name]
     torch.manual_seed(seed)
-    theirs = case.build().eval()
-    perturb(theirs, torch.Generator().manual_seed(seed))
-    case.save(theirs, folder / case.filename)
-    weights = convert_file(folder / case.filename, case.source)
+    theirs: Any = build().eval()
+    perturb(theirs, seed)
+    _save(theirs, folder / file)
+    weights = convert_file(folder / file, source)
     write_detectron2(weights, folder / "ours.pth")
 
     cfg = get_config("COCO-Detection/mmdet/Base-gn_ws-all.yaml")
-    cfg.MODEL.RESNETS.DEPTH = case.depth
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if case.depth < 50 else 256
-    cfg.MODEL.RESNETS.NUM_GROUPS = case.groups
-    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = case.width_per_group
-    cfg.MODEL.RESNETS.NORM = "GN" if weights.metadata.norm == "GN" else "FrozenBN"
+    cfg.MODEL.RESNETS.update(keys, NORM="GN" if weights.metadata.norm == "GN" else "FrozenBN")
     builder = "build_ws_resnet_backbone" if weights.metadata.ws_convs else "build_resnet_backbone"
     ours = BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3)).eval()
     WSCheckpointer(ours).load(str(folder / "ours.pth"))
@@ -153,29 +113,27 @@ def compare_resnet(
     preprocessing = weights.metadata.preprocessing
     if preprocessing is None:
         raise AssertionError(f"{name} has no preprocessing")
-    results = {
-        "float32": worst([m for im in images for m in _stages(theirs, ours, im, preprocessing)])
-    }
-    theirs.double(), ours.double()
-    results["float64"] = _stages(theirs, ours, images[0], preprocessing)
-    return results
+    for image in images:
+        yield from _stages(theirs, ours, image, preprocessing)
+    yield from _stages(theirs.double(), ours.double(), images[0], preprocessing)
 
 
 @torch.no_grad()
 def _stages(
     theirs: Any, ours: nn.Module, image: torch.Tensor, preprocessing: Preprocessing
-) -> list[Measure]:
+) -> Iterator[Measure]:
     dtype = next(theirs.parameters()).dtype
     if preprocessing.input_format == "BGR":
         image = image.flip(0)
-    shape = (3, 1, 1)
-    mean = torch.tensor(preprocessing.pixel_mean, dtype=dtype).view(shape)
-    std = torch.tensor(preprocessing.pixel_std, dtype=dtype).view(shape)
+    mean, std = (
+        torch.tensor(values, dtype=dtype).view(3, 1, 1)
+        for values in (preprocessing.pixel_mean, preprocessing.pixel_std)
+    )
     x = ((image - mean) / std)[None]
     mine = ours(x)
     x = theirs.maxpool(getattr(theirs, "relu", nn.ReLU())(theirs.bn1(theirs.conv1(x))))
-    measures = []
-    for stage, layer in zip(_STAGES, (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)):
-        x = layer(x)
-        measures.append(Measure(stage, relative_difference(x, mine[stage]), LIMITS[dtype]))
-    return measures
+    pairs = []
+    for number in (1, 2, 3, 4):
+        x = getattr(theirs, f"layer{number}")(x)
+        pairs.append((f"res{number + 1}", x, mine[f"res{number + 1}"]))
+    yield from compare(pairs)

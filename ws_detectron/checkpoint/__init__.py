@@ -3,43 +3,20 @@
 from ws_detectron.errors import WeightsError
 
 from .checkpointer import WSCheckpointer
-from .convert_file import ConvertedWeights, convert_file, source_names
-from .describe import describe_model
-from .fit import Fit, check_fit
-from .metadata import (
-    METADATA_KEY,
-    ConversionRecord,
-    KeyEntry,
-    Preprocessing,
-    WeightMetadata,
-    WSForm,
-)
-from .path_handler import (
-    FOLDER_VARIABLE,
-    PUBLISHED,
-    PublishedWeights,
-    WSPathHandler,
-    register_weight_names,
-)
+from .conversion import convert_file, source_names, write_detectron2, write_mmdet
+from .fit import check_fit
+from .metadata import METADATA_KEY, Preprocessing, WeightMetadata, WSForm, describe_model
+from .path_handler import FOLDER_VARIABLE, register_weight_names
 from .reading import read_weight_file
-from .sources import SOURCES, Source
-from .writing import write_detectron2, write_mmdet
+from .sources import PUBLISHED
 
 __all__ = [
-    "ConversionRecord",
-    "ConvertedWeights",
     "FOLDER_VARIABLE",
-    "Fit",
-    "KeyEntry",
     "METADATA_KEY",
     "PUBLISHED",
     "Preprocessing",
-    "PublishedWeights",
-    "SOURCES",
-    "Source",
     "WSCheckpointer",
     "WSForm",
-    "WSPathHandler",
     "WeightMetadata",
     "WeightsError",
     "check_fit",

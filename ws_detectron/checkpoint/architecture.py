@@ -1,128 +1,123 @@
-"""Infers the ResNet architecture of a state dict and checks all its keys and shapes.
+"""Compares converted weights with the detectron2 model that they are for."""
 
-Keys are detectron2's, relative to the ResNet: `stem.conv1.weight`, `res2.0.conv1.norm.bias`, ...
-"""
-
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone, build_model
 
 from ws_detectron.errors import WeightsError, list_some
+from ws_detectron.model_zoo import get_config
 
-_BLOCKS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
-_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+from .sources import BODY_PREFIX
 
-Shape = tuple[int, ...]
+State = Mapping[str, torch.Tensor]
+
+_DEPTHS = {"basic": (18, 34), "bottleneck": (50, 101, 152)}
+_BOX, _MASK = "roi_heads.box_head.", "roi_heads.mask_head."
 
 
-@dataclass(frozen=True)
-class ResNetArchitecture:
-    """A post-activation ResNet or ResNeXt (arXiv:1512.03385, arXiv:1611.05431).
-
-    Attributes:
-        depth: 18, 34, 50, 101 or 152.
-        groups: number of groups of the 3x3 convs in bottlenecks.
-        width_per_group: channels per group of these convs in the first stage.
-    """
-
-    depth: int
-    groups: int = 1
-    width_per_group: int = 64
-
-    @property
-    def name(self) -> str:
-        """For example "R-50" or "X-101-32x4d"."""
-        if self.groups > 1:
-            return f"X-{self.depth}-{self.groups}x{self.width_per_group}d"
-        wide = "" if self.width_per_group == 64 else f"-width{self.width_per_group}"
-        return f"R-{self.depth}{wide}"
-
-    def conv_shapes(self) -> dict[str, Shape]:
-        """Name of each conv -> shape of its weight (O, I/g, kh, kw)."""
-        shapes: dict[str, Shape] = {"stem.conv1": (64, 3, 7, 7)}
-        channels = 64
-        bottleneck = self.depth >= 50
-        for stage, blocks in enumerate(_BLOCKS[self.depth]):
-            plain = 64 * 2**stage
-            width = self.groups * self.width_per_group * 2**stage if bottleneck else plain
-            out = plain * 4 if bottleneck else plain
-            for block in range(blocks):
-                prefix = f"res{stage + 2}.{block}"
-                if bottleneck:
-                    shapes[f"{prefix}.conv1"] = (width, channels, 1, 1)
-                    shapes[f"{prefix}.conv2"] = (width, width // self.groups, 3, 3)
-                    shapes[f"{prefix}.conv3"] = (out, width, 1, 1)
-                else:
-                    shapes[f"{prefix}.conv1"] = (width, channels, 3, 3)
-                    shapes[f"{prefix}.conv2"] = (out, width, 3, 3)
-                if channels != out:
-                    shapes[f"{prefix}.shortcut"] = (out, channels, 1, 1)
-                channels = out
-        return shapes
-
-
-def infer_architecture(state: Mapping[str, torch.Tensor], path: str) -> ResNetArchitecture:
-    """Finds the architecture and checks every key and shape of the ResNet against it.
+def check_architecture(state: State, detector: bool, path: str) -> str:
+    """Builds the model that the weights are for on the meta device; compares all keys and shapes.
 
     Args:
-        state: the tensors of the ResNet only, under keys as in the module docstring.
+        state: the tensors under detectron2's keys; of a ResNet only, relative to it
+            (`stem.conv1.weight`).
+        detector: whether they are of a Faster or Mask R-CNN with FPN instead: three anchors per
+            position, RoI features of 7 x 7, K + 1 class scores, background last, and K or 1 boxes
+            and masks.
         path: the file, for messages.
 
+    Returns:
+        The architecture of the ResNet, such as "R-50" or "X-101-32x4d".
+
     Raises:
-        WeightsError: the block counts match no known depth, or a key is missing, unexpected, or of
-            the wrong shape.
+        WeightsError: detectron2 has no such ResNet; or a key is missing, unexpected, or of the
+            wrong shape.
     """
-    blocks: dict[int, set[int]] = {}
-    for key in state:
-        match = re.match(r"res(\d+)\.(\d+)\.", key)
-        if match:
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    counts = tuple(len(blocks[stage]) for stage in sorted(blocks))
-    bottleneck = any(re.match(r"res\d+\.\d+\.conv3\.", key) for key in state)
-    depths = [d for d, known in _BLOCKS.items() if known == counts and (d >= 50) == bottleneck]
-    if not depths:
-        kind = "bottleneck" if bottleneck else "basic"
-        known = ", ".join(f"R-{depth}: {count}" for depth, count in _BLOCKS.items())
+    cfg = get_config("Base-RCNN-FPN.yaml")
+    cfg.MODEL.DEVICE = "meta"
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
+    name = _set_resnet(cfg, state, BODY_PREFIX if detector else "", path)
+    if detector:
+        _set_detector(cfg, state)
+    else:
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg) if detector else build_backbone(cfg)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is not a {name} of detectron2: {error}") from None
+    expected = {key: value.shape for key, value in model.named_parameters()}
+    if any(key.endswith(".running_mean") for key in state):
+        expected.update(
+            (key, value.shape) for key, value in model.named_buffers() if ".norm.running_" in key
+        )
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "wrong shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
+            for key, shape in expected.items()
+            if key in state and state[key].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        what = f"{'R-CNN with ' if detector else ''}{name}"
         raise WeightsError(
-            f"{path} has {counts or 'no'} {kind} blocks in its ResNet stages; supported: {known}"
+            f"{path} is not a whole {what}; "
+            + "; ".join(f"{kind}: {list_some(keys)}" for kind, keys in problems.items() if keys)
+        )
+    return name
+
+
+def _set_resnet(cfg: CfgNode, state: State, prefix: str, path: str) -> str:
+    """Sets MODEL.RESNETS from the number of blocks and the first 3x3 conv; returns its name."""
+    body = [key[len(prefix) :].split(".") for key in state if key.startswith(prefix)]
+    blocks = {(key[0], key[1]) for key in body if key[0].startswith("res") and len(key) > 2}
+    kind = "bottleneck" if any("conv3" in key for key in body) else "basic"
+    depth = 2 + len(blocks) * (3 if kind == "bottleneck" else 2)
+    if depth not in _DEPTHS[kind]:
+        known = ", ".join(f"R-{depth}" for depths in _DEPTHS.values() for depth in depths)
+        raise WeightsError(
+            f"{path} has {len(blocks) or 'no'} {kind} blocks in its ResNet; supported: {known}"
         )
     groups, width = 1, 64
-    second = state.get("res2.0.conv2.weight")
-    if bottleneck and second is not None and second.dim() == 4 and second.size(1) > 0:
+    second = state.get(f"{prefix}res2.0.conv2.weight")
+    if kind == "bottleneck" and second is not None and second.dim() == 4 and second.size(1) > 0:
         groups = max(second.size(0) // second.size(1), 1)
         width = second.size(0) // groups
-    architecture = ResNetArchitecture(depths[0], groups, width)
-    _check_tensors(state, architecture, path)
-    return architecture
+    resnets = cfg.MODEL.RESNETS
+    resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP = depth, groups, width
+    resnets.RES2_OUT_CHANNELS = 64 if kind == "basic" else 256
+    if groups > 1:
+        return f"X-{depth}-{groups}x{width}d"
+    return f"R-{depth}" if width == 64 else f"R-{depth}-width{width}"
 
 
-def _check_tensors(
-    state: Mapping[str, torch.Tensor], architecture: ResNetArchitecture, path: str
-) -> None:
-    stem_norm = [name for name in _NORM_TENSORS if f"stem.conv1.norm.{name}" in state]
-    if "weight" not in stem_norm or "bias" not in stem_norm:
-        raise WeightsError(f"{path} has no norm layer after the first conv of its ResNet")
-    expected: dict[str, Shape] = {}
-    for conv, shape in architecture.conv_shapes().items():
-        expected[f"{conv}.weight"] = shape
-        expected.update({f"{conv}.norm.{name}": shape[:1] for name in stem_norm})
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    wrong = [
-        f"{key} {tuple(state[key].shape)} instead of {shape}"
-        for key, shape in expected.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-    for what, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)):
-        if items:
-            raise WeightsError(
-                f"{path} is not a whole {architecture.name}; {what}: {list_some(items)}"
-            )
+def _set_detector(cfg: CfgNode, state: State) -> None:
+    """Sets what may differ between detectors: norms, widths, numbers of layers and classes."""
+
+    def rows(key: str, default: int) -> int:
+        return state[key].size(0) if key in state and state[key].dim() else default
+
+    def layers(prefix: str) -> int:
+        return len({key.split(".")[2] for key in state if key.startswith(prefix)})
+
+    def norm(conv: str) -> str:
+        return "BN" if f"{conv}.norm.weight" in state else ""
+
+    model, box, mask = cfg.MODEL, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
+    model.FPN.OUT_CHANNELS = rows("backbone.fpn_lateral2.weight", 256)
+    model.FPN.NORM = norm("backbone.fpn_lateral2")
+    box.NUM_CONV, box.NUM_FC = layers(f"{_BOX}conv"), layers(f"{_BOX}fc")
+    box.CONV_DIM, box.FC_DIM = rows(f"{_BOX}conv1.weight", 256), rows(f"{_BOX}fc1.weight", 1024)
+    box.NORM = norm(f"{_BOX}conv1")
+    classes = rows("roi_heads.box_predictor.cls_score.weight", 81) - 1
+    model.ROI_HEADS.NUM_CLASSES = classes
+    box.CLS_AGNOSTIC_BBOX_REG = rows("roi_heads.box_predictor.bbox_pred.weight", 0) == 4
+    model.MASK_ON = any(key.startswith(_MASK) for key in state)
+    mask.NUM_CONV = layers(f"{_MASK}mask_fcn")
+    mask.CONV_DIM = rows(f"{_MASK}deconv.weight", 256)
+    mask.NORM = norm(f"{_MASK}mask_fcn1")
+    mask.CLS_AGNOSTIC_MASK = rows(f"{_MASK}predictor.weight", 0) == 1

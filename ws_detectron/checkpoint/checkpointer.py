@@ -17,12 +17,10 @@ from torch import nn
 from ws_detectron.errors import WeightsError, list_some, shown
 from ws_detectron.utils.io import atomic_write
 
-from .describe import describe_model
 from .fit import check_fit, fold_into, missing_weights, part_keys, parts_of
-from .metadata import METADATA_KEY, WeightMetadata
-from .reading import read_weight_file
-from .sources import is_detectron2, recognize, refuse_other_detectors
-from .state import check_finite, unwrap_state
+from .metadata import METADATA_KEY, WeightMetadata, describe_model
+from .reading import check_finite, read_weight_file, unwrap_state
+from .sources import find_source, refuse_other_detectors
 
 logger = logging.getLogger(__name__)
 
@@ -160,16 +158,16 @@ class WSCheckpointer(DetectionCheckpointer):
             }
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         raw = unwrap_state(content, filename)
-        if not is_detectron2(list(raw.tensors)):
-            try:
-                title = recognize(list(raw.tensors), filename, raw.wrapped).title
-            except WeightsError as error:
-                logger.warning("%s", error)
-            else:
+        try:
+            known = find_source(list(raw.tensors), filename, raw.wrapped)
+        except WeightsError as error:
+            logger.warning("%s", error)
+        else:
+            if known.name != "detectron2":
                 raise WeightsError(
-                    f"{self._path or filename} is {title}, of which detectron2 would load nothing. "
-                    "Convert it first: tools/convert_weights.py "
-                    f"{filename} {os.path.splitext(filename)[0]}_d2.pth"
+                    f"{self._path or filename} is {known.title}, of which detectron2 would load "
+                    f"nothing. Convert it first: tools/convert_weights.py {filename} "
+                    f"{os.path.splitext(filename)[0]}_d2.pth"
                 )
         return {"model": raw.tensors}
 
@@ -202,24 +200,22 @@ class WSCheckpointer(DetectionCheckpointer):
                 "fold the weights (tools/fold_checkpoint.py, or WSCheckpointer(model, fold=True))"
             )
         if fit.problems:
-            message = f"{self._path} does not fit the model:\n" + "\n".join(
-                f"- {problem}" for problem in fit.problems
-            )
-            if self._check:
-                raise WeightsError(message)
-            logger.warning("%s\nIt is loaded anyway, because check=False.", message)
+            problems = "\n".join(f"- {problem}" for problem in fit.problems)
+            self._refuse(f"{self._path} does not fit the model:\n{problems}")
         incompatible = super()._load_model(checkpoint)
-        problems = missing_weights(self.model, incompatible) if self._whole else []
-        if problems:
-            message = (
+        missing = missing_weights(self.model, incompatible) if self._whole else []
+        if missing:
+            self._refuse(
                 f"{self._path} does not contain the whole model; the rest would be random: "
-                + "; ".join(problems)
+                + "; ".join(missing)
                 + f". The file has {list_some(parts_of(state))}"
             )
-            if self._check:
-                raise WeightsError(message)
-            logger.warning("%s", message)
         return incompatible
+
+    def _refuse(self, message: str) -> None:
+        if self._check:
+            raise WeightsError(message)
+        logger.warning("%s\nIt is loaded anyway, because check=False.", message)
 
 
 class _AtomicPathManager:

@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,13 +14,11 @@ from ws_detectron.errors import list_some
 from ws_detectron.layers import standardize_weight
 from ws_detectron.modeling.parts import REGISTRATIONS
 
-from .describe import describe_model
-from .metadata import Preprocessing, WeightMetadata, WSForm
+from .metadata import WeightMetadata, WSForm, describe_model
 
-_BLOCK = re.compile(r"(?:^|\.)res(\d+)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(res\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
 _PLAIN_AUTHORS = ("torchvision", "pycls", "detectron2 model zoo")
-
 # Predictors, whose size depends on the data set.
 _CLASSES = (
     (r"roi_heads\.(box_predictor|mask_head\.predictor)\.", "MODEL.ROI_HEADS.NUM_CLASSES"),
@@ -68,15 +67,14 @@ def check_fit(
         )
         return fit
     needs = describe_model(model)
-    _look_for_backbone(model, state, fit)
-    _compare_bodies(own, state, fit)
+    fit.problems += _compare_tensors(model, own, state)
     _compare_norms(model, own, state, metadata, fit)
-    if metadata is not None and metadata.ws_known:
+    if metadata is not None:
         _compare_ws(model, state, needs.ws_convs, metadata.ws_convs, fit)
     else:
         _judge_unknown_ws(needs, state, author, fit)
     if metadata is not None and any(_BODY.search(key) for key in state):
-        _compare_settings(needs, metadata, fit)
+        fit.problems += _compare_settings(needs, metadata)
     return fit
 
 
@@ -93,19 +91,16 @@ def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
         settings = [name for pattern, name in _CLASSES if re.match(pattern, key)]
         hint = f" (check {settings[0]})" if settings else ""
         found.append(f"{key} is {there} in the file and {here} in the model{hint}")
-    missing = set(incompatible.missing_keys)
-    named: list[tuple[str, torch.Tensor]]
-    named = list(model.named_parameters(remove_duplicate=False))
-    named += [
-        (name, value)
-        for name, value in model.named_buffers(remove_duplicate=False)
-        if name.endswith((".running_mean", ".running_var"))
-    ]
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in model.named_buffers(remove_duplicate=False):
+        if name.endswith((".running_mean", ".running_var")):
+            tensors[name] = value
     # A shared tensor may be loaded under another name.
-    loaded = {id(value) for name, value in named if name not in missing}
+    missing = set(incompatible.missing_keys)
+    loaded = {id(value) for name, value in tensors.items() if name not in missing}
     wrong = {key for key, *_ in incompatible.incorrect_shapes}
-    lacking = [n for n, value in named if id(value) not in loaded and n not in wrong]
-    total = Counter(map(_part, dict(named)))
+    lacking = [n for n, value in tensors.items() if id(value) not in loaded and n not in wrong]
+    total = Counter(map(_part, tensors))
     for part, count in Counter(map(_part, lacking)).items():
         first = next(name for name in lacking if _part(name) == part)
         found.append(f"{part} lacks {count} of {total[part]} tensors ({first}, ...)")
@@ -134,26 +129,23 @@ def fold_into(state: dict[str, torch.Tensor], foldable: Mapping[str, WSForm]) ->
         state[key] = standardize_weight(state[key], form.eps, form.mode)
 
 
-def _look_for_backbone(model: nn.Module, state: State, fit: Fit) -> None:
-    """A file without any weights of the backbone is hardly the one that was meant."""
+def _compare_tensors(model: nn.Module, own: State, state: State) -> Iterator[str]:
+    """Finds a missing backbone, and ResNets that detectron2 would load partially."""
     backbone = [name for name, _ in model.named_parameters() if name.startswith("backbone.")]
     if backbone and not any(name in state for name in backbone):
-        fit.problems.append(
+        yield (
             "the file has no weights for the backbone, which would stay random: the model's are "
             f"{list_some(backbone, 2)}, the file has {list_some(list(state), 4)}"
         )
-
-
-def _compare_bodies(own: State, state: State, fit: Fit) -> None:
-    """Finds ResNets of another depth or width, which detectron2 would load partially."""
-    there, here = _blocks(state), _blocks(own)
+    there, here = _count_blocks(state), _count_blocks(own)
     for stage in sorted(there.keys() & here.keys()):
         if there[stage] != here[stage]:
-            fit.problems.append(
-                f"res{stage} has {len(there[stage])} blocks in the file and {len(here[stage])} in "
-                "the model; check MODEL.RESNETS.DEPTH"
+            yield (
+                f"{stage} has {there[stage]} blocks in the file and {here[stage]} in the model; "
+                "check MODEL.RESNETS.DEPTH"
             )
-    by_ending = {match[1]: key for key in own if (match := _BODY.search(key))}
+    # What detectron2 cannot match by its shape keeps the key of the file.
+    by_ending = _by_ending(own)
     wrong = []
     for key, value in state.items():
         match = _BODY.search(key)
@@ -161,54 +153,53 @@ def _compare_bodies(own: State, state: State, fit: Fit) -> None:
         if match and target and own[target].shape != value.shape:
             wrong.append(f"{target} {tuple(value.shape)} instead of {tuple(own[target].shape)}")
     if wrong:
-        fit.problems.append(
+        yield (
             f"the file has other shapes than the model: {list_some(wrong, 3)}; check "
             "MODEL.RESNETS.DEPTH, .NUM_GROUPS and .WIDTH_PER_GROUP"
         )
 
 
-def _blocks(keys: State) -> dict[int, set[int]]:
-    blocks: dict[int, set[int]] = {}
-    for key in keys:
-        match = _BLOCK.search(key)
-        if match:
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    return blocks
+def _count_blocks(keys: Iterable[str]) -> Counter:
+    blocks = {match.groups() for key in keys if (match := _BLOCK.search(key))}
+    return Counter(stage for stage, _ in blocks)
+
+
+def _by_ending(keys: Iterable[str]) -> dict[str, str]:
+    """Key relative to the ResNet -> key in the model."""
+    return {match[1]: key for key in keys if (match := _BODY.search(key))}
 
 
 def _compare_norms(
     model: nn.Module, own: State, state: State, metadata: Optional[WeightMetadata], fit: Fit
 ) -> None:
-    statistics = [key for key in state if key.endswith(".norm.running_mean") and key not in own]
-    endings = {match[1] for key in own if (match := _BODY.search(key))}
-    unused = [key for key in statistics if _sibling(key, "weight", own, endings)]
+    known = {*own, *_by_ending(own)}
+    statistics = ".norm.running_mean"
+    names = [key[: -len(".running_mean")] for key in state if key.endswith(statistics)]
+    unused = [n for n in names if f"{n}.running_mean" not in known and f"{n}.weight" in known]
     if unused:
         fit.problems.append(
             f"the file has BN statistics and the model another norm at {list_some(unused)}; "
             "check MODEL.RESNETS.NORM"
         )
-    trained_with_gn = metadata is not None and metadata.norm == "GN"
-    without_statistics = []
-    for name, module in model.named_modules():
-        has_statistics = f"{name}.running_mean" in own
-        if has_statistics and f"{name}.weight" in state and f"{name}.running_mean" not in state:
-            if trained_with_gn or isinstance(module, nn.modules.batchnorm._BatchNorm):
-                without_statistics.append(name)
-    if without_statistics and trained_with_gn:
+    gn = metadata is not None and metadata.norm == "GN"
+    lacking = own.keys() - state.keys()
+    without = [
+        name
+        for name, module in model.named_modules()
+        if f"{name}.running_mean" in lacking
+        and f"{name}.weight" in state
+        and (gn or isinstance(module, nn.modules.batchnorm._BatchNorm))
+    ]
+    if without and gn:
         fit.problems.append(
-            "the weights were trained with GN and the model has BN at "
-            f"{list_some(without_statistics)}; check MODEL.RESNETS.NORM"
+            f"the weights were trained with GN and the model has BN at {list_some(without)}; check "
+            "MODEL.RESNETS.NORM"
         )
-    elif without_statistics:
+    elif without:
         fit.warnings.append(
-            f"the file has no BN statistics for {list_some(without_statistics)}; only FrozenBN "
-            "works without them"
+            f"the file has no BN statistics for {list_some(without)}; only FrozenBN works without "
+            "them"
         )
-
-
-def _sibling(key: str, tensor: str, own: State, endings: set[str]) -> bool:
-    sibling = f"{key.rsplit('.', 1)[0]}.{tensor}"
-    return sibling in own or sibling in endings
 
 
 def _compare_ws(
@@ -218,7 +209,8 @@ def _compare_ws(
     given: Mapping[str, WSForm],
     fit: Fit,
 ) -> None:
-    plain_in_file, other_form = [], {}
+    plain_in_file, other_form = [], []
+    factors: dict[str, None] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d) or f"{name}.weight" not in state:
             continue
@@ -227,15 +219,13 @@ def _compare_ws(
             plain_in_file.append(name)
         elif there and not here:
             fit.foldable[name] = there
-        elif here and there and _outputs_differ(here, there):
-            other_form[name] = f"({there}) in the file and ({here}) in the model"
-        elif here != there:
-            note = (
-                f"WS is ({there}) in the file and ({here}) in the model, which differ by a "
-                "constant factor only"
-            )
-            if note not in fit.warnings:
-                fit.warnings.append(note)
+        elif here and there and here != there:
+            forms = f"({there}) in the file and ({here}) in the model"
+            if outputs_differ(here, there):
+                other_form.append(f"{name} is {forms}")
+            else:
+                factors[f"WS is {forms}, which differ by a constant factor only"] = None
+    fit.warnings += factors
     if plain_in_file:
         fit.problems.append(
             f"{len(plain_in_file)} convs are WS in the model and were trained without it "
@@ -243,9 +233,8 @@ def _compare_ws(
             f"part (MODEL.WS.*; {part_keys()})"
         )
     if other_form:
-        name, difference = next(iter(other_form.items()))
         fit.problems.append(
-            f"{len(other_form)} convs have another form of WS: {name} is {difference}; check "
+            f"{len(other_form)} convs have another form of WS: {other_form[0]}; check "
             "MODEL.WS.MODE and MODEL.WS.EPS"
         )
 
@@ -253,18 +242,15 @@ def _compare_ws(
 def _form(name: str, given: Mapping[str, WSForm]) -> Optional[WSForm]:
     """The file's WS form of a conv in the model, whose name may have a longer prefix."""
     parts = name.split(".")
-    for start in range(len(parts)):
-        form = given.get(".".join(parts[start:]))
-        if form:
-            return form
-    return None
+    endings = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((given[ending] for ending in endings if ending in given), None)
 
 
-def _outputs_differ(one: WSForm, other: WSForm) -> bool:
-    if one.eps != other.eps:
-        return True
+def outputs_differ(one: WSForm, other: WSForm) -> bool:
+    """Whether a conv and its norm layer compute something else with another form of WS."""
     # "paper" and "official" differ by a factor sqrt(n / (n - 1)), which the norm layer removes.
-    return one.mode != other.mode and not {one.mode, other.mode} <= {"paper", "official"}
+    same_mode = one.mode == other.mode or {one.mode, other.mode} == {"paper", "official"}
+    return one.eps != other.eps or not same_mode
 
 
 def _judge_unknown_ws(needs: WeightMetadata, state: State, author: str, fit: Fit) -> None:
@@ -288,33 +274,25 @@ def _judge_unknown_ws(needs: WeightMetadata, state: State, author: str, fit: Fit
         )
 
 
-def _compare_settings(needs: WeightMetadata, metadata: WeightMetadata, fit: Fit) -> None:
-    if needs.preprocessing and metadata.preprocessing:
-        _compare_preprocessing(needs.preprocessing, metadata.preprocessing, fit)
-    pairs = (
+def _compare_settings(needs: WeightMetadata, metadata: WeightMetadata) -> Iterator[str]:
+    pairs: list[tuple[str, Any, Any]] = [
         ("MODEL.RESNETS.STRIDE_IN_1X1", needs.stride_in_1x1, metadata.stride_in_1x1),
         ("MODEL.WS.GN_GROUPS (32 in detectron2)", needs.gn_groups, metadata.gn_groups),
-    )
-    for key, here, there in pairs:
-        if None not in (here, there) and here != there:
-            fit.problems.append(f"{key} is {here}; the weights were trained with {there}")
-
-
-def _compare_preprocessing(here: Preprocessing, there: Preprocessing, fit: Fit) -> None:
-    if here.input_format and there.input_format and here.input_format != there.input_format:
-        fit.problems.append(
-            f"INPUT.FORMAT is {here.input_format}; the weights were trained with "
-            f"{there.input_format}"
-        )
-    for key, values, trained in (
-        ("MODEL.PIXEL_MEAN", here.pixel_mean, there.pixel_mean),
-        ("MODEL.PIXEL_STD", here.pixel_std, there.pixel_std),
-    ):
+    ]
+    here, there = needs.preprocessing, metadata.preprocessing
+    if here and there:
+        pairs.append(("INPUT.FORMAT", here.input_format, there.input_format))
         # Half a grey level is below the rounding of pixels and above that of published decimals.
-        tolerance = 0.5 if key.endswith("MEAN") else 0.05
-        differ = [abs(one - other) > tolerance for one, other in zip(values, trained)]
-        if len(values) != len(trained) or any(differ):
-            fit.problems.append(
-                f"{key} is {[round(value, 4) for value in values]}; the weights were trained "
-                f"with {[round(value, 4) for value in trained]}"
-            )
+        for key, ours, theirs, tolerance in (
+            ("MODEL.PIXEL_MEAN", here.pixel_mean, there.pixel_mean, 0.5),
+            ("MODEL.PIXEL_STD", here.pixel_std, there.pixel_std, 0.05),
+        ):
+            if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=0, atol=tolerance):
+                pairs.append((key, _rounded(ours), _rounded(theirs)))
+    for key, one, other in pairs:
+        if None not in (one, other) and one != other:
+            yield f"{key} is {one}; the weights were trained with {other}"
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [round(value, 4) for value in values]

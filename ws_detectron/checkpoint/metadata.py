@@ -1,18 +1,22 @@
-"""Metadata of weight files: their origin, and what a model needs to use them.
+"""Metadata of weight files: their origin, and what a model needs to use them; read from a model.
 
 Files written by this package contain it as a dict of plain values under the key `METADATA_KEY`.
 """
 
-from collections import Counter
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
 from ws_detectron.errors import WeightsError
-from ws_detectron.layers import check_ws_arguments
+from ws_detectron.layers import WSConv2d, check_ws_arguments
 
 METADATA_KEY = "ws_detectron"
 _VERSION = 1
+_BODY = re.compile(r"(^|\.)(stem|res\d)\.")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,6 @@ class WeightMetadata:
         origin: name of the file that was converted; empty for weights trained here.
         sha256: of that file.
         architecture: of the ResNet, such as "R-50"; empty if unknown.
-        ws_known: False if it is unknown which convs were trained with WS; `ws_convs` is empty then.
         ws_convs: name of each conv trained with WS -> its mode and eps. In a file of a ResNet
             only, names are relative to the ResNet, like the keys.
         norm: "GN" or "BN" after the convs of the ResNet; empty if unknown or none.
@@ -64,7 +67,6 @@ class WeightMetadata:
     origin: str = ""
     sha256: str = ""
     architecture: str = ""
-    ws_known: bool = True
     ws_convs: Mapping[str, WSForm] = field(default_factory=dict)
     norm: str = ""
     gn_groups: Optional[int] = None
@@ -88,6 +90,7 @@ class WeightMetadata:
         """
         try:
             values = dict(values)
+            values.pop("ws_known", None)  # True in files of development versions
             if values.pop("version") != _VERSION:
                 raise ValueError("written by another version of ws_detectron")
             forms = {str(name): WSForm(**form) for name, form in values.pop("ws_convs").items()}
@@ -106,46 +109,56 @@ class WeightMetadata:
             ) from None
 
 
-@dataclass(frozen=True)
-class KeyEntry:
-    """What became of one key.
+def describe_model(model: nn.Module) -> WeightMetadata:
+    """Reads WS, norm, preprocessing and stride style from a model.
 
-    Attributes:
-        source: the key in the input file.
-        target: the key in the output; None if it was left out.
-        note: why it was left out, or how its tensor was changed; may be empty.
+    Args:
+        model: a detectron2 model, not wrapped in DistributedDataParallel. Preprocessing is read
+            from its `pixel_mean`, `pixel_std` and `input_format`, if it has them.
     """
+    modules = dict(model.named_modules())
+    groups = {m.num_groups for m in modules.values() if isinstance(m, nn.GroupNorm)}
+    return WeightMetadata(
+        source="training",
+        ws_convs={
+            name: WSForm(module.ws_mode, module.ws_eps)
+            for name, module in modules.items()
+            if isinstance(module, WSConv2d)
+        },
+        norm=_body_norm(modules),
+        gn_groups=groups.pop() if len(groups) == 1 else None,
+        preprocessing=_preprocessing(model),
+        stride_in_1x1=_stride_in_1x1(modules),
+    )
 
-    source: str
-    target: Optional[str]
-    note: str = ""
+
+def _body_norm(modules: dict[str, nn.Module]) -> str:
+    for name, module in modules.items():
+        if _BODY.search(name):
+            if isinstance(module, nn.GroupNorm):
+                return "GN"
+            if isinstance(module, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)):
+                return "BN"
+    return ""
 
 
-@dataclass
-class ConversionRecord:
-    """What became of every key of a file, and what was assumed.
+def _preprocessing(model: nn.Module) -> Optional[Preprocessing]:
+    mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
+    if mean is None or std is None:
+        return None
+    return Preprocessing(
+        getattr(model, "input_format", None),
+        tuple(mean.flatten().tolist()),
+        tuple(std.flatten().tolist()),
+    )
 
-    Attributes:
-        entries: one for each key.
-        assumptions: what the conversion assumed because the file does not tell.
-    """
 
-    entries: list[KeyEntry] = field(default_factory=list)
-    assumptions: list[str] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """Counts, reasons for changes and ignored keys, and assumptions, one per line."""
-        mapped = [entry for entry in self.entries if entry.target is not None]
-        changed = Counter(entry.note for entry in mapped if entry.note)
-        ignored = Counter(entry.note for entry in self.entries if entry.target is None)
-        lines = [f"{len(mapped)} tensors mapped, {sum(ignored.values())} ignored"]
-        lines += [f"  changed: {count}: {note}" for note, count in changed.items()]
-        lines += [f"  ignored: {count}: {note}" for note, count in ignored.items()]
-        lines += [f"  assumed: {assumption}" for assumption in self.assumptions]
-        return "\n".join(lines)
-
-    def table(self) -> str:
-        """All keys as TSV with the columns source, target and note."""
-        lines = ["source\ttarget\tnote"]
-        lines += [f"{e.source}\t{e.target or '-'}\t{e.note}" for e in self.entries]
-        return "\n".join(lines) + "\n"
+def _stride_in_1x1(modules: dict[str, nn.Module]) -> Optional[bool]:
+    for name, module in modules.items():
+        if re.search(r"(^|\.)res[345]\.0$", name) and hasattr(module, "conv3"):
+            strides = [module.conv1.stride, module.conv2.stride]
+            if strides == [(2, 2), (1, 1)]:
+                return True
+            if strides == [(1, 1), (2, 2)]:
+                return False
+    return None

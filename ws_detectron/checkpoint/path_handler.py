@@ -2,27 +2,23 @@
 
 import logging
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import file_lock, get_cache_dir
 
 from ws_detectron.errors import WeightsError
-from ws_detectron.utils.io import atomic_write
 
-from .convert_file import convert_file, sha256_of
-from .names import PREFIX, PUBLISHED, PublishedWeights
-from .writing import write_detectron2
+from .conversion import convert_file, sha256_of, write_detectron2
+from .sources import PREFIX, PUBLISHED, PublishedWeights
 
 FOLDER_VARIABLE = "WS_DETECTRON_WEIGHTS"
 """Environment variable with a folder of downloaded files, for machines without network."""
 
 # Part of the names of converted files; increase it when the conversion changes.
 _CONVERSION = 1
-_TIMEOUT = 30.0  # seconds without any data
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +54,7 @@ class WSPathHandler(PathHandler):
         cache.mkdir(parents=True, exist_ok=True)
         with file_lock(str(converted)):
             if force or not converted.is_file():
-                original = _find(weights, cache)
-                _check_hash(original, weights)
-                result = convert_file(original, weights.source, ws=True)
+                result = convert_file(_find(weights, cache), weights.source, ws=True)
                 write_detectron2(result, converted)
                 logger.info("%s: %s", path, result.record.summary())
         return str(converted)
@@ -78,45 +72,28 @@ class WSPathHandler(PathHandler):
 
 
 def _find(weights: PublishedWeights, cache: Path) -> Path:
+    """The published file, checked: in the folder of `WS_DETECTRON_WEIGHTS`, else downloaded."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    if folder:
-        local = Path(folder) / weights.filename
-        if not local.is_file():
-            raise WeightsError(
-                f"{PREFIX}{weights.name}: {FOLDER_VARIABLE} is {folder}, which has no file "
-                f"{weights.filename}; download it from {weights.url}"
-            )
-        return local
-    downloaded = cache / weights.filename
-    if not downloaded.is_file():
-        _download(weights, downloaded)
-    return downloaded
-
-
-def _download(weights: PublishedWeights, target: Path) -> None:
-    logger.info("downloading %s", weights.url)
-    try:
-        with urllib.request.urlopen(weights.url, timeout=_TIMEOUT) as response:
-            size = response.headers.get("Content-Length")
-            with atomic_write(target, "wb") as file:
-                received = 0
-                while chunk := response.read(1 << 20):
-                    received += len(chunk)
-                    file.write(chunk)
-                if size is not None and received != int(size):
-                    raise OSError(f"received {received} of {size} bytes")
-    except (OSError, urllib.error.URLError) as error:
+    path = Path(folder or cache, weights.filename)
+    if folder and not path.is_file():
         raise WeightsError(
-            f"{PREFIX}{weights.name} could not be downloaded from {weights.url} ({error}). "
-            f"Download it elsewhere, put it into a folder as {weights.filename}, and set "
-            f"{FOLDER_VARIABLE} to that folder"
-        ) from None
-
-
-def _check_hash(path: Path, weights: PublishedWeights) -> None:
+            f"{PREFIX}{weights.name}: {FOLDER_VARIABLE} is {folder}, which has no file "
+            f"{weights.filename}; download it from {weights.url}"
+        )
+    if not path.is_file():
+        logger.info("downloading %s", weights.url)
+        try:
+            torch.hub.download_url_to_file(weights.url, str(path), weights.sha256_prefix)
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+            raise WeightsError(
+                f"{PREFIX}{weights.name} could not be downloaded from {weights.url} ({error}). "
+                f"Download it elsewhere, put it into a folder as {weights.filename}, and set "
+                f"{FOLDER_VARIABLE} to that folder"
+            ) from None
     found = sha256_of(path)
     if not found.startswith(weights.sha256_prefix):
         raise WeightsError(
             f"{path} is not the published file: its SHA-256 starts with {found[:8]}, expected "
             f"{weights.sha256_prefix}. Delete it and download it again from {weights.url}"
         )
+    return path

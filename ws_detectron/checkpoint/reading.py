@@ -1,17 +1,28 @@
-"""Reads weight files of all supported formats without executing anything in them."""
+"""Reads weight files of all supported formats without executing anything in them.
+
+`torch.load(weights_only=True)` can run code before torch 2.6 (CVE-2025-32434). In every version it
+trusts sizes stated in the file, ignores checksums, and crashes on some keys. Formats:
+torch/serialization.py of torch 2.11.
+"""
 
 import io
 import os
 import pickle
 import stat
-import tarfile
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, BinaryIO, Union
 
-from ws_detectron.errors import WeightsError, shown
+import numpy as np
+import torch
+
+from ws_detectron.errors import WeightsError, list_some, shown
 
 from .safe_pickle import RefusedPickle, load_plain_pickle
-from .torch_files import read_legacy_torch, read_torch_zip
 
 _ZIP = b"PK\x03\x04"
 # The pickled magic number at the start of files that torch.save wrote before 1.6.
@@ -20,6 +31,8 @@ _TEXTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run `git lfs pull`)",
     b"<": "a web page (was the download address right?)",
 }
+_LOCAL_HEADER = 30  # bytes before the name of a zip entry
+_WRAPPERS = ("state_dict", "model", "model_state", "blobs")
 
 
 def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
@@ -50,9 +63,15 @@ def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
         raise WeightsError(f"cannot read the weight file {path}: {error.strerror}") from None
     except RefusedPickle as error:
         name = shown(error, 200)
+        advice = ""
+        if name.startswith("mmengine."):
+            advice = (
+                ". It is a training checkpoint of mmdetection 3; reduce it to its weights with "
+                "their tools/model_converters/publish_model.py"
+            )
         raise WeightsError(
-            f"{path} is refused: it asks for {name}, and a weight file needs tensors, numbers and "
-            f"text only{_advice(name)}"
+            f"{path} is refused: it asks for {name}, and a weight file needs dense tensors, "
+            f"numbers and text only{advice}"
         ) from None
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} is damaged or refused: {shown(error, 300)}") from None
@@ -65,21 +84,29 @@ def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     with open(path, "rb") as file:
-        start = file.read(64)
+        start = file.read(512)
     if not start:
         raise WeightsError(f"the weight file {path} is empty")
     if start.startswith(_ZIP):
-        return read_torch_zip(path)
-    if tarfile.is_tarfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return _read_archive(archive, os.path.getsize(path))
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:  # zipfile has no common base class
+            raise pickle.UnpicklingError(str(error) or type(error).__name__) from None
+    if start[257:262] == b"ustar":
         raise WeightsError(f"{path} is a tar archive, not a weight file; unpack it first")
     for text, meaning in _TEXTS.items():
         if start.lstrip().lower().startswith(text):
             raise WeightsError(f"{path} is {meaning}")
     content = path.read_bytes()
     if start.startswith(_LEGACY_TORCH):
-        return read_legacy_torch(io.BytesIO(content), len(content))
+        return _read_legacy(io.BytesIO(content), len(content))
     try:
         return load_plain_pickle(io.BytesIO(content))
+    except RefusedPickle:
+        raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is neither a torch file nor a pickle of arrays, or it is damaged "
@@ -87,10 +114,146 @@ def _read(path: Path) -> Any:
         ) from None
 
 
-def _advice(name: str) -> str:
-    if name.startswith("mmengine."):
-        return (
-            ". It is a training checkpoint of mmdetection 3; reduce it to its weights with their "
-            "tools/model_converters/publish_model.py"
-        )
-    return ""
+def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
+    """Reads what `torch.save` writes; tensors are on the CPU, and parameters become tensors."""
+    _check_entries(archive.infolist(), size)
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    name = next((name for name in entries if name.split("/")[1:] == ["data.pkl"]), None)
+    if name is None:
+        names = ", ".join(list(entries)[:3])
+        raise pickle.UnpicklingError(f"it is a zip archive ({names}…) but no torch file")
+    folder = name.partition("/")[0]
+    if f"{folder}/constants.pkl" in entries:
+        raise RefusedPickle("a TorchScript program")
+    order = f"{folder}/byteorder"
+    swap = order in entries and archive.read(order).decode("ascii", "replace") != sys.byteorder
+
+    def read_storage(key: str, dtype: torch.dtype, nbytes: int) -> torch.Tensor:
+        entry = entries.get(f"{folder}/data/{key}")
+        if entry is None or entry.file_size != nbytes:
+            found = "is missing" if entry is None else f"has {entry.file_size:,}"
+            raise pickle.UnpicklingError(
+                f"its storage {key!r:.80} should have {nbytes:,} bytes and {found}"
+            )
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        with archive.open(entry) as file:  # checks the CRC-32 at the end
+            _fill(data, file, dtype.itemsize if swap else 1)
+        return data
+
+    return load_plain_pickle(io.BytesIO(archive.read(name)), size, read_storage)
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
+    """Checks that names are unique and inside the archive, and that sizes fit into the file."""
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise pickle.UnpicklingError("two of its entries have the same name")
+    end = size
+    for entry in sorted(entries, key=lambda entry: -entry.header_offset):
+        parts = entry.filename.replace("\\", "/").split("/")
+        stored = entry.header_offset + _LOCAL_HEADER + len(entry.orig_filename) + entry.file_size
+        problem = None
+        if ".." in parts or not parts[0] or ":" in parts[0]:
+            problem = "points outside the archive"
+        # torch.save does not compress, and a few kilobytes could unpack to any size.
+        elif entry.compress_type != zipfile.ZIP_STORED:
+            problem = "is compressed"
+        elif stored > end or entry.file_size != entry.compress_size:
+            problem = "is larger than its part of the file"
+        if problem:
+            raise pickle.UnpicklingError(f"its entry {entry.filename!r} {problem}")
+        end = entry.header_offset
+
+
+def _read_legacy(file: BinaryIO, size: int) -> Any:
+    """Reads what `torch.save` wrote before torch 1.6: five pickles, then the storages."""
+    storages: dict[str, tuple[torch.Tensor, int]] = {}
+    unread = size
+
+    def reserve(key: str, dtype: torch.dtype, nbytes: int) -> torch.Tensor:
+        nonlocal unread
+        unread -= nbytes
+        if unread < 0:
+            raise pickle.UnpicklingError(f"its storage {key!r:.80} should have {nbytes:,} bytes")
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        storages[key] = data, dtype.itemsize
+        return data
+
+    _, protocol, system = (load_plain_pickle(file, size) for _ in range(3))
+    if protocol != 1001 or not isinstance(system, dict):
+        raise pickle.UnpicklingError("its protocol is not 1001")
+    swap = system.get("little_endian", True) != (sys.byteorder == "little")
+    content = load_plain_pickle(file, size, reserve)
+    keys = load_plain_pickle(file, size)
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        raise pickle.UnpicklingError("its list of storages is not that of its tensors")
+    for key in map(str, keys):
+        data, itemsize = storages[key]
+        stated = file.read(8)
+        if len(stated) < 8 or struct.unpack("<q", stated)[0] * itemsize != len(data):
+            raise pickle.UnpicklingError(
+                f"its storage {key!r} has another size than its tensors say"
+            )
+        _fill(data, file, itemsize if swap else 1)
+    return content
+
+
+def _fill(data: torch.Tensor, file: Any, swapped_bytes: int) -> None:
+    array = data.numpy()
+    if file.readinto(array) != len(array):
+        raise pickle.UnpicklingError("it ends within a storage")
+    if swapped_bytes > 1:
+        array.view(f"u{swapped_bytes}").byteswap(inplace=True)
+
+
+@dataclass(frozen=True)
+class RawState:
+    """The tensors of a file.
+
+    Attributes:
+        tensors: under the keys of the file, without a common `module.` prefix.
+        extras: the other entries of the file.
+        wrapped: whether the tensors were in an entry `state_dict` with a `module.` prefix.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    extras: dict[str, Any]
+    wrapped: bool
+
+
+def unwrap_state(content: Mapping[str, Any], path: str) -> RawState:
+    """Finds the tensors in a dict as returned by `read_weight_file`.
+
+    Raises:
+        WeightsError: there are none, or one of the values is not a tensor.
+    """
+    wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
+    inner = content[wrapper] if wrapper else content
+    extras = {key: value for key, value in content.items() if wrapper and key != wrapper}
+    tensors = {}
+    for key, value in inner.items():
+        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise WeightsError(
+                f"{path}: the entry {key!r:.100} is a {type(value).__name__}, not a tensor"
+            )
+        if not key.isprintable():  # detectron2 logs keys as they are
+            raise WeightsError(f"{path}: a key has control characters: {key!r:.100}")
+        tensors[key] = tensor.detach()
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors")
+    parallel = all(key.startswith("module.") for key in tensors)
+    if parallel:
+        tensors = {key[len("module.") :]: value for key, value in tensors.items()}
+    return RawState(tensors, extras, wrapper == "state_dict" and parallel)
+
+
+def check_finite(state: Mapping[str, torch.Tensor], path: str) -> None:
+    """Raises WeightsError if a tensor contains NaN or infinity; names the keys."""
+    broken = []
+    for key, value in state.items():
+        # Without the repetitions of an expanded tensor, which can be huge.
+        once = value[tuple(slice(1) if step == 0 else slice(None) for step in value.stride())]
+        if value.is_floating_point() and not bool(torch.isfinite(once).all()):
+            broken.append(key)
+    if broken:
+        raise WeightsError(f"{path} has NaN or infinite values in {list_some(broken)}")

@@ -1,9 +1,12 @@
-"""Unpickles weights without running any function that the file names.
+"""Rebuilds plain values from a pickle without running anything that it names.
 
-A pickle is a program: it names functions to import and calls them. Weight files need only a few
-functions of numpy. These names resolve to stand-ins in this file, which rebuild plain numeric
-arrays; all other names are refused. numpy's own functions are not called: with a forged `dtype`
-state, `numpy.ndarray.__setstate__` would interpret bytes of the file as pointers.
+A pickle is a program: it names functions to import and calls them. Weight files need a few of
+numpy and torch. This module reads the opcodes with `pickletools.genops`, interprets those that
+build plain values, and calls functions of its own for these names; it refuses everything else.
+
+A `pickle.Unpickler` with a `find_class` of its own is not enough: it reserves memory for any length
+and memo index in a file, hashes nested tuples in exponential time, and lets a file set the state of
+arrays and tensors (with a forged dtype, numpy interprets bytes of the file as pointers).
 
 Time and memory are at most a small multiple of the file's size: sizes stated in the file are
 checked before memory is allocated, and copies and repeated references are counted.
@@ -11,13 +14,16 @@ checked before memory is allocated, and copies and repeated references are count
 
 import math
 import pickle
+import pickletools
 import re
-import struct
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, Union
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
+import torch
 
 _DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248])")
 _MAX_DIMS = 64  # numpy's and torch's
@@ -25,362 +31,405 @@ _MAX_BITS = 128  # of an integer, as in the state of a random generator
 # Bytes that may be copied while reading: this many times the file's size, plus a constant. A valid
 # file needs one copy of each array.
 _COPIES, _FEW_BYTES = 4, 1 << 16
-ENTRY = 64  # bytes of an entry in a container, roughly
+_ENTRY = 64  # bytes of an entry in a container, roughly
 # Size of the result, with repeated references and expanded tensors counted in full: values, bytes,
 # and bytes as a multiple of the file's size. The larger limit applies.
 _MANY_VALUES = 1_000_000
 _MANY_BYTES = 1 << 30
 _EXPANSION = 16
 
-Plain = Union[dict, list, tuple, str, bytes, int, float, bool, None, np.ndarray]
-"""The types of values in a safe pickle, at any nesting level."""
+_LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
+    "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 "
+    "BYTEARRAY8".split()
+)
+# Storage class -> dtype; others are not used for weights.
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "BoolStorage": torch.bool,
+    "ByteStorage": torch.uint8,
+    "CharStorage": torch.int8,
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "IntStorage": torch.int32,
+    "LongStorage": torch.int64,
+    "ShortStorage": torch.int16,
+}
+# What may be in the result, beside containers, strings, arrays and tensors.
+_LEAVES = (bool, int, float, set, Counter, torch.dtype, torch.device)
+# What is named but not called.
+_VALUES: dict[str, Any] = {
+    "numpy.ndarray": None,
+    "torch.Tensor": None,
+    "torch.nn.parameter.Parameter": None,
+    **{f"torch.{name}": value for name, value in vars(torch).items() if type(value) is torch.dtype},
+    **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+    **{f"torch.cuda.{name}": dtype for name, dtype in _STORAGES.items()},
+}
+
+ReadStorage = Callable[[str, torch.dtype, int], torch.Tensor]
+"""Key of a storage, its dtype, its size in bytes -> its bytes, uint8 (size,)."""
 
 
-class RefusedPickle(Exception):
+class RefusedPickle(pickle.UnpicklingError):
     """A pickle asks for more than weights need; the message says for what."""
 
 
-def load_plain_pickle(file: BinaryIO) -> Plain:
-    """Loads a pickle of dicts, lists, tuples, strings, numbers and numeric numpy arrays.
+def load_plain_pickle(
+    file: BinaryIO, size: Optional[int] = None, read_storage: Optional[ReadStorage] = None
+) -> Any:
+    """Reads a pickle of dicts, lists, tuples, strings, numbers, arrays and torch's tensors.
 
-    Pickles of Python 2 are read with the encoding "latin1", as in detectron2. An OrderedDict
-    becomes a plain dict.
+    An OrderedDict becomes a plain dict. Byte strings of Python 2 are read with the encoding
+    "latin1", as in detectron2.
 
     Args:
-        file: `io.BytesIO`, at the start of the pickle.
+        file: `io.BytesIO` at the start of the pickle; is left at its end.
+        size: of the whole weight file in bytes, by which results are limited; by default that of
+            `file`.
+        read_storage: called once for each storage of tensors; None refuses tensors.
 
     Raises:
         RefusedPickle: the pickle names another function or class, or has an object array.
         pickle.UnpicklingError: it is damaged, truncated, not a pickle, or expands to many times
             its size.
     """
-    return PlainUnpickler(file, size_of(file)).load_plain()
+    if size is None:
+        here = file.tell()
+        size = file.seek(0, 2)
+        file.seek(here)
+    try:
+        interpreter = _Interpreter(size, read_storage)
+        return interpreter.finish(interpreter.run(file))[0]
+    except pickle.UnpicklingError:
+        raise
+    except RecursionError:
+        raise pickle.UnpicklingError("nested too deeply") from None
+    except Exception as error:  # opcodes of a damaged file can raise any
+        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
 
 
-def size_of(file: BinaryIO) -> int:
-    """The size of a seekable file in bytes; keeps its position."""
-    here = file.tell()
-    size = file.seek(0, 2)
-    file.seek(here)
-    return size
+@dataclass(frozen=True)
+class _Function:
+    """A name in a pickle that it may call."""
+
+    call: Callable[..., Any]
 
 
-class Sealed:
-    """Represents an object while a pickle is read; the pickle cannot change it."""
+@dataclass(frozen=True)
+class _Storage:
+    """The elements of one or several tensors, (numel,)."""
 
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise RefusedPickle(f"to change a {type(self).__name__.lstrip('_').lower()}")
+    elements: torch.Tensor
 
 
-class Value(Sealed):
-    """A finished value, with the size of its data in bytes."""
+@dataclass
+class _Array:
+    """A numpy array, whose contents follow in its state."""
 
-    __slots__ = ("nbytes", "value")
-
-    def __init__(self, value: Any, nbytes: int = 0) -> None:
-        self.value, self.nbytes = value, nbytes
-
-
-class StandIn(Sealed):
-    """Replaces an allowed function or class that a pickle names; has no state."""
-
-    __slots__ = ("_function",)
-
-    _function: Callable[..., Any]
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise RefusedPickle(f"to set the attribute {name}")
-
-
-# The Python implementation, because the C one allocates memory for any memo index in a file, and
-# hashes any key, which takes exponential time or overflows the stack for nested tuples.
-_Unpickler: Any = pickle._Unpickler
-
-
-class PlainUnpickler(_Unpickler):
-    """Unpickles plain values; `load_plain` reads the next pickle of the file.
-
-    Args:
-        file: `io.BytesIO`.
-        size: of the whole weight file, in bytes.
-    """
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        super().__init__(file, fix_imports=False, encoding="latin1")
-        self._size = size
-        self._budget = _COPIES * size + _FEW_BYTES
-        self.allowed: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): StandIn(self._ordered_dict),
-            ("_codecs", "encode"): StandIn(self._encode),
-            ("__builtin__", "bytes"): StandIn(_no_bytes),
-            ("numpy", "ndarray"): _NDARRAY,
-            ("numpy", "dtype"): StandIn(_Dtype),
-        }
-        for core in ("numpy.core", "numpy._core"):
-            self.allowed[core + ".multiarray", "_reconstruct"] = StandIn(self._reconstruct)
-            self.allowed[core + ".multiarray", "scalar"] = StandIn(self._scalar)
-            self.allowed[core + ".numeric", "_frombuffer"] = StandIn(self._from_buffer)
-
-    def load_plain(self) -> Any:
-        """Reads one pickle; raises as `load_plain_pickle`."""
-        try:
-            return _Plain(self._size).convert(self.load())
-        except (RefusedPickle, pickle.UnpicklingError):
-            raise
-        except RecursionError:
-            raise pickle.UnpicklingError("nested too deeply") from None
-        except EOFError:
-            raise pickle.UnpicklingError("it ends too early") from None
-        except Exception as error:  # opcodes of a damaged file can raise any
-            raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None
-
-    def spend(self, count: int) -> None:
-        """Counts copied bytes against the budget."""
-        self._budget -= count
-        if self._budget < 0:
-            raise pickle.UnpicklingError("it copies its values many times")
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self.allowed[module, name]
-        except (KeyError, TypeError):
-            raise RefusedPickle(f"{module}.{name}") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise RefusedPickle("a persistent object")
-
-    def get_extension(self, code: int) -> Any:
-        raise RefusedPickle(f"the registered extension {code}")
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        _set_items(self.stack[-1], [key, value])
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        _set_items(self.stack[-1], items)
-
-    def load_dict(self) -> None:
-        content: dict = {}
-        _set_items(content, self.pop_mark())
-        self.append(content)
-
-    def load_bytearray8(self) -> None:
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(min(length, sys.maxsize))))
-
-    def load_no_set(self) -> None:
-        raise RefusedPickle("a set")
-
-    dispatch = {
-        **_Unpickler.dispatch,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
-        **dict.fromkeys((op[0] for op in (pickle.ADDITEMS, pickle.FROZENSET)), load_no_set),
-    }
-
-    def _ordered_dict(self, items: Any = ()) -> "_Dict":
-        result = _Dict()
-        pairs = list(items.items()) if isinstance(items, dict) else list(items)
-        self.spend(ENTRY * len(pairs))
-        for pair in pairs:
-            _set_items(result, list(pair))
-        return result
-
-    def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
-        """Python 3 writes bytes like this in the pickle protocols of Python 2."""
-        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise RefusedPickle(f"the text encoding {encoding!r:.40}")
-        self.spend(len(text))
-        return text.encode("latin1")
-
-    def _reconstruct(self, array_type: Any, shape: Any, code: Any) -> "_Array":
-        if array_type is not _NDARRAY:
-            raise RefusedPickle("a subclass of numpy.ndarray")
-        return _Array(self)
-
-    def _from_buffer(self, data: Any, dtype: Any, shape: Any, order: Any) -> "_Array":
-        result = _Array(self)
-        result.array = self.array(data, dtype, shape, order)
-        return result
-
-    def _scalar(self, dtype: Any, data: Any = b"") -> Union[int, float, bool]:
-        return self.array(data, dtype, (), "C").item()
-
-    def array(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-        """A numeric array with a copy of `data`, in the byte order of this machine."""
-        if not isinstance(dtype, _Dtype):
-            raise RefusedPickle("a numpy array without a numeric type")
-        if not isinstance(data, (bytes, bytearray, str)):
-            raise RefusedPickle("a numpy array of objects")
-        self.spend(len(data))
-        if isinstance(data, str):  # a byte string of Python 2
-            data = data.encode("latin1")
-        if count(shape) * dtype.dtype.itemsize != len(data):
-            raise ValueError(f"array of shape {tuple(shape)!s:.80} with {len(data)} bytes")
-        array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
-        return np.array(array, dtype.dtype.newbyteorder("="), order="C")
-
-
-def count(shape: Any) -> int:
-    """The number of elements in a shape that a file states.
-
-    Raises:
-        ValueError: it is not a shape.
-    """
-    if not isinstance(shape, (tuple, list)) or len(shape) > _MAX_DIMS:
-        raise ValueError(f"a shape that is not a tuple of at most {_MAX_DIMS} numbers")
-    if not all(type(size) is int and 0 <= size <= sys.maxsize for size in shape):
-        raise ValueError("a shape with other entries than sizes")
-    return math.prod(shape)
-
-
-def check_key(key: Any) -> None:
-    """Accepts only keys that hash in constant time and cannot be made to collide.
-
-    Raises:
-        RefusedPickle: for another key.
-    """
-    if key is not None and type(key) not in (str, bytes, int, float, bool):
-        raise RefusedPickle(f"a dict key of type {type(key).__name__.lstrip('_')}")
-    if type(key) is int and key.bit_length() > 64:
-        raise RefusedPickle("a dict key of more than 64 bits")
-
-
-def _set_items(target: Any, items: list) -> None:
-    if type(target) not in (dict, _Dict):
-        raise RefusedPickle(f"to set an item of a {type(target).__name__.lstrip('_')}")
-    if len(items) % 2:
-        raise ValueError("a key without value")
-    for key, value in zip(items[::2], items[1::2]):
-        check_key(key)
-        target[key] = value
-
-
-class _Dict(dict):
-    """An OrderedDict of the file; attributes that PyTorch adds to state dicts are dropped."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+    array: Optional[np.ndarray] = None
 
 
 class _Dtype:
     """A numeric numpy dtype, whose byte order may follow in its state."""
 
-    __slots__ = ("dtype",)
-
     def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
-        if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-            raise RefusedPickle(f"a numpy array of type {code!r:.40}")
+        if type(code) is not str or not _DTYPE.fullmatch(code):
+            raise RefusedPickle(f"a numpy array of type {_short(code)}")
         self.dtype = np.dtype(code)
 
-    def __setstate__(self, state: Any) -> None:
-        byte_order, *structure = state[1:5]
-        if structure != [None, None, None] or byte_order not in ("<", ">", "|", "="):
-            raise RefusedPickle("a structured numpy array")
-        if byte_order in "<>":
-            self.dtype = self.dtype.newbyteorder(byte_order)
 
+class _Interpreter:
+    """Runs the opcodes of one pickle."""
 
-class _Array:
-    """A numpy array, whose contents follow in its state."""
-
-    __slots__ = ("_unpickler", "array")
-
-    array: np.ndarray
-
-    def __init__(self, unpickler: PlainUnpickler) -> None:
-        self._unpickler = unpickler
-
-    def __setstate__(self, state: Any) -> None:
-        shape, dtype, fortran_order, data = state[-4:]
-        order = "F" if fortran_order is True else "C"
-        self.array = self._unpickler.array(data, dtype, shape, order)
-
-
-def _no_bytes(*args: Any) -> bytes:
-    """Python 3 writes b"" like this in the pickle protocols of Python 2."""
-    if args:
-        raise RefusedPickle("bytes made by a call")
-    return b""
-
-
-def _no_call(*args: Any) -> Any:
-    raise RefusedPickle("to make a numpy.ndarray by a call")
-
-
-_NDARRAY = StandIn(_no_call)
-
-
-class _Plain:
-    """Copies containers, replacing the types of this file with plain ones.
-
-    An object with several references is copied once and stays one object, but each reference
-    counts towards the size limits, as a traversal of the result would visit each.
-    """
-
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, read_storage: Optional[ReadStorage]) -> None:
+        self._read_storage = read_storage
+        self._storages: dict[str, torch.Tensor] = {}
+        self._budget = _COPIES * size + _FEW_BYTES
         self._max_values = max(_MANY_VALUES, size)
         self._max_bytes = max(_MANY_BYTES, _EXPANSION * size)
-        # id -> (copy, values, bytes, original); keeping the original alive keeps its id unique
-        self._done: dict[int, tuple[Any, int, int, Any]] = {}
-        self._parents: set[int] = set()
+        # id of a container -> (copy, values, bytes); None while it is copied
+        self._finished: dict[int, Optional[tuple[Any, int, int]]] = {}
+        self._functions: dict[str, Callable[..., Any]] = {
+            "__builtin__.bytes": lambda: b"",  # Python 3 writes b"" like this for Python 2
+            "__builtin__.set": self._set,
+            "_codecs.encode": self._encode,
+            "builtins.set": self._set,
+            "collections.Counter": self._counter,
+            "collections.OrderedDict": self._dict,
+            "numpy.dtype": _Dtype,
+            "torch.Size": self._size,
+            "torch._tensor._rebuild_from_type_v2": _rebuild_without_attributes,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+            "torch._utils._rebuild_tensor": _rebuild_tensor,
+            "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+            "torch.device": _device,
+        }
+        for core in ("numpy.core", "numpy._core"):
+            self._functions[f"{core}.multiarray._reconstruct"] = lambda *_: _Array()
+            self._functions[f"{core}.multiarray.scalar"] = self._scalar
+            self._functions[f"{core}.numeric._frombuffer"] = self._array
+        # Opcodes that replace values on the stack by one.
+        self._operations: dict[str, Callable[..., Any]] = {
+            "NONE": lambda: None,
+            "NEWTRUE": lambda: True,
+            "NEWFALSE": lambda: False,
+            "EMPTY_DICT": dict,
+            "DICT": lambda *items: _set_items({}, *items),
+            "SETITEM": _set_items,
+            "SETITEMS": _set_items,
+            "EMPTY_LIST": list,
+            "LIST": lambda *items: list(items),
+            "APPEND": _append,
+            "APPENDS": _append,
+            **dict.fromkeys(
+                ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"), lambda *items: items
+            ),
+            "STACK_GLOBAL": self._find,
+            "REDUCE": _call,
+            "BUILD": self._set_state,
+            "BINPERSID": self._load_storage,
+        }
 
-    def convert(self, value: Any) -> Any:
-        """Raises RefusedPickle and UnpicklingError."""
-        return self._convert(value)[0]
+    def run(self, file: BinaryIO) -> Any:
+        """Reads up to the opcode STOP; returns the value with the placeholders of this module."""
+        stack: list[Any] = []
+        marks: list[int] = []
+        memo: dict[int, Any] = {}
+        argument: Any
+        for opcode, argument, _ in pickletools.genops(file):
+            name = opcode.name
+            if name in _LITERALS:
+                if type(argument) is int and argument.bit_length() > _MAX_BITS:
+                    raise RefusedPickle(f"an integer of {argument.bit_length()} bits")
+                stack.append(argument)
+            elif name in ("BINGET", "LONG_BINGET", "GET"):
+                stack.append(memo[argument])
+            elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            elif name == "MARK":
+                marks.append(len(stack))
+            elif name == "POP":
+                stack.pop()
+            elif name == "GLOBAL":
+                stack.append(self._find(*argument.split(" ", 1)))
+            elif name in self._operations:
+                before = opcode.stack_before
+                if pickletools.markobject in before:
+                    start = marks.pop() - before.index(pickletools.markobject)
+                else:
+                    start = len(stack) - len(before)
+                if start < 0:
+                    raise pickle.UnpicklingError(f"{name} without its values")
+                stack[start:] = [self._operations[name](*stack[start:])]
+            elif name not in ("PROTO", "FRAME", "STOP"):
+                raise RefusedPickle(f"the opcode {name}")
+        return stack[-1]
 
-    def _convert(self, value: Any) -> tuple[Any, int, int]:
-        if isinstance(value, _Array):
-            return value.array, 1, value.array.nbytes
-        if isinstance(value, Value):
-            return value.value, 1, value.nbytes
-        if value is None or type(value) in (float, bool):
-            return value, 1, 0
+    def finish(self, value: Any) -> tuple[Any, int, int]:
+        """A copy of a value without placeholders; its number of values, and of their bytes.
+
+        An object with several references is copied once and stays one object, but each reference
+        counts towards the size limits, as a traversal of the result would visit each.
+        """
+        if type(value) is _Array:
+            value = value.array
+        if isinstance(value, np.ndarray):
+            return value, 1, value.nbytes
+        if isinstance(value, torch.Tensor):
+            return value, 1, value.numel() * value.element_size()
         if type(value) in (str, bytes):
             return value, 1, len(value)
-        if type(value) is int:
-            if value.bit_length() > _MAX_BITS:
-                raise RefusedPickle(f"an integer of {value.bit_length()} bits")
+        if value is None or type(value) in _LEAVES:
             return value, 1, 0
-        if type(value) not in (dict, _Dict, list, tuple):
+        if type(value) not in (dict, list, tuple):
             raise RefusedPickle(f"an object of type {type(value).__name__.lstrip('_')}")
-        known = self._done.get(id(value))
+        if id(value) not in self._finished:
+            self._finished[id(value)] = None
+            self._finished[id(value)] = self._copy(value)
+        known = self._finished[id(value)]
         if known is None:
-            if id(value) in self._parents:
-                raise pickle.UnpicklingError("a container that holds itself")
-            self._parents.add(id(value))
-            known = (*self._container(value), value)
-            self._parents.remove(id(value))
-            self._done[id(value)] = known
-        return known[:3]
+            raise pickle.UnpicklingError("a container that holds itself")
+        return known
 
-    def _container(self, value: Any) -> tuple[Any, int, int]:
-        values, nbytes, keys = 1, 0, None
-        items: Iterable = value
-        if isinstance(value, dict):
-            keys, items = list(value), value.values()
-        copies = []
-        for item in items:
-            copy, more, more_bytes = self._convert(item)
+    def _copy(self, container: Any) -> tuple[Any, int, int]:
+        values, nbytes, copies = 1, 0, []
+        for item in container.values() if type(container) is dict else container:
+            copy, more, more_bytes = self.finish(item)
             copies.append(copy)
             values, nbytes = values + more, nbytes + more_bytes
         if values > self._max_values or nbytes > self._max_bytes:
             raise pickle.UnpicklingError(
                 f"it expands to {values:,} values and {nbytes:,} bytes, many times its size"
             )
-        if keys is not None:
-            return dict(zip(keys, copies)), values, nbytes
-        return type(value)(copies), values, nbytes
+        copied = (
+            dict(zip(container, copies)) if type(container) is dict else type(container)(copies)
+        )
+        return copied, values, nbytes
+
+    def _spend(self, nbytes: int) -> None:
+        self._budget -= nbytes
+        if self._budget < 0:
+            raise pickle.UnpicklingError("it copies its values many times")
+
+    def _find(self, module: Any, name: Any) -> Any:
+        if type(module) is not str or type(name) is not str:
+            raise RefusedPickle("a name that is not a string")
+        full = f"{module}.{name}"
+        if full in self._functions:
+            return _Function(self._functions[full])
+        if full in _VALUES:
+            return _VALUES[full]
+        raise RefusedPickle(full)
+
+    def _set_state(self, target: Any, state: Any) -> Any:
+        if type(target) is _Array:
+            shape, dtype, fortran_order, data = state[-4:]
+            order = "F" if fortran_order is True else "C"
+            target.array = self._array(data, dtype, shape, order).array
+        elif type(target) is _Dtype:
+            byte_order, *structure = state[1:5]
+            if structure != [None, None, None] or byte_order not in ("<", ">", "|", "="):
+                raise RefusedPickle("a structured numpy array")
+            if byte_order in "<>":
+                target.dtype = target.dtype.newbyteorder(byte_order)
+        elif type(target) is not dict:  # PyTorch adds attributes to state dicts
+            raise RefusedPickle(f"changing a {type(target).__name__.lstrip('_').lower()}")
+        return target
+
+    def _load_storage(self, pid: Any) -> _Storage:
+        if self._read_storage is None or type(pid) is not tuple or pid[0] != "storage":
+            raise RefusedPickle("a persistent object")
+        dtype, key, _location, numel, *view = pid[1:]
+        if type(key) is not str or type(dtype) is not torch.dtype:
+            raise RefusedPickle("another persistent object than a storage")
+        if dtype not in _STORAGES.values():
+            raise RefusedPickle(f"a storage of {dtype}")
+        if key not in self._storages:
+            self._storages[key] = self._read_storage(key, dtype, _count((numel,)) * dtype.itemsize)
+        elements = self._storages[key].view(dtype)
+        if view and view[0] is not None:  # a slice, in files of early torch versions
+            _, start, length = view[0]
+            _count((start, length))
+            elements = elements[start : start + length]
+        return _Storage(elements)
+
+    def _dict(self, pairs: Any = ()) -> dict:
+        items = list(pairs.items()) if type(pairs) is dict else list(pairs)
+        self._spend(_ENTRY * len(items))
+        return _set_items({}, *(part for key, value in items for part in (key, value)))
+
+    def _set(self, items: Any = ()) -> set:
+        self._spend(_ENTRY * len(items))
+        for item in items:
+            _check_key(item)
+        return set(items)
+
+    def _counter(self, counts: Any) -> Counter:
+        self._spend(_ENTRY * len(counts))
+        return Counter(self._dict(counts))
+
+    def _size(self, sizes: Any) -> tuple:
+        self._spend(_ENTRY * len(sizes))
+        return tuple(sizes)
+
+    def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
+        """Python 3 writes bytes like this in the pickle protocols of Python 2."""
+        if type(text) is not str or encoding not in ("latin1", "latin-1"):
+            raise RefusedPickle(f"the text encoding {_short(encoding)}")
+        self._spend(len(text))
+        return text.encode("latin1")
+
+    def _array(self, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+        """A numeric array with a copy of `data`, in the byte order of this machine."""
+        if type(dtype) is not _Dtype:
+            raise RefusedPickle("a numpy array without a numeric type")
+        if type(data) not in (bytes, bytearray, str):
+            raise RefusedPickle("a numpy array of objects")
+        self._spend(len(data))
+        if type(data) is str:  # a byte string of Python 2
+            data = data.encode("latin1")
+        if _count(shape) * dtype.dtype.itemsize != len(data):
+            raise ValueError(f"array of shape {tuple(shape)!s:.80} with {len(data)} bytes")
+        array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
+        return _Array(np.array(array, dtype.dtype.newbyteorder("="), order="C"))
+
+    def _scalar(self, dtype: Any, data: Any = b"") -> Any:
+        array = self._array(data, dtype, (), "C").array
+        return None if array is None else array.item()
+
+
+def _count(shape: Any) -> int:
+    """The number of elements in a shape that a file states."""
+    if type(shape) not in (tuple, list) or len(shape) > _MAX_DIMS:
+        raise ValueError(f"a shape that is not a tuple of at most {_MAX_DIMS} numbers")
+    if not all(type(size) is int and 0 <= size <= sys.maxsize for size in shape):
+        raise ValueError("a shape with other entries than sizes")
+    return math.prod(shape)
+
+
+def _check_key(key: Any) -> None:
+    """Accepts only keys that hash in constant time and cannot be made to collide."""
+    if key is not None and type(key) not in (str, bytes, int, float, bool):
+        raise RefusedPickle(f"a dict key of type {type(key).__name__.lstrip('_')}")
+    if type(key) is int and key.bit_length() > 64:
+        raise RefusedPickle("a dict key of more than 64 bits")
+
+
+def _set_items(target: Any, *items: Any) -> Any:
+    if type(target) is not dict:
+        raise RefusedPickle(f"setting an item of a {type(target).__name__.lstrip('_')}")
+    if len(items) % 2:
+        raise ValueError("a key without value")
+    for key, value in zip(items[::2], items[1::2]):
+        _check_key(key)
+        target[key] = value
+    return target
+
+
+def _append(target: Any, *items: Any) -> Any:
+    if type(target) is not list:
+        raise RefusedPickle(f"appending to a {type(target).__name__.lstrip('_')}")
+    target.extend(items)
+    return target
+
+
+def _call(function: Any, args: Any) -> Any:
+    if type(function) is not _Function or type(args) is not tuple:
+        raise RefusedPickle("calling something that is not a function")
+    return function.call(*args)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *further: Any) -> Any:
+    """`further`: requires_grad, hooks, and since torch 1.11 the conj and neg bits."""
+    if type(storage) is not _Storage:
+        raise RefusedPickle("a tensor without storage")
+    if len(further) > 2 and further[2]:
+        raise RefusedPickle("a tensor that is stored conjugated or negated")
+    elements, numel = storage.elements, _count(size)
+    _count((offset, *stride))
+    if len(size) != len(stride):
+        raise ValueError(f"{len(size)} sizes and {len(stride)} strides")
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride))
+    if not numel:
+        return elements[:0].as_strided(size, stride, 0)
+    if last >= elements.numel():
+        raise ValueError(f"a tensor of shape {tuple(size)!s:.80} in {elements.numel()} elements")
+    return elements.as_strided(size, stride, offset + elements.storage_offset())
+
+
+def _rebuild_without_attributes(rebuild: Any, tensor_type: Any, args: Any, state: Any) -> Any:
+    return _call(rebuild, args)
+
+
+def _device(*args: Any) -> torch.device:
+    if not all(type(arg) in (str, int) for arg in args):
+        raise RefusedPickle("a device without a name")
+    return torch.device(*args)
+
+
+def _short(value: Any) -> str:
+    """For a message; the `repr` of a container that a file repeats could take forever."""
+    return f"{value!r:.40}" if type(value) is str else f"a {type(value).__name__}"

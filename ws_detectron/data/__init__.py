@@ -2,7 +2,6 @@
 
 from .coco_sets import (
     check_coco_set,
-    check_files,
     classes_of,
     keypoint_names,
     mirrored,
@@ -12,7 +11,6 @@ from .coco_sets import (
 
 __all__ = [
     "check_coco_set",
-    "check_files",
     "classes_of",
     "keypoint_names",
     "mirrored",

@@ -15,7 +15,8 @@ from detectron2.utils.file_io import PathManager
 from ws_detectron.errors import ConfigError, DataError, list_some
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
-from .validate import FIXED, NAMED_AT_MOST, finite, missing_images, read_json, validate
+from .images import missing_images
+from .validate import FIXED, NAMED_AT_MOST, Validated, read_json, validate
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,7 @@ def classes_of(name: str) -> Metadata:
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("named_by") and not metadata.get("thing_classes"):
-        path = metadata.json_file
-        content = read_json(PathManager.get_local_path(path), "annotations")
-        validate(content, path, load=True, require_annotations=False).usable(log=False)
+        _read(metadata.json_file, load=True).usable(log=False)
         DatasetCatalog.get(name)
     return metadata
 
@@ -89,21 +88,30 @@ def keypoint_names(name: str) -> Optional[list[str]]:
         The names; None if there are neither names in the metadata nor an annotation file.
 
     Raises:
-        DataError: the file cannot be read, its categories have no keypoints or different ones, or
-            an annotation has another number of them.
+        DataError: the file cannot be read or has errors, such as annotations without keypoints.
     """
     metadata = MetadataCatalog.get(name)
-    path = metadata.get("json_file")
     if metadata.get("keypoint_names") is None:
-        if not path:
+        if not metadata.get("json_file"):
             return None
-        metadata.keypoint_names = _keypoints_in(path)
+        content = _read(metadata.json_file, keypoints=True).usable(log=False)
+        metadata.keypoint_names = _keypoints_in(content)
     names = list(metadata.keypoint_names)
     if metadata.get("keypoint_flip_map") is None:
         metadata.keypoint_flip_map = [
             (one, mirrored(one)) for one in names if one < mirrored(one) and mirrored(one) in names
         ]
     return names
+
+
+def _read(path: str, **options: Any) -> Validated:
+    options = {"require_annotations": False, **options}
+    return validate(read_json(PathManager.get_local_path(path), "annotations"), path, **options)
+
+
+def _keypoints_in(content: dict[str, Any]) -> list[str]:
+    """The names in a file that was validated with `keypoints`."""
+    return next([*map(str, c["keypoints"])] for c in content["categories"] if c.get("keypoints"))
 
 
 def mirrored(keypoint: str) -> str:
@@ -120,58 +128,13 @@ def mirrored(keypoint: str) -> str:
     return re.sub(r"left|right|(?<![a-z])[lr](?![a-z])", swap, keypoint, flags=re.IGNORECASE)
 
 
-def _keypoints_in(path: str) -> list[str]:
-    content = read_json(PathManager.get_local_path(path), "annotations")
-    try:
-        found = [c["keypoints"] for c in content["categories"] if c.get("keypoints")]
-        annotations = content.get("annotations")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"cannot read the keypoints of {path}: {type(error).__name__}: {error}"
-        ) from error
-    if not found or any(names != found[0] for names in found):
-        raise DataError(
-            f"{path}: {'no' if not found else 'not every'} category has "
-            f"{'`keypoints`' if not found else 'the same `keypoints`'}, a list of names such as "
-            '["left_eye", "right_eye"], which a model with MODEL.KEYPOINT_ON needs'
-        )
-    names = found[0]
-    if not isinstance(names, list) or len(set(map(str, names))) < len(names):
-        raise DataError(f"{path}: `keypoints` is {names!r:.60}; allowed: a list of different names")
-    for annotation in annotations or ():
-        points = annotation.get("keypoints") if isinstance(annotation, dict) else None
-        if (
-            not isinstance(points, list)
-            or len(points) != 3 * len(names)
-            or None in map(finite, points)
-        ):
-            raise DataError(
-                f"{path}: `keypoints` of annotation {_id(annotation)} is {points!r:.60}; allowed: "
-                f"{3 * len(names)} numbers x, y, v for the {len(names)} keypoints {names} "
-                "(zeros for an object without keypoints)"
-            )
-        if "num_keypoints" not in annotation:
-            raise DataError(
-                f"{path}: annotation {_id(annotation)} has no `num_keypoints`, the number of "
-                "its keypoints with v > 0, which COCO's evaluation needs"
-            )
-    if annotations is not None and not any(
-        v > 0 for a in annotations for v in a["keypoints"][2::3]
-    ):
-        raise DataError(f"{path}: no annotation has a labelled keypoint (v > 0)")
-    return [str(name) for name in names]
-
-
-def _id(annotation: Any) -> Any:
-    return annotation.get("id") if isinstance(annotation, dict) else annotation
-
-
 def check_coco_set(
     name: str,
     folder: Union[str, Path],
     *,
     train: bool = False,
     classes: int = 0,
+    keypoints: bool = False,
     **options: Any,
 ) -> Optional[str]:
     """Checks the files of a registered data set; if they need fixes, writes a fixed copy.
@@ -184,6 +147,7 @@ def check_coco_set(
         folder: for the copy, `<folder>/annotations/<name>.json`.
         train: whether a model is trained on it.
         classes: number of classes that the model predicts; the file must have as many categories.
+        keypoints: whether the model predicts keypoints, whose names are then added to the metadata.
         options: further options of `validate`.
 
     Returns:
@@ -203,11 +167,9 @@ def check_coco_set(
         or metadata.get("evaluator_type", "coco") not in ("coco", "coco_panoptic_seg")
     ):
         return None
-    local = PathManager.get_local_path(path)
-    options = {"require_annotations": False, **options}
-    validated = validate(
-        read_json(local, "annotations"), path, load=not custom_loader, train=train, **options
-    )
+    keypoints = keypoints and metadata.get("keypoint_names") is None
+    options.update(load=not custom_loader, train=train, keypoints=keypoints)
+    validated = _read(path, **options)
     content = validated.usable()
     if not content["images"]:
         raise DataError(f"annotations {path} have no image")
@@ -217,9 +179,17 @@ def check_coco_set(
             f"predicts {classes}, and evaluation fails on unknown classes; set NUM_CLASSES (of "
             "MODEL.ROI_HEADS or MODEL.RETINANET) to the number of categories"
         )
+    if keypoints:
+        metadata.keypoint_names = _keypoints_in(content)
     root = metadata.get("image_root")
     if root and "://" not in root and not custom_loader:
-        _check_images(content["images"], root, path)
+        missing = missing_images(content["images"], root)
+        if missing:
+            raise DataError(
+                f"annotations {path} name {len(missing)} of {len(content['images'])} images that "
+                f"are not in {root}: {list_some([*map(repr, missing)], NAMED_AT_MOST)}"
+            )
+    local = PathManager.get_local_path(path)
     if not validated.of(FIXED) and _is_utf8(local):
         return path if metadata.json_file != path else None
     copy = Path(folder, "annotations", f"{name}.json").absolute()
@@ -227,15 +197,6 @@ def check_coco_set(
     write_json(copy, content, indent=None)
     logger.warning("annotations %s: fixed copy %s is used instead", path, copy)
     return str(copy)
-
-
-def _check_images(images: Sequence[dict[str, Any]], root: str, path: str) -> None:
-    missing = missing_images(images, root)
-    if missing:
-        raise DataError(
-            f"annotations {path} name {len(missing)} of {len(images)} images that are not in "
-            f"{root}: {list_some(list(map(repr, missing)), NAMED_AT_MOST)}"
-        )
 
 
 def _is_utf8(path: str) -> bool:
@@ -248,29 +209,18 @@ def _loaded_by_detectron2(name: str) -> bool:
     return DatasetCatalog[name].__module__ == register_coco_instances.__module__
 
 
-def check_files(name: str, folder: Union[str, Path]) -> None:
-    """`check_coco_set` and `use_annotations` for a data set that is evaluated or drawn."""
-    copy = check_coco_set(name, folder)
-    if copy:
-        use_annotations({name: copy})
-
-
 def use_annotations(copies: Mapping[str, str]) -> None:
     """Makes data sets read other annotation files: name -> path from `check_coco_set`."""
     for name, path in copies.items():
-        kept = MetadataCatalog.get(name).as_dict()
-        kept.pop("name")
-        given = kept.pop("json_file")
-        if given == path:
+        metadata = MetadataCatalog.get(name).as_dict()
+        if metadata["json_file"] == path:
             continue
         MetadataCatalog.remove(name)
-        kept.setdefault("given_json_file", given)
+        metadata = {"given_json_file": metadata["json_file"], **metadata, "json_file": path}
         if _loaded_by_detectron2(name):
             DatasetCatalog.remove(name)
-            kept.pop("evaluator_type", None)
-            register_coco_instances(name, kept, path, kept.pop("image_root"))
-        else:
-            MetadataCatalog.get(name).set(json_file=path, **kept)
+            register_coco_instances(name, {}, path, metadata["image_root"])
+        MetadataCatalog.get(name).set(**metadata)
 
 
 def _absolute(path: str) -> str:

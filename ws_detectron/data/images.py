@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Union
 
@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ws_detectron.errors import DataError, shown
 
-from .validate import ERROR, Finding, Findings, missing_images
+from .validate import ERROR, Finding, Findings
 
 _ORIENTATION = 0x0112  # the EXIF tag; Pillow names it from 9.4 on
 
@@ -56,30 +56,49 @@ def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -
     """Checks the image files of a COCO file; reads their headers only.
 
     Args:
-        images: as returned by `validate` with `load`.
+        images: as returned by `validate` with `load`; those without a file name are skipped.
         folder: of the image files.
     """
     found = Findings()
-    missing = set(missing_images(images, folder))
     for number, image in enumerate(images):
-        where = f"images[{number}] ({image['file_name']!r:.60})"
-        if image["file_name"] in missing:
+        name = image.get("file_name")
+        if not isinstance(name, str):
+            continue
+        where = f"images[{number}] ({name!r:.60})"
+        path = Path(folder, name)
+        if not path.exists():
             found.add(ERROR, "images are not in the folder", where)
             continue
         try:
-            size = _upright_size(Path(folder, image["file_name"]))
+            size = _upright_size(path)
         except DataError as error:
             found.add(ERROR, "images cannot be read", f"{where}: {error}")
             continue
-        if size != (image["width"], image["height"]):
+        given = [image.get("width"), image.get("height")]
+        if [*size] != given:
             found.add(
                 ERROR,
                 "width and height differ between annotations and images, EXIF orientation applied "
                 f"(images {size[0]} x {size[1]})",
                 where,
-                [image["width"], image["height"]],
+                given,
             )
     return list(found.values())
+
+
+def missing_images(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -> list[str]:
+    """File names of images that are not in a folder; lists each folder only once."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for image in images:
+        path, base = os.path.split(os.path.join(folder, image["file_name"]))
+        if path not in present:
+            present[path] = set()
+            with suppress(OSError):
+                present[path] = set(os.listdir(path))
+        if base not in present[path]:
+            missing.append(image["file_name"])
+    return missing
 
 
 def _upright_size(path: Path) -> tuple[int, int]:

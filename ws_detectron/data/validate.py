@@ -9,15 +9,13 @@ import gc
 import json
 import logging
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-import numpy as np
 from pycocotools import mask as mask_util
 
 from ws_detectron.errors import DataError
@@ -125,15 +123,8 @@ def read_json(path: Union[str, Path], what: str) -> Any:
     try:
         with no_garbage_collection():
             return json.loads(raw)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{what} {path} are not JSON in UTF-8: byte {error.start} is "
-            f"{raw[error.start : error.start + 1]!r}; save the file as UTF-8"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{what} {path} are not JSON: nested too deeply") from error
-    except ValueError as error:
-        raise DataError(f"{what} {path} are not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} {path} are not JSON in UTF-8: {error}") from error
 
 
 def validate(
@@ -144,6 +135,7 @@ def validate(
     train: bool = False,
     masks: bool = False,
     mask_format: str = "",
+    keypoints: bool = False,
     require_annotations: bool = True,
 ) -> Validated:
     """Checks a file's content by the rules of docs/data.md.
@@ -155,6 +147,7 @@ def validate(
         train: a model is trained on it: at least one object must remain.
         masks: every object needs a mask.
         mask_format: "polygon" if RLE masks are not allowed (INPUT.MASK_FORMAT).
+        keypoints: every object needs keypoints, and the categories their names.
         require_annotations: the list of annotations, which AP needs, must be there.
 
     Raises:
@@ -162,7 +155,8 @@ def validate(
     """
     lists = _lists(content, name, require_annotations)
     with no_garbage_collection():
-        return _Validator(lists, name, load or train, train, masks, mask_format).run()
+        polygons_only = mask_format == "polygon"
+        return _Validator(lists, load or train, train, masks, polygons_only, keypoints).run(name)
 
 
 @contextmanager
@@ -175,22 +169,6 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def missing_images(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -> list[str]:
-    """File names of images that are not in a folder; lists each folder only once."""
-    present: dict[str, set[str]] = {}
-    missing = []
-    for image in images:
-        path, base = os.path.split(os.path.join(folder, image["file_name"]))
-        if path not in present:
-            try:
-                present[path] = set(os.listdir(path))
-            except OSError:
-                present[path] = set()
-        if base not in present[path]:
-            missing.append(image["file_name"])
-    return missing
 
 
 def as_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -228,10 +206,6 @@ def finite(value: Any) -> Optional[float]:
     return None
 
 
-def _is_area(value: Any) -> bool:
-    return (number := finite(value)) is not None and number >= 0
-
-
 def _as_integer(value: Any) -> Optional[int]:
     """The integer for 96, 96.0, "96", "96.0" or True; None for anything else."""
     if isinstance(value, str):
@@ -244,245 +218,221 @@ def _as_integer(value: Any) -> Optional[int]:
     return None
 
 
-class _Ids:
-    """The ids of images or categories, and lookup of references to them."""
-
-    def __init__(self, known: Iterable[Any]) -> None:
-        self._known = set(known)
-        by_text = {str(key): key for key in self._known}
-        self._by_text = by_text if len(by_text) == len(self._known) else {}
-
-    def find(self, value: Any) -> Any:
-        """The id that a reference means, text for a number allowed; None if there is none."""
-        if type(value) is float:
-            value = _as_integer(value)
-        if type(value) not in (int, str):
-            return None
-        return value if value in self._known else self._by_text.get(str(value))
-
-
+@dataclass
 class _Validator:
-    """Validates a file in one pass; see `validate`."""
+    """Applies the rules to each entry in turn, then those that only all together show.
 
-    def __init__(
-        self,
-        lists: dict[str, Any],
-        name: str,
-        load: bool,
-        train: bool,
-        masks: bool,
-        mask_format: str,
-    ) -> None:
-        self._lists, self._name = lists, name
-        self._load, self._train, self._masks = load, train, masks
-        self._polygons_only = mask_format == "polygon"
-        self._found = Findings()
-        self._sizes: dict[Any, Optional[tuple[int, int]]] = {}
-        self._strings: list[tuple[int, str, int]] = []  # compressed RLEs: index, counts, pixels
-        self._bad: set[int] = set()
+    `key`, `number`, `entry` and `sound` are the list, the index, the content with its fixes and the
+    state of the current entry.
+    """
 
-    def run(self) -> Validated:
-        images = self._images()
-        categories = self._categories()
-        annotations = self._annotations(_Ids(self._sizes), _Ids(c["id"] for c in categories))
-        self._compressed(annotations)
-        self._boxes(annotations)
-        order = (ERROR, FIXED, WARNING)
-        return Validated(
-            self._name,
-            {**self._lists, "images": images, "categories": categories, "annotations": annotations},
-            sorted(self._found.values(), key=lambda finding: order.index(finding.level)),
-            sorted(self._bad),
+    lists: dict[str, Any]
+    load: bool
+    train: bool
+    masks: bool
+    polygons_only: bool
+    keypoints: bool
+    found: Findings = field(default_factory=Findings)
+    sizes: dict[Any, Optional[tuple[int, int]]] = field(default_factory=dict)  # by image id
+    names: list[str] = field(default_factory=list)  # of the keypoints that every object needs
+
+    def run(self, name: str) -> Validated:
+        images = [self.image(image) for image in self.with_ids("images")]
+        categories = self.categories()
+        self.malformed = _malformed(self.lists["annotations"])
+        references = (
+            ("image_id", *_by_text(self.sizes)),
+            ("category_id", *_by_text(category["id"] for category in categories)),
         )
+        annotations, broken = [], []
+        for _ in self.each("annotations"):
+            self.annotation(references)
+            annotations.append(self.entry)
+            if not self.sound:
+                broken.append(self.number)
+        annotations = self.with_own_ids(annotations)
+        self.check_together(annotations, set(broken))
+        content = {"images": images, "categories": categories, "annotations": annotations}
+        order = (ERROR, FIXED, WARNING)
+        findings = sorted(self.found.values(), key=lambda finding: order.index(finding.level))
+        return Validated(name, {**self.lists, **content}, findings, broken)
+
+    def each(self, key: str) -> Iterator[Any]:
+        """The entries of a list, each as the current one."""
+        self.key = key
+        for number, entry in enumerate(self.lists[key]):
+            self.number, self.entry, self.sound = number, entry, True
+            yield entry
+
+    def where(self) -> str:
+        own = ""
+        if self.key == "annotations" and isinstance(self.entry, dict):
+            own = f" (id {self.entry.get('id')!r:.60})"
+        return f"{self.key}[{self.number}]{own}"
+
+    def error(self, what: str, value: Any = ...) -> None:
+        self.sound = False
+        self.found.add(ERROR, what, self.where(), value)
+
+    def fix(self, what: str, value: Any = ..., **fixed: Any) -> None:
+        self.found.add(FIXED, what, self.where(), value)
+        self.entry = {**self.entry, **fixed}
 
     # images and categories
 
-    def _images(self) -> list[Any]:
-        images = []
-        for image, where in self._with_ids("images"):
-            given = [image.get(side) for side in ("height", "width")]
-            height, width = map(_as_integer, given)
-            if height and width and 0 < min(height, width) <= max(height, width) <= LONGEST_SIDE:
-                self._sizes[image["id"]] = (height, width)
-                if any(type(side) is not int for side in given):
-                    what = "height and width are not integers; converted"
-                    self._found.add(FIXED, what, where, given)
-                    image = {**image, "height": height, "width": width}
+    def with_ids(self, key: str) -> Iterator[dict[str, Any]]:
+        """The entries of a list that have a valid id, each as the current one."""
+        seen: set[Any] = set()
+        for entry in self.each(key):
+            if not isinstance(entry, dict):
+                self.error(f"{key} must be objects", entry)
+                continue
+            given = entry.get("id")
+            own = _as_integer(given) if type(given) is float else given
+            if type(own) is not str and not (type(own) is int and abs(own) < 2**63):
+                self.error(f"{key} need an id: text or a 64-bit integer", given)
+            elif own in seen:
+                self.error(f"ids in {key} are not unique", given)
             else:
-                self._sizes[image["id"]] = None
-                if self._load or self._masks or given != [None, None]:
-                    what = f"height and width must be integers from 1 to {LONGEST_SIDE}"
-                    self._found.add(ERROR, what, where, given)
-            file_name = image.get("file_name")
-            if self._load and not (isinstance(file_name, str) and file_name):
-                self._found.add(ERROR, "file_name must be text", where, file_name)
-            images.append(image)
-        return images
+                seen.add(own)
+                if own is not given:
+                    self.fix(f"ids of {key} are floats; converted to integers", given, id=own)
+                yield self.entry
 
-    def _categories(self) -> list[Any]:
-        categories = []
-        for category, where in self._with_ids("categories"):
-            if not isinstance(category.get("name"), str):
-                if self._load:
-                    self._found.add(ERROR, "name must be text", where, category.get("name"))
+    def image(self, image: dict[str, Any]) -> dict[str, Any]:
+        given = [image.get(side) for side in ("height", "width")]
+        height, width = map(_as_integer, given)
+        if height and width and _is_size((height, width)):
+            self.sizes[image["id"]] = (height, width)
+            if any(type(side) is not int for side in given):
+                what = "height and width are not integers; converted"
+                self.fix(what, given, height=height, width=width)
+        else:
+            self.sizes[image["id"]] = None
+            if self.load or self.masks or given != [None, None]:
+                self.error(f"height and width must be integers from 1 to {LONGEST_SIDE}", given)
+        file_name = image.get("file_name")
+        if self.load and not (isinstance(file_name, str) and file_name):
+            self.error("file_name must be text", file_name)
+        return self.entry
+
+    def categories(self) -> list[dict[str, Any]]:
+        categories, names = [], set()
+        for category in self.with_ids("categories"):
+            name = category.get("name")
+            if self.load and not isinstance(name, str):
+                self.error("name must be text", name)
+            elif isinstance(name, str) and name in names:
+                self.found.add(WARNING, "categories share a name", self.where(), name)
+            elif isinstance(name, str):
+                names.add(name)
             categories.append(category)
-        for name, count in Counter(f"{c.get('name')!r:.60}" for c in categories).items():
-            if count > 1 and name != "None":
-                self._found.add(WARNING, "categories share a name", name)
-        if not categories and self._load:
-            self._found.add(ERROR, "there is no category")
+        if not categories and self.load:
+            self.found.add(ERROR, "there is no category")
+        if self.keypoints:
+            self.check_names([c["keypoints"] for c in categories if c.get("keypoints")])
         return categories
 
-    def _with_ids(self, key: str) -> Iterable[tuple[dict[str, Any], str]]:
-        """Entries of a list with a valid id, and their position in the file."""
-        seen: set[Any] = set()
-        for number, entry in enumerate(self._lists[key]):
-            where = f"{key}[{number}]"
-            if not isinstance(entry, dict):
-                self._found.add(ERROR, f"{key} must be objects", where, entry)
-                continue
-            own = entry.get("id")
-            if type(own) is float and _as_integer(own) is not None:
-                self._found.add(
-                    FIXED, f"ids of {key} are floats; converted to integers", where, own
-                )
-                entry = {**entry, "id": _as_integer(own)}
-            elif type(own) is not str and not (type(own) is int and abs(own) < 2**63):
-                what = f"{key} need an id: text or a 64-bit integer"
-                self._found.add(ERROR, what, where, own)
-                continue
-            if entry["id"] in seen:
-                self._found.add(ERROR, f"ids in {key} are not unique", where, own)
-                continue
-            seen.add(entry["id"])
-            yield entry, where
+    def check_names(self, given: list[Any]) -> None:
+        if not given or any(names != given[0] for names in given):
+            self.found.add(
+                ERROR,
+                f"{'not every category has the same' if given else 'no category has'} `keypoints`, "
+                'a list of names such as ["left_eye", "right_eye"], which a model with '
+                "MODEL.KEYPOINT_ON needs",
+            )
+        elif not isinstance(given[0], list) or len(set(map(str, given[0]))) < len(given[0]):
+            what = "`keypoints` must be a list of different names"
+            self.found.add(ERROR, what, "categories", given[0])
+        else:
+            self.names = given[0]
 
     # annotations
 
-    def _annotations(self, image_ids: _Ids, category_ids: _Ids) -> list[Any]:
-        entries = self._lists["annotations"]
-        references = (("image_id", image_ids), ("category_id", category_ids))
-        checked = []
-        for number, entry in enumerate(entries):
-            self._number = number
-            if not isinstance(entry, dict):
-                self._error("annotations must be objects", entry)
-                checked.append(entry)
-                continue
-            self._entry = entry
-            fixes: dict[str, Any] = {}
-            for key, ids in references:
-                value = entry.get(key)
-                found = ids.find(value)
-                if found is None:
-                    self._error(f"{key} is not an id in the file", value)
-                elif type(found) is not type(value) or found != value:
-                    fixes[key] = found
-                    self._fixed(f"{key} differs in type from the id; converted", value)
-            self._crowd(entry, fixes)
-            if number not in self._bad:
-                size = self._sizes[fixes.get("image_id", entry.get("image_id"))]
-                self._mask(entry, fixes, size)
-                self._box(entry, fixes, size)
-                self._area(entry, fixes, size)
-                self._keypoints(entry)
-            checked.append({**entry, **fixes} if fixes else entry)
-        return self._with_own_ids(checked)
+    def annotation(self, references: Iterable[tuple[str, set[Any], dict[str, Any]]]) -> None:
+        if not isinstance(self.entry, dict):
+            self.error("annotations must be objects", self.entry)
+            return
+        for reference in references:
+            self.reference(*reference)
+        self.crowd()
+        if self.sound:
+            size = self.sizes[self.entry["image_id"]]
+            self.mask(size)
+            self.box(size)
+            if self.sound:
+                self.area(size)
+            self.points()
 
-    def _where(self) -> str:
-        number = self._number
-        entry = self._lists["annotations"][number]
-        if not isinstance(entry, dict):
-            return f"annotations[{number}]"
-        return f"annotations[{number}] (id {entry.get('id')!r:.60})"
+    def reference(self, key: str, ids: set[Any], by_text: dict[str, Any]) -> None:
+        value = self.entry.get(key)
+        number = _as_integer(value) if type(value) is float else value
+        found = None
+        if type(number) in (int, str):
+            found = number if number in ids else by_text.get(str(number))
+        if found is None:
+            self.error(f"{key} is not an id in the file", value)
+        elif type(found) is not type(value):
+            self.fix(f"{key} differs in type from the id; converted", value, **{key: found})
 
-    def _error(self, what: str, value: Any = ...) -> None:
-        self._bad.add(self._number)
-        self._found.add(ERROR, what, self._where(), value)
-
-    def _fixed(self, what: str, value: Any = ...) -> None:
-        self._found.add(FIXED, what, self._where(), value)
-
-    def _crowd(self, entry: dict[str, Any], fixes: dict[str, Any]) -> None:
-        crowd = entry.get("iscrowd")
+    def crowd(self) -> None:
+        crowd = self.entry.get("iscrowd")
         if type(crowd) is not int or crowd not in (0, 1):
-            number = 0 if crowd is None else _as_integer(crowd)
-            if number not in (0, 1):
-                self._error("iscrowd must be 0 or 1", crowd)
-                return
-            fixes["iscrowd"] = number
+            number = _as_integer(crowd)
             if crowd is None:
-                self._fixed("iscrowd is missing; read as 0")
+                self.fix("iscrowd is missing; read as 0", iscrowd=0)
+            elif number in (0, 1):
+                self.fix("iscrowd is not an integer; converted to 0 or 1", crowd, iscrowd=number)
             else:
-                self._fixed("iscrowd is not an integer; converted to 0 or 1", crowd)
-        if entry.get("ignore"):
-            self._error(
+                self.error("iscrowd must be 0 or 1", crowd)
+        if self.entry.get("ignore"):
+            self.error(
                 "`ignore` is not a key of the COCO format and has no effect; remove it, or mark "
                 "regions to ignore with iscrowd: 1",
-                entry["ignore"],
+                self.entry["ignore"],
             )
 
-    def _box(self, entry: dict[str, Any], fixes: dict[str, Any], size: Any) -> None:
-        box = entry.get("bbox")
-        mask = fixes.get("segmentation", entry.get("segmentation"))
-        if not box and mask and size and self._number not in self._bad:
-            fixes["bbox"] = mask_util.toBbox(as_rle(mask, size)).tolist()
-            self._fixed("bbox is missing; computed from the mask")
-            return
-        if (
-            not isinstance(box, (list, tuple))
-            or len(box) != 4
-            or None in map(finite, box)
-            or not -1e9 < min(box) <= max(box) < 1e9
+    def points(self) -> None:
+        points, names = self.entry.get("keypoints"), self.names
+        if points and (
+            not isinstance(points, list) or len(points) % 3 or None in map(finite, points)
         ):
-            self._error("bbox must be [x, y, width, height], four finite numbers", box)
-        elif box[2] < 0 or box[3] < 0:
-            self._error("bbox has a negative width or height; COCO boxes are not corners", box)
+            self.error("keypoints must be x, y, v, x, y, v, ... in finite numbers", points)
+        elif names and len(points or ()) != 3 * len(names):
+            self.error(
+                f"keypoints must be {3 * len(names)} numbers, x, y, v for the {len(names)} "
+                f"keypoints {names} (zeros for an object without keypoints)",
+                points,
+            )
+        elif names and "num_keypoints" not in self.entry:
+            self.error(
+                "there is no `num_keypoints`, the number of keypoints with v > 0, which COCO's "
+                "evaluation needs"
+            )
 
-    def _mask(self, entry: dict[str, Any], fixes: dict[str, Any], size: Any) -> None:
-        mask = entry.get("segmentation")
-        crowd = fixes.get("iscrowd", entry.get("iscrowd"))
-        if not mask and isinstance(mask, (type(None), list)):
-            if self._masks:
-                self._error(
+    def mask(self, size: Optional[tuple[int, int]]) -> None:
+        mask = self.entry.get("segmentation")
+        if mask is None or mask == []:
+            if self.masks:
+                self.error(
                     "there is no mask (segmentation), but masks are required; to use boxes only, "
                     "train with MODEL.MASK_ON False and evaluate with --task bbox"
                 )
-            return
-        if size is None:
-            return  # the error is reported for the image
-        if isinstance(mask, list):
-            self._polygons(mask, fixes, size)
-            return
-        if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
-            self._error("segmentation must be a list of polygons or an RLE", mask)
-            return
-        sides = mask["size"]
-        if not isinstance(sides, (list, tuple)) or list(sides) != [*size]:
-            self._error("size of the RLE must be height and width of the image", sides)
-            return
-        counts = mask["counts"]
-        if isinstance(counts, list):
-            valid = all(type(count) is int and count >= 0 for count in counts)
-            if not valid or sum(counts) != size[0] * size[1]:
-                self._error("counts of the RLE must be run lengths that cover all pixels", counts)
-        elif isinstance(counts, str):
-            pixels = size[0] * size[1]
-            if entry.get("bbox") and _is_area(entry.get("area")):
-                self._strings.append((self._number, counts, pixels))  # faster in batches
-            elif problem := first_malformed([counts], [pixels]):
-                self._error("the RLE of the mask is malformed", problem[1])
+        elif size is None:
+            pass  # the error is reported for the image
+        elif isinstance(mask, list):
+            self.polygons(mask, size)
+        elif not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
+            self.error("segmentation must be a list of polygons or an RLE", mask)
         else:
-            self._error("counts of the RLE must be a list or text", counts)
-        if self._polygons_only and not crowd:
-            self._error("the mask is an RLE, but INPUT.MASK_FORMAT is polygon; set it to bitmask")
+            self.rle(mask, size)
 
-    def _polygons(self, mask: list[Any], fixes: dict[str, Any], size: tuple[int, int]) -> None:
+    def polygons(self, mask: list[Any], size: tuple[int, int]) -> None:
         if finite(mask[0]) is not None:
             mask = [mask]
-            fixes["segmentation"] = mask
-            self._fixed("segmentation is a single polygon; converted to a list of polygons")
-        reach = REACH * max(size)
+            what = "segmentation is a single polygon; converted to a list of polygons"
+            self.fix(what, segmentation=mask)
+        low, high = -REACH * max(size), (1 + REACH) * max(size)
         for polygon in mask:
             try:
                 # these run in C: a file of COCO's size has 30 million coordinates
@@ -492,129 +442,154 @@ class _Validator:
                 valid = polygon == []
                 least = greatest = 0
             if not valid or not isinstance(polygon, (list, tuple)):
-                self._error("a polygon must be x, y, x, y, ... in finite numbers", polygon)
-                return
+                return self.error("a polygon must be x, y, x, y, ... in finite numbers", polygon)
             if len(polygon) % 2:
-                self._error("a polygon has an odd number of coordinates", polygon)
-                return
-            if least < -reach or greatest > max(size) + reach:
-                self._error("a polygon is far outside its image", polygon)
-                return
+                return self.error("a polygon has an odd number of coordinates", polygon)
+            if least < low or greatest > high:
+                return self.error("a polygon is far outside its image", polygon)
         if min(map(len, mask)) < 6:
             kept = [polygon for polygon in mask if len(polygon) >= 6]
-            if not kept and self._masks:
-                self._error("no polygon has three corners, but masks are required", mask)
-            elif kept or not self._masks:
-                fixes["segmentation"] = kept
-                self._fixed("polygons with fewer than three corners are removed", mask)
+            if self.masks and not kept:
+                self.error("no polygon has three corners, but masks are required", mask)
+            else:
+                what = "polygons with fewer than three corners are removed"
+                self.fix(what, mask, segmentation=kept)
 
-    def _area(self, entry: dict[str, Any], fixes: dict[str, Any], size: Any) -> None:
-        area = entry.get("area")
-        if self._number in self._bad:
-            return
-        if _is_area(area):
-            return
-        mask = fixes.get("segmentation", entry.get("segmentation"))
-        if mask and size:
-            fixes["area"] = float(mask_util.area(as_rle(mask, size)))
-        else:
-            box = fixes.get("bbox", entry["bbox"])
-            fixes["area"] = float(box[2] * box[3])
-        self._fixed("area is missing or invalid; computed from mask or box", area)
+    def rle(self, mask: dict[str, Any], size: tuple[int, int]) -> None:
+        sides, counts = mask["size"], mask["counts"]
+        if not _is_size(sides) or tuple(sides) != size:
+            self.error("size of the RLE must be height and width of the image", sides)
+        elif isinstance(counts, list):
+            valid = all(type(count) is int and count >= 0 for count in counts)
+            if not valid or sum(counts) != size[0] * size[1]:
+                self.error("counts of the RLE must be run lengths that cover all pixels", counts)
+        elif not isinstance(counts, str):
+            self.error("counts of the RLE must be a list or text", counts)
+        elif problem := self.malformed.get((counts, size)):
+            self.error("the RLE of the mask is malformed", problem)
+        if self.sound and self.polygons_only and not self.entry["iscrowd"]:
+            self.error("the mask is an RLE, but INPUT.MASK_FORMAT is polygon; set it to bitmask")
 
-    def _keypoints(self, entry: dict[str, Any]) -> None:
-        keypoints = entry.get("keypoints")
-        if keypoints and (
-            not isinstance(keypoints, list) or len(keypoints) % 3 or None in map(finite, keypoints)
+    def box(self, size: Optional[tuple[int, int]]) -> None:
+        box, mask = self.entry.get("bbox"), self.entry.get("segmentation")
+        if not box and mask and size and self.sound:
+            box = mask_util.toBbox(as_rle(mask, size)).tolist()
+            self.fix("bbox is missing; computed from the mask", bbox=box)
+        elif (
+            not isinstance(box, (list, tuple))
+            or len(box) != 4
+            or None in map(finite, box)
+            or not -1e9 < min(box) <= max(box) < 1e9
         ):
-            self._error("keypoints must be x, y, v, x, y, v, ... in finite numbers", keypoints)
+            self.error("bbox must be [x, y, width, height], four finite numbers", box)
+        elif box[2] < 0 or box[3] < 0:
+            self.error("bbox has a negative width or height; COCO boxes are not corners", box)
 
-    def _with_own_ids(self, annotations: list[Any]) -> list[Any]:
+    def area(self, size: Optional[tuple[int, int]]) -> None:
+        area, mask = finite(self.entry.get("area")), self.entry.get("segmentation")
+        if area is None or area < 0:
+            _, _, width, height = self.entry["bbox"]
+            area = mask_util.area(as_rle(mask, size)) if mask and size else width * height
+            what = "area is missing or invalid; computed from mask or box"
+            self.fix(what, self.entry.get("area"), area=float(area))
+
+    def with_own_ids(self, annotations: list[Any]) -> list[Any]:
         """Replaces invalid ids of annotations, to which nothing refers."""
         ids = [entry.get("id") if isinstance(entry, dict) else None for entry in annotations]
-        if set(map(type, ids)) <= {int} and len(set(ids)) == len(ids):
+        invalid = len(ids) - len({own for own in ids if type(own) is int})
+        if not invalid:
             return annotations
-        seen: set[Any] = set()
-        for number, own in enumerate(ids):
-            self._number = number
-            if type(own) is not int or own in seen:
-                what = "ids of annotations are missing, not unique or not integers; renumbered"
-                self._fixed(what)
-            else:
-                seen.add(own)
+        what = "ids of annotations are missing, not unique or not integers; all are renumbered"
+        self.found[FIXED, what] = Finding(FIXED, what, invalid)
         return [
             {**entry, "id": number} if isinstance(entry, dict) else entry
             for number, entry in enumerate(annotations, start=1)
         ]
 
-    # checks of the whole file
-
-    def _compressed(self, annotations: list[Any]) -> None:
-        for start in range(0, len(self._strings), 512):
-            batch = self._strings[start : start + 512]
-            while batch:
-                problem = first_malformed([s for _, s, _ in batch], [a for *_, a in batch])
-                if problem is None:
-                    break
-                self._number = batch[problem[0]][0]
-                self._error("the RLE of the mask is malformed", problem[1])
-                batch = batch[problem[0] + 1 :]
-
-    def _boxes(self, annotations: list[Any]) -> None:
-        """Finds boxes in other formats, which only all boxes together reveal, and boxes that
-        detectron2 removes from a training set."""
-        good = [n for n in range(len(annotations)) if n not in self._bad]
-        sizes = [self._sizes[annotations[n]["image_id"]] for n in good]
-        if None in sizes:  # an error is reported for the images, or no sizes are needed
-            return
-        boxes = np.array([annotations[n]["bbox"] for n in good], float).reshape(-1, 4)
-        height, width = np.array(sizes, float).reshape(-1, 2).T
-        x, y, w, h = boxes.T
-        beyond = (x + w > width + 1) | (y + h > height + 1)
-        as_corners = (w > x) & (h > y) & (w <= width + 1) & (h <= height + 1)
-        if good and boxes.max() <= 1 and min(height.min(), width.min()) > 8:
-            self._found.add(
+    def check_together(self, annotations: list[Any], broken: set[int]) -> None:
+        """Finds boxes in other formats, and whether there is something to train on."""
+        sound = [entry for number, entry in enumerate(annotations) if number not in broken]
+        if self.names and sound and not any(v > 0 for a in sound for v in a["keypoints"][2::3]):
+            self.found.add(ERROR, "no annotation has a labelled keypoint (v > 0)")
+        fractions = corners = bool(sound)
+        beyond = 0
+        left_out: Counter[str] = Counter()  # what detectron2 removes from a training set
+        for _ in self.each("annotations"):
+            if self.number in broken:
+                continue
+            entry = annotations[self.number]
+            size, box = self.sizes[entry["image_id"]], entry["bbox"]
+            if size is None:  # an error of the image, or no sizes are needed
+                return
+            (height, width), (x, y, w, h) = size, box
+            beyond += x + w > width + 1 or y + h > height + 1
+            fractions = fractions and max(box) <= 1 and min(size) > 8
+            corners = corners and x < w <= width + 1 and y < h <= height + 1
+            if not self.train:
+                continue
+            if entry["iscrowd"]:
+                left_out["crowds"] += 1
+                continue
+            if min(w, h) <= 0:
+                reason = "boxes without area"
+            elif x >= width or y >= height or x + w <= 0 or y + h <= 0:
+                reason = "boxes outside their images"
+            else:
+                continue
+            left_out[reason] += 1
+            self.found.add(WARNING, f"{reason}, not trained on", self.where(), box)
+        if fractions:
+            self.found.add(
                 ERROR,
                 "all boxes are within 0 to 1 and seem to be fractions of the image; COCO boxes are "
                 "in pixels: multiply by width and height",
             )
-        elif good and as_corners.all() and beyond.mean() > 0.5:
-            self._found.add(
-                ERROR,
-                f"{beyond.sum()} of {len(good)} boxes exceed their images, but all would fit as "
-                "corners [x1, y1, x2, y2]; COCO boxes are [x, y, width, height]",
-            )
-        elif beyond.any():
-            self._found.add(
-                WARNING,
-                f"{beyond.sum()} of {len(good)} boxes exceed their images by more than a pixel",
-            )
-        if self._train:
-            crowds = np.array([bool(annotations[n]["iscrowd"]) for n in good], bool)
-            empty = np.minimum(w, h) <= 0
-            outside = ~((x < width) & (y < height) & (x + w > 0) & (y + h > 0))
-            self._check_objects_to_train_on(
-                annotations,
-                {
-                    "crowds": np.array(good)[crowds],
-                    "boxes without area": np.array(good)[~crowds & empty],
-                    "boxes outside their images": np.array(good)[~crowds & ~empty & outside],
-                },
-            )
+        elif beyond:
+            exceed = f"{beyond} of {len(sound)} boxes exceed their images"
+            if corners and beyond > len(sound) / 2:
+                self.found.add(
+                    ERROR,
+                    f"{exceed}, but all would fit as corners [x1, y1, x2, y2]; COCO boxes are "
+                    "[x, y, width, height]",
+                )
+            else:
+                self.found.add(WARNING, f"{exceed} by more than a pixel")
+        errors = any(level == ERROR for level, _ in self.found)
+        if self.train and not errors and sum(left_out.values()) == len(sound):
+            parts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            what = f"no object to train on: {len(annotations)} annotations"
+            self.found.add(ERROR, f"{what}, of which {parts}" if parts else what)
 
-    def _check_objects_to_train_on(
-        self, annotations: list[Any], left_out: Mapping[str, np.ndarray]
-    ) -> None:
-        for reason, numbers in left_out.items():
-            for self._number in numbers if reason != "crowds" else ():
-                box = annotations[self._number]["bbox"]
-                self._found.add(WARNING, f"{reason}, not trained on", self._where(), box)
-        counts = {reason: len(numbers) for reason, numbers in left_out.items() if len(numbers)}
-        remaining = len(annotations) - len(self._bad) - sum(counts.values())
-        if not remaining and not any(level == ERROR for level, _ in self._found):
-            parts = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            self._found.add(
-                ERROR,
-                f"no object to train on: {len(annotations)} annotations"
-                + (f", of which {parts}" if parts else ""),
-            )
+
+def _by_text(ids: Iterable[Any]) -> tuple[set[Any], dict[str, Any]]:
+    """The ids, and text -> id; the latter empty if two ids, 1 and "1", have the same text."""
+    known = set(ids)
+    by_text = {str(own): own for own in known}
+    return known, by_text if len(by_text) == len(known) else {}
+
+
+def _is_size(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and [*map(type, value)] == [int, int]
+        and 0 < min(value) <= max(value) <= LONGEST_SIDE
+    )
+
+
+def _malformed(annotations: list[Any]) -> dict[tuple[str, tuple[int, int]], str]:
+    """(counts, size) -> problem, of all masks that are malformed compressed RLEs."""
+    masks = [entry.get("segmentation") for entry in annotations if isinstance(entry, dict)]
+    rles = [
+        (mask["counts"], tuple(mask["size"]))
+        for mask in masks
+        if isinstance(mask, dict)
+        and isinstance(mask.get("counts"), str)
+        and _is_size(mask.get("size"))
+    ]
+    problems = {}
+    for start in range(0, len(rles), 512):  # batches are faster than single masks
+        batch = rles[start : start + 512]
+        while found := first_malformed([c for c, _ in batch], [h * w for _, (h, w) in batch]):
+            problems[batch[found[0]]] = found[1]
+            batch = batch[found[0] + 1 :]
+    return problems

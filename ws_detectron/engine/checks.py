@@ -215,6 +215,7 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
             train=of_training,
             classes=classes if name in cfg.DATASETS.TEST else 0,
             masks=masks,
+            keypoints=cfg.MODEL.KEYPOINT_ON and not report,
             require_annotations=report or of_training,
             mask_format=cfg.INPUT.MASK_FORMAT if masks and of_training else "",
         )

@@ -1,13 +1,22 @@
-"""Builds the model for evaluation and visualization."""
+"""Models for inference: with folded weights, or written for stock detectron2."""
 
-from detectron2.config import CfgNode
+from operator import attrgetter
+from pathlib import Path
+from typing import Union
+
+import torch
+from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
-from ws_detectron.checkpoint import WSCheckpointer
+from ws_detectron.checkpoint import METADATA_KEY, WSCheckpointer, describe_model
+from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
-from ws_detectron.modeling import fold_ws
+from ws_detectron.modeling import fold_ws, is_stock_norm, registrations_in
+from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
 
 from .trainer import Trainer
+
+_STOCK_GN_GROUPS = 32
 
 
 def load_model_for_inference(cfg: CfgNode, resume: bool = False) -> nn.Module:
@@ -29,3 +38,84 @@ def load_model_for_inference(cfg: CfgNode, resume: bool = False) -> nn.Module:
         )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     return fold_ws(model).eval()
+
+
+def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
+    """The config with which stock detectron2 builds the folded model.
+
+    Args:
+        cfg: config of a model with WS parts.
+        weights: MODEL.WEIGHTS of the result.
+
+    Returns:
+        A config with detectron2's own keys.
+
+    Raises:
+        ConfigError: GN has not the 32 groups that detectron2 fixes, or a norm is not detectron2's.
+    """
+    cfg = cfg.clone()
+    groups = WSSettings.from_config(cfg).gn_groups
+    if groups != _STOCK_GN_GROUPS:
+        raise ConfigError(
+            f"MODEL.WS.GN_GROUPS is {groups}; stock detectron2 builds GN with {_STOCK_GN_GROUPS} "
+            "groups only, so this model needs ws_detectron"
+        )
+    for row in registrations_in(cfg):
+        for key in row.norms.values():
+            norm = attrgetter(key)(cfg)
+            if not is_stock_norm(norm):
+                raise ConfigError(
+                    f"{key} is {norm!r}, which stock detectron2 does not build, so this model "
+                    "needs ws_detectron"
+                )
+        cfg.merge_from_list([row.key, row.stock])
+    cfg.MODEL.WEIGHTS = weights
+    stock = get_cfg()
+    _copy_known(cfg, stock)
+    return stock
+
+
+def write_folded(cfg: CfgNode, output: Union[str, Path]) -> tuple[Path, Path]:
+    """Folds the weights of a config and writes them with a config for stock detectron2.
+
+    Args:
+        cfg: MODEL.WEIGHTS names a checkpoint, or `ws://` weights, of the whole model.
+        output: the checkpoint to write, `*.pth`; the config gets the same name with `.yaml`.
+
+    Returns:
+        The paths of checkpoint and config.
+
+    Raises:
+        ConfigError: see `stock_config`, or `output` does not end in `.pth`.
+        UserError: a file cannot be written, or would overwrite the weights.
+        WeightsError: the weights cannot be read or do not fit the model.
+    """
+    output = Path(output)
+    if output.suffix != ".pth":
+        raise ConfigError(f"the output {output} must end in .pth, by which detectron2 reads it")
+    config = output.with_suffix(".yaml")
+    check_folder(output.parent)
+    refuse_overwrite([output, config], [cfg.MODEL.WEIGHTS])
+    stock = stock_config(cfg, str(output))
+    model: nn.Module = load_model_for_inference(cfg)
+    content = {
+        "model": {name: value.cpu() for name, value in model.state_dict().items()},
+        "__author__": "ws_detectron, folded",
+        METADATA_KEY: describe_model(model).as_dict(),
+    }
+    with atomic_write(output, "wb") as file:
+        torch.save(content, file)
+    with atomic_write(config) as file:
+        file.write(stock.dump())
+    return output, config
+
+
+def _copy_known(source: CfgNode, target: CfgNode) -> None:
+    """Sets every key of `target` that `source` has too."""
+    for key, value in source.items():
+        if key not in target:
+            continue
+        if isinstance(value, CfgNode):
+            _copy_known(value, target[key])
+        else:
+            target[key] = value

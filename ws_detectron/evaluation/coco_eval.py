@@ -1,7 +1,8 @@
-"""COCO metrics of a results file, computed by faster-coco-eval or pycocotools.
+"""COCO metrics: reads annotations and predictions, checks that they belong together, evaluates.
 
-The metrics are defined at https://cocodataset.org/#detection-eval; here they are in %. This module
-imports neither torch nor detectron2.
+Formats: https://cocodataset.org/#format-data and https://cocodataset.org/#format-results. Metrics
+are defined at https://cocodataset.org/#detection-eval; here they are in %; faster-coco-eval or
+pycocotools computes them. This module imports neither torch nor detectron2.
 """
 
 import contextlib
@@ -11,15 +12,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Optional, Union
+from pathlib import Path
+from typing import Any, Callable, Optional, Union
 
 from pycocotools import mask as mask_util
 
 from ws_detectron.data.rle import check_masks
-from ws_detectron.data.validate import as_rle, no_garbage_collection, validate
-from ws_detectron.errors import DataError
-
-from .coco_files import check_ids
+from ws_detectron.data.validate import as_rle, finite, no_garbage_collection, read_json, validate
+from ws_detectron.errors import DataError, list_some
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,163 @@ CATEGORY_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 # None: undefined, because there is no ground truth; COCO's own code returns -1
 Metrics = dict[str, Optional[float]]
 
+NAMED_AT_MOST = 5
+
+Entry = dict[str, Any]  # an annotation or a prediction
+
+
+def load_annotations(path: Union[str, Path], *, load: bool = False) -> dict[str, Any]:
+    """Reads a COCO instances file, checked and fixed by `data.validate`.
+
+    Args:
+        path: the file.
+        load: images need file names and sizes, categories need names.
+
+    Raises:
+        DataError: the file cannot be read or has errors; lists them.
+    """
+    return validate(read_json(path, "annotations"), str(path), load=load).usable()
+
+
+def load_predictions(path: Union[str, Path]) -> list[Entry]:
+    """Reads a COCO results file, such as detectron2's `coco_instances_results.json`.
+
+    Args:
+        path: a JSON list of objects with `image_id`, `category_id`, `score`, and `bbox`
+            ([x, y, width, height], pixels) or `segmentation` (RLE) or both.
+
+    Raises:
+        DataError: the file is missing or not JSON, or an entry is malformed; names the entry.
+    """
+    content = read_json(path, "predictions")
+    if not isinstance(content, list):
+        swapped = isinstance(content, dict) and "annotations" in content
+        raise DataError(
+            f"predictions {path} are not a COCO results file, which is a list of objects; found "
+            f"{type(content).__name__}"
+            + (": are --annotations and --predictions swapped?" if swapped else "")
+        )
+    for number, entry in enumerate(content):
+        problem = _problem_of(entry)
+        if problem:
+            raise DataError(f"predictions {path}, entry {number}: {problem}")
+    return content
+
+
+def _problem_of(entry: Any) -> str:
+    """The first problem of an entry of a results file; empty if there is none."""
+    if not isinstance(entry, dict):
+        return f"must be an object, found {type(entry).__name__}"
+    for key in ("image_id", "category_id", "score"):
+        if key not in entry:
+            return f"has no {key!r}"
+    for key in ("image_id", "category_id"):
+        if type(entry[key]) not in (int, str, float):
+            return f"{key} must be a number or text, found {entry[key]!r:.60}"
+    if finite(entry["score"]) is None:
+        return f"score must be a finite number, found {entry['score']!r:.60}"
+    box = entry.get("bbox")
+    if box is None:
+        return "" if entry.get("segmentation") else "has neither 'bbox' nor 'segmentation'"
+    if not isinstance(box, list) or len(box) != 4 or None in map(finite, box):
+        return f"bbox must be four finite numbers x, y, width, height; found {box!r:.60}"
+    return f"bbox has a negative width or height: {box!r:.60}" if min(box[2:]) < 0 else ""
+
+
+def check_predictions(
+    annotations: dict[str, Any],
+    predictions: Sequence[Entry],
+    wanted: Optional[Sequence[str]] = None,
+    *,
+    annotations_name: str = "given",
+    predictions_name: str = "given",
+) -> tuple[str, ...]:
+    """Checks that predictions belong to annotations; returns the tasks that can be evaluated.
+
+    A task for which no entry has boxes or masks is skipped with a warning.
+
+    Args:
+        annotations: as returned by `load_annotations`.
+        predictions: as returned by `load_predictions`.
+        wanted: some of `TASKS`; default: those that both annotations and predictions allow.
+        annotations_name: name of the annotations in error messages.
+        predictions_name: name of the predictions in error messages.
+
+    Raises:
+        DataError: ids of predictions are not in the annotations, a mask is malformed, only some
+            entries have a box or a mask, or no task is left; names the first entry.
+    """
+    of_truth, of_found = f"annotations {annotations_name}", f"predictions {predictions_name}"
+    _check_ids(annotations, predictions, of_truth, of_found)
+    truth = annotations["annotations"]
+    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in annotations["images"]}
+    needs: tuple[tuple[str, str, str, Sequence[Entry], Callable[[Entry], Any]], ...] = (
+        ("bbox", "boxes", of_found, predictions, lambda e: e.get("bbox")),
+        ("segm", "masks", of_found, predictions, lambda e: e.get("segmentation")),
+        ("segm", "masks", of_truth, truth, lambda e: e.get("segmentation")),
+        ("segm", "image sizes", of_truth, truth, lambda e: sizes[e["image_id"]][0]),
+    )
+    skipped: dict[str, str] = {}
+    for task, what, name, entries, has in needs:
+        present = [bool(has(entry)) for entry in entries]
+        if all(present) or task not in (wanted or TASKS):
+            continue
+        if wanted or any(present):
+            other = "segm" if task == "bbox" else "bbox"
+            raise DataError(
+                f"task {task} needs {what} everywhere: entry {present.index(False)} of {name} has "
+                f"none; to evaluate the other task only: --task {other}"
+            )
+        skipped[task] = f"task {task} is skipped: {name} have no {what}"
+    tasks = tuple(task for task in TASKS if task in (wanted or TASKS) and task not in skipped)
+    if not tasks:
+        raise DataError("no task can be evaluated: " + "; ".join(skipped.values()))
+    for message in skipped.values():
+        logger.warning(message)
+    if "segm" in tasks:
+        check_masks(predictions, sizes, predictions_name)
+    return tasks
+
+
+def _check_ids(
+    annotations: dict[str, Any], predictions: Sequence[Entry], of_truth: str, of_found: str
+) -> None:
+    for key, entries, cause in (
+        ("image_id", "images", "were they computed on another data set or split?"),
+        (
+            "category_id",
+            "categories",
+            "results files hold the data set's own ids, not the model's class numbers from 0",
+        ),
+    ):
+        known = {entry["id"] for entry in annotations[entries]}
+        unknown = {entry[key] for entry in predictions} - known
+        if unknown:
+            some, have = (
+                list_some([repr(i) for i in sorted(ids, key=str)], NAMED_AT_MOST)
+                for ids in (unknown, known)
+            )
+            raise DataError(
+                f"{of_found} name {len(unknown)} {key.replace('_', ' ')}s that the {of_truth} do "
+                f"not have: {some} (they have: {have}); {cause}"
+            )
+
 
 @dataclass(frozen=True)
-class Category:
-    """A category of the annotations with its number of objects, crowds excluded."""
+class CategoryResult:
+    """The result for one category.
+
+    Args:
+        id: in the annotations.
+        name: in the annotations.
+        objects: number of its objects, crowds excluded.
+        metrics: task -> `CATEGORY_METRICS`.
+    """
 
     id: Union[int, str]
     name: str
     objects: int
+    metrics: dict[str, Metrics]
 
 
 @dataclass(frozen=True)
@@ -50,23 +199,21 @@ class CocoResult:
         images: number of images in the annotations.
         images_without_predictions: number of these images that have no prediction.
         predictions: number of predictions in the results file.
-        categories: in the order of the annotation file.
         metrics: task -> the twelve `COCO_METRICS`.
-        per_category: task -> category id -> `CATEGORY_METRICS`.
+        categories: in the order of their ids.
     """
 
     backend: str
     images: int
     images_without_predictions: int
     predictions: int
-    categories: tuple[Category, ...]
     metrics: dict[str, Metrics]
-    per_category: dict[str, dict[Any, Metrics]]
+    categories: tuple[CategoryResult, ...]
 
 
 def evaluate(
     annotations: dict[str, Any],
-    predictions: Sequence[dict[str, Any]],
+    predictions: Sequence[Entry],
     tasks: Optional[Sequence[str]] = None,
     *,
     reference: bool = False,
@@ -75,12 +222,8 @@ def evaluate(
 ) -> CocoResult:
     """Computes the COCO metrics.
 
-    Images, categories and annotations are renumbered from 1 before they are passed to the library,
-    see `IdMap`: COCO's code treats an object with id 0 as unmatched, and faster-coco-eval confuses
-    similar text ids and large numbers.
-
     Args:
-        annotations: the content of a COCO file; validated as in `load_annotations`, not changed.
+        annotations: as returned by `load_annotations`; not changed.
         predictions: as returned by `load_predictions`; not changed. An empty list has AP 0.
         tasks: some of `TASKS`; default: those that both annotations and predictions allow.
         reference: use pycocotools, which is slower, instead of faster-coco-eval. pycocotools is
@@ -89,147 +232,41 @@ def evaluate(
         predictions_name: name of the predictions in error messages.
 
     Raises:
-        DataError: the predictions do not belong to the annotations, a task lacks boxes or masks,
-            or a mask is malformed.
+        DataError: see `check_predictions`.
     """
-    annotations = validate(annotations, annotations_name).usable(log=False)
-    check_ids(predictions, annotations, predictions_name, annotations_name)
-    tasks = choose_tasks(annotations, predictions, tasks, annotations_name, predictions_name)
-    if "segm" in tasks:
-        sizes = {i["id"]: (i.get("height"), i.get("width")) for i in annotations["images"]}
-        check_masks(predictions, sizes, predictions_name)
-    return compute(annotations, predictions, tasks, reference=reference)
-
-
-def choose_tasks(
-    annotations: dict[str, Any],
-    predictions: Sequence[dict[str, Any]],
-    wanted: Optional[Sequence[str]],
-    annotations_name: str,
-    predictions_name: str,
-) -> tuple[str, ...]:
-    """The tasks that can be evaluated, or `wanted`; see `evaluate` for the arguments.
-
-    A task for which no entry has boxes or masks is skipped with a warning.
-
-    Raises:
-        DataError: some entries have no box or mask, or no task is left; names the first entry.
-    """
-    sized = {i["id"] for i in annotations["images"] if isinstance(i.get("height"), int)}
-    truth = annotations["annotations"]
-    groups = (
-        ("bbox", f"predictions {predictions_name}", predictions, _has_box),
-        ("segm", f"predictions {predictions_name}", predictions, _has_mask),
-        ("segm", f"annotations {annotations_name}", truth, _has_mask),
-        (
-            "segm",
-            f"annotations {annotations_name} (without height and width of the image)",
-            truth,
-            lambda entry: entry["image_id"] in sized,
-        ),
+    tasks = check_predictions(
+        annotations,
+        predictions,
+        tasks,
+        annotations_name=annotations_name,
+        predictions_name=predictions_name,
     )
-    lacking: dict[str, str] = {}
-    for task, name, entries, has in groups:
-        without = next((n for n, entry in enumerate(entries) if not has(entry)), None)
-        if without is None or (wanted is not None and task not in wanted):
-            continue
-        what = "boxes" if task == "bbox" else "masks"
-        if wanted is not None or any(map(has, entries)):
-            other = "segm" if task == "bbox" else "bbox"
-            raise DataError(
-                f"task {task} needs {what} everywhere: entry {without} of {name} has none; "
-                f"to evaluate the other task only: --task {other}"
-            )
-        lacking[task] = f"task {task} is skipped: {name} have no {what}"
-    tasks = TASKS if wanted is None else wanted
-    chosen = tuple(task for task in TASKS if task in tasks and task not in lacking)
-    if not chosen:
-        raise DataError("no task can be evaluated: " + "; ".join(lacking.values()))
-    for sentence in lacking.values():
-        logger.warning(sentence)
-    return chosen
-
-
-def _has_box(entry: dict[str, Any]) -> bool:
-    return entry.get("bbox") is not None
-
-
-def _has_mask(entry: dict[str, Any]) -> bool:
-    return bool(entry.get("segmentation"))
-
-
-@dataclass(frozen=True)
-class IdMap:
-    """Maps the ids of a file to 1, 2, ... in the order in which COCO's code sorts them.
-
-    The order matters where predictions in different images have equal scores.
-
-    Args:
-        images: image id -> number.
-        categories: category id -> number.
-    """
-
-    images: dict[Any, int]
-    categories: dict[Any, int]
-
-    @classmethod
-    def from_annotations(cls, annotations: dict[str, Any]) -> "IdMap":
-        """Integers are sorted before text."""
-        images, categories = (
-            sorted((e["id"] for e in annotations[key]), key=lambda i: (isinstance(i, str), i))
-            for key in ("images", "categories")
-        )
-        return cls(*({i: n for n, i in enumerate(ids, start=1)} for ids in (images, categories)))
-
-    def renumber(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """A copy of an annotation or prediction with the mapped ids."""
-        return {
-            **entry,
-            "image_id": self.images[entry["image_id"]],
-            "category_id": self.categories[entry["category_id"]],
-        }
-
-
-def compute(
-    annotations: dict[str, Any],
-    predictions: Sequence[dict[str, Any]],
-    tasks: Sequence[str],
-    *,
-    reference: bool,
-) -> CocoResult:
-    """Computes the metrics without the checks of `evaluate`."""
     coco_class, eval_class, backend = _library(reference)
-    ids = IdMap.from_annotations(annotations)
     metrics: dict[str, Metrics] = {}
-    per_category: dict[str, dict[Any, Metrics]] = {}
+    by_category: dict[str, list[Metrics]] = {}
     # both libraries may print progress
     with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():
-        truth = coco_truth(coco_class, annotations, ids, masks="segm" in tasks)
+        numbered = NumberedSet(annotations, masks="segm" in tasks, coco_class=coco_class)
         for task in tasks:
-            results = coco_results(coco_class, truth, predictions, task, ids)
-            evaluation = eval_class(truth, results, task)
+            evaluation = eval_class(numbered.truth, numbered.results(predictions, task), task)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            metrics[task] = {
-                name: _percent(value) for name, value in zip(COCO_METRICS, evaluation.stats)
-            }
-            per_category[task] = _per_category(evaluation, list(ids.categories))
-    counts = Counter(a["category_id"] for a in annotations["annotations"] if not a.get("iscrowd"))
+            metrics[task] = dict(zip(COCO_METRICS, map(_percent, evaluation.stats)))
+            by_category[task] = _by_category(evaluation)
+    images = {image["id"] for image in annotations["images"]}
+    objects = Counter(a["category_id"] for a in annotations["annotations"] if not a.get("iscrowd"))
+    names = {c["id"]: str(c.get("name", c["id"])) for c in annotations["categories"]}
     return CocoResult(
         backend=backend,
-        images=len(annotations["images"]),
-        images_without_predictions=len(
-            {image["id"] for image in annotations["images"]}
-            - {entry["image_id"] for entry in predictions}
-        ),
+        images=len(images),
+        images_without_predictions=len(images - {entry["image_id"] for entry in predictions}),
         predictions=len(predictions),
-        categories=tuple(
-            Category(c["id"], str(c.get("name", c["id"])), counts[c["id"]])
-            for c in annotations["categories"]
-        ),
         metrics=metrics,
-        per_category=per_category,
+        categories=tuple(
+            CategoryResult(id_, names[id_], objects[id_], {t: by_category[t][n] for t in tasks})
+            for n, id_ in enumerate(numbered.category_ids)
+        ),
     )
 
 
@@ -252,94 +289,99 @@ def _library(reference: bool) -> tuple[Any, Any, str]:
     return COCO, COCOeval, f"pycocotools {version('pycocotools')}"
 
 
-def coco_truth(coco_class: Any, annotations: dict[str, Any], ids: IdMap, *, masks: bool) -> Any:
-    """Annotations as the library's COCO object, renumbered.
+class NumberedSet:
+    """Annotations as a library's COCO object, with the ids 1, 2, ... instead of those of the file.
 
-    They are copied, because COCOeval modifies them.
+    COCO's code treats an object with id 0 as unmatched, and faster-coco-eval confuses similar text
+    ids and large numbers. Numbers are in the order in which COCO's code sorts ids, which matters
+    where predictions in different images have equal scores; integers are sorted before text.
 
     Args:
-        coco_class: the library's COCO class.
-        annotations: as returned by `load_annotations`.
-        ids: map of the same annotations.
+        annotations: as returned by `load_annotations`; copied, because COCOeval modifies them.
         masks: convert all masks to RLE. pycocotools does this for both libraries, so that both
             evaluate the same pixels; it is also twice as fast at it as faster-coco-eval.
+        coco_class: the library's COCO class.
+
+    Attributes:
+        image_ids: the id in the file of image n is `image_ids[n - 1]`.
+        category_ids: the same for categories.
+        truth: the COCO object.
     """
-    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in annotations["images"]}
-    numbered = []
-    for n, annotation in enumerate(annotations["annotations"], start=1):
-        entry = {**ids.renumber(annotation), "id": n}
-        mask = entry.pop("segmentation", None)
-        if masks:
-            entry["segmentation"] = as_rle(mask, sizes[annotation["image_id"]])
-        numbered.append(entry)
-    truth = coco_class()
-    truth.dataset = {
-        "images": [{**i, "id": ids.images[i["id"]]} for i in annotations["images"]],
-        "categories": [{**c, "id": ids.categories[c["id"]]} for c in annotations["categories"]],
-        "annotations": numbered,
-    }
-    _index(truth)
-    return truth
+
+    def __init__(self, annotations: dict[str, Any], *, masks: bool, coco_class: Any) -> None:
+        self.image_ids, self.category_ids = (
+            sorted((e["id"] for e in annotations[key]), key=lambda i: (isinstance(i, str), i))
+            for key in ("images", "categories")
+        )
+        self._images = {id_: n for n, id_ in enumerate(self.image_ids, start=1)}
+        self._categories = {id_: n for n, id_ in enumerate(self.category_ids, start=1)}
+        self._class = coco_class
+        self._images_and_categories = {
+            "images": [{**i, "id": self._images[i["id"]]} for i in annotations["images"]],
+            "categories": [
+                {**c, "id": self._categories[c["id"]]} for c in annotations["categories"]
+            ],
+        }
+        sizes = {i["id"]: (i.get("height"), i.get("width")) for i in annotations["images"]}
+        entries = []
+        for annotation in annotations["annotations"]:
+            entry = {key: value for key, value in annotation.items() if key != "segmentation"}
+            if masks:
+                size = sizes[annotation["image_id"]]
+                entry["segmentation"] = as_rle(annotation["segmentation"], size)
+            entries.append(entry)
+        self.truth = self._coco(entries)
+
+    def results(self, predictions: Sequence[Entry], task: str) -> Any:
+        """Predictions as a COCO object, with only what a task needs.
+
+        `COCO.loadRes` fails on an empty list in pycocotools, and it computes masks from boxes and
+        boxes from masks one by one, which takes much of the fast library's time. As in detectron2,
+        the area of a detection is the area of what is evaluated: box or mask.
+        """
+        entries = []
+        for entry in predictions:
+            if task == "bbox":
+                key, area = "bbox", entry["bbox"][2] * entry["bbox"][3]
+            else:
+                key, area = "segmentation", mask_util.area(entry["segmentation"])
+            kept = {name: entry[name] for name in ("image_id", "category_id", "score", key)}
+            entries.append({**kept, "area": area, "iscrowd": 0})
+        return self._coco(entries)
+
+    def _coco(self, entries: Sequence[Entry]) -> Any:
+        coco = self._class()
+        coco.dataset = {
+            **self._images_and_categories,
+            "annotations": [
+                {
+                    **entry,
+                    "id": n,
+                    "image_id": self._images[entry["image_id"]],
+                    "category_id": self._categories[entry["category_id"]],
+                }
+                for n, entry in enumerate(entries, start=1)
+            ],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints progress
+            coco.createIndex()
+        return coco
 
 
-def coco_results(
-    coco_class: Any,
-    truth: Any,
-    predictions: Sequence[dict[str, Any]],
-    task: str,
-    ids: IdMap,
-) -> Any:
-    """Predictions as the library's COCO object, with only what `task` needs.
-
-    `COCO.loadRes` fails on an empty list in pycocotools, and it computes masks from boxes and
-    boxes from masks one by one, which takes much of the fast library's time. As in detectron2, the
-    area of a detection is the area of what is evaluated: box or mask.
-    """
-    if task == "bbox":
-        key, areas = "bbox", [entry["bbox"][2] * entry["bbox"][3] for entry in predictions]
-    else:
-        key = "segmentation"
-        areas = [mask_util.area(entry["segmentation"]) for entry in predictions]
-    names = ("image_id", "category_id", "score", key)
-    results = coco_class()
-    results.dataset = {
-        "images": truth.dataset["images"],
-        "categories": truth.dataset["categories"],
-        "annotations": [
-            {
-                **ids.renumber({name: entry[name] for name in names}),
-                "id": n,
-                "area": area,
-                "iscrowd": 0,
-            }
-            for n, (entry, area) in enumerate(zip(predictions, areas), start=1)
-        ],
-    }
-    _index(results)
-    return results
-
-
-def _index(coco: Any) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints progress
-        coco.createIndex()
-
-
-def _per_category(evaluation: Any, category_ids: Sequence[Any]) -> dict[Any, Metrics]:
-    """Category id -> metrics; `category_ids` are in the order of their numbers.
+def _by_category(evaluation: Any) -> list[Metrics]:
+    """`CATEGORY_METRICS` of each category.
 
     Precision has axes (IoU thresholds, recall thresholds, categories, areas, max. detections),
     recall has no recall thresholds. For a category and an area, either all values are -1 or none.
     """
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
     at = {round(100 * float(iou)): number for number, iou in enumerate(evaluation.params.iouThrs)}
-    metrics = {}
-    for k, category in enumerate(evaluation.params.catIds):
+    metrics = []
+    for k in range(precision.shape[2]):
         own = precision[:, :, k, :, -1]
         values = [own[:, :, 0], own[at[50], :, 0], own[at[75], :, 0]]
         values += [own[:, :, 1], own[:, :, 2], own[:, :, 3], recall[:, k, 0, -1]]
-        metrics[category_ids[int(category) - 1]] = {
-            name: _percent(value.mean()) for name, value in zip(CATEGORY_METRICS, values)
-        }
+        metrics.append(dict(zip(CATEGORY_METRICS, (_percent(v.mean()) for v in values))))
     return metrics
 
 

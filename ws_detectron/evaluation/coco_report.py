@@ -14,9 +14,10 @@ from ws_detectron.utils.io import (
     write_text,
 )
 
-from .coco_eval import CATEGORY_METRICS, COCO_METRICS, CocoResult
+from .coco_eval import COCO_METRICS, CocoResult
 
 FORMAT = "ws_detectron.coco_evaluation"
+JSON_NAME, CSV_NAME = "coco_evaluation.json", "coco_evaluation.csv"
 TITLES = {"bbox": "box", "segm": "mask"}
 UNDEFINED = "–"
 KEYPOINTS = "keypoints are not evaluated here; use tools/train_net.py --eval-only"
@@ -29,23 +30,18 @@ def format_metric(value: Optional[float], digits: int = 2) -> str:
 
 def as_text(result: CocoResult) -> str:
     """Text tables per category and per task, and a note on what was evaluated."""
-    rows = [
-        [TITLES[t], *(format_metric(values[f]) for f in COCO_METRICS)]
-        for t, values in result.metrics.items()
-    ]
-    summary = tabulate(rows, ["task", *COCO_METRICS], disable_numparse=True, stralign="right")
     names = [(task, name) for task in result.metrics for name in ("AP", "AP50", "AP75")]
-    per_category = [
-        [
-            c.name,
-            c.objects,
-            *(format_metric(result.per_category[task][c.id][n]) for task, n in names),
-        ]
+    headers = ["category", "objects", *(f"{TITLES[task]} {name}" for task, name in names)]
+    rows = [
+        [c.name, c.objects, *(format_metric(c.metrics[task][name]) for task, name in names)]
         for c in result.categories
     ]
-    headers = ["category", "objects", *(f"{TITLES[task]} {name}" for task, name in names)]
     align = ["left", *["right"] * (len(headers) - 1)]
-    categories = tabulate(per_category, headers, disable_numparse=True, colalign=align)
+    categories = tabulate(rows, headers, disable_numparse=True, colalign=align)
+    rows = [
+        [TITLES[t], *map(format_metric, metrics.values())] for t, metrics in result.metrics.items()
+    ]
+    summary = tabulate(rows, ["task", *COCO_METRICS], disable_numparse=True, stralign="right")
     objects = sum(category.objects for category in result.categories)
     note = (
         f"{result.images} images, {objects} objects, {result.predictions} predictions; "
@@ -56,29 +52,6 @@ def as_text(result: CocoResult) -> str:
     return f"{categories}\n\n{summary}\n{note}"
 
 
-def as_dict(result: CocoResult, **about: Any) -> dict[str, Any]:
-    """The result as JSON; `about` (paths, config, weights) is stored with it."""
-    return {
-        "format": FORMAT,
-        "unit": "per cent; null where there is no object to find",
-        "backend": result.backend,
-        **about,
-        "images": result.images,
-        "images_without_predictions": result.images_without_predictions,
-        "predictions": result.predictions,
-        **result.metrics,
-        "categories": [
-            {
-                "id": category.id,
-                "name": category.name,
-                "objects": category.objects,
-                **{task: result.per_category[task][category.id] for task in result.metrics},
-            }
-            for category in result.categories
-        ],
-    }
-
-
 def check_reports(folder: Union[str, Path], *inputs: str) -> None:
     """Checks that `write_reports` can write into a folder and overwrites no input.
 
@@ -86,11 +59,7 @@ def check_reports(folder: Union[str, Path], *inputs: str) -> None:
         UserError: the folder is not writable, or a report would overwrite an input.
     """
     check_folder(folder)
-    refuse_overwrite(_report_paths(folder), inputs)
-
-
-def _report_paths(folder: Union[str, Path]) -> tuple[Path, Path]:
-    return Path(folder, "coco_evaluation.json"), Path(folder, "coco_evaluation.csv")
+    refuse_overwrite([Path(folder, JSON_NAME), Path(folder, CSV_NAME)], inputs)
 
 
 def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) -> tuple[Path, Path]:
@@ -102,7 +71,7 @@ def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) ->
     Args:
         result: as returned by `evaluate`.
         folder: created if missing.
-        about: stored in the JSON file.
+        about: paths, config, weights and the like, stored in the JSON file.
 
     Returns:
         The paths of both files.
@@ -110,19 +79,28 @@ def write_reports(result: CocoResult, folder: Union[str, Path], **about: Any) ->
     Raises:
         UserError: a file cannot be written.
     """
-    paths = _report_paths(folder)
-    write_json(paths[0], as_dict(result, **about), indent=2)
-    write_text(paths[1], csv_text(_csv_rows(result)))
-    return paths
-
-
-def _csv_rows(result: CocoResult) -> list[Sequence[Any]]:
+    json_path, csv_path = Path(folder, JSON_NAME), Path(folder, CSV_NAME)
+    content = {
+        "format": FORMAT,
+        "unit": "%; null if there is no ground truth",
+        "backend": result.backend,
+        **about,
+        "images": result.images,
+        "images_without_predictions": result.images_without_predictions,
+        "predictions": result.predictions,
+        **result.metrics,
+        "categories": [
+            {"id": c.id, "name": c.name, "objects": c.objects, **c.metrics}
+            for c in result.categories
+        ],
+    }
     objects = sum(category.objects for category in result.categories)
     rows: list[Sequence[Any]] = [["task", "category", "category_id", "objects", *COCO_METRICS]]
     for task, metrics in result.metrics.items():
         rows.append([task, "all", None, objects, *metrics.values()])
-        for category in result.categories:
-            values = result.per_category[task][category.id]
-            own = [values.get(name) if name in CATEGORY_METRICS else None for name in COCO_METRICS]
-            rows.append([task, category.name, category.id, category.objects, *own])
-    return rows
+        for c in result.categories:
+            own = [c.metrics[task].get(name) for name in COCO_METRICS]
+            rows.append([task, c.name, c.id, c.objects, *own])
+    write_json(json_path, content, indent=2)
+    write_text(csv_path, csv_text(rows))
+    return json_path, csv_path

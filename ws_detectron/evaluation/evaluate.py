@@ -1,7 +1,6 @@
 """From a checkpoint to COCO predictions and metrics, in one process or several."""
 
 import itertools
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,18 +16,17 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from torch import nn
 
-from ws_detectron.data import check_files, register_coco_sets
+from ws_detectron.data import register_coco_sets
+from ws_detectron.data.validate import read_json
 from ws_detectron.engine import Trainer
-from ws_detectron.engine.checks import Purpose, check_datasets, check_device, check_weights
+from ws_detectron.engine.checks import Purpose, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, DataError
-from ws_detectron.utils.io import atomic_write, refuse_overwrite
+from ws_detectron.utils.io import refuse_overwrite, write_json
 
-from .coco_eval import CocoResult, choose_tasks, evaluate
-from .coco_files import load_annotations
+from .coco_eval import CocoResult, check_predictions, evaluate
 from .coco_report import KEYPOINTS, as_text, check_reports, write_reports
 
 logger = logging.getLogger(__name__)
@@ -42,19 +40,36 @@ class PredictionCollector(DatasetEvaluator):
     Unlike detectron2's `COCOEvaluator` it computes no metrics, which `coco_eval.evaluate` does.
 
     Args:
-        metadata: metadata of the data set, for its category ids.
+        metadata: metadata of the data set; without category ids, class numbers are kept.
     """
 
     def __init__(self, metadata: Metadata) -> None:
-        self._category_ids = category_ids(metadata)
-        self._entries: list[dict[str, Any]] = []
+        numbers: Mapping[int, int] = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        self._category_ids = {number: category for category, number in numbers.items()}
+        self.reset()
 
     def reset(self) -> None:
-        self._entries = []
+        self._entries: list[dict[str, Any]] = []
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Adds the predictions for some images.
+
+        Raises:
+            ConfigError: the model has more classes than the data set.
+        """
         for image, output in zip(inputs, outputs):
-            self._entries += coco_entries(output, image["image_id"], self._category_ids)
+            entries = instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
+            for entry in entries if self._category_ids else ():
+                number, count = entry["category_id"], len(self._category_ids)
+                if number not in self._category_ids:
+                    raise ConfigError(
+                        f"the model predicts class {number}, but the data set has the {count} "
+                        f"classes 0 to {count - 1}; set MODEL.ROI_HEADS.NUM_CLASSES "
+                        "(MODEL.RETINANET.NUM_CLASSES), or name weights that were trained on these "
+                        "classes"
+                    )
+                entry["category_id"] = self._category_ids[number]
+            self._entries += entries
 
     def evaluate(self) -> list[dict[str, Any]]:
         """The entries of all processes in the order of the data set; empty on all but the main."""
@@ -63,58 +78,20 @@ class PredictionCollector(DatasetEvaluator):
         return list(itertools.chain.from_iterable(gathered))
 
 
-def category_ids(metadata: Metadata) -> Optional[dict[int, int]]:
-    """Class number of the model -> category id in the annotation file.
-
-    None if the data set has no such mapping; both are the same then.
-    """
-    mapping: Optional[Mapping[int, int]] = metadata.get("thing_dataset_id_to_contiguous_id")
-    return None if mapping is None else {number: id_ for id_, number in mapping.items()}
-
-
-def coco_entries(
-    output: dict[str, Any], image_id: Any, ids: Optional[Mapping[int, int]]
-) -> list[dict[str, Any]]:
-    """A model's output for one image as entries of a COCO results file.
-
-    Args:
-        output: what a detectron2 model in evaluation mode returns for an image.
-        image_id: id of the image.
-        ids: as returned by `category_ids`.
-
-    Raises:
-        ConfigError: the model has more classes than the data set.
-    """
-    entries = instances_to_coco_json(output["instances"].to("cpu"), image_id)
-    if ids is None:
-        return entries
-    for entry in entries:
-        if entry["category_id"] not in ids:
-            raise ConfigError(
-                f"the model predicts class {entry['category_id']}, but the data set has the "
-                f"{len(ids)} classes 0 to {len(ids) - 1}; set MODEL.ROI_HEADS.NUM_CLASSES "
-                "(MODEL.RETINANET.NUM_CLASSES), or name weights that were trained on these classes"
-            )
-        entry["category_id"] = ids[entry["category_id"]]
-    return entries
-
-
 class ImagePredictor:
     """Predicts objects on single images.
 
     Args:
         cfg: names weights, image size and channel order.
-        metadata: metadata of a data set with the classes of the model.
 
     Raises:
         UserError: the device or the weights cannot work.
     """
 
-    def __init__(self, cfg: CfgNode, metadata: Metadata) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         check_device(cfg)
         check_weights(cfg)
         self._model = load_model_for_inference(cfg)
-        self._ids = category_ids(metadata)
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
@@ -122,10 +99,12 @@ class ImagePredictor:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> list[dict[str, Any]]:
-        """Entries of a COCO results file for an image of (H, W, 3) uint8, RGB; image id 0."""
+        """Entries of a COCO results file for an image of (H, W, 3) uint8, RGB.
+
+        Their category ids are the model's class numbers, their image id is 0.
+        """
         height, width = image.shape[:2]
-        if self._bgr:
-            image = image[:, :, ::-1]
+        image = image[:, :, ::-1] if self._bgr else image
         try:
             resized = self._resize.get_transform(image).apply_image(image)
         except ValueError as error:  # a side of less than one pixel
@@ -135,47 +114,7 @@ class ImagePredictor:
             ) from error
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         output = self._model([{"image": tensor, "height": height, "width": width}])[0]
-        return coco_entries(output, 0, self._ids)
-
-
-def predict_dataset(cfg: CfgNode, model: nn.Module, dataset_name: str) -> list[dict[str, Any]]:
-    """Predictions of a model on a registered data set.
-
-    Args:
-        cfg: config of the test loader.
-        model: as returned by `load_model_for_inference`.
-        dataset_name: name of the data set.
-
-    Returns:
-        Entries of a COCO results file; empty on processes other than the main one.
-    """
-    loader = Trainer.build_test_loader(cfg, dataset_name)  # also generates scenes_* data sets
-    collector = PredictionCollector(MetadataCatalog.get(dataset_name))
-    return inference_on_dataset(model, loader, collector) or []
-
-
-def predict_with_checkpoint(cfg: CfgNode, dataset_name: str, folder: Path) -> list[dict[str, Any]]:
-    """Predictions of MODEL.WEIGHTS on a registered data set, written to `folder`, in one process.
-
-    Raises:
-        UserError: weights or data cannot work.
-    """
-    check_device(cfg)
-    check_weights(cfg)
-    check_datasets("the data set to predict on", [dataset_name])
-    annotations = MetadataCatalog.get(dataset_name).get("json_file")
-    refuse_overwrite(folder / RESULTS, [annotations, cfg.MODEL.WEIGHTS])
-    check_files(dataset_name, folder)
-    entries = predict_dataset(cfg, load_model_for_inference(cfg), dataset_name)
-    _write_results(folder, entries)
-    return entries
-
-
-def _write_results(folder: Path, entries: list[dict[str, Any]]) -> Path:
-    path = folder / RESULTS
-    with atomic_write(path) as file:
-        json.dump(entries, file)
-    return path
+        return instances_to_coco_json(output["instances"].to("cpu"), 0)
 
 
 def set_up_logging() -> None:
@@ -185,24 +124,19 @@ def set_up_logging() -> None:
     logging.getLogger("detectron2.engine.defaults").setLevel(logging.WARNING)
 
 
-def evaluate_in_process(
-    cfg: CfgNode, tasks: Optional[Sequence[str]], reference: bool, output: Optional[str]
-) -> None:
-    """Runs `evaluate_checkpoint` in a process of an evaluation job and logs the tables."""
+def evaluate_in_process(cfg: CfgNode, *args: Any) -> None:
+    """`evaluate_checkpoint` in a process of an evaluation job, with logs on the screen."""
     set_up_logging()
-    results = evaluate_checkpoint(cfg, tasks, reference=reference, output=output)
-    for name, result in results.items():
-        logger.info("%s\n%s", name, as_text(result))
+    evaluate_checkpoint(cfg, *args)
 
 
 def evaluate_checkpoint(
     cfg: CfgNode,
     tasks: Optional[Sequence[str]] = None,
-    *,
     reference: bool = False,
     output: Optional[str] = None,
 ) -> dict[str, CocoResult]:
-    """Evaluates MODEL.WEIGHTS on every set of DATASETS.TEST and writes predictions and reports.
+    """Evaluates MODEL.WEIGHTS on every set of DATASETS.TEST; writes and logs the results.
 
     Every process of a job must call it.
 
@@ -223,39 +157,40 @@ def evaluate_checkpoint(
     names = cfg.DATASETS.TEST
     if not names:
         raise ConfigError("DATASETS.TEST is empty; name the data sets to evaluate on")
-    for name in names:
-        if not MetadataCatalog.get(name).get("json_file"):
+    root = Path(output or Path(cfg.OUTPUT_DIR, "inference"))
+    folders = {name: root / name if len(names) > 1 else root for name in names}
+    for name, folder in folders.items():
+        metadata = MetadataCatalog.get(name)
+        evaluator = metadata.get("evaluator_type", "coco")
+        if not metadata.get("json_file") or evaluator not in ("coco", "coco_panoptic_seg"):
             raise ConfigError(f"DATASETS.TEST names {name}, which has no COCO annotation file")
-    if cfg.MODEL.KEYPOINT_ON:
-        logger.warning(KEYPOINTS)
-    folders = {name: _results_folder(cfg, name, output) for name in names}
-    if comm.is_main_process():
-        for name, folder in folders.items():
-            inputs = MetadataCatalog.get(name).json_file, cfg.MODEL.WEIGHTS
+        if comm.is_main_process():
+            inputs = metadata.json_file, cfg.MODEL.WEIGHTS
             check_reports(folder, *inputs)
             refuse_overwrite(folder / RESULTS, inputs)
+    if cfg.MODEL.KEYPOINT_ON:
+        logger.warning(KEYPOINTS)
     cfg = prepare(cfg, Purpose.REPORT)
-    truths = {}
-    for name in names if comm.is_main_process() else ():
-        path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
-        truths[name] = load_annotations(path)
-        choose_tasks(truths[name], (), tasks, path, "")  # before predicting
     model = load_model_for_inference(cfg)
     results: dict[str, CocoResult] = {}
-    for name in names:
-        entries = predict_dataset(cfg, model, name)
+    for name, folder in folders.items():
+        loader = Trainer.build_test_loader(cfg, name)  # also makes scenes_* data sets
+        if comm.is_main_process():
+            path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
+            annotations = read_json(path, "annotations")  # `prepare` has validated it
+            check_predictions(annotations, (), tasks, annotations_name=path)  # before predicting
+        collector = PredictionCollector(MetadataCatalog.get(name))
+        predictions = inference_on_dataset(model, loader, collector)
         if not comm.is_main_process():
             continue
-        folder = folders[name]
-        written = _write_results(folder, entries)
-        path = PathManager.get_local_path(MetadataCatalog.get(name).json_file)
+        write_json(folder / RESULTS, predictions, indent=None)
         results[name] = evaluate(
-            truths[name],
-            entries,
+            annotations,
+            predictions,
             tasks,
             reference=reference,
             annotations_name=path,
-            predictions_name=str(written),
+            predictions_name=str(folder / RESULTS),
         )
         write_reports(
             results[name],
@@ -263,11 +198,7 @@ def evaluate_checkpoint(
             dataset=name,
             weights=cfg.MODEL.WEIGHTS,
             annotations_file=path,
-            predictions_file=str(written),
+            predictions_file=str(folder / RESULTS),
         )
+        logger.info("%s\n%s", name, as_text(results[name]))
     return results
-
-
-def _results_folder(cfg: CfgNode, dataset_name: str, output: Optional[str]) -> Path:
-    folder = Path(output or Path(cfg.OUTPUT_DIR, "inference"))
-    return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder

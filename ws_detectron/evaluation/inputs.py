@@ -1,14 +1,13 @@
-"""Finds, reads and writes images and videos."""
+"""Finds images and videos, names their drawings, and reads and writes videos."""
 
 import glob
 import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Callable, Union
 
 import cv2
 import numpy as np
@@ -24,7 +23,7 @@ VIDEO_SUFFIXES = (*VIDEO_CODES, ".webm", ".mpg", ".mpeg")
 DEFAULT_RATE = 25.0  # frames per second, if a video does not specify it
 
 
-def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list[Path]:
+def find_inputs(arguments: Sequence[str], output: Path) -> list[Path]:
     """The input files, each once, in the order of the arguments.
 
     Files in `output` are skipped, because they may be earlier drawings, unless an argument is the
@@ -38,11 +37,12 @@ def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list
     Raises:
         UserError: an argument matches no file, or only files in `output`.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
+    folder = output.resolve()
     for argument in arguments:
-        path = Path(argument)
         if not argument:
             raise UserError("--input is empty; allowed: files, folders and patterns")
+        path = Path(argument)
         if path.is_dir():
             files = [p for p in sorted(path.rglob("*")) if _is_media(p)]
         elif path.is_file():
@@ -55,30 +55,27 @@ def find_inputs(arguments: Sequence[str], output: Optional[Path] = None) -> list
                 f"--input {argument} matches no file, or a folder without images and videos "
                 f"({' '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))})"
             )
-        if output is not None and not path.is_file():
-            files = _outside(output, files, argument)
-        for file in files:
-            found.setdefault(Path(os.path.abspath(file)), file)
+        kept = files
+        if not path.is_file() and folder not in _start(argument).parents:
+            kept = [f for f in files if not (f.parent.resolve() / f.name).is_relative_to(folder)]
+        if not kept:
+            raise UserError(
+                f"--input {argument} matches only files in --output {output}, which may be earlier "
+                "drawings; choose another output"
+            )
+        if len(kept) < len(files):
+            logger.info("skipped %d files in the output %s", len(files) - len(kept), shown(output))
+        for file in kept:
+            found.setdefault(os.path.abspath(file), file)
     return list(found.values())
 
 
-def _outside(output: Path, files: Sequence[Path], argument: str) -> list[Path]:
-    """The files of a folder or pattern, except those in `output`."""
-    named = Path(os.path.expanduser(argument))
-    # for a pattern, the last folder before the first wildcard
-    start = next(p for p in (named, *named.parents) if p.is_dir() or not set("*?[") & set(str(p)))
-    folder = output.resolve()
-    if folder in start.resolve().parents:
-        return list(files)
-    kept = [f for f in files if not (f.parent.resolve() / f.name).is_relative_to(folder)]
-    if not kept:
-        raise UserError(
-            f"--input {argument} matches only files in --output {output}, which may be earlier "
-            "drawings; choose another output"
-        )
-    if len(kept) < len(files):
-        logger.info("skipped %d files in the output %s", len(files) - len(kept), shown(output))
-    return kept
+def _start(argument: str) -> Path:
+    """A folder, or for a pattern the last folder before the first wildcard; resolved."""
+    path = Path(os.path.expanduser(argument))
+    while not path.is_dir() and set("*?[") & set(str(path)):
+        path = path.parent
+    return path.resolve()
 
 
 def _is_media(path: Path) -> bool:
@@ -100,18 +97,16 @@ def output_names(inputs: Sequence[Path], suffix_of: Callable[[Path], str]) -> li
         suffix_of: returns the suffix of the output of an input.
     """
     names = [f"{path.stem}{suffix_of(path)}" for path in inputs]
-    taken: set[str] = set()
-    again = []
-    for number, name in enumerate(names):
-        again += [number] if _folded(name) in taken else []
-        taken.add(_folded(name))
+    taken, seen = set(map(_folded, names)), set()
     counts: Counter[str] = Counter()
-    for number in again:
-        path, first = inputs[number], _folded(names[number])
-        while _folded(names[number]) in taken:
-            counts[first] += 1
-            names[number] = f"{path.stem}_{counts[first] + 1}{suffix_of(path)}"
-        taken.add(_folded(names[number]))
+    for number, path in enumerate(inputs):
+        first = _folded(names[number])
+        if first in seen:
+            while _folded(names[number]) in taken:
+                counts[first] += 1
+                names[number] = f"{path.stem}_{counts[first] + 1}{suffix_of(path)}"
+            taken.add(_folded(names[number]))
+        seen.add(first)
     return names
 
 
@@ -120,7 +115,7 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name.casefold())
 
 
-def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
+def read_video(path: Path) -> tuple[float, Iterator[np.ndarray]]:
     """Frames per second of a video, and its frames as (H, W, 3) uint8, RGB.
 
     Warns at the end if the video has fewer frames than it declares.
@@ -129,45 +124,38 @@ def read_frames(path: Path) -> tuple[float, Iterator[np.ndarray]]:
         DataError: the video cannot be opened or no frame can be decoded.
     """
     video = cv2.VideoCapture(str(path))
-    opened, frame = video.read() if video.isOpened() else (False, None)
-    if not opened or frame is None:
-        video.release()
+    _, first = video.read() if video.isOpened() else (False, None)
+    if first is None:
         raise DataError(f"cannot read video {path}: OpenCV finds no frame in it")
+
+    def frames() -> Iterator[np.ndarray]:
+        count, frame = 0, first
+        while frame is not None:
+            yield frame[:, :, ::-1]
+            count += 1
+            _, frame = video.read()
+        expected = video.get(cv2.CAP_PROP_FRAME_COUNT)
+        if count < 0.9 * expected:  # some formats declare an approximate number
+            logger.warning(
+                "video %s ends after %d of %d frames; is it complete?",
+                *(shown(path), count, expected),
+            )
+
     rate = video.get(cv2.CAP_PROP_FPS)
-    expected = video.get(cv2.CAP_PROP_FRAME_COUNT)
-
-    def frames(frame: np.ndarray) -> Iterator[np.ndarray]:
-        count = 0
-        try:
-            more = True
-            while more:
-                yield frame[:, :, ::-1]
-                count += 1
-                more, frame = video.read()
-            # some formats declare an approximate number
-            if count < 0.9 * expected:
-                logger.warning(
-                    "video %s ends after %d of %d frames; is it complete?",
-                    shown(path),
-                    count,
-                    expected,
-                )
-        finally:
-            video.release()
-
-    return rate if rate and rate > 0 else DEFAULT_RATE, frames(frame)
+    return rate if rate > 0 else DEFAULT_RATE, frames()
 
 
-@contextmanager
-def open_video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields a function that appends a frame, (H, W, 3) uint8, RGB, to a new video.
+def write_video(path: Path, rate: float, frames: Iterable[np.ndarray]) -> None:
+    """Writes a video, which appears under its name when it is complete.
 
-    All frames must have the size of the first; an odd last row or column is cut off, as codecs
-    require. The file is renamed to `path` when the body ends without an error.
+    Args:
+        path: its suffix is one of `VIDEO_CODES`.
+        rate: frames per second.
+        frames: (H, W, 3) uint8, RGB, all of one size; an odd last row or column is cut off, as
+            codecs require.
 
     Raises:
-        UserError: the suffix is not in `VIDEO_CODES`, or the video cannot be written.
-        DataError: a frame differs in size from the first; OpenCV would drop it silently.
+        UserError: another suffix, or the video cannot be written.
     """
     if path.suffix.lower() not in VIDEO_CODES:
         raise UserError(f"cannot write {path}: allowed suffixes are {' '.join(VIDEO_CODES)}")
@@ -175,33 +163,20 @@ def open_video(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]
         path.parent.mkdir(parents=True, exist_ok=True)
     # OpenCV can only write to a path and infers the format from its suffix
     partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
-    code = cv2.VideoWriter.fourcc(*VIDEO_CODES[path.suffix.lower()])
-    writers: list[cv2.VideoWriter] = []
-    shapes: list[tuple[int, ...]] = []
-
-    def append(frame: np.ndarray) -> None:
-        shapes.append(frame.shape)
-        if frame.shape != shapes[0]:
-            raise DataError(
-                f"cannot write {path}: frame {len(shapes)} has {frame.shape[1]} x "
-                f"{frame.shape[0]} pixels, the first {shapes[0][1]} x {shapes[0][0]}"
-            )
-        height, width = (side - side % 2 for side in frame.shape[:2])
-        if not writers:
-            writers.append(cv2.VideoWriter(str(partial), code, rate, (width, height)))
-            if not writers[0].isOpened():
-                raise UserError(f"cannot write {path}: OpenCV cannot open it for writing")
-        writers[0].write(np.ascontiguousarray(frame[:height, :width, ::-1]))
-
+    writer = cv2.VideoWriter()
     try:
-        yield append
-        for writer in writers:
-            writer.release()
+        for frame in frames:
+            height, width = (side - side % 2 for side in frame.shape[:2])
+            if not writer.isOpened():
+                code = cv2.VideoWriter.fourcc(*VIDEO_CODES[path.suffix.lower()])
+                if not writer.open(str(partial), code, rate, (width, height)):
+                    raise UserError(f"cannot write {path}: OpenCV cannot open it for writing")
+            writer.write(np.ascontiguousarray(frame[:height, :width, ::-1]))
+        writer.release()
         if not partial.is_file():
             raise UserError(f"cannot write {path}: no frame reached the file")
         with writing(path):
             os.replace(partial, path)
     finally:
-        for writer in writers:
-            writer.release()
+        writer.release()
         partial.unlink(missing_ok=True)

@@ -15,11 +15,10 @@ from ws_detectron.errors import UserError
 from ws_detectron.utils.yaml_files import load_yaml_with_base
 
 from .coco_eval import COCO_METRICS, TASKS, Metrics
-from .coco_report import FORMAT
+from .coco_report import FORMAT, JSON_NAME
 
 METRICS = "metrics.json"
 CONFIG = "config.yaml"
-EVALUATION = "coco_evaluation.json"
 
 
 @dataclass
@@ -50,17 +49,15 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
     Without a name, a run is named by the shortest end of its path that no other run has.
     """
-    named = [argument.partition("=") for argument in arguments]
-    given = [name if equals else "" for name, equals, _ in named]
-    paths = [Path(path if equals else name) for name, equals, path in named]
-    return [read_run(path, name or _short(path, paths)) for path, name in zip(paths, given)]
+    named = [a.partition("=")[::2] if "=" in a else ("", a) for a in arguments]
+    paths = [Path(path) for _, path in named]
+    return [read_run(path, name or _short(path, paths)) for path, (name, _) in zip(paths, named)]
 
 
 def _short(path: Path, others: Sequence[Path]) -> str:
-    parts = path.resolve().parts
+    parts, all_parts = path.resolve().parts, [other.resolve().parts for other in others]
     for length in range(1, len(parts) + 1):
-        ends = [other.resolve().parts[-length:] for other in others]
-        if ends.count(parts[-length:]) == 1:
+        if [other[-length:] for other in all_parts].count(parts[-length:]) == 1:
             return "/".join(parts[-length:])
     return str(path)
 
@@ -71,17 +68,19 @@ def read_run(path: Path, name: str) -> Run:
     Never fails: `problems` lists what is missing or broken.
     """
     run = Run(name, path)
-    if path.is_dir():
-        _read_config(run, path / CONFIG)
-        _read_metrics(run, path / METRICS)
-        _read_final_metrics(run, path)
-    elif not path.is_file():
+    if not path.exists():
         run.problems.append(f"there is no run folder or file {path}")
-    elif path.name == METRICS:
-        _read_metrics(run, path)
-        _take_last_evaluation(run)
-    else:
+    elif path.is_file() and path.name != METRICS:
         _read_evaluation(run, path)
+    else:
+        if path.is_dir():
+            _read_config(run, path / CONFIG)
+        _read_metrics(run, path / METRICS if path.is_dir() else path)
+        evaluation = _find_evaluation(run)
+        if evaluation:
+            _read_evaluation(run, evaluation)
+        else:
+            _take_last_evaluation(run)
     return run
 
 
@@ -173,30 +172,22 @@ def ap_key(run: Run, task: str) -> str:
     return next((name for name in (plain, *tested, *sorted(found)) if name in found), plain)
 
 
-def _read_final_metrics(run: Run, folder: Path) -> None:
-    found = [
-        path for path in (folder / "inference" / EVALUATION, folder / EVALUATION) if path.is_file()
-    ]
-    found = found or sorted(
-        folder.glob(f"inference/*/{EVALUATION}"),
-        key=lambda path: (_test_set_index(run, path.parent.name), path),
-    )
-    if len(found) > 1 and found[0].parent.parent.name == "inference":
-        names = ", ".join(path.parent.name for path in found)
-        run.problems.append(
-            f"{folder} was evaluated on several data sets ({names}); the first is used, for "
-            f"another give the path of its {EVALUATION}"
-        )
-    if found:
-        _read_evaluation(run, found[0])
-    else:
-        _take_last_evaluation(run)
-
-
-def _test_set_index(run: Run, name: str) -> int:
-    """Index of a data set in DATASETS.TEST; its length if it is not there."""
+def _find_evaluation(run: Run) -> Optional[Path]:
+    """The JSON file of tools/evaluate_coco.py in a run folder; that of the first test set."""
     tested = list(run.config.get("DATASETS.TEST", ()))
-    return tested.index(name) if name in tested else len(tested)
+    places = run.path / "inference" / JSON_NAME, run.path / JSON_NAME
+    own = [path for path in places if path.is_file()]
+    by_data_set = sorted(
+        run.path.glob(f"inference/*/{JSON_NAME}"),
+        key=lambda path: ([*tested, path.parent.name].index(path.parent.name), path),
+    )
+    if not own and len(by_data_set) > 1:
+        names = ", ".join(path.parent.name for path in by_data_set)
+        run.problems.append(
+            f"{run.path} was evaluated on several data sets ({names}); the first is used, for "
+            f"another give the path of its {JSON_NAME}"
+        )
+    return next(iter([*own, *by_data_set]), None)
 
 
 def _read_evaluation(run: Run, path: Path) -> None:
@@ -220,18 +211,17 @@ def _read_evaluation(run: Run, path: Path) -> None:
 def _take_last_evaluation(run: Run) -> None:
     for task in TASKS:
         key = ap_key(run, task)
-        for row in reversed(run.rows):
-            if key in row:
-                prefix = key[: -len("AP")]
-                for name in COCO_METRICS:
-                    value: Optional[float] = row.get(f"{prefix}{name}")
-                    if f"{prefix}{name}" in row:
-                        run.metrics[f"{task}/{name}"] = value if _is_finite(value) else None
-                run.source = f"{METRICS}, iteration {row['iteration']}"
-                break
+        row = next((row for row in reversed(run.rows) if key in row), None)
+        if row is None:
+            continue
+        for name in COCO_METRICS:
+            value = row.get(f"{key[:-2]}{name}", ...)
+            if value is not ...:
+                run.metrics[f"{task}/{name}"] = value if _is_finite(value) else None
+        run.source = f"{METRICS}, iteration {row['iteration']}"
     if run.rows and not run.metrics:
         run.problems.append(
-            f"{run.path} was never evaluated: {METRICS} has no AP and there is no {EVALUATION}; "
+            f"{run.path} was never evaluated: {METRICS} has no AP and there is no {JSON_NAME}; "
             "run tools/evaluate_coco.py on its checkpoint"
         )
 

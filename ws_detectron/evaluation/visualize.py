@@ -1,15 +1,19 @@
 """Draws predictions: beside ground truth on a data set, or on any images and videos."""
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ws_detectron.data.images import read_rgb
+from ws_detectron.data.images import read_annotated, read_rgb
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
 from ws_detectron.utils.io import (
@@ -21,32 +25,18 @@ from ws_detectron.utils.io import (
     writing,
 )
 
-from .coco_eval import choose_tasks
-from .coco_files import check_ids, load_annotations
+from .coco_eval import check_predictions, load_annotations
 from .coco_report import TITLES
 from .curves import write_figure
-from .drawing import (
-    by_image_id,
-    check_options,
-    inputs_of,
-    pair,
-    predicted_objects,
-    records_by_id,
-    tile,
-    write_png,
-)
-from .error_types import ERRORS, count_errors, draw_errors
-from .image_ap import image_ap
-from .inputs import find_inputs, is_video, open_video, output_names, read_frames
+from .drawing import SIDE, Pair, contact_sheet, draw_entries, write_png
+from .image_errors import ERRORS, count_errors, draw_errors, image_ap
+from .inputs import find_inputs, is_video, output_names, read_video, write_video
 
 logger = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 10
-SHEETS_AND_COUNTS = [
-    *("first.png", "best.png", "worst.png", "image_ap.csv"),
-    *("errors.png", "errors.json"),
-]
-LEAST_SIDE = 448  # pixels; smaller images are enlarged so that labels are readable
+SHEETS = ("first.png", "best.png", "worst.png")
+OUTPUTS = (*SHEETS, "image_ap.csv", "errors.png", "errors.json")
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
 
@@ -66,7 +56,7 @@ def visualize_dataset(
 
     Writes to `output`: `first.png`, `best.png` and `worst.png`, sheets of the first images and of
     those with the highest and lowest AP (see `image_ap`); `image_ap.csv`; `errors.png` and
-    `errors.json`, the number of errors of each type (see `error_types`); with `each`, a picture of
+    `errors.json`, the number of errors of each type (see `count_errors`); with `each`, a picture of
     every image in `images/`. Images that cannot be read, or whose size differs from their
     annotations, are skipped and named in the summary.
 
@@ -88,69 +78,93 @@ def visualize_dataset(
         UserError: predictions and data do not belong together, nothing can be drawn, a file cannot
             be written, or an output would overwrite an input.
     """
-    check_options(score_threshold, num_images)
     check_folder(output)
-    records = records_by_id(dataset_name, output)
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
         raise ConfigError(f"data set {dataset_name} has no COCO annotation file")
-    names = output_names([Path(r["file_name"]) for r in records.values()], lambda path: ".png")
-    targets = [output / name for name in SHEETS_AND_COUNTS]
-    targets += [output / "images" / name for name in names if each]
-    refuse_overwrite(targets, inputs_of(dataset_name, records, predictions_name))
-    # a later run would read drawings in an image folder as images
-    folders = {Path(r["file_name"]).parent for r in records.values()}
-    refuse_overwrite({target.parent for target in targets}, folders)
     path = PathManager.get_local_path(metadata.json_file)
-    annotations = load_annotations(path)
-    check_ids(predictions, annotations, predictions_name, path)
-    wanted = None if task is None else [task]
-    task = choose_tasks(annotations, predictions, wanted, path, predictions_name)[-1]
-    sizes = {image["id"]: (image["height"], image["width"]) for image in annotations["images"]}
-    check_masks(predictions, sizes, predictions_name)
+    annotations = load_annotations(path, load=True)
+    root, images = metadata.get("image_root", ""), annotations["images"]
+    records = {i["id"]: {**i, "file_name": os.path.join(root, i["file_name"])} for i in images}
+    files = [Path(record["file_name"]) for record in records.values()]
+    pictures = dict(zip(records, output_names(files, lambda path: ".png"))) if each else {}
+    targets = [output / name for name in OUTPUTS]
+    targets += [output / "images" / name for name in pictures.values()]
+    given = metadata.get("given_json_file")  # where `path` is a fixed copy
+    refuse_overwrite(targets, [*files, path, given, predictions_name])
+    # a later run would read drawings in an image folder as images
+    refuse_overwrite({path.parent for path in targets}, {path.parent for path in files})
+    task = check_predictions(
+        annotations,
+        predictions,
+        None if task is None else [task],
+        annotations_name=path,
+        predictions_name=predictions_name,
+    )[-1]
+    sizes = {i: (record["height"], record["width"]) for i, record in records.items()}
+    check_masks(predictions, sizes, predictions_name)  # they are drawn whatever the task is
 
-    kept = by_image_id(predictions, score_threshold)
-    note = f"score ≥ {100 * score_threshold:g} %"
-    scores = image_ap(annotations, predictions, task)
-
-    skipped: dict[Any, str] = {}
-
-    def draw(image_id: Any) -> Optional[np.ndarray]:
-        if image_id in skipped:
-            return None
-        value = f", AP {scores[image_id]:.0f}" if image_id in scores else ""
-        try:
-            return pair(records[image_id], kept[image_id], metadata, note=note + value)
-        except DataError as error:
-            skipped[image_id] = records[image_id]["file_name"]
-            logger.warning("skipped: %s", error)
-            return None
-
+    ap = image_ap(annotations, predictions, task)
+    truth, found = by_image(annotations["annotations"]), by_image(predictions, score_threshold)
     # with equal AP, images with more objects are more informative
-    objects = {i: len(record.get("annotations", ())) for i, record in records.items()}
-    scored = [image_id for image_id in records if image_id in scores]
-    ranked = sorted(scored, key=lambda i: (-scores[i], -objects[i]))
-    worst = sorted(scored, key=lambda i: (scores[i], -objects[i]))
-    sheets = {"first": list(records), "best": ranked, "worst": worst}
-    for name, image_ids in sheets.items():
-        _write_sheet(output / f"{name}.png", image_ids, num_images, draw)
-    rows = [(i, shown(records[i]["file_name"]), f"{scores[i]:.4f}") for i in ranked]
+    objects = {image_id: len(truth[image_id]) for image_id in records}
+    best = sorted((i for i in records if i in ap), key=lambda i: (-ap[i], -objects[i]))
+    worst = sorted(best, key=lambda i: (ap[i], -objects[i]))
+    rows = [(i, shown(records[i]["file_name"]), f"{ap[i]:.4f}") for i in best]
     write_text(output / "image_ap.csv", csv_text([("image_id", "file_name", "AP"), *rows]))
-
     counts = count_errors(annotations, predictions, task, score_threshold)
+    note = f"score ≥ {100 * score_threshold:g} %"
     title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
     with writing(output):
         write_figure(draw_errors(counts, title), output / "errors.png")
-    about = {"task": task, "score_threshold": score_threshold, "kinds": ERRORS}
+    about = {"task": task, "score_threshold": score_threshold, "types": ERRORS}
     write_json(output / "errors.json", {**about, "counts": counts}, indent=2)
-    if each:
-        for image_id, name in zip(records, names):
-            picture = draw(image_id)
-            if picture is not None:
-                write_png(output / "images" / name, picture)
+
+    classes = {c["id"]: c["name"] for c in annotations["categories"]}
+    skipped: dict[Any, str] = {}
+
+    def draw(image_id: Any) -> Optional[Pair]:
+        """Ground truth and predictions; None for an image that cannot be read."""
+        if image_id in skipped:
+            return None
+        name, entries = records[image_id]["file_name"], (truth[image_id], found[image_id])
+        try:
+            image = read_annotated(records[image_id])
+        except DataError as error:
+            skipped[image_id] = name
+            logger.warning("skipped: %s", error)
+            return None
+        left, right = (draw_entries(image, SIDE, group, classes) for group in entries)
+        ap_of_image = f", AP {ap[image_id]:.0f}" if image_id in ap else ""
+        return (
+            (left, f"{Path(name).name}: {len(entries[0])} annotated"),
+            (right, f"{len(entries[1])} predicted, {note}{ap_of_image}"),
+        )
+
+    for name, image_ids in zip(SHEETS, (list(records), best, worst)):
+        pairs = list(itertools.islice(filter(None, map(draw, image_ids)), num_images))
+        if not pairs:
+            reason = "can be drawn; see the warnings above" if image_ids else "has an object"
+            raise UserError(f"{name}: none of {len(records)} images {reason}")
+        write_png(output / name, contact_sheet(pairs))
+    for image_id, name in pictures.items():
+        pair = draw(image_id)
+        if pair is not None:
+            write_png(output / "images" / name, contact_sheet([pair]))
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     drawn = f"sheets, errors.png and image_ap.csv: {shown(output)}"
     return f"{title}: {listed}\n{drawn}{_skipped(list(skipped.values()))}"
+
+
+def by_image(
+    entries: Sequence[dict[str, Any]], score_threshold: float = -math.inf
+) -> defaultdict[Any, list[dict[str, Any]]]:
+    """Image id -> entries, predictions with at least this score; an empty list for other images."""
+    grouped: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        if entry.get("score", 0.0) >= score_threshold:
+            grouped[entry["image_id"]].append(entry)
+    return grouped
 
 
 def _skipped(files: Sequence[Any]) -> str:
@@ -162,34 +176,11 @@ def _skipped(files: Sequence[Any]) -> str:
     return f"\n{len(files)} could not be read and were skipped: {names}{more}"
 
 
-def _write_sheet(
-    path: Path,
-    image_ids: Sequence[Any],
-    num_images: int,
-    draw: Callable[[Any], Optional[np.ndarray]],
-) -> None:
-    """Writes a sheet of the first `num_images` that can be drawn."""
-    pictures: list[np.ndarray] = []
-    for image_id in image_ids:
-        if len(pictures) == num_images:
-            break
-        picture = draw(image_id)
-        if picture is not None:
-            pictures.append(picture)
-    if not pictures:
-        raise UserError(
-            f"{path.name}: none of {len(image_ids)} images can be drawn; see the warnings above"
-            if image_ids
-            else f"{path.name}: no image has an object"
-        )
-    write_png(path, tile(pictures, columns=2))
-
-
 def visualize_inputs(
     arguments: Sequence[str],
     output: Path,
     predict: Predict,
-    metadata: Metadata,
+    classes: Mapping[int, str],
     *,
     score_threshold: float = 0.5,
 ) -> str:
@@ -200,8 +191,9 @@ def visualize_inputs(
     Args:
         arguments: see `find_inputs`.
         output: a folder for `<name>.png` and `<name>.mp4`; for a single video also a video file.
-        predict: takes an image, (H, W, 3) uint8, RGB; returns entries of a COCO results file.
-        metadata: of the data set with the model's classes.
+        predict: takes an image, (H, W, 3) uint8, RGB; returns entries of a COCO results file with
+            the model's class numbers as category ids.
+        classes: class number -> name.
         score_threshold: predictions below it are not drawn.
 
     Returns:
@@ -210,12 +202,10 @@ def visualize_inputs(
     Raises:
         UserError: no file can be read, or an output cannot be written or would overwrite an input.
     """
-    check_options(score_threshold)
     paths = find_inputs(arguments, output)
     to_video = is_video(output) and not output.is_dir()
     if to_video and (len(paths) > 1 or not is_video(paths[0])):
         raise UserError(f"--output {output} is a video, so --input must be a single video")
-
     names = output_names(paths, lambda path: ".mp4" if is_video(path) else ".png")
     targets = [output] if to_video else [output / name for name in names]
     check_folder(output.parent if to_video else output)
@@ -223,17 +213,15 @@ def visualize_inputs(
 
     def draw(image: np.ndarray) -> np.ndarray:
         entries = [entry for entry in predict(image) if entry["score"] >= score_threshold]
-        side = max(LEAST_SIDE, *image.shape[:2])
-        return predicted_objects(entries, metadata).draw(image, side)
+        side = max(SIDE, *image.shape[:2])  # labels on small images would not be readable
+        return draw_entries(image, side, entries, classes)
 
     skipped = []
     for path, target in zip(paths, targets):
         try:
             if is_video(path):
-                rate, frames = read_frames(path)
-                with open_video(target, rate) as append:
-                    for frame in frames:
-                        append(draw(frame))
+                rate, frames = read_video(path)
+                write_video(target, rate, map(draw, frames))
             else:
                 write_png(target, draw(read_rgb(path)))
         except DataError as error:

@@ -1,5 +1,7 @@
 """WS parts for detectron2 models; importing this package registers its backbones and heads."""
 
+from ws_detectron.config import WSSettings
+
 from .backbone import (
     build_ws_resnet_backbone,
     build_ws_resnet_fpn_backbone,
@@ -14,7 +16,6 @@ from .heads import (
 )
 from .norm import NORMS, is_stock_norm
 from .parts import REGISTRATIONS, Registration, registrations_in, stock_name
-from .settings import WSSettings
 
 __all__ = [
     "ConversionReport",

@@ -12,13 +12,13 @@ from detectron2.modeling.backbone.fpn import (
 )
 from torch import nn
 
+from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
 from ws_detectron.layers import standardize_alone, standardize_together
 from ws_detectron.utils.compat import with_norms
 
 from .norm import check_norm, get_norm
 from .parts import finish_part
-from .settings import WSSettings
 
 _DEPTHS = (18, 34, 50, 101, 152)
 

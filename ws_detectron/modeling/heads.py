@@ -16,11 +16,11 @@ from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from torch import nn
 
+from ws_detectron.config import WSSettings
 from ws_detectron.utils.compat import with_norms
 
 from .norm import Norm, check_norm, get_norm
 from .parts import finish_part
-from .settings import WSSettings
 
 
 @ROI_BOX_HEAD_REGISTRY.register()

@@ -6,10 +6,9 @@ from typing import Union
 from detectron2.layers import get_norm as build_stock_norm
 from torch import nn
 
+from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
 from ws_detectron.layers import GroupNorm
-
-from .settings import WSSettings
 
 Norm = Union[str, Callable[[int], nn.Module]]
 """What detectron2's layers accept as `norm`: a name, or a function of the channel count."""

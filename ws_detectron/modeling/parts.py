@@ -19,11 +19,11 @@ from detectron2.modeling import (
 from detectron2.utils.registry import Registry
 from torch import nn
 
+from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
 
 from .convert import convert_to_ws
 from .norm import check_norm_layers
-from .settings import WSSettings
 
 logger = logging.getLogger(__name__)
 

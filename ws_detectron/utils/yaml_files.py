@@ -10,9 +10,10 @@ import io
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import detectron2
 import yaml
@@ -119,7 +120,9 @@ def _text(path: str, what: str, where: str = "") -> str:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        _check_events(text, where)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)  # values are not built yet
+        if root is not None:
+            _check_node(root, where, {})
         content = yaml.safe_load(text)
         check_integers(content, where)
         return content
@@ -127,91 +130,69 @@ def _parsed(text: str, where: str) -> Any:
         raise
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested more than {_MAX_DEPTH} levels deep") from error
     except Exception as error:  # PyYAML's constructors raise any type
         raise UserError(f"{where} has a value that cannot be read: {_one_line(error)}") from error
 
 
-def _check_events(text: str, where: str) -> None:
+def _check_node(
+    node: yaml.Node, where: str, sizes: dict[int, Optional[int]], depth: int = 1
+) -> int:
     """Checks tags, duplicate keys, depth and aliases before any value is built.
 
-    Uses the same parser as fvcore; libyaml's is faster but differs in details.
+    Args:
+        node: may be shared by several parents, as aliases are.
+        where: the file, for errors.
+        sizes: id of a checked node -> its size; None while its content is checked.
+        depth: of the node.
+
+    Returns:
+        The number of nodes in it, with aliases expanded.
     """
-    open_nodes: list[_Node] = [_Node(None, False)]
-    sizes: dict[str, int] = {}  # of each anchor
-    written = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes and any(n.anchor == event.anchor for n in open_nodes):
-                raise ConfigError(f"{where}, line {line}: *{event.anchor} refers to itself")
-            open_nodes[-1].add(sizes.get(event.anchor, 0))
-        elif isinstance(event, yaml.NodeEvent):
-            written += 1
-            _check_tag(event, f"{where}, line {line}")
-            if isinstance(event, yaml.ScalarEvent):
-                _check_length(event, f"{where}, line {line}")
-                is_duplicate = open_nodes[-1].add(1, event.value)
-                if is_duplicate:
-                    raise ConfigError(
-                        f"{where}, line {line}: duplicate key {shown(event.value, 80)}; YAML would "
-                        "silently use the last. Keep one"
-                    )
-                sizes.update({event.anchor: 1} if event.anchor else {})
-            else:
-                open_nodes.append(_Node(event.anchor, isinstance(event, yaml.MappingStartEvent)))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            closed = open_nodes.pop()
-            open_nodes[-1].add(closed.size)
-            sizes.update({closed.anchor: closed.size} if closed.anchor else {})
-        if len(open_nodes) > _MAX_DEPTH:
-            raise ConfigError(f"{where}, line {line} is nested more than {_MAX_DEPTH} levels deep")
-        if open_nodes[-1].size > written + _MAX_NODES:
-            raise ConfigError(
-                f"{where}, line {line}: aliases expand it to more than {_MAX_NODES:,} values; "
-                "write them out"
-            )
-
-
-def _check_length(scalar: Any, where: str) -> None:
-    """Refuses long numbers, also such as `1:30:00`: PyYAML parses them in quadratic time."""
-    if (
-        scalar.implicit[0]
-        and len(scalar.value) > _MAX_DIGITS
-        and scalar.value[0] in "+-.0123456789"
-    ):
+    line = f"{where}, line {node.start_mark.line + 1}"
+    if id(node) in sizes:
+        known = sizes[id(node)]
+        if known is None:
+            raise ConfigError(f"{line}: an alias refers to the value that it is part of")
+        return known
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"{line} is nested more than {_MAX_DEPTH} levels deep")
+    _check_tag(node.tag, line)
+    sizes[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        _check_unique([key for key, _ in node.value], where)
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif node.style is None and len(node.value) > _MAX_DIGITS and node.value[0] in "+-.0123456789":
+        # also such as 1:30:00: PyYAML parses these in quadratic time
+        raise ConfigError(f"{line}: a number of {len(node.value)} characters; put text in quotes")
+    size = 1 + sum(_check_node(child, where, sizes, depth + 1) for child in children)
+    if size > len(sizes) + _MAX_NODES:
         raise ConfigError(
-            f"{where}: a number of {len(scalar.value)} characters; put text in quotes"
+            f"{line}: aliases expand it to more than {_MAX_NODES:,} values; write them out"
         )
+    sizes[id(node)] = size
+    return size
 
 
-class _Node:
-    """A mapping or sequence being parsed; `size` counts its nodes with aliases expanded."""
-
-    def __init__(self, anchor: Any, mapping: bool) -> None:
-        self.anchor, self.size = anchor, 1
-        self._keys: set[str] = set()
-        self._mapping, self._key_is_next = mapping, True
-
-    def add(self, size: int, key: Any = None) -> bool:
-        """Adds a key, value or item; returns whether it is a duplicate key."""
-        self.size += size
-        if not self._mapping:
-            return False
-        is_duplicate = self._key_is_next and key is not None and key != "<<" and key in self._keys
-        if self._key_is_next and key is not None:
-            self._keys.add(key)
-        self._key_is_next = not self._key_is_next
-        return is_duplicate
+def _check_unique(keys: Sequence[yaml.Node], where: str) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            if key.value in seen:
+                raise ConfigError(
+                    f"{where}, line {key.start_mark.line + 1}: duplicate key "
+                    f"{shown(key.value, 80)}; YAML would silently use the last. Keep one"
+                )
+            seen.add(key.value)
 
 
-def _check_tag(event: Any, where: str) -> None:
-    tag = event.tag
-    if tag is None or tag == "!":
+def _check_tag(tag: str, where: str) -> None:
+    if tag in yaml.SafeLoader.yaml_constructors or tag == _STANDARD + "merge":
         return
-    known = tag[len(_STANDARD) :] if tag.startswith(_STANDARD) else ""
-    if f"{_STANDARD}{known}" in yaml.SafeLoader.yaml_constructors and known:
-        return
-    name = f"!!{known}" if known else tag
     if tag == _PYTHON + "tuple":
         remedy = "remove it; a list does the same"
     elif tag.startswith(_PYTHON):
@@ -221,7 +202,8 @@ def _check_tag(event: Any, where: str) -> None:
         )
     else:
         remedy = "remove it"
-    raise ConfigError(f"{where}: the tag {shown(name, 80)} is not allowed: {remedy}")
+    name = shown(tag.replace(_STANDARD, "!!", 1), 80)
+    raise ConfigError(f"{where}: the tag {name} is not allowed: {remedy}")
 
 
 def _check_config(content: Any, where: str) -> None:

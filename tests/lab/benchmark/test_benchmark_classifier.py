@@ -1,7 +1,7 @@
 import pytest
 
 from ws_detectron.lab.benchmark import classifier
-from ws_detectron.lab.benchmark.benchmark_report import table
+from ws_detectron.lab.benchmark.measurements import table
 
 
 def test_every_variant_is_timed_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:

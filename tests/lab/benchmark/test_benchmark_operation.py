@@ -1,3 +1,6 @@
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 
@@ -18,8 +21,8 @@ def test_every_implementation_gives_the_values_of_its_form() -> None:
         "timm's operations": standardize_weight(weight, 1e-6, "bit"),
         "BiT's operations": standardize_weight(weight, 1e-10, "bit"),
     }
-    found = operation.formulas()
-    assert set(found) == {*forms, operation.LAYER_NORM}
+    found = operation.FORMULAS
+    assert set(found) == {*forms, "layer norm, without affine"}
     for name, expected in forms.items():
         leaf = weight.clone().requires_grad_()
         result = found[name](leaf)
@@ -38,7 +41,7 @@ def test_filters_are_those_of_the_backbone() -> None:
 
 def test_measurement_is_complete() -> None:
     (part,) = operation.measure_operation("cpu", rounds=2, warmup=0)
-    names = {operation.COPY, *operation.formulas()}
+    names = {operation.COPY, *operation.FORMULAS}
     assert set(part["seconds"]) == set(part["peak_bytes"]) == names
     assert all(len(values) == 2 for values in part["seconds"].values())
     assert part["peak_bytes"][operation.COPY] < 1000
@@ -48,22 +51,23 @@ def test_measurement_is_complete() -> None:
 
 
 def test_group_norm_is_measured_for_all_images_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operation, "interleave", lambda *a, **k: {  # seconds of one norm, 3 rounds
-        operation.STOCK_NORM: [1.0, 2.0, 4.0], operation.SPLIT_NORM: [3.0, 1.0, 1.0]
-    })  # fmt: skip
-    parts = list(
-        operation.measure_group_norm("cpu", 3, 0, images=(1, 2), groups=(8, 32), size=(64, 96))
-    )
-    measured = [(p["facts"]["images"], p["facts"]["groups"]) for p in parts]
-    assert measured == [(1, 8), (1, 32), (2, 8), (2, 32)]
-    # of the 60 norms of R-50-FPN those of the four shortcuts share their shape with others
-    norms = 1 + 2 * 16 + 16 + 4 + 8
-    assert sum(number for *_, number, _ in parts[0]["shapes"]) == norms
-    assert parts[0]["seconds"][operation.STOCK_NORM] == [norms, 2 * norms, 4 * norms]
-    medians = {operation.STOCK_NORM: 2.0, operation.SPLIT_NORM: 1.0}
-    assert parts[0]["shapes"][0] == [64, 32, 48, 1, medians]
+    counts: Counter = Counter()
 
+    def count(name: str, norm, x, groups, *affine) -> torch.Tensor:
+        counts[(name, *x.shape[:2], groups)] += 1
+        return norm(x, groups, *affine)
 
-def test_group_norm_runs_on_small_features() -> None:
-    (part,) = operation.measure_group_norm("cpu", 2, 0, images=[1], groups=[8], size=(64, 64))
-    assert all(s > 0 for values in part["seconds"].values() for s in values)
+    norms = {name: partial(count, name, norm) for name, norm in operation.GROUP_NORMS.items()}
+    monkeypatch.setattr(operation, "GROUP_NORMS", norms)
+    monkeypatch.setattr(operation, "SIZE", (32, 32))
+    parts = list(operation.measure_group_norm("cpu", 1, 0))
+    measured = [(part["facts"]["images"], part["facts"]["groups"]) for part in parts]
+    assert measured == [(n, g) for n in (1, 2, 4, 8) for g in (8, 32)]
+    assert all(s > 0 for part in parts for of in part["seconds"].values() for s in of)
+    # in one round; of the 60 norms of R-50-FPN those of the four shortcuts share their shape
+    for name in norms:
+        found = sum(
+            number for (of, images, *_), number in counts.items() if (of, images) == (name, 2)
+        )
+        assert found == 2 * (1 + 2 * 16 + 16 + 4 + 8)
+    assert counts["nn.GroupNorm", 1, 2048, 32] == 3 + 1

@@ -4,12 +4,53 @@ import pytest
 from ws_detectron.lab.scenes.raster import (
     SUPERSAMPLE,
     UNIT,
-    blend,
+    Draws,
+    draw_texture,
     enlarge,
+    mix,
+    paste,
     polygon_alpha,
     resample,
     to_fixed,
 )
+
+
+def test_draws_follow_from_the_seed_words_alone() -> None:
+    # Pinned: these values decide every pixel of the scenes, on every machine.
+    draws = Draws(1, 2, 3)
+    assert [draws.integer(0, 999) for _ in range(5)] == [795, 590, 204, 608, 413]
+    assert Draws(1, 2, 3).noise(14, (2, 5)).tolist() == [[6, 6, -10, 7, -12], [-10, 5, 8, -7, 6]]
+    assert Draws(1, 2, 3).uniform(0.0, 1.0) == 0.7955955324543236
+
+
+def test_streams_of_different_words_differ() -> None:
+    streams = [Draws(*words).integer(0, 2**30) for words in ((0,), (1,), (0, 0), (0, 1), (1, 0))]
+    assert len(set(streams)) == len(streams)
+
+
+def test_integers_are_uniform_over_both_ends() -> None:
+    draws = Draws(7)
+    counts = np.bincount([draws.integer(0, 5) for _ in range(6000)], minlength=6)
+    # 1000 expected each, standard deviation sqrt(6000 * 1/6 * 5/6) = 29; five of them allowed
+    assert counts.sum() == 6000 and len(counts) == 6
+    assert np.abs(counts - 1000).max() < 150
+
+
+def test_noise_is_uniform_over_both_ends() -> None:
+    values = Draws(7).noise(2, (100, 100))
+    assert values.dtype == np.int16
+    counts = np.bincount((values + 2).ravel(), minlength=5)
+    # 2000 expected each; 256 bytes fall into 5 groups of 51 or 52, plus five standard deviations
+    assert len(counts) == 5
+    assert np.abs(counts - 2000).max() < 250
+
+
+def test_log_uniform_doublings_are_equally_likely() -> None:
+    draws = Draws(3)
+    values = np.array([draws.log_uniform(1.0, 4.0) for _ in range(4000)])
+    assert values.min() >= 1.0 and values.max() < 4.0
+    # half of 4000 expected below 2, standard deviation 32
+    assert abs(int((values < 2.0).sum()) - 2000) < 160
 
 
 def even_odd(polygons: list[np.ndarray], x: float, y: float) -> bool:
@@ -101,9 +142,52 @@ def test_enlarge_keeps_the_corners_and_is_linear_between() -> None:
     assert np.all((result[0] <= expected) & (result[0] > expected - 1.5))
 
 
-def test_blend_of_the_extremes_is_exact() -> None:
-    canvas = np.full((1, 3, 3), 10, dtype=np.uint8)
-    alpha = np.array([[0, 255, 128]], dtype=np.uint8)
-    result = blend(canvas, np.array([200, 0, 255]), alpha)
+def test_mixing_is_rounded_and_exact_at_the_extremes() -> None:
+    share = np.array([[0, 255, 128]], dtype=np.uint8)
+    result = mix(np.array([10, 10, 10]), np.array([200, 0, 255]), share)
     # round((128 * c + 127 * 10) / 255)
     assert result.tolist() == [[[10, 10, 10], [200, 0, 255], [105, 5, 133]]]
+
+
+def test_pieces_are_cropped_at_the_border() -> None:
+    canvas = np.zeros((3, 4, 3), dtype=np.uint8)
+    colours = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    for top, left in ((-1, 3), (2, -1), (7, 7)):
+        paste(canvas, colours, np.full((2, 2), 255, np.uint8), top, left)
+    paste(canvas, np.array([9, 9, 9]), np.full((1, 1), 255, np.uint8), 1, 1)
+    expected = np.zeros((3, 4, 3), dtype=np.uint8)
+    expected[0, 3], expected[2, 0], expected[1, 1] = [6, 7, 8], [3, 4, 5], 9
+    np.testing.assert_array_equal(canvas, expected)
+
+
+def test_textures_of_all_types_appear_and_fill_the_frame() -> None:
+    draws = Draws(4)
+    plain = graded = two_toned = 0
+    for _ in range(300):
+        tone = draw_texture(draws, 40, 60)
+        assert tone.shape == (40, 60) and tone.dtype == np.uint8
+        levels = np.unique(tone)
+        if len(levels) == 1:
+            plain += 1
+        elif len(levels) > 2:
+            graded += 1
+            assert levels[0] == 0 and levels[-1] == 255
+        else:
+            two_toned += 1
+            assert levels.tolist() == [0, 255]
+            # stripes and checks cover half, dots a third; frames of two to five periods vary
+            assert 0.1 < (tone == 255).mean() < 0.8
+    # 60, 60 and 180 expected
+    assert plain > 30 and graded > 30 and two_toned > 120
+
+
+def test_every_type_takes_the_same_number_of_draws() -> None:
+    # what follows a texture in the stream must not depend on its type
+    following = {}
+    for seed in range(30):
+        draws, counted = Draws(seed), Draws(seed)
+        draw_texture(draws, 20, 20)
+        for _ in range(5):
+            counted.integer(0, 1)
+        following[seed] = draws.integer(0, 2**20) == counted.integer(0, 2**20)
+    assert all(following.values())

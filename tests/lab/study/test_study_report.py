@@ -35,20 +35,17 @@ SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches
 
 
 class Page(HTMLParser):
-    """Whether every tag is closed, all ids, and all addresses."""
+    """Whether every tag is closed, and all addresses."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.ids: list[str] = []
         self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if tag not in ("meta", "br", "img"):
             self.open.append(tag)
         for name, value in attrs:
-            if name == "id":
-                self.ids.append(value)
             if name in ("src", "href", "xlink:href"):
                 self.addresses.append(value)
 

@@ -2,8 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, Optional
@@ -28,6 +27,7 @@ VARIANTS = ("bn", "frozen_bn", "sync_bn", "gn", "gn_ws", f"gn{SPLIT}", f"gn_ws{S
 """Variants of the COCO configs; configs/README.md lists their differences."""
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{variant}_1img.yaml"
 MODES = ("plain", "channels_last", "autocast", "compile")
+SHORT_SIDES = {"cuda": 800, "cpu": 320}
 
 Batch = list[dict[str, Any]]
 
@@ -67,10 +67,11 @@ def real_batches(cfg: CfgNode, images: int, number: int) -> list[Batch]:
 
 
 def measure_steps(
-    device: str, rounds: int, warmup: int, variants: Sequence[str], batches: Sequence[int] = (1,),
-    modes: Sequence[str] = ("plain",), short_side: Optional[int] = None, opts: Sequence[str] = (),
+    device: str, rounds: int = 10, warmup: int = 2, variants: Sequence[str] = ("gn", "gn_ws", "bn"),
+    batches: Sequence[int] = (1,), modes: Sequence[str] = ("plain",),
+    short_side: Optional[int] = None, opts: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Times training steps (forward, backward, SGD) of several variants.
+    """Training steps (forward, backward, SGD) of Mask R-CNN with several variants of norm layers.
 
     All variants get the same images and proposals; the LR is 0.
 
@@ -89,7 +90,7 @@ def measure_steps(
         For each batch and mode: `facts`, the items of `time_and_memory`, and `refused`, variant ->
         reason, for those that do not run.
     """
-    short_side = short_side or _short_side(device)
+    short_side = short_side or SHORT_SIDES[device]
     for images, mode in itertools.product(batches, modes):
         actions: dict[str, Action] = {}
         refused: dict[str, str] = {}
@@ -106,14 +107,16 @@ def measure_steps(
             else:
                 actions[variant] = action
         measured = time_and_memory(actions, rounds, warmup, device)
-        yield {"facts": _facts(first, images, short_side, mode), **measured, "refused": refused}
+        depth = first.MODEL.RESNETS.DEPTH
+        facts = {"images": images, "short_side": short_side, "mode": mode, "depth": depth}
+        yield {"facts": facts, **measured, "refused": refused}
 
 
 def measure_inference(
-    device: str, rounds: int, warmup: int, short_side: Optional[int] = None,
+    device: str, rounds: int = 10, warmup: int = 2, short_side: Optional[int] = None,
     opts: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Times inference of one image at a time: GN, GN+WS folded, and GN+WS not folded.
+    """Inference of Mask R-CNN, one image at a time: GN, GN+WS folded, and GN+WS not folded.
 
     Args:
         device, rounds, warmup, short_side, opts: as for `measure_steps`.
@@ -121,7 +124,7 @@ def measure_inference(
     Yields:
         One part as from `measure_steps`, with GN first.
     """
-    short_side = short_side or _short_side(device)
+    short_side = short_side or SHORT_SIDES[device]
     cfgs = [detector_config(v, device, short_side, opts) for v in ("gn", "gn_ws")]
     batches = real_batches(cfgs[0], 1, rounds + warmup + 3)
     torch.manual_seed(0)
@@ -129,23 +132,16 @@ def measure_inference(
     folded = folded_copy(gn_ws)
     gn.load_state_dict(folded.state_dict())  # the same filters, so that all predict the same boxes
     models = {"gn": gn, "gn_ws, folded": folded, "gn_ws, not folded": gn_ws}
-    actions = {name: _inference(model, batches) for name, model in models.items()}
+    actions = {n: partial(_infer, model, itertools.cycle(batches)) for n, model in models.items()}
     measured = time_and_memory(actions, rounds, warmup, device)
-    yield {"facts": _facts(cfgs[0], 1, short_side, "plain"), **measured}
-
-
-def _short_side(device: str) -> int:
-    return 800 if device == "cuda" else 320
-
-
-def _facts(cfg: CfgNode, images: int, short_side: int, mode: str) -> dict[str, Any]:
-    depth = cfg.MODEL.RESNETS.DEPTH
-    return {"images": images, "short_side": short_side, "mode": mode, "depth": depth}
+    depth = cfgs[0].MODEL.RESNETS.DEPTH
+    facts = {"images": 1, "short_side": short_side, "mode": "plain", "depth": depth}
+    yield {"facts": facts, **measured}
 
 
 def _training_step(cfg: CfgNode, batches: list[Batch], mode: str, *, split: bool = False) -> Action:
     torch.manual_seed(0)
-    model = Trainer.build_model(cfg).train()
+    model: Any = Trainer.build_model(cfg).train()
     if split:
         for norm in use_group_norm(model).modules():
             if isinstance(norm, GroupNorm):
@@ -154,12 +150,19 @@ def _training_step(cfg: CfgNode, batches: list[Batch], mode: str, *, split: bool
     optimizer = Trainer.build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the weights stay, so all steps do the same work
-    context, scaler = _apply(mode, model, cfg.MODEL.DEVICE)
+    if mode == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    elif mode == "compile":
+        model.backbone.forward = torch.compile(model.backbone.forward, dynamic=False)
+    device, autocast = cfg.MODEL.DEVICE, mode == "autocast"
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    context = torch.autocast(device, dtype, enabled=autocast)
+    scaler = torch.amp.GradScaler("cuda") if autocast and device == "cuda" else None
     batch = itertools.cycle(batches)
 
     def step() -> None:
         torch.manual_seed(0)  # every variant samples the same proposals
-        with EventStorage(0), context():
+        with EventStorage(0), context:
             loss = sum(model(deepcopy(next(batch))).values())
         optimizer.zero_grad()
         if scaler is None:
@@ -189,29 +192,6 @@ def propose_alike(model: nn.Module) -> None:
         nn.init.zeros_(predictor.bias)
 
 
-def _inference(model: nn.Module, batches: list[Batch]) -> Action:
-    batch = itertools.cycle(batches)
-
-    def infer() -> None:
-        with torch.no_grad():
-            model(deepcopy(next(batch)))
-
-    return infer
-
-
-def _apply(
-    mode: str, model: nn.Module, device: str
-) -> tuple[Callable[[], AbstractContextManager], Optional[Any]]:
-    """Sets a mode; returns the context of the forward, and the gradient scaler if any."""
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
-    module: Any = model
-    if mode == "channels_last":
-        module.to(memory_format=torch.channels_last)
-    elif mode == "compile":
-        module.backbone.forward = torch.compile(module.backbone.forward, dynamic=False)
-    elif mode == "autocast":
-        if device == "cuda":
-            return partial(torch.autocast, "cuda", torch.float16), torch.amp.GradScaler("cuda")
-        return partial(torch.autocast, "cpu", torch.bfloat16), None
-    return nullcontext, None
+@torch.no_grad()
+def _infer(model: nn.Module, batches: Iterator[Batch]) -> None:
+    model(deepcopy(next(batches)))

@@ -19,14 +19,11 @@ from ws_detectron.layers import (
 )
 from ws_detectron.modeling import build_ws_resnet_backbone
 
-from .timing import Action, interleave, spread, time_and_memory
+from .timing import Action, interleave, time_and_memory
 
-COPY, LAYER_NORM = "copy", "layer norm, without affine"
+COPY = "copy"
 OURS = {mode: f"ws_detectron, {mode}" for mode in WS_MODES}
 TOGETHER = "ws_detectron, official, in few launches"
-STOCK_NORM, SPLIT_NORM = "nn.GroupNorm", "ws_detectron, split"
-
-Standardize = Callable[[torch.Tensor], torch.Tensor]
 
 
 def backbone_filters(depth: int, device: str) -> list[torch.Tensor]:
@@ -42,9 +39,9 @@ def backbone_filters(depth: int, device: str) -> list[torch.Tensor]:
 
 
 def measure_operation(
-    device: str, rounds: int, warmup: int, depth: int = 50
+    device: str, rounds: int = 30, warmup: int = 2, depth: int = 50
 ) -> Iterator[dict[str, Any]]:
-    """Times forward and backward over all filters, for every implementation.
+    """WS over all filters of a ResNet, forward and backward, for every implementation.
 
     Args:
         device, rounds, warmup: as for `interleave`.
@@ -57,35 +54,23 @@ def measure_operation(
     upstream = [torch.randn_like(weight) for weight in weights]
     source, target = ([w.detach().clone() for w in weights] for _ in range(2))
 
-    def both_directions(standardize_all: Callable[[], Sequence[torch.Tensor]]) -> None:
-        torch.autograd.grad(standardize_all(), weights, upstream)
+    def together() -> None:
+        torch.autograd.grad(standardize_weights(weights, 1e-5, "official"), weights, upstream)
+
+    def one_by_one(formula: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        torch.autograd.grad([formula(weight) for weight in weights], weights, upstream)
 
     # in few launches, as on a GPU one launch per filter would take longer than the copy itself
     actions: dict[str, Action] = {COPY: lambda: torch._foreach_copy_(target, source)}
-    if device == "cuda":  # as in a model
-        together = partial(standardize_weights, weights, 1e-5, "official")
-        actions[TOGETHER] = partial(both_directions, together)
-    for name, formula in formulas().items():
-        one_by_one = partial(lambda formula: [formula(weight) for weight in weights], formula)
-        actions[name] = partial(both_directions, one_by_one)
+    if device == "cuda":
+        actions[TOGETHER] = together  # as in a model
+    actions.update({name: partial(one_by_one, formula) for name, formula in FORMULAS.items()})
     facts = {
         "filters": len(weights),
         "values": sum(weight.numel() for weight in weights),
         "threads": torch.get_num_threads(),
     }
     yield {"facts": facts, **time_and_memory(actions, rounds, warmup, device)}
-
-
-def formulas() -> dict[str, Standardize]:
-    """Name -> an implementation: ours in each mode, and the torch operations of other code."""
-    return {
-        **{name: partial(standardize_weight, mode=mode) for mode, name in OURS.items()},
-        LAYER_NORM: _layer_norm,
-        "authors' operations": _as_the_authors_do,
-        "mmcv's operations": _as_mmcv_does,
-        "timm's operations": _as_timm_does,
-        "BiT's operations": _as_bit_does,
-    }
 
 
 def _layer_norm(weight: torch.Tensor) -> torch.Tensor:
@@ -119,53 +104,46 @@ def _as_bit_does(weight: torch.Tensor) -> torch.Tensor:
     return (weight - mean) / torch.sqrt(variance + 1e-10)
 
 
-def measure_group_norm(
-    device: str,
-    rounds: int,
-    warmup: int,
-    *,
-    images: Sequence[int] = (1, 2, 4, 8),
-    groups: Sequence[int] = (8, 32),
-    size: tuple[int, int] = (800, 1344),
-) -> Iterator[dict[str, Any]]:
-    """Times GN alone, forward and backward, over all features of R-50-FPN: torch's and ours.
+FORMULAS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{name: partial(standardize_weight, mode=mode) for mode, name in OURS.items()},
+    "layer norm, without affine": _layer_norm,
+    "authors' operations": _as_the_authors_do,
+    "mmcv's operations": _as_mmcv_does,
+    "timm's operations": _as_timm_does,
+    "BiT's operations": _as_bit_does,
+}
+"""Name -> an implementation: ours in each mode, and the torch operations of other code."""
+SIZE = (800, 1344)
+"""Height and width of the images whose features GN normalizes, pixels."""
+GROUP_NORMS = {"nn.GroupNorm": F.group_norm, "ws_detectron, split": split_group_norm}
+
+
+def measure_group_norm(device: str, rounds: int = 30, warmup: int = 2) -> Iterator[dict[str, Any]]:
+    """GN over all features of R-50-FPN, forward and backward: torch's and ours.
 
     Args:
         device, rounds, warmup: as for `interleave`.
-        images, groups: every combination is measured.
-        size: height and width of the images, pixels.
 
     Yields:
-        For each number of images and groups: `facts`; `seconds`, name -> seconds of each round,
-        summed over all norms of the network; and `shapes`: for each shape of features its channels,
-        height, width, number of norms, and name -> median seconds of one norm.
+        For each number of images and groups `facts`, and `seconds`, name -> seconds of each round.
     """
-    for n, g in itertools.product(images, groups):
-        seconds = {STOCK_NORM: [0.0] * rounds, SPLIT_NORM: [0.0] * rounds}
-        shapes = []
-        for channels, height, width, norms in _feature_shapes(*size):
-            x = torch.randn(n, channels, height, width, device=device, requires_grad=True)
-            weight, bias = torch.randn(2, channels, device=device).unbind()
-            tensors = [x, weight.requires_grad_(), bias.requires_grad_()]
-            upstream = torch.randn_like(x)
-            actions = {
-                STOCK_NORM: partial(_norm_both_directions, F.group_norm, g, tensors, upstream),
-                SPLIT_NORM: partial(_norm_both_directions, split_group_norm, g, tensors, upstream),
-            }
-            timed = interleave(actions, rounds, warmup, device, collect=False)
-            for name, values in timed.items():
-                seconds[name] = [s + norms * value for s, value in zip(seconds[name], values)]
-            medians = {name: spread(values)[0] for name, values in timed.items()}
-            shapes.append([channels, height, width, norms, medians])
-        facts = {"images": n, "groups": g, "height": size[0], "width": size[1]}
-        yield {"facts": facts, "seconds": seconds, "shapes": shapes}
+    for images, groups in itertools.product((1, 2, 4, 8), (8, 32)):
+        layers = []
+        for channels, h, w, number in _feature_shapes(*SIZE):
+            shapes = ((images, channels, h, w), (channels,), (channels,))
+            tensors = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+            layers += [(tensors, torch.randn_like(tensors[0]))] * number
+        actions = {n: partial(_all_norms, norm, groups, layers) for n, norm in GROUP_NORMS.items()}
+        facts = {"images": images, "groups": groups, "height": SIZE[0], "width": SIZE[1]}
+        yield {"facts": facts, "seconds": interleave(actions, rounds, warmup, device)}
 
 
-def _norm_both_directions(
-    norm: Callable, groups: int, tensors: Sequence[torch.Tensor], upstream: torch.Tensor
+def _all_norms(
+    norm: Callable, groups: int, layers: Sequence[tuple[list[torch.Tensor], torch.Tensor]]
 ) -> None:
-    x, weight, bias = tensors
-    torch.autograd.grad(norm(x, groups, weight, bias), tensors, upstream)
+    for tensors, upstream in layers:
+        x, weight, bias = tensors
+        torch.autograd.grad(norm(x, groups, weight, bias), tensors, upstream)
 
 
 def _feature_shapes(height: int, width: int) -> Iterator[tuple[int, int, int, int]]:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Action = Callable[[], object]
 
@@ -35,12 +36,7 @@ def time_and_memory(
 
 
 def interleave(
-    candidates: Mapping[str, Action],
-    rounds: int,
-    warmup: int,
-    device: str,
-    *,
-    collect: bool = True,
+    candidates: Mapping[str, Action], rounds: int, warmup: int, device: str
 ) -> dict[str, list[float]]:
     """Runs every candidate once in each round, in the order of `round_order`.
 
@@ -49,8 +45,6 @@ def interleave(
         rounds: timed runs of each.
         warmup: untimed runs of each before.
         device: `"cuda"` times with CUDA events, and waits for the GPU around each run.
-        collect: collect garbage before each run, which takes 0.2 s; otherwise garbage is not
-            collected at all.
 
     Returns:
         Name -> seconds of each round.
@@ -65,15 +59,17 @@ def interleave(
             action()
     measure = _seconds_on_cuda if device == "cuda" else _seconds
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    gc.collect()
+    gc.freeze()  # what is there now is not looked at again, which would take 0.2 s for each run
     gc.disable()
     try:
         for number in range(rounds):
-            for name in round_order(list(candidates), number) if candidates else ():
-                if collect:
-                    gc.collect()
+            for name in round_order(list(candidates), number):
+                gc.collect()
                 seconds[name].append(measure(candidates[name]))
     finally:
         gc.enable()
+        gc.unfreeze()
     return seconds
 
 
@@ -88,9 +84,9 @@ def round_order(names: Sequence[str], number: int) -> list[str]:
         names: names of the candidates.
         number: number of the round, from 0.
     """
-    first = number % len(names)
+    turns, first = divmod(number, max(len(names), 1))
     order = [*names[first:], *names[:first]]
-    return order[::-1] if number // len(names) % 2 else order
+    return order[::-1] if turns % 2 else order
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float]:
@@ -117,13 +113,11 @@ def peak_bytes(action: Action, device: str) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         action()
     with TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(path))
+        profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     changes = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
     return max(itertools.accumulate(e["args"]["Bytes"] for e in changes), default=0)
@@ -141,20 +135,18 @@ def gpu_work(action: Action) -> dict[str, float]:
         torch.cuda.synchronize()
         host.append(_seconds(action))
     torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         action()
         torch.cuda.synchronize()
-    on_gpu = [
-        event
-        for event in profile.events()
+    durations = [
+        event.time_range.elapsed_us()
+        for event in profiled.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
     ]
-    microseconds = sum(event.time_range.elapsed_us() for event in on_gpu)
     return {
-        "busy_seconds": microseconds / 1e6,
-        "launches": len(on_gpu),
+        "busy_seconds": sum(durations) / 1e6,
+        "launches": len(durations),
         "host_seconds": min(host),
     }
 

@@ -23,26 +23,24 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from iopath.common.file_io import file_lock
-from portalocker.exceptions import LockException
 from pycocotools import mask as mask_util
+from tqdm import tqdm
 
+from ws_detectron.data.images import read_rgb
 from ws_detectron.errors import UserError
 from ws_detectron.lab.cache import CACHE_VARIABLE, cache_root
+from ws_detectron.utils.locking import locked
 
 from .scene import GENERATOR_VERSION, KINDS, SPLITS, Scene, SceneSpec, make_scene, sprite_source
 from .sprites import SpriteSource
@@ -54,7 +52,7 @@ IMAGES = "images"
 FINGERPRINT = "fingerprint.json"
 # Higher levels save 10 % of the space and take 3 times as long.
 _PNG = (cv2.IMWRITE_PNG_COMPRESSION, 1)
-_REPORT_SECONDS = 10.0
+_PROGRESS_SECONDS = 10.0
 # Images per task of a worker.
 _CHUNK = 50
 _LICENSES = {
@@ -98,12 +96,11 @@ def ensure_scenes(
     if workers < 1:
         raise UserError(f"scenes: workers must be at least 1, got {workers}")
     folder = scene_folder(spec, root)
-    if find_damage(spec, folder) is None:
+    if find_damage(folder) is None:
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(str(folder)):  # the system releases it when a process is killed
-            damage = find_damage(spec, folder)
+        with locked(folder.with_name(f"{folder.name}.lock"), busy=None):
+            damage = find_damage(folder)
             if damage is not None:
                 if folder.exists():
                     logger.warning("making %s again: %s", folder, damage)
@@ -113,32 +110,19 @@ def ensure_scenes(
             f"cannot write scenes to {folder}: {error.strerror or error}. Set {CACHE_VARIABLE} to "
             "a writable folder with free space."
         ) from error
-    except LockException as error:
-        raise UserError(
-            f"cannot lock {folder}.lock: {error!r}. Another process may have held it for an hour, "
-            f"or the file system has no locks. Set {CACHE_VARIABLE} to another folder."
-        ) from error
     return folder
 
 
-def find_damage(spec: SceneSpec, folder: Path) -> Optional[str]:
-    """Why a folder is not the finished set of a spec, or None if it is.
+def find_damage(folder: Path) -> Optional[str]:
+    """Why a folder is not a finished set, or None if it is.
 
-    Checks the fingerprint and the size of each file, which takes milliseconds; reads no image.
+    Checks the size of each file, which takes milliseconds; reads no image.
     """
     path = folder / FINGERPRINT
     try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(fingerprint["files"])
-        made_from = fingerprint["generator_version"], fingerprint["spec"]
-    except FileNotFoundError:
-        return f"{path} is missing"
+        files = dict(json.loads(path.read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} cannot be read ({error})"
-    if made_from != (GENERATOR_VERSION, spec.as_dict()):
-        return f"{path} is of other parameters"
-    if len(files) != spec.num_images + 1:
-        return f"{path} lists {len(files)} files, expected {spec.num_images + 1}"
     for name, size in files.items():
         try:
             found = (folder / name).stat().st_size
@@ -149,17 +133,16 @@ def find_damage(spec: SceneSpec, folder: Path) -> Optional[str]:
     return None
 
 
-def scene_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """The COCO annotations of a scene, with `category_id` from 1.
+def scene_annotations(scene: Scene, image_id: int) -> list[dict[str, Any]]:
+    """The COCO annotations of a scene, without ids, with `category_id` from 1.
 
     Two keys are not COCO's: `full_area`, the number of pixels of the whole object, of which `area`
     are visible, and for articles `source_index`, the index in the split of Fashion-MNIST.
     """
     annotations = []
-    for number, item in enumerate(scene.objects):
+    for item in scene.objects:
         rle = mask_util.encode(np.asfortranarray(item.mask.astype(np.uint8)))
         annotation = {
-            "id": first_id + number,
             "image_id": image_id,
             "category_id": item.category + 1,
             "segmentation": {"size": list(item.mask.shape), "counts": rle["counts"].decode()},
@@ -174,87 +157,68 @@ def scene_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[s
     return annotations
 
 
-@dataclass(frozen=True)
-class _Written:
+class _Written(NamedTuple):
     """The result of writing an image."""
 
-    index: int
+    name: str
     file_size: int
     pixels: str  # SHA-256 of the image
-    annotations: list[dict[str, Any]]  # without final ids
+    annotations: list[dict[str, Any]]
 
 
-def _image_name(index: int) -> str:
-    return f"{index + 1:06d}.png"
+@lru_cache(maxsize=1)
+def _source(spec: SceneSpec) -> SpriteSource:
+    return sprite_source(spec)
 
 
-def _write_image(spec: SceneSpec, folder: Path, index: int, source: SpriteSource) -> _Written:
-    scene = make_scene(spec, index, source)
+def _write_image(spec: SceneSpec, folder: Path, index: int) -> _Written:
+    scene = make_scene(spec, index, _source(spec))
     done, packed = cv2.imencode(".png", scene.image[:, :, ::-1], _PNG)
     if not done:
         raise RuntimeError("OpenCV could not encode a PNG image")
-    (folder / IMAGES / _image_name(index)).write_bytes(packed.tobytes())
+    name = f"{index + 1:06d}.png"
+    (folder / IMAGES / name).write_bytes(packed.tobytes())
     pixels = hashlib.sha256(scene.image.tobytes()).hexdigest()
-    return _Written(index, len(packed), pixels, scene_annotations(scene, index + 1, 0))
+    return _Written(name, len(packed), pixels, scene_annotations(scene, index + 1))
 
 
-def _write_chunk(spec: SceneSpec, folder: Path, start: int) -> list[_Written]:
-    source = sprite_source(spec)
-    stop = min(start + _CHUNK, spec.num_images)
-    return [_write_image(spec, folder, index, source) for index in range(start, stop)]
-
-
-def _write_all(spec: SceneSpec, folder: Path, workers: int) -> Iterator[_Written]:
+def _write_images(spec: SceneSpec, folder: Path, workers: int) -> list[_Written]:
+    write, indices = partial(_write_image, spec, folder), range(spec.num_images)
+    progress = partial(tqdm, total=len(indices), unit="scene", mininterval=_PROGRESS_SECONDS)
     # Made here even for other workers, so that data are downloaded, or reported missing, once.
-    source = sprite_source(spec)
-    if workers == 1:
-        for index in range(spec.num_images):
-            yield _write_image(spec, folder, index, source)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        starts = range(0, spec.num_images, _CHUNK)
-        for written in pool.map(partial(_write_chunk, spec, folder), starts):
-            yield from written
+    _source(spec)
+    try:
+        if workers == 1:
+            return list(progress(map(write, indices)))
+        with ProcessPoolExecutor(workers) as pool:
+            return list(progress(pool.map(write, indices, chunksize=_CHUNK)))
+    finally:
+        _source.cache_clear()  # Fashion-MNIST takes 47 MB
 
 
 def _build(spec: SceneSpec, folder: Path, workers: int) -> None:
-    """Writes a set to a temporary folder and renames that; the caller holds the lock."""
-    for left_over in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """Writes a set to a hidden folder and renames that; the caller holds the lock."""
+    scratch = folder.with_name(f".{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
-        # mkdtemp makes folders private
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o777 & ~umask)
+        (scratch / IMAGES).mkdir(parents=True)
         _write_set(spec, scratch, workers)
         if folder.exists():
-            folder.rename(Path(tempfile.mkdtemp(prefix=scratch.name, dir=folder.parent)) / "old")
+            shutil.rmtree(folder)
         scratch.rename(folder)
     finally:
-        for left_over in folder.parent.glob(f"{scratch.name}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_set(spec: SceneSpec, folder: Path, workers: int) -> None:
-    (folder / IMAGES).mkdir()
     logger.info("making %d scenes (%s, %d pixels)", spec.num_images, spec.kind, spec.image_size)
-    begun = reported = time.monotonic()
-    results: list[_Written] = []
-    for written in _write_all(spec, folder, workers):
-        results.append(written)
-        now = time.monotonic()
-        if now - reported >= _REPORT_SECONDS:
-            reported = now
-            rate = len(results) / (now - begun)
-            left = (spec.num_images - len(results)) / rate
-            logger.info("%d of %d scenes, %.0f s to go", len(results), spec.num_images, left)
-
-    data = _coco(spec, results)
+    begun = time.monotonic()
+    written = _write_images(spec, folder, workers)
+    data = _coco(spec, written)
     text = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
     (folder / ANNOTATIONS).write_bytes(text)
-    content = [data["categories"], [r.pixels for r in results], data["annotations"]]
-    files = {f"{IMAGES}/{_image_name(r.index)}": r.file_size for r in results}
+    content = [data["categories"], [image.pixels for image in written], data["annotations"]]
+    files = {f"{IMAGES}/{image.name}": image.file_size for image in written}
     fingerprint = {
         "generator_version": GENERATOR_VERSION,
         "spec": spec.as_dict(),
@@ -265,11 +229,8 @@ def _write_set(spec: SceneSpec, folder: Path, workers: int) -> None:
     logger.info("made %d scenes in %.1f s", spec.num_images, time.monotonic() - begun)
 
 
-def _coco(spec: SceneSpec, results: list[_Written]) -> dict[str, Any]:
-    annotations: list[dict[str, Any]] = []
-    for written in results:
-        for annotation in written.annotations:
-            annotations.append({**annotation, "id": len(annotations) + 1})
+def _coco(spec: SceneSpec, written: list[_Written]) -> dict[str, Any]:
+    annotations = [annotation for image in written for annotation in image.annotations]
     return {
         "info": {
             "description": f"ws_detectron scenes: {spec.kind}, {spec.split} split",
@@ -284,15 +245,17 @@ def _coco(spec: SceneSpec, results: list[_Written]) -> dict[str, Any]:
         ],
         "images": [
             {
-                "id": written.index + 1,
-                "file_name": _image_name(written.index),
+                "id": number,
+                "file_name": image.name,
                 "height": spec.image_size,
                 "width": spec.image_size,
                 "license": 1,
             }
-            for written in results
+            for number, image in enumerate(written, start=1)
         ],
-        "annotations": annotations,
+        "annotations": [
+            {**annotation, "id": number} for number, annotation in enumerate(annotations, start=1)
+        ],
     }
 
 
@@ -309,12 +272,6 @@ def builtin_scenes() -> dict[str, SceneSpec]:
     }
 
 
-def register_builtin_scenes(root: Optional[Union[str, Path]] = None) -> None:
-    """Registers all `builtin_scenes()`; see `register_scenes`."""
-    for name, spec in builtin_scenes().items():
-        register_scenes(name, spec, root)
-
-
 def register_scenes(name: str, spec: SceneSpec, root: Optional[Union[str, Path]] = None) -> None:
     """Registers a set of scenes with detectron2 under `name`.
 
@@ -322,8 +279,7 @@ def register_scenes(name: str, spec: SceneSpec, root: Optional[Union[str, Path]]
     `json_file` in the metadata is set at once, so build the test loader before `COCOEvaluator`, as
     `DefaultTrainer.test` does, or call `ensure_scenes` first.
 
-    A second call with the same arguments is a no-op; one with another spec or root replaces the
-    first.
+    A second call with the same arguments is a no-op; one with others replaces the first.
 
     Args:
         name: for `DATASETS.TRAIN` and `DATASETS.TEST`.
@@ -337,10 +293,9 @@ def register_scenes(name: str, spec: SceneSpec, root: Optional[Union[str, Path]]
     json_file, image_root = str(folder / ANNOTATIONS), str(folder / IMAGES)
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
-        earlier = metadata.get("scene_spec")
-        if earlier is None:
+        if metadata.get("scene_spec") is None:
             raise ValueError(f"data set name {name!r} is taken by a data set that is not scenes")
-        if (earlier, metadata.get("json_file")) == (spec, json_file):
+        if metadata.json_file == json_file:
             return
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -391,3 +346,27 @@ def summarize(folder: Path) -> str:
             f"  digest    {fingerprint['digest']}",
         )
     )
+
+
+def contact_sheet(
+    name: str, records: list[dict[str, Any]], columns: int = 4, longer_side: int = 384
+) -> np.ndarray:
+    """Draws scenes with their annotated masks, boxes and classes, side by side.
+
+    Args:
+        name: of the registered data set of the records.
+        records: in detectron2's standard format.
+        columns: pictures per row.
+        longer_side: of a picture, pixels; scenes are enlarged without smoothing.
+
+    Returns:
+        (H, W, 3) uint8, RGB; the rest of the last row is white.
+    """
+    from ws_detectron.evaluation.drawing import draw_entries, tile  # loads Matplotlib
+
+    classes = dict(enumerate(MetadataCatalog.get(name).thing_classes))
+    pictures = [
+        draw_entries(read_rgb(r["file_name"]), longer_side, r["annotations"], classes)
+        for r in records
+    ]
+    return tile(pictures, columns)

@@ -1,8 +1,9 @@
-"""Drawing in integer arithmetic.
+"""Random draws and drawing, the same on every machine and with every version of every library.
 
-Exact integer comparison decides whether a pixel belongs to a mask, so the same input gives the same
-pixels with every build of every library. Drawing routines of image libraries change between
-versions and instruction sets.
+numpy guarantees that the raw output of `PCG64` and of `SeedSequence` never changes, but not the
+methods of `Generator` (NEP 19, "Random Number Generator Policy"), and drawing routines of image
+libraries change between versions and instruction sets. Scenes are therefore drawn from the raw
+output, with integer arithmetic; exact comparison decides whether a pixel belongs to a mask.
 
 Coordinates are fixed-point, `UNIT` steps per pixel; pixel (row r, column c) covers
 [c, c + 1) x [r, r + 1) pixels, with its centre at (c + 1/2, r + 1/2).
@@ -11,10 +12,11 @@ Coordinates are fixed-point, `UNIT` steps per pixel; pixel (row r, column c) cov
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import TypeVar
 
 import numpy as np
 
-from .draws import Draws
+T = TypeVar("T")
 
 UNIT = 256
 # Samples per pixel and axis; the alpha of an edge pixel has SUPERSAMPLE**2 + 1 levels.
@@ -24,6 +26,47 @@ OPAQUE = 255
 TEXTURES = ("plain", "gradient", "stripes", "checker", "dots")
 # Fractional bits of rotated texture coordinates.
 _BITS = 10
+
+
+class Draws:
+    """A stream of random draws that depends only on its seed words."""
+
+    def __init__(self, *seed_words: int) -> None:
+        """
+        Args:
+            seed_words: integers in [0, 2**32); streams with different words are independent.
+        """
+        # SeedSequence does not distinguish (1,) and (1, 0); the number of words does.
+        self._bits = np.random.PCG64(np.random.SeedSequence((len(seed_words), *seed_words)))
+
+    def integer(self, low: int, high: int) -> int:
+        """An integer in [low, high], both ends included, less than 2**31 apart.
+
+        Scaling 32 random bits makes probabilities differ by at most 2**-32.
+        """
+        return low + ((int(self._bits.random_raw()) >> 32) * (high - low + 1) >> 32)
+
+    def uniform(self, low: float, high: float) -> float:
+        """A float in [low, high), from 53 random bits."""
+        return low + (high - low) * ((int(self._bits.random_raw()) >> 11) * 2.0**-53)
+
+    def log_uniform(self, low: float, high: float) -> float:
+        """A float in [low, high) whose logarithm is uniform."""
+        return low * (high / low) ** self.uniform(0.0, 1.0)
+
+    def choice(self, items: Sequence[T]) -> T:
+        return items[self.integer(0, len(items) - 1)]
+
+    def noise(self, amplitude: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Integers in [-amplitude, amplitude], int16, `amplitude` <= 127.
+
+        Each value is made from one random byte, so probabilities differ by up to 1/256.
+        """
+        count = int(np.prod(shape))
+        words = self._bits.random_raw(-(-count // 8))
+        # "<u8": little-endian on every machine
+        octets = words.astype("<u8").view(np.uint8)[:count].reshape(shape).astype(np.uint16)
+        return ((octets * np.uint16(2 * amplitude + 1)) >> 8).astype(np.int16) - np.int16(amplitude)
 
 
 def to_fixed(points: np.ndarray) -> np.ndarray:
@@ -131,20 +174,47 @@ def enlarge(grid: np.ndarray, height: int, width: int) -> np.ndarray:
     return (tall[:, left] * (UNIT - fx) + tall[:, left + 1] * fx) // UNIT**2
 
 
-def blend(canvas: np.ndarray, colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blends `colours` over `canvas`: (a * colour + (255 - a) * canvas) / 255, rounded.
+def mix(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Colours between `first` and `second`: (s * second + (255 - s) * first) / 255, rounded.
+
+    Args:
+        first, second: (h, w, 3) or (3,) integers in [0, 255].
+        share: (h, w) uint8, of `second`.
+
+    Returns:
+        (h, w, 3) int32.
+    """
+    s = share.astype(np.int32)[:, :, None]
+    mixed = (OPAQUE - s) * np.asarray(first, np.int32) + s * np.asarray(second, np.int32)
+    return (mixed + OPAQUE // 2) // OPAQUE
+
+
+def overlap(
+    canvas: tuple[int, ...], piece: tuple[int, ...], top: int, left: int
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """The overlap of the canvas and a piece at (top, left), as slices of each."""
+    row, column = max(top, 0), max(left, 0)
+    bottom = max(min(top + piece[0], canvas[0]), row)
+    right = max(min(left + piece[1], canvas[1]), column)
+    return (
+        (slice(row, bottom), slice(column, right)),
+        (slice(row - top, bottom - top), slice(column - left, right - left)),
+    )
+
+
+def paste(canvas: np.ndarray, colour: np.ndarray, alpha: np.ndarray, top: int, left: int) -> None:
+    """Blends a piece into the canvas, in place; the part beyond its border is cropped.
 
     Args:
         canvas: (H, W, 3) uint8.
-        colours: (H, W, 3) or (3,) integers in [0, 255].
-        alpha: (H, W) uint8.
-
-    Returns:
-        (H, W, 3) uint8.
+        colour: (h, w, 3) or (3,) integers in [0, 255].
+        alpha: (h, w) uint8.
+        top: canvas row of the piece's first row, may be negative.
+        left: canvas column of the piece's first column, may be negative.
     """
-    a = alpha.astype(np.int32)[:, :, None]
-    mixed = a * colours.astype(np.int32) + (OPAQUE - a) * canvas.astype(np.int32)
-    return ((mixed + OPAQUE // 2) // OPAQUE).astype(np.uint8)
+    inside, piece = overlap(canvas.shape[:2], alpha.shape, top, left)
+    colour = colour[piece] if colour.ndim == 3 else colour
+    canvas[inside] = mix(canvas[inside], colour, alpha[piece])
 
 
 def draw_texture(draws: Draws, height: int, width: int) -> np.ndarray:

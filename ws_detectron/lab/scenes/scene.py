@@ -13,18 +13,20 @@ from typing import Any, Optional
 import numpy as np
 
 from ws_detectron.errors import UserError
-from ws_detectron.lab.fashion_mnist.files import FASHION_CLASSES
 
-from .backgrounds import (
-    add_grain,
-    draw_background,
-    draw_distractor,
+from .raster import (
+    OPAQUE,
+    UNIT,
+    Draws,
+    draw_texture,
+    enlarge,
     mix,
     overlap,
     paste,
+    polygon_alpha,
+    to_fixed,
 )
-from .draws import Draws
-from .sprites import SHAPE_CLASSES, FashionSprites, ShapeSprites, Sprite, SpriteSource
+from .sprites import FashionSprites, ShapeSprites, Sprite, SpriteSource, draw_colour
 
 # Part of the fingerprint of every set: raise it with any change to pixels or annotations.
 GENERATOR_VERSION = 7
@@ -44,6 +46,8 @@ _BY_SIZE: tuple[tuple[int, tuple[int, int], float, int, int], ...] = (
     (256, (2, 8), 0.8, 2000, 200),
     (0, (3, 6), 0.9, 2000, 200),
 )
+# Larger images get coarser grain, so that their files do not consist of noise.
+_FINE_GRAIN = 256
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class SceneSpec:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return SHAPE_CLASSES if self.kind == "shapes" else FASHION_CLASSES
+        return ShapeSprites.classes if self.kind == "shapes" else FashionSprites.classes
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -164,13 +168,6 @@ class Scene:
     objects: list[SceneObject]  # from back to front
 
 
-@dataclass
-class _Placed:
-    sprite: Sprite
-    full_area: int
-    visible: int
-
-
 def sprite_source(spec: SceneSpec) -> SpriteSource:
     """The source of a spec's sprites.
 
@@ -190,12 +187,7 @@ def make_scene(spec: SceneSpec, index: int, source: SpriteSource) -> Scene:
         spec: parameters of the set.
         index: of the scene, in [0, num_images).
         source: as returned by `sprite_source(spec)`.
-
-    Raises:
-        ValueError: index out of range.
     """
-    if not 0 <= index < spec.num_images:
-        raise ValueError(f"index must be in [0, {spec.num_images}), got {index}")
     draws = Draws(
         GENERATOR_VERSION, spec.seed, KINDS.index(spec.kind), SPLITS.index(spec.split), index
     )
@@ -205,60 +197,131 @@ def make_scene(spec: SceneSpec, index: int, source: SpriteSource) -> Scene:
         draw_distractor(draws, canvas)
 
     owner = np.zeros((size, size), dtype=np.uint8)  # 0: background, n: the n-th object placed
-    placed: list[_Placed] = []
+    placed: list[Sprite] = []
+    full = visible = np.zeros(0, np.int64)  # pixels of each
     for _ in range(draws.integer(*spec.objects)):
         side = math.floor(size * draws.log_uniform(*spec.object_scale) + 0.5)
         sprite = source.draw(draws, side)
-        position = _find_position(draws, sprite, owner, placed, spec.min_visible)
+        position = _find_position(draws, sprite.mask, owner, full, visible, spec.min_visible)
         if position is None:
             continue
         top, left = position
         inside, piece = overlap(owner.shape, sprite.alpha.shape, top, left)
         backdrop = canvas[inside].reshape(-1, 3).sum(axis=0, dtype=np.int64)
         red, green, blue = (int(s) // canvas[inside][:, :, 0].size for s in backdrop)
-        first, second = source.palette(draws, (red, green, blue))
-        paste(canvas, mix(first, second, sprite.tone), sprite.alpha, top, left)
+        dark, bright = map(np.array, source.palette(draws, (red, green, blue)))
+        paste(canvas, mix(dark, bright, sprite.tone), sprite.alpha, top, left)
 
-        mask = sprite.mask
-        hidden = np.bincount(owner[inside][mask[piece]], minlength=len(placed) + 1)
-        for number, earlier in enumerate(placed, start=1):
-            earlier.visible -= int(hidden[number])
-        owner[inside][mask[piece]] = len(placed) + 1
-        placed.append(_Placed(sprite, int(mask.sum()), int(mask[piece].sum())))
+        placed.append(sprite)
+        shown = sprite.mask[piece]
+        visible = np.append(visible - _hidden(owner[inside][shown], len(visible)), shown.sum())
+        full = np.append(full, sprite.mask.sum())
+        owner[inside][shown] = len(placed)
 
     image = add_grain(draws, canvas, spec.noise)
     objects = [
-        SceneObject(p.sprite.category, owner == number, p.full_area, p.sprite.source_index)
-        for number, p in enumerate(placed, start=1)
+        SceneObject(sprite.category, owner == number, int(area), sprite.source_index)
+        for number, (sprite, area) in enumerate(zip(placed, full), start=1)
     ]
     return Scene(image, objects)
 
 
 def _find_position(
-    draws: Draws, sprite: Sprite, owner: np.ndarray, placed: list[_Placed], min_visible: float
+    draws: Draws,
+    mask: np.ndarray,
+    owner: np.ndarray,
+    full: np.ndarray,
+    visible: np.ndarray,
+    min_visible: float,
 ) -> Optional[tuple[int, int]]:
-    """Row and column of the sprite's top left corner; None if all positions tried are rejected.
+    """Row and column of a sprite's top left corner; None if all positions tried are rejected.
 
     The first object always gets a position.
     """
-    mask = sprite.mask
     height, width = mask.shape
-    full_area = int(mask.sum())
     over_y, over_x = int(height * _OVERHANG), int(width * _OVERHANG)
     for _ in range(_TRIES):
         top = draws.integer(-over_y, max(len(owner) - height, 0) + over_y)
         left = draws.integer(-over_x, max(len(owner) - width, 0) + over_x)
         inside, piece = overlap(owner.shape, mask.shape, top, left)
         shown = mask[piece]
-        if shown.sum() < min_visible * full_area:
-            continue
-        hidden = np.bincount(owner[inside][shown], minlength=len(placed) + 1)
-        if all(
-            earlier.visible - hidden[number] >= min_visible * earlier.full_area
-            for number, earlier in enumerate(placed, start=1)
-        ):
+        left_visible = visible - _hidden(owner[inside][shown], len(visible))
+        if shown.sum() >= min_visible * mask.sum() and (left_visible >= min_visible * full).all():
             return top, left
-    if placed:
+    if len(full):
         return None
     # No image is empty: an object that fits nowhere is centred.
     return (len(owner) - height) // 2, (len(owner) - width) // 2
+
+
+def _hidden(covered: np.ndarray, count: int) -> np.ndarray:
+    """Number of pixels that each of the objects placed has among `covered` ones of `owner`."""
+    return np.bincount(covered, minlength=count + 1)[1:]
+
+
+def draw_background(draws: Draws, size: int) -> np.ndarray:
+    """A smooth gradient of similar colours, (size, size, 3) uint8."""
+    rows, columns = draws.integer(2, 5), draws.integer(2, 5)
+    base = draw_colour(draws)
+    grid = np.array(base, dtype=np.int16) + draws.noise(60, (rows, columns, 3))
+    return enlarge(np.clip(grid, 0, 255), size, size).astype(np.uint8)
+
+
+def draw_distractor(draws: Draws, canvas: np.ndarray) -> None:
+    """Draws something that is not annotated, in place.
+
+    A thin line, a soft blob of one colour, or a soft patch of texture; none has the hard closed
+    outline of an object.
+    """
+    size = len(canvas)
+    kind = draws.choice(("line", "blob", "patch"))
+    if kind == "line":
+        colour = np.array(draw_colour(draws))
+        alpha, top, left = _line(draws, size)
+    else:
+        height = max(4, int(size * draws.uniform(0.08, 0.35)))
+        width = max(4, int(size * draws.uniform(0.08, 0.35)))
+        top, left = draws.integer(-height // 2, size), draws.integer(-width // 2, size)
+        alpha = _soft_ellipse(height, width)
+        colour, second = np.array(draw_colour(draws)), np.array(draw_colour(draws))
+        if kind == "patch":
+            colour = mix(colour, second, draw_texture(draws, height, width))
+    paste(canvas, colour, alpha, top, left)
+
+
+def add_grain(draws: Draws, canvas: np.ndarray, amplitude: int) -> np.ndarray:
+    """A new image with uniform noise of up to `amplitude` grey levels in each channel.
+
+    A grain is 1 pixel wide in images of up to 511 pixels, then 2 pixels, from 768 on 3, ...
+    """
+    size = len(canvas)
+    grain = max(1, size // _FINE_GRAIN)
+    cells = -(-size // grain)
+    noise = draws.noise(amplitude, (cells, cells, 3))
+    noise = noise.repeat(grain, axis=0).repeat(grain, axis=1)[:size, :size]
+    return np.clip(canvas.astype(np.int16) + noise, 0, 255).astype(np.uint8)
+
+
+def _line(draws: Draws, size: int) -> tuple[np.ndarray, int, int]:
+    """A straight line, 1 to 2.5 % of the image size and at least 1 pixel wide: alpha, top, left."""
+    x, y = draws.uniform(0, size), draws.uniform(0, size)
+    length = size * draws.uniform(0.2, 0.9)
+    half = max(1.0, size * draws.uniform(0.01, 0.025)) / 2
+    angle = draws.uniform(0.0, 2 * math.pi)
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-along[1], along[0]]) * half
+    end = np.array([x, y]) + along * length
+    corners = to_fixed(np.array([[x, y] - across, [x, y] + across, end + across, end - across]))
+    left, top = (int(low) // UNIT for low in corners.min(axis=0))
+    width, height = (
+        -(-int(high) // UNIT) - low for high, low in zip(corners.max(axis=0), (left, top))
+    )
+    return polygon_alpha([corners - np.array([left, top]) * UNIT], height, width), top, left
+
+
+def _soft_ellipse(height: int, width: int) -> np.ndarray:
+    """Alpha that falls from 255 in the centre to 0 at an upright ellipse that fills the frame."""
+    y = (2 * np.arange(height, dtype=np.int64) + 1 - height)[:, None]
+    x = (2 * np.arange(width, dtype=np.int64) + 1 - width)[None, :]
+    away = y * y * OPAQUE // height**2 + x * x * OPAQUE // width**2
+    return np.maximum(OPAQUE - away, 0).astype(np.uint8)

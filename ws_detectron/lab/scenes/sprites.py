@@ -2,16 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Optional, Protocol, Union
+from typing import Optional, Union
 
 import cv2
 import numpy as np
 
 from ws_detectron.lab.fashion_mnist.files import FASHION_CLASSES, load_fashion_mnist
 
-from .draws import Draws
-from .raster import OPAQUE, UNIT, draw_texture, polygon_alpha, resample, to_fixed
+from .raster import OPAQUE, UNIT, Draws, draw_texture, polygon_alpha, resample, to_fixed
 
 Colour = tuple[int, int, int]
 # A pixel belongs to the object if the object covers at least half of it.
@@ -31,20 +29,6 @@ class Sprite:
     def mask(self) -> np.ndarray:
         """(h, w) bool, the pixels of the whole object."""
         return self.alpha >= MASK_THRESHOLD
-
-
-class SpriteSource(Protocol):
-    """Draws the sprites of a data set."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the categories."""
-
-    def draw(self, draws: Draws, size: int) -> Sprite:
-        """A random sprite whose longer side is about `size` pixels."""
-
-    def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
-        """The colours for tone 0 and 255, which contrast with the mean colour behind the sprite."""
 
 
 def distance(a: Colour, b: Colour) -> int:
@@ -77,19 +61,12 @@ def draw_colour(draws: Draws, *apart_from: Colour, gap: int = 140, darkest: int 
 
 
 def trim(alpha: np.ndarray, *planes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Crops `alpha` and planes of its shape to the extent of its nonzero pixels.
-
-    Raises:
-        ValueError: alpha is zero everywhere.
-    """
+    """Crops `alpha` and planes of its shape to the extent of its nonzero pixels."""
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
-    if not len(rows):
-        raise ValueError("the sprite has no pixels")
     window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     return tuple(np.ascontiguousarray(plane[window]) for plane in (alpha, *planes))
 
 
-SHAPE_CLASSES = ("circle", "ring", "triangle", "bar", "cross", "arch")
 # Corners of the polygon for a circle: at a radius of 150 pixels they differ by at most 0.2 pixels.
 _ROUND = 64
 # Largest ratio of the axes: a larger one would make classes ambiguous.
@@ -102,8 +79,8 @@ _TILT = math.pi / 6
 _EDGE, _SHADE, _FAINT_EDGE = 170, 60, 110
 
 
-def _disc(radius: float) -> np.ndarray:
-    angles = 2 * math.pi * np.arange(_ROUND) / _ROUND
+def _disc(radius: float, corners: int = _ROUND, start: float = 0.0) -> np.ndarray:
+    angles = np.arange(corners) * (2 * math.pi / corners) + start
     return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
@@ -121,40 +98,30 @@ def _cross() -> np.ndarray:
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
 
 
-def outline(name: str) -> list[np.ndarray]:
-    """The polygons of a shape in the unit circle, (V, 2) floats each; the second is a hole.
-
-    Raises:
-        ValueError: there is no such shape.
-    """
-    if name == "circle":
-        return [_disc(1.0)]
-    if name == "ring":
-        return [_disc(1.0), _disc(0.5)]
-    if name == "triangle":
-        angles = np.arange(3) * (2 * math.pi / 3) - math.pi / 2  # one corner up
-        return [np.stack([np.cos(angles), np.sin(angles)], axis=1)]
-    if name == "bar":
-        return [np.array([(1.0, 0.5), (-1.0, 0.5), (-1.0, -0.5), (1.0, -0.5)])]
-    if name == "cross":
-        return [_cross()]
-    if name == "arch":
-        return [_arch()]
-    raise ValueError(f"shape must be one of {SHAPE_CLASSES}, got {name!r}")
+# Name -> polygons in the unit circle, (V, 2) floats each; the second is a hole.
+OUTLINES = {
+    "circle": [_disc(1.0)],
+    "ring": [_disc(1.0), _disc(0.5)],
+    "triangle": [_disc(1.0, 3, -math.pi / 2)],  # one corner up
+    "bar": [np.array([(1.0, 0.5), (-1.0, 0.5), (-1.0, -0.5), (1.0, -0.5)])],
+    "cross": [_cross()],
+    "arch": [_arch()],
+}
 
 
 class ShapeSprites:
     """Shapes of all classes, with equal probability."""
 
-    classes = SHAPE_CLASSES
+    classes = tuple(OUTLINES)
 
     def draw(self, draws: Draws, size: int) -> Sprite:
+        """A random sprite whose longer side is about `size` pixels."""
         category = draws.integer(0, len(self.classes) - 1)
         stretch = draws.log_uniform(1 / _STRETCH, _STRETCH)
         angle = draws.uniform(-_TILT, _TILT)
         cosine, sine = math.cos(angle), math.sin(angle)
         turn = np.array([[cosine * stretch, sine * stretch], [-sine, cosine]])
-        polygons = [polygon @ turn for polygon in outline(self.classes[category])]
+        polygons = [polygon @ turn for polygon in OUTLINES[self.classes[category]]]
 
         low = polygons[0].min(axis=0)
         scale = size / (polygons[0].max(axis=0) - low).max()
@@ -166,6 +133,7 @@ class ShapeSprites:
         return Sprite(category, alpha, tone)
 
     def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
+        """The colours for tone 0 and 255, which contrast with the mean colour behind the sprite."""
         first = draw_colour(draws, backdrop, gap=_EDGE)
         second = first
         for _ in range(8):
@@ -218,25 +186,19 @@ def article_mask(grey: np.ndarray) -> Optional[np.ndarray]:
 
 
 class FashionSprites:
-    """Articles of one split, tinted, scaled and rotated by up to 20 degrees."""
+    """Articles of one split, tinted, scaled and rotated by up to 20 degrees; as `ShapeSprites`."""
 
     classes = FASHION_CLASSES
 
-    def __init__(self, split: str, folder: Optional[Union[str, Path]] = None) -> None:
+    def __init__(self, split: str) -> None:
         """
         Args:
             split: `"train"`: the 60,000 training articles; `"val"`: the 10,000 test articles.
-            folder: see `load_fashion_mnist`.
 
         Raises:
             UserError: Fashion-MNIST is missing or damaged.
-            ValueError: there is no such split.
         """
-        if split not in _ARTICLES:
-            raise ValueError(f"split must be 'train' or 'val', got {split!r}")
-        images, labels = load_fashion_mnist(_ARTICLES[split], folder)
-        self._images = images
-        self._labels = labels
+        self._images, self._labels = load_fashion_mnist(_ARTICLES[split])
 
     def draw(self, draws: Draws, size: int) -> Sprite:
         mask = None
@@ -250,6 +212,9 @@ class FashionSprites:
     def palette(self, draws: Draws, backdrop: Colour) -> tuple[Colour, Colour]:
         red, green, blue = tint = draw_colour(draws, backdrop, darkest=330)
         return (red // 4, green // 4, blue // 4), tint
+
+
+SpriteSource = Union[ShapeSprites, FashionSprites]
 
 
 def _rotate(mask: np.ndarray, grey: np.ndarray, size: int, angle: float) -> tuple[np.ndarray, ...]:

@@ -1,7 +1,7 @@
 """Study files: the variants, batches and seeds that are compared, and how."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -25,17 +25,6 @@ DECIDED = (
     "OUTPUT_DIR",
     "SEED",
 )
-ALLOWED = {
-    "batches": "a list of different whole numbers, each 1 or more",
-    "seeds": "a list of different whole numbers, each 0 or more",
-    "images": "1 or more",
-    "processes": "1 or more",
-    "evaluations": "1 or more",
-    "device": "cpu, cuda",
-    "checkpoints": "all, last, none",
-    "comparisons": "a list of pairs of variants",
-    "search": "`grid` (config key -> values), `images`, `batches`, `seed`, `overrides`",
-}
 
 
 @dataclass
@@ -97,6 +86,29 @@ class Study:
         return "images per process" if self.processes > 1 else "images per step"
 
 
+# Key -> what is allowed, and whether a study keeps to it
+RULES: dict[str, tuple[str, Callable[[Study], bool]]] = {
+    "batches": (
+        "a list of different whole numbers, each 1 or more",
+        lambda study: _different(study.batches, 1),
+    ),
+    "seeds": (
+        "a list of different whole numbers, each 0 or more",
+        lambda study: _different(study.seeds, 0),
+    ),
+    "images": ("1 or more", lambda study: study.images is None or study.images > 0),
+    "processes": ("1 or more", lambda study: study.processes > 0),
+    "evaluations": ("1 or more", lambda study: study.evaluations is None or study.evaluations > 0),
+    "device": ("cpu, cuda", lambda study: study.device in ("cpu", "cuda")),
+    "checkpoints": ("all, last, none", lambda s: s.checkpoints in ("all", "last", "none")),
+    "comparisons": ("a list of pairs of variants", lambda study: _are_pairs(study)),
+    "search": (
+        "`grid` (config key -> values), `images`, `batches`, `seed`, `overrides`",
+        lambda study: study.search is None or _can_search(study.search),
+    ),
+}
+
+
 def read_study(path: Union[str, Path]) -> Study:
     """Reads and checks a study file.
 
@@ -121,6 +133,9 @@ def read_study(path: Union[str, Path]) -> Study:
         if study.comparisons is None:
             baseline, *others = study.variants or [""]
             study.comparisons = [[name, baseline] for name in others]
+        if study.search:
+            grid = study.search.grid.items()
+            study.search.grid = {key: [*map(_number, values)] for key, values in grid}
         _check(study)
     except OmegaConfBaseException as error:
         raise ConfigError(f"study file {path}: {_explain(error, content)}") from error
@@ -142,8 +157,8 @@ def _explain(error: OmegaConfBaseException, content: dict[Any, Any]) -> str:
         return f"`{key}` is missing"
     top = key.partition(".")[0].partition("[")[0]
     found = f"`{top}` is {shown(repr(content.get(top)), 200)}"
-    if top in ALLOWED:
-        return f"{found}; allowed: {ALLOWED[top]}"
+    if top in RULES:
+        return f"{found}; allowed: {RULES[top][0]}"
     return f"{found}: {str(error).splitlines()[0]}"
 
 
@@ -151,24 +166,10 @@ def _check(study: Study) -> None:
     """Checks what types do not say; raises ConfigError."""
     if not study.variants:
         raise ConfigError("`variants` is empty; name at least one")
-    names = [*study.variants]
-    valid = {
-        "batches": _different(study.batches, 1),
-        "seeds": _different(study.seeds, 0),
-        "images": study.images is None or study.images > 0,
-        "processes": study.processes > 0,
-        "evaluations": study.evaluations is None or study.evaluations > 0,
-        "device": study.device in ("cpu", "cuda"),
-        "checkpoints": study.checkpoints in ("all", "last", "none"),
-        "comparisons": all(
-            len(pair) == 2 and all(name in names for name in pair)
-            for pair in study.comparisons or ()
-        ),
-    }
-    for key, is_valid in valid.items():
-        if not is_valid:
-            allowed = f"{ALLOWED[key]} {', '.join(names) if key == 'comparisons' else ''}"
-            raise ConfigError(f"`{key}` is {getattr(study, key)!r}; allowed: {allowed}")
+    for key, (allowed, is_valid) in RULES.items():
+        if not is_valid(study):
+            names = f" {', '.join(study.variants)}" if key == "comparisons" else ""
+            raise ConfigError(f"`{key}` is {getattr(study, key)!r}; allowed: {allowed}{names}")
     overridden: Values = dict(study.overrides)
     for name, variant in study.variants.items():
         if not name.replace("_", "").replace("-", "").isalnum():
@@ -182,10 +183,7 @@ def _check(study: Study) -> None:
                     f"{study.seeds} at batches of {study.batches}"
                 )
         overridden.update(variant.overrides)
-    searched: Values = {}
-    if study.search:
-        _check_search(study.search)
-        searched = {**study.search.grid, **study.search.overrides}
+    searched = {**study.search.grid, **study.search.overrides} if study.search else {}
     for key in DECIDED:
         if key in overridden or key in searched:
             raise ConfigError(f"{key} is overridden, which the study sets for every run")
@@ -213,13 +211,17 @@ def _check(study: Study) -> None:
             raise ConfigError(f"`{key}` has no effect on variants with {kind}; remove it")
 
 
-def _check_search(search: Search) -> None:
-    if not search.grid or search.images < 1 or search.seed < 0 or not _different(search.batches, 1):
-        raise ConfigError(f"`search` is {search}; allowed: {ALLOWED['search']}")
-    for key, values in search.grid.items():
-        search.grid[key] = values = [_number(value) for value in values]
-        if not values or any(value in values[:i] for i, value in enumerate(values)):
-            raise ConfigError(f"`search`: `grid` has {key}: {values}; allowed: different values")
+def _are_pairs(study: Study) -> bool:
+    names, pairs = [*study.variants], study.comparisons or ()
+    return all(len(pair) == 2 and all(name in names for name in pair) for pair in pairs)
+
+
+def _can_search(search: Search) -> bool:
+    """Whether it has what is needed, and no value twice."""
+    grids = search.grid.values()
+    different = all(values.index(value) == i for values in grids for i, value in enumerate(values))
+    counted = search.images > 0 and search.seed >= 0 and _different(search.batches, 1)
+    return bool(grids) and all(grids) and different and counted
 
 
 def _different(values: Sequence[int], least: int) -> bool:

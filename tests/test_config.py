@@ -6,8 +6,8 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 
 from ws_detectron import add_ws_config
+from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
-from ws_detectron.modeling import WSSettings
 
 
 def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None:

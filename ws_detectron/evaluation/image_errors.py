@@ -1,4 +1,4 @@
-"""Types of detection errors, counted.
+"""AP and types of detection errors of single images.
 
 The types are those of D. Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
 Errors", ECCV 2020, arXiv:2008.08115, section 2.2, assigned in the order of the authors' code
@@ -6,6 +6,8 @@ Errors", ECCV 2020, arXiv:2008.08115, section 2.2, assigned in the order of the 
 errors among predictions above a score threshold.
 """
 
+import contextlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from .coco_eval import IdMap, coco_truth
+from .coco_eval import NumberedSet
 
 FOREGROUND = 0.5  # minimum IoU of a match; t_f in the paper
 BACKGROUND = 0.1  # maximum IoU of a prediction on background; t_b
@@ -33,6 +36,65 @@ ERRORS = {
     BOTH: f"IoU of {BACKGROUND} to {FOREGROUND} with an object of another class",
     ON_BACKGROUND: f"IoU of at most {BACKGROUND} with any object",
 }
+
+
+def image_ap(
+    annotations: dict[str, Any], predictions: Sequence[dict[str, Any]], task: str
+) -> dict[Any, float]:
+    """AP of each image.
+
+    Predictions are matched to objects of their class by COCO's rules (pycocotools, at most 100 per
+    class, crowds ignored). AP is the area under one precision-recall curve of all classes together,
+    interpolated at 101 recalls as in COCO, averaged over the IoU thresholds 0.50, 0.55, ..., 0.95.
+    COCO's mean over classes would ignore predictions of classes that are not in the image.
+
+    Args:
+        annotations: as returned by `load_annotations`.
+        predictions: checked by `check_predictions`.
+        task: "bbox" or "segm".
+
+    Returns:
+        Image id -> AP in %; without the images that have no object except crowds.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        numbered = NumberedSet(annotations, masks=task == "segm", coco_class=COCO)
+        evaluation = COCOeval(numbered.truth, numbered.results(predictions, task), task)
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+    by_image = defaultdict(list)
+    for match in evaluation.evalImgs:
+        if match is not None:
+            by_image[match["image_id"]].append(match)
+    ap = {}
+    for number, image_id in enumerate(numbered.image_ids, start=1):
+        matches = by_image[number]
+        objects = sum(int(np.sum(~np.asarray(m["gtIgnore"], dtype=bool))) for m in matches)
+        if objects:
+            ap[image_id] = 100 * _average_precision(matches, objects, evaluation.params.recThrs)
+    return ap
+
+
+def _average_precision(matches: list[dict[str, Any]], objects: int, recalls: np.ndarray) -> float:
+    """AP over all classes of an image, 0 to 1.
+
+    Args:
+        matches: from COCOeval, for each class: `dtScores` (D,), `dtMatches` and `dtIgnore` (T, D).
+        objects: number of ground-truth objects.
+        recalls: (R,) at which precision is interpolated.
+    """
+    order = np.argsort(-np.concatenate([m["dtScores"] for m in matches]), kind="mergesort")
+    matched, ignored = (
+        np.concatenate([match[key] for match in matches], axis=1)[:, order] > 0
+        for key in ("dtMatches", "dtIgnore")
+    )
+    values = []
+    for hit, skip in zip(matched, ignored):
+        hits = np.cumsum(hit & ~skip)
+        precision = hits / np.maximum(np.cumsum(~skip), 1)
+        best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
+        index = np.searchsorted(hits / objects, recalls, side="left")
+        values.append(float(np.append(best_from_here, 0.0)[index].mean()))
+    return float(np.mean(values))
 
 
 def classify_predictions(
@@ -59,11 +121,11 @@ def classify_predictions(
     types = []
     for overlaps in own:
         candidates = np.where(free, overlaps, 0.0)
-        hit = bool(candidates.size) and candidates.max() >= FOREGROUND
+        hit = candidates.max(initial=0.0) >= FOREGROUND
         if hit:
             free[candidates.argmax()] = False
         types.append(CORRECT if hit else "")
-    touched = ~free
+    missed = free.copy()
     for number, error_type in enumerate(types):
         if error_type:
             continue
@@ -73,17 +135,17 @@ def classify_predictions(
             types[number] = IGNORED
         elif BACKGROUND <= best_own < FOREGROUND:
             types[number] = LOCALIZATION
-            touched[own[number].argmax()] = True
+            missed[own[number].argmax()] = False
         elif best_other >= FOREGROUND:
             types[number] = WRONG_CLASS
-            touched[other[number].argmax()] = True
+            missed[other[number].argmax()] = False
         elif best_own >= FOREGROUND:
             types[number] = DUPLICATE
         elif best_other <= BACKGROUND:
             types[number] = ON_BACKGROUND
         else:
             types[number] = BOTH
-    return types, ~touched
+    return types, missed
 
 
 def count_errors(
@@ -96,7 +158,7 @@ def count_errors(
 
     Args:
         annotations: as returned by `load_annotations`.
-        predictions: as returned by `load_predictions`, with ids and masks checked.
+        predictions: checked by `check_predictions`.
         task: "bbox" for the IoU of boxes, "segm" for that of masks.
         score_threshold: predictions below it are skipped; of the others, the best
             `MAX_DETECTIONS` of an image are used.
@@ -104,18 +166,14 @@ def count_errors(
     Returns:
         `CORRECT`, then each of `ERRORS` in order -> count.
     """
-    ids = IdMap.from_annotations(annotations)
-    truth = coco_truth(COCO, annotations, ids, masks=task == "segm")
-    found: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
-    for entry in predictions:
-        if entry["score"] >= score_threshold:
-            found[ids.images[entry["image_id"]]].append(ids.renumber(entry))
-
+    numbered = NumberedSet(annotations, masks=task == "segm", coco_class=COCO)
+    kept = [entry for entry in predictions if entry["score"] >= score_threshold]
+    found, truth = numbered.results(kept, task).imgToAnns, numbered.truth.imgToAnns
     counts: Counter[str] = Counter()
-    for image in truth.dataset["images"]:
-        best = sorted(found[image["id"]], key=lambda entry: -entry["score"])[:MAX_DETECTIONS]
-        crowds = [a for a in truth.imgToAnns[image["id"]] if a.get("iscrowd")]
-        single = [a for a in truth.imgToAnns[image["id"]] if not a.get("iscrowd")]
+    for number in range(1, len(numbered.image_ids) + 1):
+        best = sorted(found[number], key=lambda entry: -entry["score"])[:MAX_DETECTIONS]
+        crowds = [a for a in truth[number] if a.get("iscrowd")]
+        single = [a for a in truth[number] if not a.get("iscrowd")]
         on_crowd = (_ious(best, crowds, task) > FOREGROUND) & _same_class(best, crowds)
         types, missed = classify_predictions(
             _ious(best, single, task), _same_class(best, single), on_crowd.any(axis=1)
@@ -125,17 +183,33 @@ def count_errors(
     return {name: counts[name] for name in (CORRECT, *ERRORS)}
 
 
+def _ious(
+    predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]], task: str
+) -> np.ndarray:
+    """(D, G) IoU of masks or boxes; for crowds, the fraction of the prediction on the crowd."""
+    key = "segmentation" if task == "segm" else "bbox"
+    groups = ([entry[key] for entry in group] for group in (predictions, objects))
+    ious = mask_util.iou(*groups, [int(bool(entry.get("iscrowd"))) for entry in objects])
+    return np.reshape(ious, (len(predictions), len(objects)))
+
+
+def _same_class(
+    predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]]
+) -> np.ndarray:
+    found, true = ([entry["category_id"] for entry in group] for group in (predictions, objects))
+    return np.reshape(found, (-1, 1)) == np.reshape(true, (1, -1))
+
+
 def draw_errors(counts: dict[str, int], title: str) -> Figure:
     """A bar chart of the counts: correct predictions and each error type."""
     figure = Figure(figsize=(6.4, 3.0), layout="constrained")
     axes = figure.subplots()
-    names = list(counts)
     bars = axes.barh(
-        names,
-        [counts[name] for name in names],
-        color=["white" if name == CORRECT else "0.6" for name in names],
+        list(counts),
+        list(counts.values()),
+        color=["white" if name == CORRECT else "0.6" for name in counts],
         edgecolor="black",
-        hatch=["//" if name == CORRECT else "" for name in names],
+        hatch=["//" if name == CORRECT else "" for name in counts],
         height=0.7,
     )
     axes.bar_label(bars, padding=3)
@@ -145,24 +219,3 @@ def draw_errors(counts: dict[str, int], title: str) -> Figure:
     axes.set_title(title, fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _ious(
-    predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]], task: str
-) -> np.ndarray:
-    """(D, G) IoU of masks or boxes; for crowds, the fraction of the prediction on the crowd."""
-    if not predictions or not objects:
-        return np.zeros((len(predictions), len(objects)))
-    crowd = [int(bool(annotation.get("iscrowd"))) for annotation in objects]
-    if task == "segm":
-        masks = ([entry["segmentation"] for entry in group] for group in (predictions, objects))
-        return np.asarray(mask_util.iou(*masks, crowd))
-    boxes = (np.array([entry["bbox"] for entry in g], float) for g in (predictions, objects))
-    return np.asarray(mask_util.iou(*boxes, crowd))
-
-
-def _same_class(
-    predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]]
-) -> np.ndarray:
-    classes = [np.array([e["category_id"] for e in group], int) for group in (predictions, objects)]
-    return classes[0][:, None] == classes[1][None, :]

@@ -1,12 +1,11 @@
 import pytest
 from weight_samples import mmdet_keys, torchvision_keys
 
-from ws_detectron.checkpoint.architecture import ResNetArchitecture
-from ws_detectron.checkpoint.layouts import (
-    caffe2_body_key,
+from ws_detectron.checkpoint.sources import (
+    caffe2_key,
     mmdet_key,
     to_mmdet_key,
-    torchvision_body_key,
+    torchvision_key,
 )
 
 
@@ -37,7 +36,7 @@ from ws_detectron.checkpoint.layouts import (
 )
 def test_mmdet_keys_both_ways(theirs: str, ours: str) -> None:
     assert mmdet_key(theirs) == ours
-    assert to_mmdet_key(ours, "gn") == theirs
+    assert to_mmdet_key["gn"](ours) == theirs
 
 
 def test_every_key_of_a_detector_maps_back_to_itself() -> None:
@@ -45,14 +44,14 @@ def test_every_key_of_a_detector_maps_back_to_itself() -> None:
     ours = {key: mmdet_key(key) for key in keys}
     assert None not in ours.values()
     assert len(set(ours.values())) == len(keys)
-    assert {to_mmdet_key(str(key), "gn") for key in ours.values()} == set(keys)
+    assert {to_mmdet_key["gn"](str(key)) for key in ours.values()} == set(keys)
 
 
 def test_bn_names_come_back_as_bn() -> None:
-    for key in torchvision_keys(ResNetArchitecture(50), "bn"):
+    for key in torchvision_keys("resnet50", "bn"):
         ours = mmdet_key(f"backbone.{key}")
         assert ours is not None
-        assert to_mmdet_key(ours, "bn") == f"backbone.{key}"
+        assert to_mmdet_key["bn"](ours) == f"backbone.{key}"
 
 
 @pytest.mark.parametrize(
@@ -68,9 +67,9 @@ def test_bn_names_come_back_as_bn() -> None:
     ],
 )
 def test_unknown_keys_have_no_place(key: str) -> None:
-    assert torchvision_body_key(key) is None
+    assert torchvision_key(key) is None
     assert mmdet_key(key) is None
-    assert to_mmdet_key(key, "gn") is None
+    assert to_mmdet_key["gn"](key) is None
 
 
 @pytest.mark.parametrize(
@@ -89,24 +88,4 @@ def test_unknown_keys_have_no_place(key: str) -> None:
     ],
 )
 def test_caffe2_blobs(blob: str, key: str) -> None:
-    assert caffe2_body_key(blob) == key
-
-
-@pytest.mark.parametrize(
-    ("architecture", "name", "convs", "parameters"),
-    [
-        # convolution parameters of torchvision's models: all parameters less fc and norm layers
-        (ResNetArchitecture(18), "R-18", 20, 11_689_512 - 513_000 - 9_600),
-        (ResNetArchitecture(50), "R-50", 53, 25_557_032 - 2_049_000 - 53_120),
-        (ResNetArchitecture(101), "R-101", 104, 44_549_160 - 2_049_000 - 105_344),
-        (ResNetArchitecture(50, 32, 4), "X-50-32x4d", 53, 25_028_904 - 2_049_000 - 68_224),
-    ],
-)
-def test_architecture_has_the_published_size(
-    architecture: ResNetArchitecture, name: str, convs: int, parameters: int
-) -> None:
-    shapes = architecture.conv_shapes()
-    assert architecture.name == name
-    assert len(shapes) == convs
-    sizes = [o * i * h * w for o, i, h, w in shapes.values()]  # type: ignore[misc]
-    assert sum(sizes) == parameters
+    assert caffe2_key(blob) == key

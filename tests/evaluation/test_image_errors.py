@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+from perturbed import perturbed_predictions
+from plain_coco import plain_ap
 from small_coco import annotations, prediction
 
-from ws_detectron.evaluation.error_types import (
+from ws_detectron.evaluation.coco_eval import check_predictions
+from ws_detectron.evaluation.image_errors import (
     BOTH,
     CORRECT,
     DUPLICATE,
@@ -15,9 +18,11 @@ from ws_detectron.evaluation.error_types import (
     classify_predictions,
     count_errors,
     draw_errors,
+    image_ap,
 )
 
-BOX = (10, 10, 20, 20)
+BOX, SECOND = (10, 10, 20, 20), (60, 50, 40, 40)
+TRUTH = annotations([(1, 1, BOX), (1, 2, SECOND), (2, 1, BOX)], images=3)
 # the right part of BOX, as wide as the name says of 20 pixels: IoU width / 20
 NEARLY, POOR, BARELY = (12, 10, 18, 20), (24, 10, 6, 20), (29, 10, 1, 20)
 FAR = (80, 60, 20, 20)
@@ -79,6 +84,15 @@ def test_thresholds_are_met_from_above() -> None:
     assert classify_predictions(np.array([[0.3]]), same, ~no_crowd)[0] == [IGNORED]
 
 
+def test_made_predictions_have_errors_of_every_type() -> None:
+    """The predictions of other tests."""
+    boxes = [(n, 1 + n % 3, (10 + n % 50, 10, 20 + n % 30, 30)) for n in range(1, 101)]
+    truth = annotations(boxes, crowds=[(1, 1, (60, 60, 30, 30))], images=100)
+    found = perturbed_predictions(truth, 0, jitter=0.15)
+    assert check_predictions(truth, found) == ("bbox", "segm")
+    assert min(count_errors(truth, found, "segm", 0.0).values()) > 0
+
+
 def test_at_most_100_predictions_of_an_image_are_taken() -> None:
     truth = annotations([(1, 1, BOX)], images=1)
     found = [prediction(1, 1, FAR, 0.9)] * 100 + [prediction(1, 1, BOX, 0.8)]
@@ -94,3 +108,44 @@ def test_the_chart_shows_every_count() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == list(counts)
     assert {text.get_text() for text in axes.texts} == {str(n) for n in counts.values()}
     assert axes.get_xlabel() and axes.get_title() == "title"
+
+
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_ap_of_images_worked_out_by_hand(task: str) -> None:
+    """Image 1: a false positive of a class it does not show, then both objects; image 2: nothing.
+
+    Precision at recalls 1/2 and 1 is 1/2 and 2/3; from the right, the best is 2/3 everywhere.
+    Image 3 has no object, so no AP.
+    """
+    found = [
+        prediction(1, 3, (0, 0, 9, 9), 0.9),
+        prediction(1, 1, BOX, 0.8),
+        prediction(1, 2, SECOND, 0.7),
+        prediction(3, 1, BOX, 0.9),
+    ]
+    assert image_ap(TRUTH, found, task) == {1: pytest.approx(200 / 3), 2: 0.0}
+
+
+def test_a_perfect_image_has_100_and_poor_boxes_less() -> None:
+    found = [prediction(1, 1, BOX, 0.2), prediction(1, 2, SECOND, 0.3)]
+    found.append(prediction(2, 1, (10, 10, 20, 16), 0.9))  # IoU 0.8: seven of ten thresholds
+    assert image_ap(TRUTH, found, "bbox") == {1: pytest.approx(100), 2: pytest.approx(70)}
+
+
+def test_predictions_on_crowds_do_not_count() -> None:
+    truth = annotations([(1, 1, BOX)], crowds=[(1, 1, SECOND)], images=1)
+    found = [prediction(1, 1, (65, 55, 10, 10), 0.9), prediction(1, 1, BOX, 0.5)]
+    assert image_ap(truth, found, "bbox") == {1: pytest.approx(100)}
+
+
+def test_no_predictions_are_ap_zero() -> None:
+    assert image_ap(TRUTH, [], "segm") == {1: 0.0, 2: 0.0}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_one_class_it_is_the_ap_of_a_plain_reference(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    boxes = [[*draw.uniform(0, 60, 2), *draw.uniform(15, 35, 2)] for _ in range(6)]
+    truth = annotations([(1, 1, box) for box in boxes], images=1, categories=1)
+    found = perturbed_predictions(truth, seed)
+    assert image_ap(truth, found, "bbox") == {1: pytest.approx(plain_ap(truth, found)["AP"])}
