@@ -256,7 +256,8 @@ def test_misclassified_images_are_sorted_by_confidence() -> None:
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 28, 28)
     figure = draw_misclassified("GN", logits, images, torch.tensor([0, 1, 2, 3]))
     panels = [panel for panel in figure.axes if panel.get_title()]
-    assert [panel.get_title().split(" ")[0] for panel in panels] == ["Shirt", "Sneaker", "Sandal"]
-    assert panels[0].get_title().endswith("is Pullover")
+    titles = [panel.get_title() for panel in panels]
+    assert [title.split(",")[0].split(" ")[1] for title in titles] == ["Shirt", "Sneaker", "Sandal"]
+    assert titles[0].endswith("labeled Pullover")
     assert [np.unique(panel.images[0].get_array()).tolist() for panel in panels] == [[2], [3], [1]]
     assert "3 of 4 test images" in figure.get_suptitle()

@@ -31,13 +31,13 @@ def draw_misclassified(
     for panel, index in zip(panels, worst):
         panel.imshow(images[index, 0].cpu().numpy(), cmap="gray_r")
         panel.set_title(
-            f"{FASHION_CLASSES[predicted[index]]} {confidence[index]:.0%}\n"
-            f"is {FASHION_CLASSES[truth[index]]}",
+            f"predicted {FASHION_CLASSES[predicted[index]]}, {confidence[index]:.0%}\n"
+            f"labeled {FASHION_CLASSES[truth[index]]}",
             fontsize=8,
         )
     figure.suptitle(
         f"{title}: {len(wrong):,} of {len(truth):,} test images are misclassified; "
-        "these with the highest confidence",
+        "here those with the highest confidence",
         fontsize=10,
     )
     return figure
