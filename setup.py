@@ -74,7 +74,7 @@ setup(
     extras_require={
         "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
         "fast-eval": ["faster-coco-eval>=1.6.8"],
-        "lab": ["markdown", "matplotlib", "pandas", "scipy"],
+        "lab": ["markdown", "matplotlib", "omegaconf", "pandas", "scipy"],
         "plots": ["matplotlib"],
         "slurm": ["submitit"],
     },

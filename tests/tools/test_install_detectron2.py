@@ -223,9 +223,9 @@ def test_usable_detectron2_stays_untouched(monkeypatch, capsys, calls) -> None:
 def test_missing_prerequisite_is_named_with_a_command(
     monkeypatch: pytest.MonkeyPatch, missing: str, command: str
 ) -> None:
-    find_spec = importlib.util.find_spec
+    # looking for pip would make setuptools fail in this process, which then uses distutils of Python
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+        importlib.util, "find_spec", lambda name: None if name == missing else object()
     )
     with pytest.raises(InstallError, match=rf"^{missing} must be .*: \S+python\S* -m {command}$"):
         installer.check_prerequisites()
