@@ -211,8 +211,11 @@ def check_prerequisites() -> None:
     Raises:
         InstallError: a package is missing, or torch is too old.
     """
+    installed = {
+        str(found.metadata["Name"]).lower() for found in importlib.metadata.distributions()
+    }
     names = ("pip", "torch", "torchvision", "setuptools", "wheel")
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    missing = [name for name in names if name not in installed]
     if missing:
         command = "ensurepip" if "pip" in missing else f"pip install {' '.join(missing)}"
         raise InstallError(

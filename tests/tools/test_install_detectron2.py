@@ -223,10 +223,9 @@ def test_usable_detectron2_stays_untouched(monkeypatch, capsys, calls) -> None:
 def test_missing_prerequisite_is_named_with_a_command(
     monkeypatch: pytest.MonkeyPatch, missing: str, command: str
 ) -> None:
-    # looking for pip would make setuptools fail in this process, which then uses distutils of Python
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == missing else object()
-    )
+    names = {"pip", "torch", "torchvision", "setuptools", "wheel"} - {missing}
+    found = [SimpleNamespace(metadata={"Name": name}) for name in names]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
     with pytest.raises(InstallError, match=rf"^{missing} must be .*: \S+python\S* -m {command}$"):
         installer.check_prerequisites()
 
