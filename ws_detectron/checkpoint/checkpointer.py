@@ -20,7 +20,7 @@ from ws_detectron.utils.io import atomic_write
 from .fit import check_fit, fold_into, missing_weights, part_keys, parts_of
 from .metadata import METADATA_KEY, WeightMetadata, describe_model
 from .reading import check_finite, read_weight_file, unwrap_state
-from .sources import find_source, refuse_other_detectors
+from .sources import OTHER_DETECTORS, find_source, refuse_keys
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class WSCheckpointer(DetectionCheckpointer):
         if "model" in content:
             loaded = content
         elif "model_state" in content:
-            state = unwrap_state({"model": content["model_state"]}, filename).tensors
+            state = unwrap_state({"model": content["model_state"]}, filename)[0]
             state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
             loaded = {"model": state, "__author__": "pycls", "matching_heuristics": True}
         else:
@@ -141,9 +141,10 @@ class WSCheckpointer(DetectionCheckpointer):
         url = getattr(self, "_parsed_url_during_load", None)
         if url is not None and parse_qs(url.query).get("matching_heuristics") == ["True"]:
             loaded["matching_heuristics"] = True
-        state = unwrap_state({"model": loaded["model"]}, filename).tensors
+        state = unwrap_state({"model": loaded["model"]}, filename)[0]
         own = self.model.state_dict()
-        refuse_other_detectors([key for key in state if key not in own], self._path or filename)
+        others = [key for key in state if key not in own]
+        refuse_keys(others, self._path or filename, OTHER_DETECTORS)
         loaded["model"] = state
         return loaded
 
@@ -157,9 +158,9 @@ class WSCheckpointer(DetectionCheckpointer):
                 if isinstance(value, np.ndarray) and not str(key).endswith("_momentum")
             }
             return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-        raw = unwrap_state(content, filename)
+        state, _ = unwrap_state(content, filename)
         try:
-            known = find_source(list(raw.tensors), filename, raw.wrapped)
+            known = find_source(state, filename)
         except WeightsError as error:
             logger.warning("%s", error)
         else:
@@ -169,7 +170,7 @@ class WSCheckpointer(DetectionCheckpointer):
                     f"nothing. Convert it first: tools/convert_weights.py {filename} "
                     f"{os.path.splitext(filename)[0]}_d2.pth"
                 )
-        return {"model": raw.tensors}
+        return {"model": state}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         values = checkpoint.pop(METADATA_KEY, None)

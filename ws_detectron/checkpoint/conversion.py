@@ -22,11 +22,10 @@ from .metadata import METADATA_KEY, WeightMetadata, WSForm
 from .reading import check_finite, read_weight_file, unwrap_state
 from .sources import (
     BODY_PREFIX,
-    SOURCES,
     KeyMap,
     Source,
-    find_published,
     find_source,
+    is_published,
     to_mmdet_key,
 )
 
@@ -103,11 +102,6 @@ class ConvertedWeights:
     record: ConversionRecord
 
 
-def source_names() -> list[str]:
-    """The allowed values of `source` in `convert_file`."""
-    return ["auto", *SOURCES]
-
-
 def convert_file(
     path: Union[str, Path],
     source: str = "auto",
@@ -129,11 +123,11 @@ def convert_file(
             are unexpected, it contains NaN, or it does not say whether WS was used.
     """
     path = Path(path)
-    raw = unwrap_state(read_weight_file(path), str(path))
-    known = find_source(list(raw.tensors), str(path), raw.wrapped, source)
-    if not known.part and METADATA_KEY in raw.extras:
+    tensors, extras = unwrap_state(read_weight_file(path), str(path))
+    known = find_source(tensors, str(path), source)
+    if not known.part and METADATA_KEY in extras:
         raise WeightsError(f"{path} has detectron2's keys and metadata and needs no conversion")
-    state, record, unexpected = _rename(raw.tensors, known.key_map, str(path), allow)
+    state, record, unexpected = _rename(tensors, known.key_map, str(path), allow)
     if unexpected:
         raise WeightsError(
             f"{path} is read as {known.title}, which has no keys {list_some(unexpected)}. Another "
@@ -146,7 +140,7 @@ def convert_file(
     if known.part:
         norm = "BN" if any(key.endswith(".running_mean") for key in state) else "GN"
     sha256 = sha256_of(path)
-    published = find_published(sha256) is not None
+    published = is_published(sha256)
     convs = _normed_convs(state) if _has_ws(known, published, ws, norm, str(path)) else []
     certain = published or known.part == "ResNet"
     if not published:
@@ -162,7 +156,7 @@ def convert_file(
         preprocessing=known.preprocessing if certain else None,
         stride_in_1x1=False if certain else None,
     )
-    heuristics = known.part == "ResNet" or bool(raw.extras.get("matching_heuristics", False))
+    heuristics = known.part == "ResNet" or bool(extras.get("matching_heuristics", False))
     return ConvertedWeights(state, metadata, heuristics, record)
 
 
@@ -278,9 +272,9 @@ def write_mmdet(
         UserError: `path` is `source`.
     """
     refuse_overwrite(path, [source])
-    raw = unwrap_state(read_weight_file(source), str(source))
-    check_finite(raw.tensors, str(source))
-    values = raw.extras.get(METADATA_KEY)
+    tensors, extras = unwrap_state(read_weight_file(source), str(source))
+    check_finite(tensors, str(source))
+    values = extras.get(METADATA_KEY)
     metadata = None if values is None else WeightMetadata.from_dict(values, str(source))
     for conv, form in metadata.ws_convs.items() if metadata else ():
         if outputs_differ(form, OFFICIAL_WS) and "ws" not in allow:
@@ -288,9 +282,9 @@ def write_mmdet(
                 f"{source}: {conv} has WS ({form}), mmcv's ConvWS is ({OFFICIAL_WS}). --allow ws "
                 "converts it anyway"
             )
-    norm = "bn" if any(key.endswith("running_mean") for key in raw.tensors) else "gn"
+    norm = "bn" if any(key.endswith("running_mean") for key in tensors) else "gn"
     translate = to_mmdet_key[norm]
-    detector = any(key.startswith("backbone.") for key in raw.tensors)
+    detector = any(key.startswith("backbone.") for key in tensors)
 
     def key_map(key: str) -> Optional[str]:
         if detector:
@@ -298,7 +292,7 @@ def write_mmdet(
         full = translate(BODY_PREFIX + key)
         return full and full[len("backbone.") :]
 
-    state, record, unexpected = _rename(raw.tensors, key_map, str(source), allow)
+    state, record, unexpected = _rename(tensors, key_map, str(source), allow)
     if unexpected:
         raise WeightsError(
             f"{source} has keys without a counterpart in mmdetection's Faster or Mask R-CNN: "
