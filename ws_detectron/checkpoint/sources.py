@@ -19,7 +19,7 @@ from .metadata import Preprocessing
 
 BODY_PREFIX = "backbone.bottom_up."
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
+TENSORS = ("weight", "bias", "running_mean", "running_var")
 _MAX_BLOCKS = 36  # in a stage of R-152
 _MAX_HEAD_LAYERS = 8
 
@@ -66,7 +66,7 @@ def _mmdet_pairs(norm: str) -> Iterator[tuple[str, str]]:
 
 def _translate(key: str, modules: Mapping[str, str]) -> Optional[str]:
     module, _, tensor = key.rpartition(".")
-    return f"{modules[module]}.{tensor}" if module in modules and tensor in _TENSORS else None
+    return f"{modules[module]}.{tensor}" if module in modules and tensor in TENSORS else None
 
 
 KeyMap = Callable[[str], Optional[str]]
@@ -92,7 +92,7 @@ def caffe2_key(blob: str) -> Optional[str]:
     key = convert_basic_c2_names([blob])[0]
     module, _, tensor = key.rpartition(".")
     is_body = re.fullmatch(r"(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))(\.norm)?", module)
-    return key if is_body and tensor in _TENSORS else None
+    return key if is_body and tensor in TENSORS else None
 
 
 # ImageNet mean and std of torchvision, timm, mmdetection and the WS authors, times 255.
