@@ -31,7 +31,7 @@ _TEXTS = {
     b"<": "a web page (was the download address right?)",
 }
 _LOCAL_HEADER = 30  # bytes before the name of a zip entry
-_WRAPPERS = ("state_dict", "model", "model_state", "blobs")
+_WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 
 
 def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
