@@ -20,7 +20,6 @@ from ws_detectron.utils.io import atomic_write
 from .fit import check_fit, missing_weights, parts_of
 from .metadata import METADATA_KEY, WeightMetadata, describe_model
 from .reading import check_finite, read_weight_file, unwrap_state
-from .sources import OTHER_DETECTORS, find_source, refuse_keys
 
 # Entry of a file whose keys detectron2 matches with the model's -> who writes such files.
 _AUTHORS = {"model_state": "pycls", "blobs": "Caffe2", "conv1_w": "Caffe2"}
@@ -137,29 +136,11 @@ class WSCheckpointer(DetectionCheckpointer):
             unused = "_momentum", "num_batches_tracked"
             state = {key: value for key, value in state.items() if not key.endswith(unused)}
             others = {"__author__": author, "matching_heuristics": True}
-        elif "model" not in content:
-            self._refuse_unconverted(state, filename)
-            others = {}
         # detectron2 main accepts `path?matching_heuristics=True`.
         url = getattr(self, "_parsed_url_during_load", None)
         if url is not None and parse_qs(url.query).get("matching_heuristics") == ["True"]:
             others["matching_heuristics"] = True
-        own = self.model.state_dict()
-        refuse_keys([key for key in state if key not in own], self._path, OTHER_DETECTORS)
         return {**others, "model": state}
-
-    def _refuse_unconverted(self, state: dict[str, Any], filename: str) -> None:
-        try:
-            known = find_source(state, filename)
-        except WeightsError as error:
-            logger.warning("%s", error)
-            return
-        if known.name != "detectron2":
-            raise WeightsError(
-                f"{self._path} is {known.title}, of which detectron2 would load nothing. Convert "
-                f"it first: tools/convert_weights.py {filename} "
-                f"{os.path.splitext(filename)[0]}_d2.pth"
-            )
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         values = checkpoint.pop(METADATA_KEY, None)

@@ -25,6 +25,8 @@ _CLASSES = (
     (r"sem_seg_head\.predictor\.", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
 )
 
+_CONVERT = "tools/convert_weights.py converts weights of other projects, or says why it cannot"
+
 State = Mapping[str, torch.Tensor]
 
 
@@ -66,7 +68,7 @@ def check_fit(
     if not any(key in own for key in state):
         problem = (
             f"no tensor of the file has a name in the model; the file has {list_some(list(state))}"
-            f", the model {list_some(list(own))}"
+            f", the model {list_some(list(own))}. {_CONVERT}"
         )
         return Fit([problem])
     needs = describe_model(model)
@@ -126,7 +128,7 @@ def _compare_tensors(own: State, state: State) -> Iterator[str]:
     if backbone and not any(key in state for key in backbone):
         yield (
             "the file has no weights for the backbone, which would stay random: the model's are "
-            f"{list_some(backbone, 2)}, the file has {list_some(list(state), 4)}"
+            f"{list_some(backbone, 2)}, the file has {list_some(list(state), 4)}. {_CONVERT}"
         )
     there, here = _count_blocks(state), _count_blocks(own)
     for stage in sorted(there.keys() & here.keys()):

@@ -177,10 +177,8 @@ SOURCES = {
     )
 }
 
-Refusals = tuple[tuple[str, str, str], ...]
-"""A pattern of keys, the model that has them, and why it is refused."""
-
-_MISFITS: Refusals = (
+# Patterns of keys, the model that has them, and why it is refused.
+_MISFITS = (
     (
         r"stem\.conv\.weight|root\.conv\.weight|(resnet/)?root_block/.*|block1\.unit01\..*"
         r"|stages\.0\.blocks\.0\.(norm1|pre_norm)\..*",
@@ -206,7 +204,7 @@ _RANDOM = (
     "model zoo or of mmdetection, or a ResNet"
 )
 # Some of their keys are also detectron2's (`roi_heads.box_predictor.cls_score.weight`).
-OTHER_DETECTORS: Refusals = (
+_OTHER_DETECTORS = (
     (
         r"backbone\.body\.(stem|res\d)\..*|backbone\.fpn\.fpn_(inner|layer)\d\..*"
         r"|roi_heads\.(box|mask|keypoint)\.(feature_extractor|predictor)\..*",
@@ -222,20 +220,6 @@ OTHER_DETECTORS: Refusals = (
 )
 
 
-def refuse_keys(keys: Collection[str], path: str, refusals: Refusals) -> None:
-    """Raises WeightsError if a key is one of `refusals`.
-
-    Args:
-        keys: without a common `module.` prefix.
-        path: the file, for messages.
-        refusals: such as `OTHER_DETECTORS`, of which detectron2 would load only a few layers.
-    """
-    for pattern, what, reason in refusals:
-        key = next((key for key in keys if re.fullmatch(pattern, key)), None)
-        if key is not None:
-            raise WeightsError(f"{path} is {what} (recognized by its key {key!r:.100}): {reason}")
-
-
 def find_source(keys: Collection[str], path: str, name: str = "auto") -> Source:
     """Recognizes the format of a file by its keys.
 
@@ -247,12 +231,14 @@ def find_source(keys: Collection[str], path: str, name: str = "auto") -> Source:
     Raises:
         WeightsError: the format is unknown, not convertible, or ambiguous; says which.
     """
-    refuse_keys(keys, path, OTHER_DETECTORS)
     ours = r"((backbone\.)?(bottom_up\.)?stem\.conv1|proposal_generator|roi_heads)\."
     if name == "auto" and any(re.match(ours, key) for key in keys):
         name = "detectron2"
-    if name != "detectron2":
-        refuse_keys(keys, path, _MISFITS)
+    refusals = _OTHER_DETECTORS if name == "detectron2" else _OTHER_DETECTORS + _MISFITS
+    for pattern, what, reason in refusals:
+        key = next((key for key in keys if re.fullmatch(pattern, key)), None)
+        if key is not None:
+            raise WeightsError(f"{path} is {what} (recognized by its key {key!r:.100}): {reason}")
     return SOURCES[_recognize(keys, path) if name == "auto" else name]
 
 
