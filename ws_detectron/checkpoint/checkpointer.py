@@ -5,7 +5,7 @@ import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Optional
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -132,13 +132,14 @@ class WSCheckpointer(DetectionCheckpointer):
         content = read_weight_file(filename)
         state, others = unwrap_state(content, filename)
         author = next((author for key, author in _AUTHORS.items() if key in content), "")
+        if "model" not in content:
+            others = {}
         if "model" not in content and author:
+            others = {"__author__": author, "matching_heuristics": True}
             unused = "_momentum", "num_batches_tracked"
             state = {key: value for key, value in state.items() if not key.endswith(unused)}
-            others = {"__author__": author, "matching_heuristics": True}
         # detectron2 main accepts `path?matching_heuristics=True`.
-        url = getattr(self, "_parsed_url_during_load", None)
-        if url is not None and parse_qs(url.query).get("matching_heuristics") == ["True"]:
+        if "True" in parse_qs(urlparse(self._path).query).get("matching_heuristics", []):
             others["matching_heuristics"] = True
         return {**others, "model": state}
 

@@ -24,6 +24,7 @@ from .metadata import METADATA_KEY, WeightMetadata, WSForm
 from .reading import check_finite, read_weight_file, unwrap_state
 from .sources import (
     BODY_PREFIX,
+    IMAGENET,
     TENSORS,
     KeyMap,
     Source,
@@ -135,9 +136,9 @@ def convert_file(
         norm = "BN" if any(key.endswith(".running_mean") for key in state) else "GN"
     sha256 = sha256_of(path)
     published = is_published(sha256)
+    preprocessing = IMAGENET if published else known.preprocessing
     if not published:
         record.to_check += known.to_check
-    certain = published or known.part == "ResNet"
     convs = _normed_convs(state) if _has_ws(known, published, ws, norm, str(path)) else []
     metadata = WeightMetadata(
         source=known.name,
@@ -146,9 +147,9 @@ def convert_file(
         architecture=architecture,
         ws_convs=dict.fromkeys(convs, OFFICIAL_WS),
         norm=norm,
-        gn_groups=32 if certain and norm == "GN" else None,
-        preprocessing=known.preprocessing if certain else None,
-        stride_in_1x1=False if certain else None,
+        gn_groups=32 if preprocessing and norm == "GN" else None,
+        preprocessing=preprocessing,
+        stride_in_1x1=False if preprocessing else None,
     )
     heuristics = known.part == "ResNet" or bool(extras.get("matching_heuristics", False))
     return ConvertedWeights(state, metadata, heuristics, record)

@@ -96,7 +96,7 @@ def caffe2_key(blob: str) -> Optional[str]:
 
 
 # ImageNet mean and std of torchvision, timm, mmdetection and the WS authors, times 255.
-_IMAGENET = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+IMAGENET = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 # Of the WS authors' fork of maskrcnn-benchmark, which reads their Caffe2-style files.
 _CAFFE2 = Preprocessing("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
 
@@ -120,7 +120,7 @@ class Source:
     key_map: KeyMap
     part: str = "ResNet"
     ws: Optional[bool] = None
-    preprocessing: Optional[Preprocessing] = _IMAGENET
+    preprocessing: Optional[Preprocessing] = IMAGENET
     to_check: tuple[str, ...] = ("MODEL.WS.GN_GROUPS 32, if it has GN",)
 
 
@@ -133,6 +133,7 @@ SOURCES = {
             "a mmdetection Faster or Mask R-CNN",
             mmdet_key,
             "detector",
+            preprocessing=None,
             to_check=(
                 f"{_INPUT}: those of data_preprocessor or img_norm_cfg; RGB, "
                 "[123.675, 116.28, 103.53], [58.395, 57.12, 57.375] in gn+ws",
