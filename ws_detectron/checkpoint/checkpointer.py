@@ -134,10 +134,10 @@ class WSCheckpointer(DetectionCheckpointer):
         author = next((author for key, author in _AUTHORS.items() if key in content), "")
         if "model" not in content:
             others = {}
-        if "model" not in content and author:
-            others = {"__author__": author, "matching_heuristics": True}
-            unused = "_momentum", "num_batches_tracked"
-            state = {key: value for key, value in state.items() if not key.endswith(unused)}
+            if author:
+                others = {"__author__": author, "matching_heuristics": True}
+                unused = "_momentum", "num_batches_tracked"
+                state = {key: value for key, value in state.items() if not key.endswith(unused)}
         # detectron2 main accepts `path?matching_heuristics=True`.
         if "True" in parse_qs(urlparse(self._path).query).get("matching_heuristics", []):
             others["matching_heuristics"] = True

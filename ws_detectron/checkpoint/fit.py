@@ -17,7 +17,6 @@ from .metadata import WeightMetadata, WSForm, describe_model
 
 _BLOCK = re.compile(r"(?:^|\.)(res\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
-_PLAIN_AUTHORS = ("torchvision", "pycls", "detectron2 model zoo")
 # Predictors, whose size depends on the data set.
 _CLASSES = (
     (r"roi_heads\.(box_predictor|mask_head\.predictor)\.", "MODEL.ROI_HEADS.NUM_CLASSES"),
@@ -85,7 +84,7 @@ def check_fit(
 
 
 def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
-    """Describes the weights that a model did not get from a file, one sentence per part or tensor.
+    """Describes the weights that a model did not get from a file; empty if it got all.
 
     Args:
         model: with the file loaded.
@@ -106,20 +105,15 @@ def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
     missing = set(incompatible.missing_keys) - {key for key, *_ in incompatible.incorrect_shapes}
     loaded = {id(value) for key, value in tensors.items() if key not in missing}
     lacking = [key for key, value in tensors.items() if id(value) not in loaded]
-    total = Counter(map(_part, tensors))
-    for part, count in Counter(map(_part, lacking)).items():
-        first = next(key for key in lacking if _part(key) == part)
-        found.append(f"{part} lacks {count} of {total[part]} tensors ({first}, ...)")
+    if lacking:
+        found.append(f"it lacks tensors of {list_some(parts_of(lacking))}: {list_some(lacking, 3)}")
     return found
 
 
 def parts_of(keys: Iterable[str]) -> list[str]:
     """The parts of a model that keys belong to, each with its number of keys."""
-    return [f"{part} ({count})" for part, count in Counter(map(_part, keys)).items()]
-
-
-def _part(key: str) -> str:
-    return ".".join(key.split(".")[: 2 if key.startswith("roi_heads.") else 1])
+    parts = (".".join(key.split(".")[: 2 if key.startswith("roi_heads.") else 1]) for key in keys)
+    return [f"{part} ({count})" for part, count in Counter(parts).items()]
 
 
 def _compare_tensors(own: State, state: State) -> Iterator[str]:
@@ -248,7 +242,7 @@ def _judge_unknown_ws(needs: WeightMetadata, convs: list[str], author: str, fit:
             "trained with WS; convert those of the WS authors first: "
             "tools/convert_weights.py --source ws-authors-caffe2"
         )
-    elif ws_convs and author.lower() in _PLAIN_AUTHORS:
+    elif ws_convs and author.lower() in ("torchvision", "pycls", "detectron2 model zoo"):
         fit.problems.append(
             f"the model has WS ({list_some(ws_convs, 3)}), and the weights of {author} were "
             "trained without it: use weights trained with WS, or a model without WS"

@@ -288,7 +288,7 @@ class _Interpreter:
         if type(target) is _Array:
             shape, dtype, fortran_order, data = state[-4:]
             order = "F" if fortran_order is True else "C"
-            target.array = self._array(data, dtype, shape, order).array
+            target.array = self._array(data, dtype, shape, order)
         elif type(target) is _Dtype:
             byte_order, *structure = state[1:5]
             if structure != [None, None, None] or byte_order not in ("<", ">", "|", "="):
@@ -342,7 +342,7 @@ class _Interpreter:
         self._spend(len(text))
         return text.encode("latin1")
 
-    def _array(self, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    def _array(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
         """A numeric array with a copy of `data`, in the byte order of this machine."""
         if type(dtype) is not _Dtype:
             raise RefusedPickle("a numpy array without a numeric type")
@@ -354,11 +354,10 @@ class _Interpreter:
         if _count(shape) * dtype.dtype.itemsize != len(data):
             raise ValueError(f"array of shape {tuple(shape)!s:.80} with {len(data)} bytes")
         array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
-        return _Array(np.array(array, dtype.dtype.newbyteorder("="), order="C"))
+        return np.array(array, dtype.dtype.newbyteorder("="), order="C")
 
     def _scalar(self, dtype: Any, data: Any = b"") -> Any:
-        array = self._array(data, dtype, (), "C").array
-        return None if array is None else array.item()
+        return self._array(data, dtype, (), "C").item()
 
 
 def _count(shape: Any) -> int:
