@@ -31,6 +31,7 @@ from .sources import (
     find_source,
     is_published,
     to_mmdet_key,
+    to_torchvision_key,
 )
 
 State = Mapping[str, torch.Tensor]
@@ -385,15 +386,9 @@ def write_mmdet(
             )
     norm = "bn" if any(key.endswith("running_mean") for key in tensors) else "gn"
     detector = any(key.startswith("backbone.") for key in tensors)
-
-    def key_map(key: str) -> Optional[str]:
-        if detector:
-            return to_mmdet_key[norm](key)
-        full = to_mmdet_key[norm](BODY_PREFIX + key)
-        return full and full[len("backbone.") :]
-
-    title = "a Faster or Mask R-CNN for mmdetection"
-    state, record = _rename(tensors, key_map, str(source), title, allow)
+    key_maps = to_mmdet_key if detector else to_torchvision_key
+    title = f"a {'Faster or Mask R-CNN' if detector else 'ResNet'} for mmdetection"
+    state, record = _rename(tensors, key_maps[norm], str(source), title, allow)
     if metadata is None:
         record.to_check.append("ConvWS in the mmdetection config where the model has WS")
     with atomic_write(path, "wb") as file:

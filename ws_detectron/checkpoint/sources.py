@@ -6,9 +6,8 @@ FPN (`backbone.bottom_up.stem.conv1`).
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Optional
 
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
@@ -64,27 +63,27 @@ def _mmdet_pairs(norm: str) -> Iterator[tuple[str, str]]:
     yield "roi_head.mask_head.conv_logits", "roi_heads.mask_head.predictor"
 
 
-def _translate(key: str, modules: Mapping[str, str]) -> Optional[str]:
-    module, _, tensor = key.rpartition(".")
-    return f"{modules[module]}.{tensor}" if module in modules and tensor in TENSORS else None
-
-
 KeyMap = Callable[[str], Optional[str]]
 """A key in one layout -> the key in another, None if there is none."""
 
-torchvision_key: KeyMap = partial(
-    _translate, modules=dict([*_resnet_pairs("bn"), *_resnet_pairs("gn")])
-)
+
+def _key_map(pairs: Iterable[tuple[str, str]]) -> KeyMap:
+    return {
+        f"{one}.{tensor}": f"{other}.{tensor}" for one, other in pairs for tensor in TENSORS
+    }.get
+
+
+torchvision_key = _key_map([*_resnet_pairs("bn"), *_resnet_pairs("gn")])
 """Key in a ResNet of torchvision, timm, mmdetection or the WS authors -> ours."""
 
-mmdet_key: KeyMap = partial(_translate, modules=dict([*_mmdet_pairs("bn"), *_mmdet_pairs("gn")]))
+mmdet_key = _key_map([*_mmdet_pairs("bn"), *_mmdet_pairs("gn")])
 """Key in mmdetection's Faster or Mask R-CNN -> ours."""
 
-to_mmdet_key: dict[str, KeyMap] = {
-    norm: partial(_translate, modules={ours: theirs for theirs, ours in _mmdet_pairs(norm)})
-    for norm in ("bn", "gn")
-}
-"""mmdetection's name of the norm layers -> the inverse of `mmdet_key`."""
+to_torchvision_key, to_mmdet_key = (
+    {norm: _key_map((ours, theirs) for theirs, ours in pairs(norm)) for norm in ("bn", "gn")}
+    for pairs in (_resnet_pairs, _mmdet_pairs)
+)
+"""Name of the norm layers in the file -> the inverse of `torchvision_key` and `mmdet_key`."""
 
 
 def caffe2_key(blob: str) -> Optional[str]:
