@@ -156,7 +156,7 @@ class _Interpreter:
             "__builtin__.set": self._set,
             "_codecs.encode": self._encode,
             "builtins.set": self._set,
-            "collections.Counter": self._counter,
+            "collections.Counter": lambda counts: Counter(self._dict(counts)),
             "collections.OrderedDict": self._dict,
             "numpy.dtype": _Dtype,
             "torch.Size": self._size,
@@ -326,10 +326,6 @@ class _Interpreter:
         for item in items:
             _check_key(item)
         return set(items)
-
-    def _counter(self, counts: Any) -> Counter:
-        self._spend(_ENTRY * len(counts))
-        return Counter(self._dict(counts))
 
     def _size(self, sizes: Any) -> tuple:
         self._spend(_ENTRY * len(sizes))
