@@ -227,7 +227,7 @@ def read_weights(path: Path) -> None:
     model = nn.ModuleDict({"backbone": nn.ModuleDict({"stem": nn.Conv2d(2, 2, 1)})})
     refused: list[UserError] = []
     ways: tuple[Callable[[], Any], ...] = (
-        lambda: check_finite(unwrap_state(read_weight_file(path), str(path)).tensors, str(path)),
+        lambda: check_finite(unwrap_state(read_weight_file(path), str(path))[0], str(path)),
         lambda: convert_file(path, ws=True),
         lambda: convert_file(path, "detectron2", ws=True),
         lambda: WSCheckpointer(model).load(str(path)),

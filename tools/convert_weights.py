@@ -6,7 +6,7 @@ Nothing in the input file is executed, and unexpected keys are errors.
 import argparse
 from pathlib import Path
 
-from ws_detectron.checkpoint import convert_file, source_names, write_detectron2, write_mmdet
+from ws_detectron.checkpoint import SOURCES, convert_file, write_detectron2, write_mmdet
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("output", help="the file to write; .pth, or .pkl for detectron2")
     parser.add_argument(
         "--source",
-        choices=source_names(),
+        choices=["auto", *SOURCES],
         default="auto",
         help="format of the input (default: auto)",
     )

@@ -308,12 +308,13 @@ def test_missing_file_and_empty_path(ws_model: nn.Module) -> None:
     assert WSCheckpointer(ws_model).load("") == {}
 
 
-def test_numpy_numbers_are_saved_as_plain_ones(ws_model: nn.Module, tmp_path: Path) -> None:
+def test_numpy_numbers_are_read_as_plain_ones(ws_model: nn.Module, tmp_path: Path) -> None:
     metrics = {"bbox": {"AP": np.float64(1.5)}, "list": [np.int64(2)]}
     WSCheckpointer(ws_model, str(tmp_path)).save("model", iteration=np.int64(3), metrics=metrics)
     content = read_weight_file(tmp_path / "model.pth")
     assert content["iteration"] == 3
     assert content["metrics"] == {"bbox": {"AP": 1.5}, "list": [2]}
+    assert type(content["iteration"]) is int and type(content["metrics"]["bbox"]["AP"]) is float
 
 
 def test_a_save_that_is_cut_short_leaves_the_old_file(
@@ -388,13 +389,8 @@ def test_detector_of_another_library(
     content = {"model": {f"module.{key}": value for key, value in state.items()}}
     torch.save(content if wrapped else state, tmp_path / "x.pth")
     message = refusal(plain_model, tmp_path / "x.pth")
-    assert f"x.pth is a {library.split()[0]} detector (recognized by its key" in message
-
-
-def test_names_of_other_libraries_are_allowed_where_the_model_has_them(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"backbone": nn.ModuleDict({"body": nn.Linear(1, 1)})})
-    WSCheckpointer(model, str(tmp_path)).save("model")
-    WSCheckpointer(model).load(str(tmp_path / "model.pth"))
+    assert "no weights for the backbone" in message or "no tensor of the file has" in message
+    assert "tools/convert_weights.py" in message
 
 
 def test_file_without_any_weights_of_the_backbone(plain_model: nn.Module, plain_file: Path) -> None:
@@ -410,9 +406,12 @@ def test_file_without_any_weights_of_the_backbone(plain_model: nn.Module, plain_
 @pytest.mark.parametrize(
     "kept, parts",
     [
-        (r"backbone\.", ["proposal_generator lacks 6 of 6 tensors", "roi_heads.box_head lacks"]),
-        (r"(?!backbone\.fpn_output5\.weight)", ["backbone lacks 1 of", "backbone.fpn_output5.wei"]),
-        (r"(?!roi_heads)", ["roi_heads.box_predictor lacks 4 of 4", "The file has backbone ("]),
+        (r"backbone\.", ["proposal_generator (6)", "roi_heads.box_head ("]),
+        (
+            r"(?!backbone\.fpn_output5\.weight)",
+            ["lacks tensors of backbone (1): backbone.fpn_output5.wei"],
+        ),
+        (r"(?!roi_heads)", ["roi_heads.box_predictor (4)", "The file has backbone ("]),
     ],
 )
 def test_whole_model_is_needed_on_request(
@@ -438,7 +437,9 @@ def test_shared_parameters_and_missing_buffers_are_no_missing_weights(tmp_path: 
     WSCheckpointer(model, whole=True).load(str(tmp_path / "x.pth"))
     bn = nn.Sequential(nn.BatchNorm2d(2))
     torch.save({"model": dict(bn.named_parameters())}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="0 lacks 2 of 4 tensors"):
+    with pytest.raises(
+        WeightsError, match=r"lacks tensors of 0 \(2\): 0.running_mean, 0.running_var"
+    ):
         WSCheckpointer(bn, whole=True).load(str(tmp_path / "x.pth"))
 
 
@@ -453,7 +454,7 @@ def test_resume_with_other_classes_names_the_key(tmp_path: Path) -> None:
     message = str(caught.value)
     assert f"{tmp_path}/model_0000004.pth does not contain the whole model" in message
     assert "box_predictor.cls_score.weight is (81, 32) in the file and (5, 32) in the" in message
-    assert "(check MODEL.ROI_HEADS.NUM_CLASSES)" in message
+    assert "(check MODEL.ROI_HEADS.NUM_CLASSES)" in message and "lacks" not in message
     other.resume_or_load(str(tmp_path / "model_0000004.pth"), resume=False)  # fine-tuning may
 
 

@@ -3,17 +3,18 @@
 from ws_detectron.errors import WeightsError
 
 from .checkpointer import WSCheckpointer
-from .conversion import convert_file, source_names, write_detectron2, write_mmdet
+from .conversion import convert_file, write_detectron2, write_mmdet
 from .fit import check_fit
 from .metadata import METADATA_KEY, Preprocessing, WeightMetadata, WSForm, describe_model
 from .path_handler import FOLDER_VARIABLE, register_weight_names
 from .reading import read_weight_file
-from .sources import PUBLISHED
+from .sources import PUBLISHED, SOURCES
 
 __all__ = [
     "FOLDER_VARIABLE",
     "METADATA_KEY",
     "PUBLISHED",
+    "SOURCES",
     "Preprocessing",
     "WSCheckpointer",
     "WSForm",
@@ -24,7 +25,6 @@ __all__ = [
     "describe_model",
     "read_weight_file",
     "register_weight_names",
-    "source_names",
     "write_detectron2",
     "write_mmdet",
 ]

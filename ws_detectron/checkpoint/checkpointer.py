@@ -5,22 +5,24 @@ import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Optional
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlparse
 
-import numpy as np
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ws_detectron.errors import WeightsError, list_some, shown
+from ws_detectron.layers import standardize_weight
 from ws_detectron.utils.io import atomic_write
 
-from .fit import check_fit, fold_into, missing_weights, part_keys, parts_of
+from .fit import check_fit, missing_weights, parts_of
 from .metadata import METADATA_KEY, WeightMetadata, describe_model
 from .reading import check_finite, read_weight_file, unwrap_state
-from .sources import find_source, refuse_other_detectors
+
+# Entry of a file whose keys detectron2 matches with the model's -> who writes such files.
+_AUTHORS = {"model_state": "pycls", "blobs": "Caffe2", "conv1_w": "Caffe2"}
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +70,8 @@ class WSCheckpointer(DetectionCheckpointer):
 
         Args:
             name: of the file, without extension.
-            kwargs: other plain data; numpy scalars are converted to Python's, for safe loading.
+            kwargs: other plain data.
         """
-        kwargs = {key: _plain(value) for key, value in kwargs.items()}
         kwargs.setdefault(METADATA_KEY, describe_model(self.model).as_dict())
         super().save(name, **kwargs)
 
@@ -88,9 +89,9 @@ class WSCheckpointer(DetectionCheckpointer):
         Raises:
             WeightsError: the file does not exist, cannot be read safely, or does not fit.
         """
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            # In distributed training, the file may exist on the first machine only.
-            if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        # In distributed training, the file may exist on the first machine only.
+        if path and "://" not in path and comm.get_world_size() == 1:
+            if not os.path.isfile(path.split("?")[0]):
                 raise WeightsError(f"there is no weight file {path} (MODEL.WEIGHTS)")
         self._path = path
         return super().load(path, *args, **kwargs)
@@ -113,10 +114,10 @@ class WSCheckpointer(DetectionCheckpointer):
     def _check_last_checkpoint(self) -> None:
         path = Path(self.save_dir, "last_checkpoint")
         try:
-            name = path.read_text("utf-8", "replace").strip() if path.is_file() else ""
+            name = path.read_text("utf-8", "replace").strip()
         except OSError as error:
             raise WeightsError(f"cannot read {path}: {error.strerror}") from error
-        if name and "\0" not in name and os.path.isfile(os.path.join(self.save_dir, name)):
+        if os.path.isfile(os.path.join(self.save_dir, name)):
             return
         found = sorted(file.name for file in Path(self.save_dir).glob("model_*.pth"))
         raise WeightsError(
@@ -129,47 +130,18 @@ class WSCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_weight_file(filename)
-        if "model" in content:
-            loaded = content
-        elif "model_state" in content:
-            state = unwrap_state({"model": content["model_state"]}, filename).tensors
-            state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-            loaded = {"model": state, "__author__": "pycls", "matching_heuristics": True}
-        else:
-            loaded = self._load_foreign(content, filename)
+        state, others = unwrap_state(content, filename)
+        author = next((author for key, author in _AUTHORS.items() if key in content), "")
+        if "model" not in content:
+            others = {}
+            if author:
+                others = {"__author__": author, "matching_heuristics": True}
+                unused = "_momentum", "num_batches_tracked"
+                state = {key: value for key, value in state.items() if not key.endswith(unused)}
         # detectron2 main accepts `path?matching_heuristics=True`.
-        url = getattr(self, "_parsed_url_during_load", None)
-        if url is not None and parse_qs(url.query).get("matching_heuristics") == ["True"]:
-            loaded["matching_heuristics"] = True
-        state = unwrap_state({"model": loaded["model"]}, filename).tensors
-        own = self.model.state_dict()
-        refuse_other_detectors([key for key in state if key not in own], self._path or filename)
-        loaded["model"] = state
-        return loaded
-
-    def _load_foreign(self, content: dict[str, Any], filename: str) -> dict[str, Any]:
-        """Loads a file without detectron2's entry "model"."""
-        if "blobs" in content or "conv1_w" in content:
-            given = content.get("blobs", content)
-            blobs = {
-                key: value
-                for key, value in (given.items() if isinstance(given, dict) else ())
-                if isinstance(value, np.ndarray) and not str(key).endswith("_momentum")
-            }
-            return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
-        raw = unwrap_state(content, filename)
-        try:
-            known = find_source(list(raw.tensors), filename, raw.wrapped)
-        except WeightsError as error:
-            logger.warning("%s", error)
-        else:
-            if known.name != "detectron2":
-                raise WeightsError(
-                    f"{self._path or filename} is {known.title}, of which detectron2 would load "
-                    f"nothing. Convert it first: tools/convert_weights.py {filename} "
-                    f"{os.path.splitext(filename)[0]}_d2.pth"
-                )
-        return {"model": raw.tensors}
+        if "True" in parse_qs(urlparse(self._path).query).get("matching_heuristics", []):
+            others["matching_heuristics"] = True
+        return {**others, "model": state}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         values = checkpoint.pop(METADATA_KEY, None)
@@ -187,21 +159,17 @@ class WSCheckpointer(DetectionCheckpointer):
                 ) from error
         checkpoint["model"] = state
         check_finite(state, self._path)
-        fit = check_fit(self.model, state, metadata, author)
+        fit = check_fit(self.model, state, metadata, author, self._fold)
         for warning in fit.warnings:
             logger.warning("%s: %s", self._path, warning)
-        if fit.foldable and self._fold:
-            fold_into(state, fit.foldable)
-            logger.info("%s: folded the WS of %d convs", self._path, len(fit.foldable))
-        elif fit.foldable:
-            fit.problems.append(
-                f"{len(fit.foldable)} convs were trained with WS and are plain in the model "
-                f"({list_some(list(fit.foldable), 3)}): use the parts with WS ({part_keys()}), or "
-                "fold the weights (tools/fold_checkpoint.py, or WSCheckpointer(model, fold=True))"
-            )
         if fit.problems:
             problems = "\n".join(f"- {problem}" for problem in fit.problems)
             self._refuse(f"{self._path} does not fit the model:\n{problems}")
+        if self._fold and fit.foldable:
+            for conv, form in fit.foldable.items():
+                key = f"{conv}.weight"
+                state[key] = standardize_weight(state[key], form.eps, form.mode)
+            logger.info("%s: folded the WS of %d convs", self._path, len(fit.foldable))
         incompatible = super()._load_model(checkpoint)
         missing = missing_weights(self.model, incompatible) if self._whole else []
         if missing:
@@ -228,14 +196,3 @@ class _AtomicPathManager:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(PathManager, name)
-
-
-def _plain(value: Any) -> Any:
-    """Converts numpy scalars, such as metrics of evaluators, to Python's."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_plain(item) for item in value)
-    return value

@@ -11,24 +11,30 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_backbone, build_model
 
 from ws_detectron.errors import WeightsError, list_some
 from ws_detectron.layers import DEFAULT_WS_EPS, DEFAULT_WS_MODE
+from ws_detectron.model_zoo import get_config
 from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
-from .architecture import check_architecture
 from .fit import outputs_differ
 from .metadata import METADATA_KEY, WeightMetadata, WSForm
 from .reading import check_finite, read_weight_file, unwrap_state
 from .sources import (
     BODY_PREFIX,
-    SOURCES,
+    IMAGENET,
+    TENSORS,
     KeyMap,
     Source,
-    find_published,
     find_source,
+    is_published,
     to_mmdet_key,
+    to_torchvision_key,
 )
+
+State = Mapping[str, torch.Tensor]
 
 OFFICIAL_WS = WSForm(DEFAULT_WS_MODE, DEFAULT_WS_EPS)
 
@@ -57,12 +63,7 @@ class KeyEntry(NamedTuple):
 
 @dataclass
 class ConversionRecord:
-    """What became of every key of a file.
-
-    Attributes:
-        entries: one for each key.
-        to_check: what the user must check, because the file does not tell.
-    """
+    """What became of every key of a file, and settings to check that the file does not tell."""
 
     entries: list[KeyEntry] = field(default_factory=list)
     to_check: list[str] = field(default_factory=list)
@@ -103,11 +104,6 @@ class ConvertedWeights:
     record: ConversionRecord
 
 
-def source_names() -> list[str]:
-    """The allowed values of `source` in `convert_file`."""
-    return ["auto", *SOURCES]
-
-
 def convert_file(
     path: Union[str, Path],
     source: str = "auto",
@@ -129,28 +125,22 @@ def convert_file(
             are unexpected, it contains NaN, or it does not say whether WS was used.
     """
     path = Path(path)
-    raw = unwrap_state(read_weight_file(path), str(path))
-    known = find_source(list(raw.tensors), str(path), raw.wrapped, source)
-    if not known.part and METADATA_KEY in raw.extras:
+    tensors, extras = unwrap_state(read_weight_file(path), str(path))
+    known = find_source(tensors, str(path), source)
+    if not known.part and METADATA_KEY in extras:
         raise WeightsError(f"{path} has detectron2's keys and metadata and needs no conversion")
-    state, record, unexpected = _rename(raw.tensors, known.key_map, str(path), allow)
-    if unexpected:
-        raise WeightsError(
-            f"{path} is read as {known.title}, which has no keys {list_some(unexpected)}. Another "
-            "--source may be right; --allow KEY leaves a key out"
-        )
+    state, record = _rename(tensors, known.key_map, str(path), known.title, allow)
     check_finite(state, str(path))
-    detector = known.part == "detector"
-    architecture = check_architecture(state, detector, str(path)) if known.part else ""
-    norm = ""
+    architecture = norm = ""
     if known.part:
+        architecture = _check_architecture(state, known.part == "detector", str(path))
         norm = "BN" if any(key.endswith(".running_mean") for key in state) else "GN"
     sha256 = sha256_of(path)
-    published = find_published(sha256) is not None
-    convs = _normed_convs(state) if _has_ws(known, published, ws, norm, str(path)) else []
-    certain = published or known.part == "ResNet"
+    published = is_published(sha256)
+    preprocessing = IMAGENET if published else known.preprocessing
     if not published:
         record.to_check += known.to_check
+    convs = _normed_convs(state) if _has_ws(known, published, ws, norm, str(path)) else []
     metadata = WeightMetadata(
         source=known.name,
         origin=path.name,
@@ -158,18 +148,18 @@ def convert_file(
         architecture=architecture,
         ws_convs=dict.fromkeys(convs, OFFICIAL_WS),
         norm=norm,
-        gn_groups=32 if certain and norm == "GN" else None,
-        preprocessing=known.preprocessing if certain else None,
-        stride_in_1x1=False if certain else None,
+        gn_groups=32 if preprocessing and norm == "GN" else None,
+        preprocessing=preprocessing,
+        stride_in_1x1=False if preprocessing else None,
     )
-    heuristics = known.part == "ResNet" or bool(raw.extras.get("matching_heuristics", False))
+    heuristics = known.part == "ResNet" or bool(extras.get("matching_heuristics", False))
     return ConvertedWeights(state, metadata, heuristics, record)
 
 
 def _rename(
-    tensors: Mapping[str, torch.Tensor], key_map: KeyMap, path: str, allow: Sequence[str]
-) -> tuple[dict[str, torch.Tensor], ConversionRecord, list[str]]:
-    """The tensors under other keys, what became of each key, and the keys without counterpart."""
+    tensors: State, key_map: KeyMap, path: str, model: str, allow: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], ConversionRecord]:
+    """The tensors under other keys, and what became of each key."""
     state: dict[str, torch.Tensor] = {}
     record, unexpected = ConversionRecord(), []
     for key, value in tensors.items():
@@ -189,7 +179,12 @@ def _rename(
                 value, note = value.float(), f"from {value.dtype} to float32"
             state[target] = value
         record.entries.append(KeyEntry(key, target, note))
-    return state, record, unexpected
+    if unexpected:
+        raise WeightsError(
+            f"{path} is read as {model}, which has no keys {list_some(unexpected)}. --allow KEY "
+            "leaves a key out; another --source may be right"
+        )
+    return state, record
 
 
 def _has_ws(known: Source, published: bool, ws: Optional[bool], norm: str, path: str) -> bool:
@@ -211,21 +206,122 @@ def _has_ws(known: Source, published: bool, ws: Optional[bool], norm: str, path:
     return stated
 
 
-def _normed_convs(state: Mapping[str, torch.Tensor]) -> list[str]:
-    ending = ".norm.weight"
-    names = [key[: -len(ending)] for key in state if key.endswith(ending)]
-    return [
-        name for name in names if f"{name}.weight" in state and state[f"{name}.weight"].dim() == 4
-    ]
+def _normed_convs(state: State) -> list[str]:
+    convs = [key[: -len(".weight")] for key, value in state.items() if value.dim() == 4]
+    return [conv for conv in convs if f"{conv}.norm.weight" in state]
 
 
 def sha256_of(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_architecture(state: State, detector: bool, path: str) -> str:
+    """Builds the model that the weights are for on the meta device; compares all keys and shapes.
+
+    Args:
+        state: the tensors under detectron2's keys; of a ResNet only, relative to it
+            (`stem.conv1.weight`).
+        detector: whether they are of a Faster or Mask R-CNN with FPN instead: three anchors per
+            position, RoI features of 7 x 7, K + 1 class scores, background last, and K or 1 boxes
+            and masks.
+        path: the file, for messages.
+
+    Returns:
+        The architecture of the ResNet, such as "R-50" or "X-101-32x4d".
+
+    Raises:
+        WeightsError: detectron2 has no such ResNet; or a key is missing, unexpected, or of the
+            wrong shape.
+    """
+    cfg = get_config("Base-RCNN-FPN.yaml")
+    cfg.MODEL.DEVICE = "meta"
+    cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
+    name = _set_resnet(cfg, state, BODY_PREFIX if detector else "", path)
+    if detector:
+        _set_detector(cfg, state)
+    else:
+        cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    try:
+        with torch.device("meta"):
+            model = build_model(cfg) if detector else build_backbone(cfg)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is not a {name} of detectron2: {error}") from None
+    tensors = TENSORS if any(key.endswith(".running_mean") for key in state) else TENSORS[:2]
+    expected = {
+        key: value.shape
+        for key, value in model.state_dict().items()
+        if key.rpartition(".")[2] in tensors
+    }
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "wrong shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
+            for key, shape in expected.items()
+            if key in state and state[key].shape != shape
+        ],
+    }
+    if any(problems.values()):
+        raise WeightsError(
+            f"{path} is not a whole {'R-CNN with ' if detector else ''}{name}; "
+            + "; ".join(f"{kind}: {list_some(keys)}" for kind, keys in problems.items() if keys)
+        )
+    return name
+
+
+def _set_resnet(cfg: CfgNode, state: State, prefix: str, path: str) -> str:
+    """Sets MODEL.RESNETS from the number of blocks and the first 3x3 conv; returns its name."""
+    body = [key[len(prefix) :].split(".") for key in state if key.startswith(f"{prefix}res")]
+    blocks = {tuple(parts[:2]) for parts in body}
+    bottleneck = any("conv3" in parts for parts in body)
+    depth = 2 + len(blocks) * (3 if bottleneck else 2)
+    if depth not in ((50, 101, 152) if bottleneck else (18, 34)):
+        kind = "bottleneck" if bottleneck else "basic"
+        raise WeightsError(
+            f"{path} has {len(blocks) or 'no'} {kind} blocks in its ResNet; supported: R-18, "
+            "R-34, R-50, R-101, R-152"
+        )
+    groups, width = 1, 64
+    second = state.get(f"{prefix}res2.0.conv2.weight")
+    if bottleneck and second is not None and second.dim() == 4 and second.size(1) > 0:
+        groups = max(second.size(0) // second.size(1), 1)
+        width = second.size(0) // groups
+    resnets = cfg.MODEL.RESNETS
+    resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP = depth, groups, width
+    resnets.RES2_OUT_CHANNELS = 256 if bottleneck else 64
+    if groups > 1:
+        return f"X-{depth}-{groups}x{width}d"
+    return f"R-{depth}" if width == 64 else f"R-{depth}-width{width}"
+
+
+def _set_detector(cfg: CfgNode, state: State) -> None:
+    """Sets what may differ between detectors: norms, widths, numbers of layers and classes."""
+
+    def rows(key: str, default: int) -> int:
+        return state[key].size(0) if key in state and state[key].dim() else default
+
+    def layers(prefix: str) -> int:
+        return len({key.split(".")[2] for key in state if key.startswith(prefix)})
+
+    model, box, mask = cfg.MODEL, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
+    box_head, mask_head = "roi_heads.box_head.", "roi_heads.mask_head."
+    for node, conv in (
+        (model.FPN, "backbone.fpn_lateral2"),
+        (box, f"{box_head}conv1"),
+        (mask, f"{mask_head}mask_fcn1"),
+    ):
+        node.NORM = "BN" if f"{conv}.norm.weight" in state else ""
+    model.FPN.OUT_CHANNELS = rows("backbone.fpn_lateral2.weight", 256)
+    box.NUM_CONV, box.NUM_FC = layers(f"{box_head}conv"), layers(f"{box_head}fc")
+    box.CONV_DIM = rows(f"{box_head}conv1.weight", 256)
+    box.FC_DIM = rows(f"{box_head}fc1.weight", 1024)
+    model.ROI_HEADS.NUM_CLASSES = rows("roi_heads.box_predictor.cls_score.weight", 81) - 1
+    box.CLS_AGNOSTIC_BBOX_REG = rows("roi_heads.box_predictor.bbox_pred.weight", 0) == 4
+    model.MASK_ON = any(key.startswith(mask_head) for key in state)
+    mask.NUM_CONV = layers(f"{mask_head}mask_fcn")
+    mask.CONV_DIM = rows(f"{mask_head}deconv.weight", 256)
+    mask.CLS_AGNOSTIC_MASK = rows(f"{mask_head}predictor.weight", 0) == 1
 
 
 def write_detectron2(converted: ConvertedWeights, path: Union[str, Path]) -> None:
@@ -278,9 +374,9 @@ def write_mmdet(
         UserError: `path` is `source`.
     """
     refuse_overwrite(path, [source])
-    raw = unwrap_state(read_weight_file(source), str(source))
-    check_finite(raw.tensors, str(source))
-    values = raw.extras.get(METADATA_KEY)
+    tensors, extras = unwrap_state(read_weight_file(source), str(source))
+    check_finite(tensors, str(source))
+    values = extras.get(METADATA_KEY)
     metadata = None if values is None else WeightMetadata.from_dict(values, str(source))
     for conv, form in metadata.ws_convs.items() if metadata else ():
         if outputs_differ(form, OFFICIAL_WS) and "ws" not in allow:
@@ -288,22 +384,11 @@ def write_mmdet(
                 f"{source}: {conv} has WS ({form}), mmcv's ConvWS is ({OFFICIAL_WS}). --allow ws "
                 "converts it anyway"
             )
-    norm = "bn" if any(key.endswith("running_mean") for key in raw.tensors) else "gn"
-    translate = to_mmdet_key[norm]
-    detector = any(key.startswith("backbone.") for key in raw.tensors)
-
-    def key_map(key: str) -> Optional[str]:
-        if detector:
-            return translate(key)
-        full = translate(BODY_PREFIX + key)
-        return full and full[len("backbone.") :]
-
-    state, record, unexpected = _rename(raw.tensors, key_map, str(source), allow)
-    if unexpected:
-        raise WeightsError(
-            f"{source} has keys without a counterpart in mmdetection's Faster or Mask R-CNN: "
-            f"{list_some(unexpected)}. --allow KEY leaves a key out"
-        )
+    norm = "bn" if any(key.endswith("running_mean") for key in tensors) else "gn"
+    detector = any(key.startswith("backbone.") for key in tensors)
+    key_maps = to_mmdet_key if detector else to_torchvision_key
+    title = f"a {'Faster or Mask R-CNN' if detector else 'ResNet'} for mmdetection"
+    state, record = _rename(tensors, key_maps[norm], str(source), title, allow)
     if metadata is None:
         record.to_check.append("ConvWS in the mmdetection config where the model has WS")
     with atomic_write(path, "wb") as file:

@@ -17,6 +17,9 @@ from ws_detectron.layers import WSConv2d, check_ws_arguments
 METADATA_KEY = "ws_detectron"
 _VERSION = 1
 _BODY = re.compile(r"(^|\.)(stem|res\d)\.")
+_FIRST_BLOCK = re.compile(r"(^|\.)res[345]\.0$")
+# Strides of the first two convs of a bottleneck -> MODEL.RESNETS.STRIDE_IN_1X1
+_STRIDES = {((2, 2), (1, 1)): True, ((1, 1), (2, 2)): False}
 
 
 @dataclass(frozen=True)
@@ -116,49 +119,29 @@ def describe_model(model: nn.Module) -> WeightMetadata:
         model: a detectron2 model, not wrapped in DistributedDataParallel. Preprocessing is read
             from its `pixel_mean`, `pixel_std` and `input_format`, if it has them.
     """
-    modules = dict(model.named_modules())
-    groups = {m.num_groups for m in modules.values() if isinstance(m, nn.GroupNorm)}
+    forms: dict[str, WSForm] = {}
+    groups, norm, stride_in_1x1 = set(), "", None
+    for name, module in model.named_modules():
+        if isinstance(module, WSConv2d):
+            forms[name] = WSForm(module.ws_mode, module.ws_eps)
+        elif isinstance(module, nn.GroupNorm):
+            groups.add(module.num_groups)
+        if not norm and _BODY.search(name):
+            bn = isinstance(module, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm))
+            norm = "GN" if isinstance(module, nn.GroupNorm) else "BN" if bn else ""
+        if _FIRST_BLOCK.search(name) and hasattr(module, "conv3"):
+            strides = module.conv1.stride, module.conv2.stride
+            stride_in_1x1 = _STRIDES.get(strides, stride_in_1x1)
+    preprocessing = None
+    mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
+    if mean is not None and std is not None:
+        values = tuple(mean.flatten().tolist()), tuple(std.flatten().tolist())
+        preprocessing = Preprocessing(getattr(model, "input_format", None), *values)
     return WeightMetadata(
         source="training",
-        ws_convs={
-            name: WSForm(module.ws_mode, module.ws_eps)
-            for name, module in modules.items()
-            if isinstance(module, WSConv2d)
-        },
-        norm=_body_norm(modules),
+        ws_convs=forms,
+        norm=norm,
         gn_groups=groups.pop() if len(groups) == 1 else None,
-        preprocessing=_preprocessing(model),
-        stride_in_1x1=_stride_in_1x1(modules),
+        preprocessing=preprocessing,
+        stride_in_1x1=stride_in_1x1,
     )
-
-
-def _body_norm(modules: dict[str, nn.Module]) -> str:
-    for name, module in modules.items():
-        if _BODY.search(name):
-            if isinstance(module, nn.GroupNorm):
-                return "GN"
-            if isinstance(module, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm)):
-                return "BN"
-    return ""
-
-
-def _preprocessing(model: nn.Module) -> Optional[Preprocessing]:
-    mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
-    if mean is None or std is None:
-        return None
-    return Preprocessing(
-        getattr(model, "input_format", None),
-        tuple(mean.flatten().tolist()),
-        tuple(std.flatten().tolist()),
-    )
-
-
-def _stride_in_1x1(modules: dict[str, nn.Module]) -> Optional[bool]:
-    for name, module in modules.items():
-        if re.search(r"(^|\.)res[345]\.0$", name) and hasattr(module, "conv3"):
-            strides = [module.conv1.stride, module.conv2.stride]
-            if strides == [(2, 2), (1, 1)]:
-                return True
-            if strides == [(1, 1), (2, 2)]:
-                return False
-    return None

@@ -12,8 +12,9 @@ from iopath.common.file_io import file_lock, get_cache_dir
 from ws_detectron.errors import WeightsError
 
 from .conversion import convert_file, sha256_of, write_detectron2
-from .sources import PREFIX, PUBLISHED, PublishedWeights
+from .sources import PUBLISHED, sha256_digits
 
+PREFIX = "ws://"
 FOLDER_VARIABLE = "WS_DETECTRON_WEIGHTS"
 """Environment variable with a folder of downloaded files, for machines without network."""
 
@@ -47,14 +48,13 @@ class WSPathHandler(PathHandler):
                 f"{path} is not a known name; allowed: "
                 + ", ".join(PREFIX + known for known in PUBLISHED)
             )
-        weights = PUBLISHED[name]
         cache = Path(get_cache_dir()) / "ws_detectron"
-        stem = weights.filename[: -len(".pth")]
-        converted = cache / f"{stem}.detectron2-{_CONVERSION}.pth"
         cache.mkdir(parents=True, exist_ok=True)
+        published = PUBLISHED[name].rsplit("/", 1)[1]
+        converted = cache / f"{Path(published).stem}.detectron2-{_CONVERSION}.pth"
         with file_lock(str(converted)):
             if force or not converted.is_file():
-                result = convert_file(_find(weights, cache), weights.source, ws=True)
+                result = convert_file(_find(name, cache))
                 write_detectron2(result, converted)
                 logger.info("%s: %s", path, result.record.summary())
         return str(converted)
@@ -71,29 +71,30 @@ class WSPathHandler(PathHandler):
         return self._exists(path)
 
 
-def _find(weights: PublishedWeights, cache: Path) -> Path:
+def _find(name: str, cache: Path) -> Path:
     """The published file, checked: in the folder of `WS_DETECTRON_WEIGHTS`, else downloaded."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    path = Path(folder or cache, weights.filename)
+    url, folder = PUBLISHED[name], os.environ.get(FOLDER_VARIABLE)
+    digits = sha256_digits(url)
+    path = Path(folder or cache, url.rsplit("/", 1)[1])
     if folder and not path.is_file():
         raise WeightsError(
-            f"{PREFIX}{weights.name}: {FOLDER_VARIABLE} is {folder}, which has no file "
-            f"{weights.filename}; download it from {weights.url}"
+            f"{PREFIX}{name}: {FOLDER_VARIABLE} is {folder}, which has no file {path.name}; "
+            f"download it from {url}"
         )
     if not path.is_file():
-        logger.info("downloading %s", weights.url)
+        logger.info("downloading %s", url)
         try:
-            torch.hub.download_url_to_file(weights.url, str(path), weights.sha256_prefix)
+            torch.hub.download_url_to_file(url, str(path), digits)
         except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise WeightsError(
-                f"{PREFIX}{weights.name} could not be downloaded from {weights.url} ({error}). "
-                f"Download it elsewhere, put it into a folder as {weights.filename}, and set "
-                f"{FOLDER_VARIABLE} to that folder"
+                f"{PREFIX}{name} could not be downloaded from {url} ({error}). Download it "
+                f"elsewhere, put it into a folder as {path.name}, and set {FOLDER_VARIABLE} to "
+                "that folder"
             ) from None
     found = sha256_of(path)
-    if not found.startswith(weights.sha256_prefix):
+    if not found.startswith(digits):
         raise WeightsError(
             f"{path} is not the published file: its SHA-256 starts with {found[:8]}, expected "
-            f"{weights.sha256_prefix}. Delete it and download it again from {weights.url}"
+            f"{digits}. Delete it and download it again from {url}"
         )
     return path

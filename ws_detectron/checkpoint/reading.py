@@ -13,7 +13,6 @@ import struct
 import sys
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Union
 
@@ -32,7 +31,7 @@ _TEXTS = {
     b"<": "a web page (was the download address right?)",
 }
 _LOCAL_HEADER = 30  # bytes before the name of a zip entry
-_WRAPPERS = ("state_dict", "model", "model_state", "blobs")
+_WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 
 
 def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
@@ -205,23 +204,14 @@ def _fill(data: torch.Tensor, file: Any, swapped_bytes: int) -> None:
         array.view(f"u{swapped_bytes}").byteswap(inplace=True)
 
 
-@dataclass(frozen=True)
-class RawState:
-    """The tensors of a file.
-
-    Attributes:
-        tensors: under the keys of the file, without a common `module.` prefix.
-        extras: the other entries of the file.
-        wrapped: whether the tensors were in an entry `state_dict` with a `module.` prefix.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    extras: dict[str, Any]
-    wrapped: bool
-
-
-def unwrap_state(content: Mapping[str, Any], path: str) -> RawState:
+def unwrap_state(
+    content: Mapping[str, Any], path: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Finds the tensors in a dict as returned by `read_weight_file`.
+
+    Returns:
+        The tensors under the keys of the file, without a common `module.` prefix; and the other
+        entries of the file.
 
     Raises:
         WeightsError: there are none, or one of the values is not a tensor.
@@ -241,10 +231,9 @@ def unwrap_state(content: Mapping[str, Any], path: str) -> RawState:
         tensors[key] = tensor.detach()
     if not tensors:
         raise WeightsError(f"{path} holds no tensors")
-    parallel = all(key.startswith("module.") for key in tensors)
-    if parallel:
+    if all(key.startswith("module.") for key in tensors):
         tensors = {key[len("module.") :]: value for key, value in tensors.items()}
-    return RawState(tensors, extras, wrapper == "state_dict" and parallel)
+    return tensors, extras
 
 
 def check_finite(state: Mapping[str, torch.Tensor], path: str) -> None:

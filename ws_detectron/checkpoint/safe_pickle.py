@@ -156,7 +156,7 @@ class _Interpreter:
             "__builtin__.set": self._set,
             "_codecs.encode": self._encode,
             "builtins.set": self._set,
-            "collections.Counter": self._counter,
+            "collections.Counter": lambda counts: Counter(self._dict(counts)),
             "collections.OrderedDict": self._dict,
             "numpy.dtype": _Dtype,
             "torch.Size": self._size,
@@ -288,7 +288,7 @@ class _Interpreter:
         if type(target) is _Array:
             shape, dtype, fortran_order, data = state[-4:]
             order = "F" if fortran_order is True else "C"
-            target.array = self._array(data, dtype, shape, order).array
+            target.array = self._array(data, dtype, shape, order)
         elif type(target) is _Dtype:
             byte_order, *structure = state[1:5]
             if structure != [None, None, None] or byte_order not in ("<", ">", "|", "="):
@@ -327,10 +327,6 @@ class _Interpreter:
             _check_key(item)
         return set(items)
 
-    def _counter(self, counts: Any) -> Counter:
-        self._spend(_ENTRY * len(counts))
-        return Counter(self._dict(counts))
-
     def _size(self, sizes: Any) -> tuple:
         self._spend(_ENTRY * len(sizes))
         return tuple(sizes)
@@ -342,7 +338,7 @@ class _Interpreter:
         self._spend(len(text))
         return text.encode("latin1")
 
-    def _array(self, data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    def _array(self, data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
         """A numeric array with a copy of `data`, in the byte order of this machine."""
         if type(dtype) is not _Dtype:
             raise RefusedPickle("a numpy array without a numeric type")
@@ -354,11 +350,10 @@ class _Interpreter:
         if _count(shape) * dtype.dtype.itemsize != len(data):
             raise ValueError(f"array of shape {tuple(shape)!s:.80} with {len(data)} bytes")
         array = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if order == "F" else "C")
-        return _Array(np.array(array, dtype.dtype.newbyteorder("="), order="C"))
+        return np.array(array, dtype.dtype.newbyteorder("="), order="C")
 
     def _scalar(self, dtype: Any, data: Any = b"") -> Any:
-        array = self._array(data, dtype, (), "C").array
-        return None if array is None else array.item()
+        return self._array(data, dtype, (), "C").item()
 
 
 def _count(shape: Any) -> int:

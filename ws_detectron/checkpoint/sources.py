@@ -6,9 +6,8 @@ FPN (`backbone.bottom_up.stem.conv1`).
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Optional
 
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
@@ -19,7 +18,7 @@ from .metadata import Preprocessing
 
 BODY_PREFIX = "backbone.bottom_up."
 
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
+TENSORS = ("weight", "bias", "running_mean", "running_var")
 _MAX_BLOCKS = 36  # in a stage of R-152
 _MAX_HEAD_LAYERS = 8
 
@@ -64,27 +63,27 @@ def _mmdet_pairs(norm: str) -> Iterator[tuple[str, str]]:
     yield "roi_head.mask_head.conv_logits", "roi_heads.mask_head.predictor"
 
 
-def _translate(key: str, modules: Mapping[str, str]) -> Optional[str]:
-    module, _, tensor = key.rpartition(".")
-    return f"{modules[module]}.{tensor}" if module in modules and tensor in _TENSORS else None
-
-
 KeyMap = Callable[[str], Optional[str]]
 """A key in one layout -> the key in another, None if there is none."""
 
-torchvision_key: KeyMap = partial(
-    _translate, modules=dict([*_resnet_pairs("bn"), *_resnet_pairs("gn")])
-)
+
+def _key_map(pairs: Iterable[tuple[str, str]]) -> KeyMap:
+    return {
+        f"{one}.{tensor}": f"{other}.{tensor}" for one, other in pairs for tensor in TENSORS
+    }.get
+
+
+torchvision_key = _key_map([*_resnet_pairs("bn"), *_resnet_pairs("gn")])
 """Key in a ResNet of torchvision, timm, mmdetection or the WS authors -> ours."""
 
-mmdet_key: KeyMap = partial(_translate, modules=dict([*_mmdet_pairs("bn"), *_mmdet_pairs("gn")]))
+mmdet_key = _key_map([*_mmdet_pairs("bn"), *_mmdet_pairs("gn")])
 """Key in mmdetection's Faster or Mask R-CNN -> ours."""
 
-to_mmdet_key: dict[str, KeyMap] = {
-    norm: partial(_translate, modules={ours: theirs for theirs, ours in _mmdet_pairs(norm)})
-    for norm in ("bn", "gn")
-}
-"""mmdetection's name of the norm layers -> the inverse of `mmdet_key`."""
+to_torchvision_key, to_mmdet_key = (
+    {norm: _key_map((ours, theirs) for theirs, ours in pairs(norm)) for norm in ("bn", "gn")}
+    for pairs in (_resnet_pairs, _mmdet_pairs)
+)
+"""Name of the norm layers in the file -> the inverse of `torchvision_key` and `mmdet_key`."""
 
 
 def caffe2_key(blob: str) -> Optional[str]:
@@ -92,11 +91,11 @@ def caffe2_key(blob: str) -> Optional[str]:
     key = convert_basic_c2_names([blob])[0]
     module, _, tensor = key.rpartition(".")
     is_body = re.fullmatch(r"(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))(\.norm)?", module)
-    return key if is_body and tensor in _TENSORS else None
+    return key if is_body and tensor in TENSORS else None
 
 
 # ImageNet mean and std of torchvision, timm, mmdetection and the WS authors, times 255.
-_IMAGENET = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+IMAGENET = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 # Of the WS authors' fork of maskrcnn-benchmark, which reads their Caffe2-style files.
 _CAFFE2 = Preprocessing("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
 
@@ -120,7 +119,7 @@ class Source:
     key_map: KeyMap
     part: str = "ResNet"
     ws: Optional[bool] = None
-    preprocessing: Optional[Preprocessing] = _IMAGENET
+    preprocessing: Optional[Preprocessing] = IMAGENET
     to_check: tuple[str, ...] = ("MODEL.WS.GN_GROUPS 32, if it has GN",)
 
 
@@ -133,6 +132,7 @@ SOURCES = {
             "a mmdetection Faster or Mask R-CNN",
             mmdet_key,
             "detector",
+            preprocessing=None,
             to_check=(
                 f"{_INPUT}: those of data_preprocessor or img_norm_cfg; RGB, "
                 "[123.675, 116.28, 103.53], [58.395, 57.12, 57.375] in gn+ws",
@@ -177,25 +177,31 @@ SOURCES = {
     )
 }
 
+# Patterns of keys, the model that has them, and why it is refused.
 _MISFITS = (
     (
         r"stem\.conv\.weight|root\.conv\.weight|(resnet/)?root_block/.*|block1\.unit01\..*"
         r"|stages\.0\.blocks\.0\.(norm1|pre_norm)\..*",
-        "a pre-activation ResNetV2 (BiT, timm resnetv2): its norm layers precede the convs, and "
-        "detectron2 has no such ResNet",
+        "a pre-activation ResNetV2 (BiT, timm resnetv2)",
+        "its norm layers precede the convs, and detectron2 has no such ResNet",
     ),
     (
         r"(backbone\.)?(conv1\.0\.weight|stem\.0\.weight)",
-        "a ResNet with three 3x3 convs as its stem (ResNet-C/D); detectron2's has one 7x7 conv",
+        "a ResNet with three 3x3 convs as its stem (ResNet-C/D)",
+        "detectron2's has one 7x7 conv",
     ),
     (
         r"bbox_head\.(shared_convs|shared_fcs|fc_cls)\..*",
-        "a detector of mmdetection 1.x (background class first); upgrade it with mmdetection's "
-        "tools/model_converters/upgrade_model_version.py",
+        "a detector of mmdetection 1.x (background class first)",
+        "upgrade it with mmdetection's tools/model_converters/upgrade_model_version.py",
     ),
-    (r".*\.weight_gamma", "a model with ConvAWS (DetectoRS), which is not WS"),
-    (r".*conv2(\.conv)?_offset\..*", "a model with deformable convs, which are not supported"),
-    (r".*\.(se|attn)\.(fc1|conv)\..*", "a ResNet with attention, which detectron2 does not have"),
+    (r".*\.weight_gamma", "a model with ConvAWS (DetectoRS)", "which is not WS"),
+    (r".*conv2(\.conv)?_offset\..*", "a model with deformable convs", "which are not supported"),
+    (r".*\.(se|attn)\.(fc1|conv)\..*", "a ResNet with attention", "which detectron2 does not have"),
+)
+_RANDOM = (
+    "detectron2 cannot use it: its backbone would stay random. Use a detector of detectron2's "
+    "model zoo or of mmdetection, or a ResNet"
 )
 # Some of their keys are also detectron2's (`roi_heads.box_predictor.cls_score.weight`).
 _OTHER_DETECTORS = (
@@ -203,78 +209,57 @@ _OTHER_DETECTORS = (
         r"backbone\.body\.(stem|res\d)\..*|backbone\.fpn\.fpn_(inner|layer)\d\..*"
         r"|roi_heads\.(box|mask|keypoint)\.(feature_extractor|predictor)\..*",
         "a maskrcnn-benchmark detector",
+        _RANDOM,
     ),
     (
         r"backbone\.body\..*|backbone\.fpn\.(inner|layer|extra)_blocks\..*"
         r"|roi_heads\.box_head\.fc[67]\..*|head\.(classification|regression)_head\..*",
         "a torchvision detector",
+        _RANDOM,
     ),
 )
 
 
-def refuse_other_detectors(keys: Collection[str], path: str) -> None:
-    """Raises WeightsError for detectors of which detectron2 would load only a few layers.
-
-    Args:
-        keys: without a common `module.` prefix, and without those that the model has.
-        path: the file, for messages.
-    """
-    _refuse(
-        _OTHER_DETECTORS,
-        keys,
-        path,
-        ", which detectron2 cannot use: its backbone would stay random. Use a detector of "
-        "detectron2's model zoo or of mmdetection, or a ResNet",
-    )
-
-
-def _refuse(
-    table: tuple[tuple[str, str], ...], keys: Collection[str], path: str, advice: str = ""
-) -> None:
-    for pattern, what in table:
-        for key in keys:
-            if re.fullmatch(pattern, key):
-                raise WeightsError(f"{path} is {what} (recognized by its key {key!r:.100}){advice}")
-
-
-def find_source(keys: Collection[str], path: str, wrapped: bool, name: str = "auto") -> Source:
+def find_source(keys: Collection[str], path: str, name: str = "auto") -> Source:
     """Recognizes the format of a file by its keys.
 
     Args:
         keys: without a common `module.` prefix.
-        path: the file, for messages.
-        wrapped: as in `RawState`; training scripts for several GPUs save files like this.
+        path: the file, for messages; the WS authors' files have "GN-WS" in their names.
         name: a name in `SOURCES` to choose that one.
 
     Raises:
         WeightsError: the format is unknown, not convertible, or ambiguous; says which.
     """
-    refuse_other_detectors(keys, path)
     ours = r"((backbone\.)?(bottom_up\.)?stem\.conv1|proposal_generator|roi_heads)\."
-    if name == "detectron2" or (name == "auto" and any(re.match(ours, key) for key in keys)):
-        return SOURCES["detectron2"]
-    _refuse(_MISFITS, keys, path)
-    if name in SOURCES:
-        return SOURCES[name]
-    if name != "auto":
-        raise WeightsError(f"unknown source {name!r}; allowed: auto, {', '.join(SOURCES)}")
+    if name == "auto" and any(re.match(ours, key) for key in keys):
+        name = "detectron2"
+    refusals = _OTHER_DETECTORS if name == "detectron2" else _OTHER_DETECTORS + _MISFITS
+    for pattern, what, reason in refusals:
+        key = next((key for key in keys if re.fullmatch(pattern, key)), None)
+        if key is not None:
+            raise WeightsError(f"{path} is {what} (recognized by its key {key!r:.100}): {reason}")
+    return SOURCES[_recognize(keys, path) if name == "auto" else name]
+
+
+def _recognize(keys: Collection[str], path: str) -> str:
     if any(re.match(r"(neck|roi_head)\.", key) for key in keys):
-        return SOURCES["mmdet"]
+        return "mmdet"
     if "conv1_w" in keys:
         if "GN-WS" in path:
-            return SOURCES["ws-authors-caffe2"]
+            return "ws-authors-caffe2"
         raise WeightsError(
             f"{path} has Caffe2's blob names, as both plain ResNets and the WS authors' GN+WS "
             "ones. If it is one of the latter, pass --source ws-authors-caffe2; detectron2 reads "
             "plain ones without conversion"
         )
     if {"conv1.weight", "gn1.weight"} <= set(keys):
-        return SOURCES["mmdet-resnet"]
+        return "mmdet-resnet"
     if {"conv1.weight", "bn1.weight"} <= set(keys):
         if "bn1.running_mean" in keys:
-            return SOURCES["torchvision"]
-        if wrapped:
-            return SOURCES["ws-authors"]
+            return "torchvision"
+        if "GN-WS" in path:
+            return "ws-authors"
         raise WeightsError(
             f"{path} has GN and torchvision's names, like the WS authors' GN+WS files and timm's "
             "resnet50_gn (without WS): pass --source ws-authors or --source timm"
@@ -283,34 +268,6 @@ def find_source(keys: Collection[str], path: str, wrapped: bool, name: str = "au
         f"{path} has an unknown format; its keys are {list_some(sorted(keys))}. Supported: "
         + "; ".join(f"{source.name}: {source.title}" for source in SOURCES.values())
     )
-
-
-PREFIX = "ws://"
-
-
-@dataclass(frozen=True)
-class PublishedWeights:
-    """One published file, which a config may name: `MODEL.WEIGHTS: "ws://<name>"`.
-
-    Attributes:
-        name: without `ws://`.
-        url: of the download; its file name ends in the first eight digits of the SHA-256.
-        source: its format, a name in `SOURCES`.
-    """
-
-    name: str
-    url: str
-    source: str
-
-    @property
-    def filename(self) -> str:
-        """The last part of the URL."""
-        return self.url.rsplit("/", 1)[1]
-
-    @property
-    def sha256_prefix(self) -> str:
-        """The first eight hexadecimal digits of the file's SHA-256; more are not published."""
-        return self.filename.rsplit("-", 1)[1][:8]
 
 
 # mmengine 0.10.7, hub/openmmlab.json
@@ -336,26 +293,22 @@ _DETECTORS = {
     "mask_rcnn_x50_32x4d_fpn_gn_ws-all_20_23_24e_coco": "20200226-969bcb2c",
     "mask_rcnn_x101_32x4d_fpn_gn_ws-all_20_23_24e_coco": "20200316-e6cd35ef",
 }
-_DOWNLOADS = "https://download.openmmlab.com"
+_OPENMMLAB = "https://download.openmmlab.com"
 PUBLISHED = {
-    weights.name: weights
-    for weights in [
-        PublishedWeights(
-            f"jhu/{name}", f"{_DOWNLOADS}/pretrain/third_party/{name}-{ending}.pth", "mmdet-resnet"
-        )
-        for name, ending in _RESNETS.items()
-    ]
-    + [
-        PublishedWeights(
-            f"mmdet/{name}",
-            f"{_DOWNLOADS}/mmdetection/v2.0/gn%2Bws/{name}/{name}_{ending}.pth",
-            "mmdet",
-        )
-        for name, ending in _DETECTORS.items()
-    ]
+    f"jhu/{name}": f"{_OPENMMLAB}/pretrain/third_party/{name}-{digits}.pth"
+    for name, digits in _RESNETS.items()
+} | {
+    f"mmdet/{name}": f"{_OPENMMLAB}/mmdetection/v2.0/gn%2Bws/{name}/{name}_{ending}.pth"
+    for name, ending in _DETECTORS.items()
 }
+"""Name in `MODEL.WEIGHTS: "ws://<name>"` -> URL, which ends in eight digits of the SHA-256."""
 
 
-def find_published(sha256: str) -> Optional[PublishedWeights]:
-    """The published file with this SHA-256, by its first eight digits, or None."""
-    return next((w for w in PUBLISHED.values() if sha256.startswith(w.sha256_prefix)), None)
+def sha256_digits(url: str) -> str:
+    """The first eight hexadecimal digits of the SHA-256 of a published file."""
+    return url[-len("12345678.pth") : -len(".pth")]
+
+
+def is_published(sha256: str) -> bool:
+    """Whether the file with this SHA-256 is in `PUBLISHED`, by the digits that are known."""
+    return sha256[:8] in map(sha256_digits, PUBLISHED.values())
