@@ -78,6 +78,11 @@ class RunResult:
         return self.status == FINISHED or (self.run.searching and self.status == DIVERGED)
 
     @property
+    def starts(self) -> int:
+        """Number of processes that have trained it."""
+        return int(self.record.run_record.get("starts", 1)) if self.record else 0
+
+    @property
     def mean(self) -> Optional[float]:
         """The criterion of a search: the mean of box and mask AP."""
         return sum(self.scores.values()) / len(self.scores) if self.scores else None
@@ -160,10 +165,10 @@ def read_result(run: StudyRun, records: Records) -> RunResult:
     notes = [f"{record.state.upper()}: {record.reason}"] if record.reason else []
     if record.state == FINISHED:
         scores, notes = final_scores(run, record.rows)
-    starts = record.run_record.get("starts", 1)
-    if starts > 1:
-        notes.append(f"resumed: {starts} starts")
-    return RunResult(run, record, scores, tuple(notes))
+    result = RunResult(run, record, scores, tuple(notes))
+    if result.starts > 1:
+        result = replace(result, notes=(*notes, f"resumed: {result.starts} starts"))
+    return result
 
 
 def _with_plain_keys(run: StudyRun, record: Record) -> Rows:

@@ -1,5 +1,6 @@
 """Trains the runs of a study, each in its own process: on this machine, or as Slurm jobs."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -49,8 +50,8 @@ class Progress:
 
     Args:
         results: results of all selected runs, finished ones included.
-        workers: number of runs that train at a time; None if unknown, as in a queue, so that no
-            time is estimated.
+        jobs: number of runs that train at a time; None if unknown, as in a queue, so that no time
+            is estimated.
         titles: score -> title.
         say: prints a line.
         keep: called with the result of each run that has ended, before the line is printed.
@@ -59,19 +60,15 @@ class Progress:
     def __init__(
         self,
         results: Sequence[RunResult],
-        workers: Optional[int],
+        jobs: Optional[int],
         titles: Mapping[str, str],
         say: Callable[[str], None],
         keep: Callable[[RunResult], None] = lambda result: None,
     ) -> None:
-        self._runs, self._workers, self._titles = [r.run for r in results], workers, titles
-        self._say, self._keep = say, keep
+        self._results = {result.run.name: result for result in results}
+        self._jobs, self._titles, self._say, self._keep = jobs, titles, say, keep
         self._begun: dict[str, float] = {}
-        self._ended: set[str] = set()
-        self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
-        for result in results:
-            if result.status == FINISHED:
-                self._learn(result)
+        self._ended = {result.run.name for result in results if result.status == FINISHED}
         if self._ended:
             say(f"{len(self._ended)} of {len(results)} runs are finished already")
 
@@ -80,9 +77,9 @@ class Progress:
         self._say(f"{self._position()} {run.name} begins; log: {run.folder}/{OUTPUT}")
 
     def ended(self, run: StudyRun) -> None:
-        result = read_result(run, {})
+        result = self._results[run.name] = read_result(run, {})
         assert result.record is not None
-        self._learn(result)
+        self._ended.add(run.name)
         self._keep(result)
         what = f"{result.status.upper()}: {result.record.reason}"
         if result.status == FINISHED:
@@ -94,27 +91,24 @@ class Progress:
 
     def seconds_left(self) -> Optional[float]:
         """None before any run has finished, and for a queue."""
-        all_speeds = [speed for speeds in self._speeds.values() for speed in speeds]
-        if not all_speeds or self._workers is None:
+        speeds: dict[int, list[float]] = {}  # batch -> seconds per image
+        for result in self._results.values():
+            # those of a resumed run are of its last start, in which it sees a part of its images
+            record, run = result.record, result.run
+            if record and record.state == FINISHED and result.starts == 1 and record.seconds:
+                speeds.setdefault(run.batch, []).append(record.seconds / (run.images or 1))
+        if not speeds or self._jobs is None:
             return None
-        total = 0.0
-        for run in self._runs:
-            if run.name not in self._ended:
-                known = self._speeds.get(run.batch, all_speeds)
-                gone = time.monotonic() - self._begun.get(run.name, time.monotonic())
-                total += max(0.0, (run.images or 1) * sum(known) / len(known) - gone)
-        return total / self._workers
-
-    def _learn(self, result: RunResult) -> None:
-        run, record = result.run, result.record
-        self._ended.add(run.name)
-        # `seconds` are those of the last start, in which a resumed run sees a part of its images
-        if record and record.state == FINISHED and record.run_record.get("starts", 1) == 1:
-            if record.seconds:
-                self._speeds.setdefault(run.batch, []).append(record.seconds / (run.images or 1))
+        total, now = 0.0, time.monotonic()
+        for name in self._results.keys() - self._ended:
+            run = self._results[name].run
+            each = speeds.get(run.batch) or [*itertools.chain(*speeds.values())]
+            expected = (run.images or 1) * sum(each) / len(each)
+            total += max(0.0, expected - now + self._begun.get(name, now))
+        return total / self._jobs
 
     def _position(self) -> str:
-        return f"[{len(self._ended)}/{len(self._runs)}]"
+        return f"[{len(self._ended)}/{len(self._results)}]"
 
 
 class RunProcess:
@@ -144,8 +138,7 @@ class RunProcess:
                 pass_fds=pass_fds,
             )
 
-    def poll(self) -> bool:
-        """Whether the process has ended."""
+    def has_ended(self) -> bool:
         return self._process.poll() is not None
 
     def finish(self) -> None:
@@ -222,9 +215,8 @@ def environments(study: Study, jobs: int, gpus: Optional[Sequence[int]]) -> list
         return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
     # visible GPUs may not be the first of the machine, and may be given by UUID
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = torch.cuda.device_count()
+    count, each = torch.cuda.device_count(), study.processes
     names = [*map(str, gpus)] if gpus is not None else visible[:count] or [*map(str, range(count))]
-    each = study.processes
     if len(names) < jobs * each:
         raise UserError(
             f"--jobs {jobs} with {each} process(es) each need {jobs * each} GPUs; there are "
@@ -266,7 +258,9 @@ def run_locally(
                     worker, run = free.pop(), waiting.pop()
                     progress.began(run)
                     running[worker] = RunProcess(run, workers[worker], [lock.fileno()])
-                for worker in [worker for worker, process in running.items() if process.poll()]:
+                for worker in [
+                    worker for worker, process in running.items() if process.has_ended()
+                ]:
                     process = running.pop(worker)
                     free.append(worker)
                     process.finish()
@@ -359,6 +353,7 @@ def run_on_slurm(
     """
     try:
         import submitit
+        from submitit.helpers import as_completed
     except ImportError as error:
         raise UserError("--launcher slurm needs submitit: pip install submitit") from error
     try:
@@ -366,7 +361,7 @@ def run_on_slurm(
     except RuntimeError as error:
         raise UserError(f"--launcher slurm cannot submit jobs here: {error}") from error
     job_type = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
-    jobs: dict[str, tuple[StudyRun, Any]] = {}
+    jobs: list[Any] = []
     for run in runs:
         path = run.folder / JOB  # of an earlier call, if it may still be in the queue
         job: Any = job_type(folder / "%j", path.read_text().strip()) if path.is_file() else None
@@ -384,15 +379,12 @@ def run_on_slurm(
                 ) from error
             write_text(path, job.job_id)
         progress.began(run)
-        jobs[run.name] = run, job
-    while jobs:
-        for name in [name for name, (_, job) in jobs.items() if job.done()]:
-            run, job = jobs.pop(name)
-            (run.folder / JOB).unlink(missing_ok=True)
-            _note_failure(run, job.exception())
-            progress.ended(run)
-        if jobs:
-            time.sleep(poll_seconds)
+        jobs.append(job)
+    for job in as_completed(jobs, poll_frequency=poll_seconds):
+        run = runs[jobs.index(job)]
+        (run.folder / JOB).unlink(missing_ok=True)
+        _note_failure(run, job.exception())
+        progress.ended(run)
 
 
 def _note_failure(run: StudyRun, error: Optional[BaseException]) -> None:
