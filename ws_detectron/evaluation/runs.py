@@ -174,20 +174,21 @@ def ap_key(run: Run, task: str) -> str:
 
 def _find_evaluation(run: Run) -> Optional[Path]:
     """The JSON file of tools/evaluate_coco.py in a run folder; that of the first test set."""
-    tested = list(run.config.get("DATASETS.TEST", ()))
-    places = run.path / "inference" / JSON_NAME, run.path / JSON_NAME
-    own = [path for path in places if path.is_file()]
-    by_data_set = sorted(
+    for place in (run.path / "inference", run.path):
+        if (place / JSON_NAME).is_file():
+            return place / JSON_NAME
+    order = {name: number for number, name in enumerate(run.config.get("DATASETS.TEST", ()))}
+    found = sorted(
         run.path.glob(f"inference/*/{JSON_NAME}"),
-        key=lambda path: ([*tested, path.parent.name].index(path.parent.name), path),
+        key=lambda path: (order.get(path.parent.name, len(order)), path),
     )
-    if not own and len(by_data_set) > 1:
-        names = ", ".join(path.parent.name for path in by_data_set)
+    if len(found) > 1:
+        names = ", ".join(path.parent.name for path in found)
         run.problems.append(
             f"{run.path} was evaluated on several data sets ({names}); the first is used, for "
             f"another give the path of its {JSON_NAME}"
         )
-    return next(iter([*own, *by_data_set]), None)
+    return found[0] if found else None
 
 
 def _read_evaluation(run: Run, path: Path) -> None:
@@ -202,23 +203,20 @@ def _read_evaluation(run: Run, path: Path) -> None:
             "run it with --predictions and --annotations"
         )
         return
-    for task in TASKS:
-        for name, value in (content.get(task) or {}).items():
-            run.metrics[f"{task}/{name}"] = value
+    found = {task: content.get(task) or {} for task in TASKS}
+    run.metrics = {f"{task}/{name}": value for task in TASKS for name, value in found[task].items()}
     run.source = path.name
 
 
 def _take_last_evaluation(run: Run) -> None:
     for task in TASKS:
         key = ap_key(run, task)
-        row = next((row for row in reversed(run.rows) if key in row), None)
-        if row is None:
-            continue
-        for name in COCO_METRICS:
-            value = row.get(f"{key[:-2]}{name}", ...)
-            if value is not ...:
-                run.metrics[f"{task}/{name}"] = value if _is_finite(value) else None
-        run.source = f"{METRICS}, iteration {row['iteration']}"
+        last = next((row for row in reversed(run.rows) if key in row), None)
+        if last is not None:
+            for name in COCO_METRICS:
+                if (value := last.get(f"{key[:-2]}{name}", ...)) is not ...:
+                    run.metrics[f"{task}/{name}"] = value if _is_finite(value) else None
+            run.source = f"{METRICS}, iteration {last['iteration']}"
     if run.rows and not run.metrics:
         run.problems.append(
             f"{run.path} was never evaluated: {METRICS} has no AP and there is no {JSON_NAME}; "

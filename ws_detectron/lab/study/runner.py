@@ -12,7 +12,6 @@ from ws_detectron.utils.io import write_text
 
 from .plan import StudyRun, check_runs, search_runs, study_runs
 from .records import (
-    DIVERGED,
     FINISHED,
     RunResult,
     StudyResults,
@@ -52,8 +51,8 @@ class Options:
 def run_study(study: Study, options: Options, say: Say) -> StudyResults:
     """Trains the runs that are not finished: first the search, then the runs with its choice.
 
-    Runs that failed are tried again. Diverged runs of a search are not, unless all of a variant
-    diverged: a later success would change the choice, with which other runs are already trained.
+    Runs that failed are tried again. Diverged runs of a search are not: a later success would
+    change the choice, with which other runs are already trained.
 
     Raises:
         UserError: a run cannot work on any machine, or another process works on the study.
@@ -72,7 +71,7 @@ def run_study(study: Study, options: Options, say: Say) -> StudyResults:
 def _train(
     study: Study, what: str, runs: Sequence[StudyRun], options: Options, say: Say, lock: IO[Any]
 ) -> list[RunResult]:
-    """Trains the selected runs that are not finished; returns the results of all runs."""
+    """Trains the selected runs that have not ended; returns the results of all runs."""
     records = read_records(options.records)
     results = {run.name: read_result(run, records) for run in runs}
 
@@ -88,16 +87,10 @@ def _train(
         say(f"{what}: {len(results.keys() & records)} runs taken from {options.records}")
     keep(*results.values())
     chosen = [results[run.name] for run in _selected(study, runs, options)]
-    # a variant and batch of a search all of whose runs diverged is tried again
-    hopeful = {(r.run.variant, r.run.batch) for r in chosen if r.status != DIVERGED}
-    wanted: list[StudyRun] = []
-    for result in [*chosen]:
-        if result.status == FINISHED:
-            drop_checkpoints(result.run)  # if its process was killed before it did so
-        elif result.has_ended and (result.run.variant, result.run.batch) in hopeful:
-            chosen.remove(result)
-        else:
-            wanted.append(result.run)
+    for result in chosen:
+        if result.status == FINISHED:  # if its process was killed before it did so
+            drop_checkpoints(result.run)
+    wanted = [result.run for result in chosen if not result.has_ended]
     if chosen:
         say(f"{what}: {len(chosen)} runs in {study.output}")
         on_slurm = options.launcher == "slurm"

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Optional
@@ -68,7 +68,7 @@ class Progress:
         self._results = {result.run.name: result for result in results}
         self._jobs, self._titles, self._say, self._keep = jobs, titles, say, keep
         self._begun: dict[str, float] = {}
-        self._ended = {result.run.name for result in results if result.status == FINISHED}
+        self._ended = {result.run.name for result in results if result.has_ended}
         if self._ended:
             say(f"{len(self._ended)} of {len(results)} runs are finished already")
 
@@ -143,36 +143,26 @@ class RunProcess:
 
     def finish(self) -> None:
         """Waits for the process to end, and writes the state of the run."""
-        status = self._process.wait()
-        seconds = time.perf_counter() - self._start
+        status, run = self._process.wait(), self.run
         if status == 0:
-            rows = read_run(self.run.folder, "").rows
-            missing = [] if self.run.cfg else final_scores(self.run, rows)[1]
-            # in this order: without checkpoints, an unfinished run starts from the beginning
-            state = FAILED if missing else FINISHED
-            write_state(self.run, state, reason="; ".join(missing), seconds=seconds)
-            if not missing:
-                drop_checkpoints(self.run)
-            return
-        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        reason = f"{failure_reason(self.run.folder / OUTPUT)} ({how})"
-        failure = DIVERGED if status == DivergedError.exit_status else FAILED
-        write_state(self.run, failure, reason=reason, seconds=seconds)
+            missing = [] if run.cfg else final_scores(run, read_run(run.folder, "").rows)[1]
+            state, reason = FAILED if missing else FINISHED, "; ".join(missing)
+        else:
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            reason = f"{failure_reason(run.folder / OUTPUT)} ({how})"
+            state = DIVERGED if status == DivergedError.exit_status else FAILED
+        write_state(run, state, reason=reason, seconds=time.perf_counter() - self._start)
+        if state == FINISHED:  # now: without checkpoints, an unfinished run starts again
+            drop_checkpoints(run)
 
     def stop(self) -> None:
         """Ends the process and its children; the state stays "running", to be resumed."""
-        self._signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-
-    def _signal(self, number: int) -> None:
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
+        for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+                return
 
 
 def failure_reason(path: Path) -> str:
