@@ -51,6 +51,8 @@ def test_differing_keys_are_shown_and_no_others(runs: list[Run]) -> None:
     assert "SEED" in keys()
     row = next(cells(line) for line in as_markdown(runs).splitlines() if "`SEED`" in line)
     assert row == ["`SEED`", "–", "`1`"]
+    runs[0].config["MODEL.FPN.NORM"] = ""
+    assert "| `MODEL.FPN.NORM`     | `''` | `GN` |" in as_markdown(runs)
     assert "same data" not in text
     runs[0].config["DATASETS.TEST"] = ["other"]
     assert "Not all runs were evaluated on the same data" in as_markdown(runs)

@@ -119,9 +119,9 @@ class RunProcess:
     """
 
     def __init__(
-        self, run: StudyRun, environ: Mapping[str, str], pass_fds: Sequence[int] = ()
+        self, run: StudyRun, environ: dict[str, str], pass_fds: Sequence[int] = ()
     ) -> None:
-        self.run = run
+        self.run, self.environ = run, environ
         run.folder.mkdir(parents=True, exist_ok=True)
         write_state(run, RUNNING)
         self._start = time.perf_counter()
@@ -239,25 +239,23 @@ def run_locally(
         lock: as returned by `study_lock`; the runs inherit it, so that the study stays locked while
             any of them is alive, even if this process is killed.
     """
-    waiting, free = [*reversed(runs)], [*reversed(range(len(workers)))]
-    running: dict[int, RunProcess] = {}
+    waiting, free = [*runs], [*workers]
+    running: list[RunProcess] = []
     with _ended_by_signals():
         try:
             while waiting or running:
                 while waiting and free:
-                    worker, run = free.pop(), waiting.pop()
+                    run = waiting.pop(0)
                     progress.began(run)
-                    running[worker] = RunProcess(run, workers[worker], [lock.fileno()])
-                for worker in [
-                    worker for worker, process in running.items() if process.has_ended()
-                ]:
-                    process = running.pop(worker)
-                    free.append(worker)
+                    running.append(RunProcess(run, free.pop(0), [lock.fileno()]))
+                for process in [process for process in running if process.has_ended()]:
+                    running.remove(process)
+                    free.append(process.environ)
                     process.finish()
                     progress.ended(process.run)
                 time.sleep(POLL_SECONDS)
         finally:
-            for process in running.values():
+            for process in running:
                 process.stop()
 
 
