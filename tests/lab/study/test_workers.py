@@ -346,7 +346,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def progress(runs: list, workers: Optional[int] = 1) -> Progress:
     results = [read_result(run, {}) for run in runs]
-    return Progress(results, workers, {}, lambda line: None)
+    return Progress(results, workers, lambda line: None)
 
 
 def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list[float]) -> None:

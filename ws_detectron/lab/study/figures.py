@@ -157,7 +157,7 @@ def _curves(results: StudyResults, keys: Sequence[str]) -> pd.DataFrame:
         for key in keys:
             for iteration, value in zip(*series(record.rows, key)):
                 # a last evaluation is written one iteration after the last step
-                seen = (iteration + 1) * run.batch * run.processes
+                seen = (iteration + 1) * run.batch * run.study.processes
                 rows.append((run.variant, run.batch, key, min(seen, run.images or seen), value))
     return pd.DataFrame(rows, columns=["variant", "batch", "key", "images", "value"])
 

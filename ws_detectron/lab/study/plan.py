@@ -50,9 +50,7 @@ class StudyRun:
     command: list[str]  # starts or resumes it
     settings: Values = field(repr=False)  # config key or option -> value; lists in place of tuples
     scores: list[str]  # metrics of a finished run
-    processes: int
-    device: str
-    checkpoints: str  # which are kept, see `Study`
+    study: Study = field(repr=False)  # that it is of; in a search with other images and overrides
     images: Optional[int] = None  # that it sees; None for a command
     choice: Values = field(default_factory=dict)  # what a search tries or found, at the reference
     searching: bool = False  # whether it is a run of a search
@@ -131,7 +129,7 @@ def check_runs(runs: Iterable[StudyRun]) -> None:
             check_registered(run.cfg)
             check_datasets("DATASETS.TRAIN", run.cfg.DATASETS.TRAIN)
             check_datasets("DATASETS.TEST", run.cfg.DATASETS.TEST)
-            check_batch(run.cfg, run.processes)
+            check_batch(run.cfg, run.study.processes)
         except ConfigError as error:
             raise ConfigError(f"run {run.name}: {error}") from error
 
@@ -194,9 +192,7 @@ def _runs(
             command=[*start, *last],
             settings={**settings, **own},
             scores=[*AP][:1] if cfg and not cfg.MODEL.MASK_ON else [*study.scores],
-            processes=study.processes,
-            device=study.device,
-            checkpoints=study.checkpoints,
+            study=study,
             images=images,
             choice=choice,
             searching=searching,

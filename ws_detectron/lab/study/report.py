@@ -136,20 +136,22 @@ def differences(
     """
     planned = [results.study.variants[name].runs or results.study.batches for name in pair]
     batches = sorted(set.intersection(*map(set, planned)))
-    values = samples(results, score)
-    a, b = ({batch: values[name, batch] for batch in batches} for name in pair)
-    rows = {images(batch): contrast([a[batch]], [b[batch]]) for batch in batches}
+    table = score_table(results, score).pivot(
+        index=["variant", "seed"], columns="batch", values="value"
+    )
+    table = table.reindex(columns=batches)
+    a, b = (table[table.index.get_level_values("variant") == name] for name in pair)
+
+    def welch(plus: list[pd.Series], minus: list[pd.Series]) -> Optional[Interval]:
+        return contrast([some.dropna() for some in plus], [some.dropna() for some in minus])
+
+    rows = {images(batch): welch([a[batch]], [b[batch]]) for batch in batches}
     if len(batches) > 1:
-        table = score_table(results, score).pivot(
-            index=["variant", "seed"], columns="batch", values="value"
-        )
-        means = table.reindex(columns=batches).dropna().mean(axis=1)
-        over_all = [means[means.index.get_level_values("variant") == name] for name in pair]
-        rows["all batches"] = contrast(over_all[:1], over_all[1:])
+        rows["all batches"] = welch([a.mean(axis=1, skipna=False)], [b.mean(axis=1, skipna=False)])
     for other in batches[1:]:
         first = batches[0]
         name = f"more at {images(first)} than at {images(other)}"
-        rows[name] = contrast([a[first], b[other]], [b[first], a[other]])
+        rows[name] = welch([a[first], b[other]], [b[first], a[other]])
     return rows
 
 

@@ -94,7 +94,7 @@ def _train(
     if chosen:
         say(f"{what}: {len(chosen)} runs in {study.output}")
         on_slurm = options.launcher == "slurm"
-        progress = Progress(chosen, None if on_slurm else options.jobs, study.scores, say, keep)
+        progress = Progress(chosen, None if on_slurm else options.jobs, say, keep)
         if on_slurm:
             run_on_slurm(wanted, study.slurm, study.output / "submitit", progress)
         else:

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -52,7 +52,6 @@ class Progress:
         results: results of all selected runs, finished ones included.
         jobs: number of runs that train at a time; None if unknown, as in a queue, so that no time
             is estimated.
-        titles: score -> title.
         say: prints a line.
         keep: called with the result of each run that has ended, before the line is printed.
     """
@@ -61,12 +60,11 @@ class Progress:
         self,
         results: Sequence[RunResult],
         jobs: Optional[int],
-        titles: Mapping[str, str],
         say: Callable[[str], None],
         keep: Callable[[RunResult], None] = lambda result: None,
     ) -> None:
         self._results = {result.run.name: result for result in results}
-        self._jobs, self._titles, self._say, self._keep = jobs, titles, say, keep
+        self._jobs, self._say, self._keep = jobs, say, keep
         self._begun: dict[str, float] = {}
         self._ended = {result.run.name for result in results if result.has_ended}
         if self._ended:
@@ -83,7 +81,8 @@ class Progress:
         self._keep(result)
         what = f"{result.status.upper()}: {result.record.reason}"
         if result.status == FINISHED:
-            scores = [f"{self._titles[key]} {value:.1f}" for key, value in result.scores.items()]
+            titles = run.study.scores
+            scores = [f"{titles[key]} {value:.1f}" for key, value in result.scores.items()]
             what = f"finished in {duration(result.record.seconds)}: {', '.join(scores) or 'no AP'}"
         seconds = self.seconds_left()
         left = "time left unknown" if seconds is None else f"about {duration(seconds)} left"
@@ -176,7 +175,7 @@ def failure_reason(path: Path) -> str:
 def drop_checkpoints(run: StudyRun) -> None:
     """Deletes the checkpoints that a finished run does not keep."""
     patterns = {"all": [], "last": ["model_[0-9]*.pth"], "none": ["last_checkpoint", "*.pth"]}
-    for pattern in patterns[run.checkpoints]:
+    for pattern in patterns[run.study.checkpoints]:
         for path in run.folder.glob(pattern):
             path.unlink()
 
@@ -354,7 +353,7 @@ def run_on_slurm(
         path = run.folder / JOB  # of an earlier call, if it may still be in the queue
         job: Any = job_type(folder / "%j", path.read_text().strip()) if path.is_file() else None
         if job is None or job.done():
-            needs = {"gpus_per_node": run.processes} if run.device == "cuda" else {}
+            needs = {"gpus_per_node": run.study.processes} if run.study.device == "cuda" else {}
             try:
                 executor.update_parameters(**{**DEFAULTS, **needs, **parameters, "name": run.name})
                 job = executor.submit(RunJob(), run)
