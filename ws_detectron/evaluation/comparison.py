@@ -9,7 +9,7 @@ from ws_detectron.utils.io import csv_text
 
 from .coco_eval import COCO_METRICS, TASKS
 from .coco_report import TITLES, UNDEFINED, format_metric
-from .runs import Run, training_seconds
+from .runs import Rows, Run, training_seconds
 
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -25,7 +25,7 @@ def as_markdown(runs: Sequence[Run]) -> str:
             change = difference(run, runs[0], f"{task}/{metric}")
             shown = run is not runs[0] and change is not None
             row[f"{TITLES[task]} {metric}"] = f"{value} ({change:+.2f})" if shown else value
-        iterations, seconds = effort(run)
+        iterations, seconds = effort(run.rows)
         row["iterations"] = str(iterations or UNDEFINED)
         row["training time"] = duration(seconds)
         row["s/iteration"] = format_metric(iterations and seconds and seconds / iterations, 3)
@@ -64,7 +64,14 @@ def as_csv(runs: Sequence[Run]) -> str:
         metrics = [*(run.metrics.get(name) for name in names)]
         metrics += [difference(run, runs[0], name) for name in names]
         settings = [run.config.get(key) for key in keys]
-        row = [run.name, *metrics, *effort(run), run.source, *settings, "; ".join(run.problems)]
+        row = [
+            run.name,
+            *metrics,
+            *effort(run.rows),
+            run.source,
+            *settings,
+            "; ".join(run.problems),
+        ]
         rows.append(row)
     return csv_text(rows)
 
@@ -107,12 +114,12 @@ def difference(run: Run, baseline: Run, name: str) -> Optional[float]:
     return None if value is None or reference is None else value - reference
 
 
-def effort(run: Run) -> tuple[Optional[int], Optional[float]]:
+def effort(rows: Rows) -> tuple[Optional[int], Optional[float]]:
     """Number of iterations, and seconds of training steps; see `training_seconds`."""
-    steps = [row["iteration"] for row in run.rows if "total_loss" in row]
+    steps = [row["iteration"] for row in rows if "total_loss" in row]
     if not steps:
         return None, None
-    seconds = training_seconds(run.rows, [steps[-1]])
+    seconds = training_seconds(rows, [steps[-1]])
     return steps[-1] + 1, float(seconds[0]) if len(seconds) else None
 
 

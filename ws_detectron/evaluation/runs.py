@@ -20,6 +20,8 @@ from .coco_report import FORMAT, JSON_NAME
 METRICS = "metrics.json"
 CONFIG = "config.yaml"
 
+Rows = Sequence[dict[str, Any]]  # of metrics.json, one per iteration, in order; see `merge_rows`
+
 
 @dataclass
 class Run:
@@ -112,7 +114,7 @@ def _read_metrics(run: Run, path: Path) -> None:
     run.rows = merge_rows(rows)
 
 
-def merge_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_rows(rows: Rows) -> list[dict[str, Any]]:
     """Merges the lines that detectron2's JSONWriter wrote into one row per iteration, in order.
 
     A resumed run starts from its last checkpoint and appends, so rows that were written after that
@@ -131,7 +133,7 @@ def merge_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [merged[iteration] for iteration in sorted(merged)]
 
 
-def training_seconds(rows: Sequence[dict[str, Any]], iterations: Sequence[int]) -> np.ndarray:
+def training_seconds(rows: Rows, iterations: Sequence[int]) -> np.ndarray:
     """Wall time of training steps up to the end of given iterations.
 
     metrics.json has no timestamps, but `time`, the median seconds of the last 20 iterations. The
@@ -154,7 +156,7 @@ def training_seconds(rows: Sequence[dict[str, Any]], iterations: Sequence[int]) 
     return np.interp(np.asarray(iterations) + 1, done, seconds)
 
 
-def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     """Iterations and values of a metric; values that are not finite numbers are skipped."""
     found = [(row["iteration"], row[key]) for row in rows if _is_finite(row.get(key))]
     return [iteration for iteration, _ in found], [value for _, value in found]

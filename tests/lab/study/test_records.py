@@ -16,6 +16,7 @@ import pytest
 from small_study import reach
 
 from ws_detectron.errors import ConfigError
+from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.lab.study import Options, Study, read_study_results, run_study
 from ws_detectron.lab.study.plan import StudyRun, search_runs, study_runs
 from ws_detectron.lab.study.records import (
@@ -373,6 +374,17 @@ def test_final_scores(make_study, rows: list, scores: tuple, note: str) -> None:
     found, notes = final_scores(study_runs(make_study(), {})[0], rows)
     assert found == dict(zip(("bbox/AP", "segm/AP"), scores))
     assert len(notes) == bool(note) and note in "".join(notes)
+
+
+def test_rows_of_a_record_are_merged_and_the_first_of_several_test_sets_counts(make_study) -> None:
+    sets = ["scenes_shapes_128_val", "scenes_shapes_128_train"]
+    study = make_study(overrides={"DATASETS.TRAIN": sets[1:], "DATASETS.TEST": sets})
+    (run, *_) = study_runs(study, {})
+    evaluated = {f"{name}/{task}/AP": 5.0 + n for n, name in enumerate(sets) for task in TASKS}
+    rows = [{"iteration": 19, "total_loss": 1.0}, {"iteration": 19, **evaluated}]
+    result = read_result(run, {run.name: Record(FINISHED, run.settings, rows=rows)})
+    assert result.scores == {"bbox/AP": 5.0, "segm/AP": 5.0}
+    assert [row["total_loss"] for row in result.record.rows] == [1.0]
 
 
 def test_resumed_runs_are_marked(make_study) -> None:

@@ -94,7 +94,7 @@ def draw_batches(
                 continue
             colour = line_style(colours.index(variant))["color"]
             panel.plot(some, [row] * len(some), "|", color=colour, markersize=9, alpha=0.7)
-            ends = [reached.mean if end is None else end for end in (reached.low, reached.high)]
+            ends = [reached.low, reached.high]
             panel.plot(ends, [row, row], color=colour, linewidth=5, alpha=0.25)
             panel.plot(reached.mean, row, "o", color=colour, markersize=6)
             panel.annotate(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.evaluation.runs import Run, ap_key, read_run
+from ws_detectron.evaluation.runs import Run, ap_key, merge_rows, read_run
 from ws_detectron.utils.io import csv_text, write_json, write_text
 from ws_detectron.utils.locking import locked
 
@@ -177,11 +177,10 @@ def read_result(run: StudyRun, records: Records) -> RunResult:
 
 def _with_plain_keys(run: StudyRun, record: Record) -> Rows:
     """The rows, with the AP of the first of several test sets under the plain name, too."""
-    read = Run(run.name, run.folder, config=record.settings, rows=record.rows)
+    rows = merge_rows(record.rows)  # earlier versions have recorded them as they were written
+    read = Run(run.name, run.folder, config=record.settings, rows=rows)
     keys = {score: ap_key(read, score.partition("/")[0]) for score in run.scores} if run.cfg else {}
-    return [
-        {**row, **{s: row[key] for s, key in keys.items() if key in row}} for row in record.rows
-    ]
+    return [{**row, **{s: row[key] for s, key in keys.items() if key in row}} for row in rows]
 
 
 def final_scores(run: StudyRun, rows: Rows) -> tuple[dict[str, float], list[str]]:

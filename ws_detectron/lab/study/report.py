@@ -26,7 +26,6 @@ from ws_detectron.evaluation.comparison import (
     markdown_table,
     settings_table,
 )
-from ws_detectron.evaluation.runs import Run
 
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults
 from .study_file import Search, Study, Values
@@ -54,20 +53,20 @@ img {{ max-width: 100%; }}
 
 
 class Interval(NamedTuple):
-    """A mean or difference, and the ends of its interval; None if there are too few values."""
+    """A mean or difference, and the ends of its interval; NaN if there are too few values."""
 
     mean: float
-    low: Optional[float] = None
-    high: Optional[float] = None
+    low: float = math.nan
+    high: float = math.nan
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and self.low * self.high > 0
+        return self.low * self.high > 0
 
     def __str__(self) -> str:
         """Signed, in Markdown: bold if the interval excludes zero."""
         text = f"{self.mean:+.2f}"
-        if self.low is not None and self.high is not None:
+        if not math.isnan(self.low):
             text += f" ({self.low:+.2f} to {self.high:+.2f})"
         return f"**{text}**" if self.excludes_zero else text
 
@@ -269,7 +268,7 @@ def run_table(results: StudyResults) -> str:
     titles = titles_of(study, results.runs)
     for result in results.runs:
         run, record = result.run, result.record
-        iterations, seconds = effort(Run(run.name, run.folder, rows=record.rows if record else []))
+        iterations, seconds = effort(record.rows if record else [])
         per_image = seconds / (iterations * run.batch) if iterations and seconds else None
         memory = record.run_record.get("peak_memory_bytes") if record else None
         total = run.settings.get("SOLVER.MAX_ITER")

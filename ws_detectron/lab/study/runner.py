@@ -152,16 +152,17 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
     from .figures import draw_scores, draw_study_curves
     from .report import as_page, first_figure, problems_of, report_text
 
-    paths = [folder / "report.md", folder / first_figure(results.study)]
-    paths.append(folder / "learning_curves.png")
-    write_figure(draw_scores(results), paths[1])
-    write_figure(draw_study_curves(results), paths[2])
-    text = report_text(results)
-    write_text(paths[0], text)
+    name = first_figure(results.study)
+    figures = {name: draw_scores(results), "learning_curves.png": draw_study_curves(results)}
+    for name, figure in figures.items():
+        write_figure(figure, folder / name)
+    texts = {"report.md": report_text(results)}
     if page:
-        paths.append(folder / "report.html")
-        write_text(paths[-1], as_page(results.study.title, text, folder))
-    say(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
+        texts["report.html"] = as_page(results.study.title, texts["report.md"], folder)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    report, *others = (*texts, *figures)
+    say(f"report: {folder / report} (and {', '.join(others)})")
     return problems_of(results)
 
 
