@@ -20,7 +20,7 @@ from .coco_report import FORMAT, JSON_NAME
 METRICS = "metrics.json"
 CONFIG = "config.yaml"
 
-Rows = Sequence[dict[str, Any]]  # of metrics.json, one per iteration, in order; see `merge_rows`
+Rows = list[dict[str, Any]]  # of metrics.json, one per iteration, in order; see `merge_rows`
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Run:
     name: str
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
     metrics: Metrics = field(default_factory=dict)
     source: str = ""
     problems: list[str] = field(default_factory=list)
@@ -114,7 +114,7 @@ def _read_metrics(run: Run, path: Path) -> None:
     run.rows = merge_rows(rows)
 
 
-def merge_rows(rows: Rows) -> list[dict[str, Any]]:
+def merge_rows(rows: Rows) -> Rows:
     """Merges the lines that detectron2's JSONWriter wrote into one row per iteration, in order.
 
     A resumed run starts from its last checkpoint and appends, so rows that were written after that

@@ -6,7 +6,6 @@ Needs the packages of the extra `lab`, see `runner.check_packages`.
 from collections.abc import Collection, Sequence
 from typing import Optional
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from ws_detectron.evaluation.curves import finish_figure, line_style
 from ws_detectron.evaluation.runs import series
 
 from .records import FINISHED, StudyResults
-from .report import LEVEL, contrast, samples, titles_of
+from .report import LEVEL, contrast, samples, score_table, titles_of
 from .study_file import Study
 
 NAMES = {"bn": "BN", "gn": "GN", "ln": "LN", "wn": "WN", "bn_ws": "BN+WS", "gn_ws": "GN+WS"}
@@ -35,20 +34,15 @@ def draw_over_batch(results: StudyResults) -> Figure:
     figure = Figure(figsize=(1 + 4.6 * len(titles), 4.2), layout="constrained")
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for panel, (score, title) in zip(panels, titles.items()):
-        values = samples(results, score)
+        groups = score_table(results, score).groupby(["variant", "batch"]).value
+        table = groups.agg(["mean", "std"]).fillna(0)
         for number, variant in enumerate(study.variants):
-            found = {batch: values[variant, batch] for batch in batches if values[variant, batch]}
+            found = table.query("variant == @variant and batch in @batches").droplevel(0)
             # shifted, so that bars do not overlap
             shift = 1.02 ** (number - (len(study.variants) - 1) / 2)
-            if found:
-                panel.errorbar(
-                    [batch * shift for batch in found],
-                    [np.mean(some) for some in found.values()],
-                    yerr=[np.std(some, ddof=1) if len(some) > 1 else 0 for some in found.values()],
-                    label=variant,
-                    capsize=3,
-                    **line_style(number),
-                )
+            if len(found):
+                style = {"label": variant, "capsize": 3, **line_style(number)}
+                panel.errorbar(found.index * shift, found["mean"], yerr=found["std"], **style)
         panel.set_xscale("log", base=2)
         panel.set_xlim(batches[0] / 1.25, batches[-1] * 1.25)
         panel.set_xticks(batches, [str(batch) for batch in batches])

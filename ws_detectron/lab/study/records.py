@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.evaluation.runs import Run, ap_key, merge_rows, read_run
+from ws_detectron.evaluation.runs import Rows, Run, ap_key, merge_rows, read_run
 from ws_detectron.utils.io import csv_text, write_json, write_text
 from ws_detectron.utils.locking import locked
 
@@ -39,8 +39,6 @@ RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed
 MAY_CHANGE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
 # Keys that may change once a run has ended: all of a run should be trained on one device
 DEVICE = ("MODEL.DEVICE", "device")
-
-Rows = list[dict[str, Any]]  # lines of metrics.json
 
 
 @dataclass(frozen=True)
