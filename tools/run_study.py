@@ -91,15 +91,8 @@ def main() -> None:
         study, records = read_study(args.study[0]), next(iter(args.records), None)
         if args.device:
             study = replace(study, device=args.device)
-        options = Options(
-            jobs=args.jobs,
-            gpus=args.gpus,
-            launcher=args.launcher,
-            variants=args.variants,
-            batches=args.batches,
-            seeds=args.seeds,
-            records=records,
-        )
+        shared = ("jobs", "gpus", "launcher", "variants", "batches", "seeds")
+        options = Options(**{name: getattr(args, name) for name in shared}, records=records)
         if args.dry_run:
             print(*commands(study, options), sep="\n")
             return

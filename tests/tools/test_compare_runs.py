@@ -39,7 +39,7 @@ def test_runs_are_compared_and_broken_ones_named(run_tool, tmp_path: Path) -> No
     text = (output / "comparison.md").read_text()
     assert text in result.stdout
     assert "50.00 (+10.00)" in text and "45.00 (+5.00)" in text
-    assert "| `MODEL.RESNETS.NORM` | `'BN'` | `'GN'`  |" in text
+    assert "| `MODEL.RESNETS.NORM` | `BN` | `GN`    |" in text
     rows = list(csv.DictReader((output / "comparison.csv").open()))
     assert [row["run"] for row in rows] == ["bn", "GN+WS", "broken", "missing"]
     assert [row["training_seconds"] for row in rows[:2]] == ["40.0", "40.0"]

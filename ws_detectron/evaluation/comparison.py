@@ -1,6 +1,6 @@
 """Comparison of runs: metrics, differences to a baseline, and differing config keys."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 from tabulate import tabulate
@@ -9,44 +9,42 @@ from ws_detectron.utils.io import csv_text
 
 from .coco_eval import COCO_METRICS, TASKS
 from .coco_report import TITLES, UNDEFINED, format_metric
-from .runs import Run, training_seconds
+from .runs import Rows, Run, training_seconds
 
 SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-NOT_COMPARED = ("OUTPUT_DIR",)
 
 
 def as_markdown(runs: Sequence[Run]) -> str:
     """The comparison as Markdown; the first run is the baseline."""
-    columns = [(t, n) for t in TASKS for n in SHOWN if any(f"{t}/{n}" in r.metrics for r in runs)]
+    columns = [(t, m) for t in TASKS for m in SHOWN if any(f"{t}/{m}" in r.metrics for r in runs)]
     rows = []
     for run in runs:
-        metrics = [_with_difference(run, runs[0], f"{task}/{name}") for task, name in columns]
-        iterations, seconds = effort(run)
-        each = f"{seconds / iterations:.3f}" if iterations and seconds else UNDEFINED
-        count = str(iterations) if iterations else UNDEFINED
-        rows.append([run.name, *metrics, count, duration(seconds), each, run.source or UNDEFINED])
-    headers = ["run", *(f"{TITLES[task]} {name}" for task, name in columns)]
-    headers += ["iterations", "training time", "s/iteration", "metrics from"]
+        row = {"run": run.name}
+        for task, metric in columns:
+            value = format_metric(run.metrics.get(f"{task}/{metric}"))
+            change = difference(run, runs[0], f"{task}/{metric}")
+            shown = run is not runs[0] and change is not None
+            row[f"{TITLES[task]} {metric}"] = f"{value} ({change:+.2f})" if shown else value
+        iterations, seconds = effort(run.rows)
+        row["iterations"] = str(iterations or UNDEFINED)
+        row["training time"] = duration(seconds)
+        row["s/iteration"] = format_metric(iterations and seconds and seconds / iterations, 3)
+        rows.append({**row, "metrics from": run.source or UNDEFINED})
+    configs = {run.name: run.config for run in runs if run.config}
+    keys = differing_keys([*configs.values()])
+    nowhere = "Nowhere." if len(configs) > 1 else "Fewer than two runs have a config."
+    problems = [f"- {run.name}: {problem}" for run in runs for problem in run.problems]
     parts = [
         "# Comparison",
         f"Baseline: {runs[0].name}. Metrics in %, in brackets the difference to the baseline in "
         f"percentage points; {UNDEFINED}: undefined. Training time is that of the training steps, "
         "estimated from the median seconds per iteration in metrics.json, without evaluations, "
         "checkpoints and interruptions.",
-        tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+        markdown_table(rows),
     ]
-    keys = differing_keys(runs)
     if "DATASETS.TEST" in keys:
         parts.append("**Not all runs were evaluated on the same data: see DATASETS.TEST.**")
-    with_config = [run for run in runs if run.config]
-    parts.append("## Where the configs differ")
-    if keys:
-        table = [[f"`{key}`", *(_value(run, key) for run in with_config)] for key in keys]
-        names = ["key", *(run.name for run in with_config)]
-        parts.append(tabulate(table, names, tablefmt="github", disable_numparse=True))
-    else:
-        parts.append("Nowhere." if len(with_config) > 1 else "Fewer than two runs have a config.")
-    problems = [f"- {run.name}: {problem}" for run in runs for problem in run.problems]
+    parts += ["## Where the configs differ", settings_table(configs, keys) if keys else nowhere]
     if problems:
         parts += ["## Missing or broken", "\n".join(problems)]
     return "\n\n".join(parts) + "\n"
@@ -59,16 +57,55 @@ def as_csv(runs: Sequence[Run]) -> str:
     """
     names = [f"{t}/{n}" for t in TASKS for n in COCO_METRICS]
     names = [name for name in names if any(name in run.metrics for run in runs)]
-    keys = differing_keys(runs)
-    header = ["run", *names, *(f"{name} - baseline" for name in names)]
-    header += ["iterations", "training_seconds", "source", *keys, "problems"]
-    rows = [header]
+    keys = differing_keys([run.config for run in runs if run.config])
+    header: list[Any] = ["run", *names, *(f"{name} - baseline" for name in names)]
+    rows = [[*header, "iterations", "training_seconds", "source", *keys, "problems"]]
     for run in runs:
-        differences = [difference(run, runs[0], name) for name in names]
-        row: list[Any] = [run.name, *(run.metrics.get(name) for name in names), *differences]
-        row += [*effort(run), run.source, *(run.config.get(key) for key in keys)]
-        rows.append([*row, "; ".join(run.problems)])
+        metrics = [*(run.metrics.get(name) for name in names)]
+        metrics += [difference(run, runs[0], name) for name in names]
+        settings = [run.config.get(key) for key in keys]
+        row = [
+            run.name,
+            *metrics,
+            *effort(run.rows),
+            run.source,
+            *settings,
+            "; ".join(run.problems),
+        ]
+        rows.append(row)
     return csv_text(rows)
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A table in GitHub's Markdown, of rows that map headers to text."""
+    escaped = [{key: text.replace("|", "\\|") for key, text in row.items()} for row in rows]
+    return tabulate(escaped, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def differing_keys(
+    configs: Sequence[Mapping[str, Any]], ignored: Collection[str] = ("OUTPUT_DIR",)
+) -> list[str]:
+    """Config keys, except ignored ones, that differ between configs, or that some of them lack."""
+    keys = sorted({key for config in configs for key in config}.difference(ignored))
+    missing = object()
+    values = {key: [config.get(key, missing) for config in configs] for key in keys}
+    return [key for key in keys if any(value != values[key][0] for value in values[key])]
+
+
+def settings_table(configs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> str:
+    """A Markdown table of config keys, a column for each config."""
+
+    def shown(config: Mapping[str, Any], key: str) -> str:
+        return (
+            UNDEFINED if key not in config else f"`{config[key]}`" if config[key] != "" else "`''`"
+        )
+
+    return markdown_table(
+        [
+            {"key": f"`{key}`", **{name: shown(config, key) for name, config in configs.items()}}
+            for key in keys
+        ]
+    )
 
 
 def difference(run: Run, baseline: Run, name: str) -> Optional[float]:
@@ -77,24 +114,12 @@ def difference(run: Run, baseline: Run, name: str) -> Optional[float]:
     return None if value is None or reference is None else value - reference
 
 
-def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Config keys, except OUTPUT_DIR, that differ between the runs that have a config."""
-    configs = [run.config for run in runs if run.config]
-    keys = sorted({key for config in configs for key in config} - set(NOT_COMPARED))
-    missing = object()
-    return [
-        key
-        for key in keys
-        if any(config.get(key, missing) != configs[0].get(key, missing) for config in configs)
-    ]
-
-
-def effort(run: Run) -> tuple[Optional[int], Optional[float]]:
+def effort(rows: Rows) -> tuple[Optional[int], Optional[float]]:
     """Number of iterations, and seconds of training steps; see `training_seconds`."""
-    steps = [row["iteration"] for row in run.rows if "total_loss" in row]
+    steps = [row["iteration"] for row in rows if "total_loss" in row]
     if not steps:
         return None, None
-    seconds = training_seconds(run.rows, [steps[-1]])
+    seconds = training_seconds(rows, [steps[-1]])
     return steps[-1] + 1, float(seconds[0]) if len(seconds) else None
 
 
@@ -105,13 +130,3 @@ def duration(seconds: Optional[float]) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _with_difference(run: Run, baseline: Run, name: str) -> str:
-    text = format_metric(run.metrics.get(name))
-    change = difference(run, baseline, name)
-    return text if run is baseline or change is None else f"{text} ({change:+.2f})"
-
-
-def _value(run: Run, key: str) -> str:
-    return f"`{run.config[key]!r}`" if key in run.config else UNDEFINED

@@ -1,12 +1,11 @@
 """Learning curves and AP curves of several runs."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,6 +21,8 @@ from .runs import Run, ap_key, series, training_seconds
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LEGEND_WIDTH = 1.7
+"""Inches for a column of the legend: a line and a name like bn_ws_decay."""
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -37,25 +38,15 @@ def line_style(number: int) -> dict[str, Any]:
 
 def draw_learning_curves(runs: Sequence[Run]) -> Figure:
     """Total loss over iterations (left) and over training time (right)."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, squeeze=False)
-    _draw_row(panels[0], runs, ["total_loss"] * len(runs), markers=8)
-    panels[0][0].set_ylabel("total loss (median of 20 iterations)")
-    _finish(figure, panels)
-    return figure
+    title = "total loss (median of 20 iterations)"
+    return _draw(runs, {title: ["total_loss"] * len(runs)}, markers=8)
 
 
 def draw_ap_curves(runs: Sequence[Run]) -> Figure:
     """Box AP (above) and mask AP over iterations (left) and over training time (right)."""
-    tasks = [t for t in TASKS if any(series(run.rows, ap_key(run, t))[0] for run in runs)]
-    tasks = tasks or list(TASKS[:1])
-    figure = Figure(figsize=(10, 0.7 + 3.5 * len(tasks)), layout="constrained")
-    panels = figure.subplots(len(tasks), 2, squeeze=False)
-    for row, task in zip(panels, tasks):
-        _draw_row(row, runs, [ap_key(run, task) for run in runs], markers=0)
-        row[0].set_ylabel(f"{TITLES[task]} AP (%)")
-    _finish(figure, panels)
-    return figure
+    keys = {task: [ap_key(run, task) for run in runs] for task in TASKS}
+    drawn = [t for t in TASKS if any(series(r.rows, k)[0] for r, k in zip(runs, keys[t]))]
+    return _draw(runs, {f"{TITLES[task]} AP (%)": keys[task] for task in drawn or TASKS[:1]})
 
 
 def write_figure(figure: Figure, path: Union[str, Path]) -> Path:
@@ -69,40 +60,53 @@ def write_figure(figure: Figure, path: Union[str, Path]) -> Path:
     return path
 
 
-def _draw_row(
-    panels: Sequence[Axes], runs: Sequence[Run], keys: Sequence[str], *, markers: int
-) -> None:
-    """Draws a metric over iterations and over training time.
-
-    Args:
-        panels: left and right.
-        runs: runs without the metric are skipped.
-        keys: name of the metric in each run.
-        markers: approximate number of markers along a line; 0: one at each value.
-    """
-    unit, divisor = _time_unit(runs)
-    panels[0].set_xlabel("iteration")
-    panels[1].set_xlabel(f"training time ({unit})")
-    drawn = False
-    for number, (run, key) in enumerate(zip(runs, keys)):
-        iterations, values = series(run.rows, key)
-        if not iterations:
-            continue
-        drawn = True
-        style = {**line_style(number), "clip_on": False}  # an AP of 0 shows its whole marker
-        if markers:
-            # markers of different runs are shifted, as their curves may overlap
-            step = max(1, len(values) // markers)
-            style["markevery"] = (number * step // max(1, len(runs)), step)
-        panels[0].plot([i + 1 for i in iterations], values, label=as_label(run.name), **style)
-        seconds = training_seconds(run.rows, iterations)
-        if len(seconds):
-            panels[1].plot(seconds / divisor, values, **style)
+def finish_figure(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Adds a grid to each panel, and one legend for all."""
+    entries: dict[str, Any] = {}
     for panel in panels:
         panel.grid(True, linewidth=0.4, color="0.8")
-        panel.set_xlim(left=0)
-        if not drawn:
-            panel.text(0.5, 0.5, "no values", transform=panel.transAxes, ha="center")
+        lines, names = panel.get_legend_handles_labels()
+        entries.update(zip(names, lines))
+    if entries:
+        columns = max(1, min(6, len(entries), int(figure.get_figwidth() / LEGEND_WIDTH)))
+        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=columns)
+
+
+def _draw(runs: Sequence[Run], rows: Mapping[str, Sequence[str]], markers: int = 0) -> Figure:
+    """Draws metrics over iterations and over training time.
+
+    Args:
+        runs: runs without a metric are skipped there.
+        rows: title -> name of the metric in each run; a row of panels each.
+        markers: approximate number of markers along a line; 0: one at each value.
+    """
+    figure = Figure(figsize=(10, 0.7 + 3.5 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, squeeze=False)
+    unit, divisor = _time_unit(runs)
+    for (left, right), (title, keys) in zip(panels, rows.items()):
+        for number, (run, key) in enumerate(zip(runs, keys)):
+            iterations, values = series(run.rows, key)
+            if not iterations:
+                continue
+            style = {**line_style(number), "clip_on": False}  # an AP of 0 shows its whole marker
+            if markers:
+                # markers of different runs are shifted, as their curves may overlap
+                step = max(1, len(values) // markers)
+                style["markevery"] = (number * step // len(runs), step)
+            left.plot([i + 1 for i in iterations], values, label=as_label(run.name), **style)
+            seconds = training_seconds(run.rows, iterations)
+            if len(seconds):
+                right.plot(seconds / divisor, values, **style)
+        left.set_ylabel(title)
+        left.set_xlabel("iteration")
+        right.set_xlabel(f"training time ({unit})")
+        for panel in (left, right):
+            panel.set_xlim(left=0)
+            panel.set_ylim(bottom=0)
+            if not left.lines:
+                panel.text(0.5, 0.5, "no values", transform=panel.transAxes, ha="center")
+    finish_figure(figure, panels.flat)
+    return figure
 
 
 def _time_unit(runs: Sequence[Run]) -> tuple[str, float]:
@@ -113,12 +117,3 @@ def _time_unit(runs: Sequence[Run]) -> tuple[str, float]:
         if longest >= 2 * seconds:
             return unit, seconds
     return "s", 1.0
-
-
-def _finish(figure: Figure, panels: np.ndarray) -> None:
-    """Adds one legend for all panels, and lets y axes start at 0, as no value is negative."""
-    for panel in panels.flat:
-        panel.set_ylim(bottom=0)
-    lines, names = panels[0][0].get_legend_handles_labels()
-    if lines:
-        figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)))

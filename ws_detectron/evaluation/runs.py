@@ -20,6 +20,8 @@ from .coco_report import FORMAT, JSON_NAME
 METRICS = "metrics.json"
 CONFIG = "config.yaml"
 
+Rows = list[dict[str, Any]]  # of metrics.json, one per iteration, in order; see `merge_rows`
+
 
 @dataclass
 class Run:
@@ -38,7 +40,7 @@ class Run:
     name: str
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
     metrics: Metrics = field(default_factory=dict)
     source: str = ""
     problems: list[str] = field(default_factory=list)
@@ -112,7 +114,7 @@ def _read_metrics(run: Run, path: Path) -> None:
     run.rows = merge_rows(rows)
 
 
-def merge_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_rows(rows: Rows) -> Rows:
     """Merges the lines that detectron2's JSONWriter wrote into one row per iteration, in order.
 
     A resumed run starts from its last checkpoint and appends, so rows that were written after that
@@ -131,7 +133,7 @@ def merge_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [merged[iteration] for iteration in sorted(merged)]
 
 
-def training_seconds(rows: Sequence[dict[str, Any]], iterations: Sequence[int]) -> np.ndarray:
+def training_seconds(rows: Rows, iterations: Sequence[int]) -> np.ndarray:
     """Wall time of training steps up to the end of given iterations.
 
     metrics.json has no timestamps, but `time`, the median seconds of the last 20 iterations. The
@@ -154,7 +156,7 @@ def training_seconds(rows: Sequence[dict[str, Any]], iterations: Sequence[int]) 
     return np.interp(np.asarray(iterations) + 1, done, seconds)
 
 
-def series(rows: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     """Iterations and values of a metric; values that are not finite numbers are skipped."""
     found = [(row["iteration"], row[key]) for row in rows if _is_finite(row.get(key))]
     return [iteration for iteration, _ in found], [value for _, value in found]
@@ -174,20 +176,21 @@ def ap_key(run: Run, task: str) -> str:
 
 def _find_evaluation(run: Run) -> Optional[Path]:
     """The JSON file of tools/evaluate_coco.py in a run folder; that of the first test set."""
-    tested = list(run.config.get("DATASETS.TEST", ()))
-    places = run.path / "inference" / JSON_NAME, run.path / JSON_NAME
-    own = [path for path in places if path.is_file()]
-    by_data_set = sorted(
+    for place in (run.path / "inference", run.path):
+        if (place / JSON_NAME).is_file():
+            return place / JSON_NAME
+    order = {name: number for number, name in enumerate(run.config.get("DATASETS.TEST", ()))}
+    found = sorted(
         run.path.glob(f"inference/*/{JSON_NAME}"),
-        key=lambda path: ([*tested, path.parent.name].index(path.parent.name), path),
+        key=lambda path: (order.get(path.parent.name, len(order)), path),
     )
-    if not own and len(by_data_set) > 1:
-        names = ", ".join(path.parent.name for path in by_data_set)
+    if len(found) > 1:
+        names = ", ".join(path.parent.name for path in found)
         run.problems.append(
             f"{run.path} was evaluated on several data sets ({names}); the first is used, for "
             f"another give the path of its {JSON_NAME}"
         )
-    return next(iter([*own, *by_data_set]), None)
+    return found[0] if found else None
 
 
 def _read_evaluation(run: Run, path: Path) -> None:
@@ -202,23 +205,20 @@ def _read_evaluation(run: Run, path: Path) -> None:
             "run it with --predictions and --annotations"
         )
         return
-    for task in TASKS:
-        for name, value in (content.get(task) or {}).items():
-            run.metrics[f"{task}/{name}"] = value
+    found = {task: content.get(task) or {} for task in TASKS}
+    run.metrics = {f"{task}/{name}": value for task in TASKS for name, value in found[task].items()}
     run.source = path.name
 
 
 def _take_last_evaluation(run: Run) -> None:
     for task in TASKS:
         key = ap_key(run, task)
-        row = next((row for row in reversed(run.rows) if key in row), None)
-        if row is None:
-            continue
-        for name in COCO_METRICS:
-            value = row.get(f"{key[:-2]}{name}", ...)
-            if value is not ...:
-                run.metrics[f"{task}/{name}"] = value if _is_finite(value) else None
-        run.source = f"{METRICS}, iteration {row['iteration']}"
+        last = next((row for row in reversed(run.rows) if key in row), None)
+        if last is not None:
+            for name in COCO_METRICS:
+                if (value := last.get(f"{key[:-2]}{name}", ...)) is not ...:
+                    run.metrics[f"{task}/{name}"] = value if _is_finite(value) else None
+            run.source = f"{METRICS}, iteration {last['iteration']}"
     if run.rows and not run.metrics:
         run.problems.append(
             f"{run.path} was never evaluated: {METRICS} has no AP and there is no {JSON_NAME}; "

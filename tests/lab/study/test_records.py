@@ -16,6 +16,7 @@ import pytest
 from small_study import reach
 
 from ws_detectron.errors import ConfigError
+from ws_detectron.evaluation.coco_eval import TASKS
 from ws_detectron.lab.study import Options, Study, read_study_results, run_study
 from ws_detectron.lab.study.plan import StudyRun, search_runs, study_runs
 from ws_detectron.lab.study.records import (
@@ -354,26 +355,36 @@ def test_only_finished_runs_count(make_study) -> None:
     assert found[1].notes == ("FAILED: it broke",)
 
 
-def test_the_last_evaluation_counts_and_not_the_best(make_study) -> None:
-    rows = [{"iteration": i, "bbox/AP": ap, "segm/AP": ap} for i, ap in ((9, 50.0), (19, 40.0))]
-    run = study_runs(make_study(), {})[0]
-    assert final_scores(run, rows) == ({"bbox/AP": 40.0, "segm/AP": 40.0}, [])
+NAN = float("nan")
 
 
-def test_a_detector_that_finds_nothing_has_an_ap_of_zero(make_study) -> None:
-    """detectron2 then writes NaN for boxes and leaves masks out, whatever it found earlier."""
-    rows = [
-        {"iteration": 9, "bbox/AP": 5.0, "segm/AP": 5.0},
-        {"iteration": 19, "bbox/AP": float("nan")},
-    ]
-    ap, notes = final_scores(study_runs(make_study(), {})[0], rows)
-    assert ap == {"bbox/AP": 0.0, "segm/AP": 0.0} and "detects nothing" in notes[0]
+@pytest.mark.parametrize(
+    "rows, scores, note",
+    [
+        # the last evaluation counts, and not the best
+        ([{"bbox/AP": 50.0, "segm/AP": 50.0}, {"bbox/AP": 40.0, "segm/AP": 30.0}], (40, 30), ""),
+        # a detector that finds nothing has an AP of 0: detectron2 then writes NaN for boxes and
+        # leaves masks out, whatever it found earlier
+        ([{"bbox/AP": 5.0, "segm/AP": 5.0}, {"bbox/AP": NAN}], (0, 0), "detects nothing"),
+        ([{"total_loss": 1.0}], (), "never evaluated"),
+    ],
+)
+def test_final_scores(make_study, rows: list, scores: tuple, note: str) -> None:
+    rows = [{"iteration": 10 * i + 9, **row} for i, row in enumerate(rows)]
+    found, notes = final_scores(study_runs(make_study(), {})[0], rows)
+    assert found == dict(zip(("bbox/AP", "segm/AP"), scores))
+    assert len(notes) == bool(note) and note in "".join(notes)
 
 
-def test_never_evaluated_is_not_zero(make_study) -> None:
-    rows = [{"iteration": 9, "total_loss": 1.0}]
-    ap, notes = final_scores(study_runs(make_study(), {})[0], rows)
-    assert ap == {} and "never evaluated" in notes[0]
+def test_rows_of_a_record_are_merged_and_the_first_of_several_test_sets_counts(make_study) -> None:
+    sets = ["scenes_shapes_128_val", "scenes_shapes_128_train"]
+    study = make_study(overrides={"DATASETS.TRAIN": sets[1:], "DATASETS.TEST": sets})
+    (run, *_) = study_runs(study, {})
+    evaluated = {f"{name}/{task}/AP": 5.0 + n for n, name in enumerate(sets) for task in TASKS}
+    rows = [{"iteration": 19, "total_loss": 1.0}, {"iteration": 19, **evaluated}]
+    result = read_result(run, {run.name: Record(FINISHED, run.settings, rows=rows)})
+    assert result.scores == {"bbox/AP": 5.0, "segm/AP": 5.0}
+    assert [row["total_loss"] for row in result.record.rows] == [1.0]
 
 
 def test_resumed_runs_are_marked(make_study) -> None:
@@ -397,16 +408,9 @@ def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:
             write_state(run, FINISHED)
             lr, decay = run.choice.values()
             reach(run.folder, 100 * lr + 10 * decay)
-    best = next(c for c in runs if c.variant == "bn" and c.choice["SOLVER.BASE_LR"] == 0.04)
-    write_state(
-        next(
-            c
-            for c in runs
-            if c.choice == {**best.choice, "SOLVER.WEIGHT_DECAY": 0.1} and c.variant == "bn"
-        ),
-        DIVERGED,
-        reason="diverged",
-    )
+    bad = {"SOLVER.BASE_LR": 0.04, "SOLVER.WEIGHT_DECAY": 0.1}
+    (diverged,) = (run for run in runs if run.variant == "bn" and run.choice == bad)
+    write_state(diverged, DIVERGED, reason="diverged")
     choices = choose([read_result(run, {}) for run in runs])
     # 0.04 with 0.1 would be best, but failed: 4.0 at (0.04, 0) against 3.0 at (0.02, 0.1)
     expected = {"SOLVER.BASE_LR": 0.04, "SOLVER.WEIGHT_DECAY": 0.0}

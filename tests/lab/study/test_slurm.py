@@ -22,7 +22,7 @@ def submit(study, options: Options, cluster: str = "local") -> list[str]:
         [result.run for result in results if result.status != FINISHED],
         study.slurm,
         study.output / "submitit",
-        Progress(results, 1, study.scores, lines.append),
+        Progress(results, 1, lines.append),
         cluster=cluster,
         poll_seconds=0.1,
     )

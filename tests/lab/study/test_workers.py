@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,18 +182,21 @@ def lrs(results: StudyResults) -> dict[str, float]:
     return {result.run.variant: result.run.settings["SOLVER.BASE_LR"] for result in results.runs}
 
 
-def test_a_search_all_of_which_failed_is_tried_again(make_study, options: Options) -> None:
+def test_a_search_all_of_which_diverged_is_named(make_study, options: Options) -> None:
+    """It is tried again once its folders are deleted."""
     search = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04]}, "images": 40, "batches": [4]}
     study = make_study(**ONE, search=search)
     folders = [study.output / "search" / f"gn_4img_BASE_LR_{lr}" for lr in (0.02, 0.04)]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "fail").touch()
-    results = run_study(study, options, print)
-    assert [*lrs(results)] == ["bn"]
-    assert any("for gn at 4 images found nothing: all" in text for text in problems_of(results))
+    for _ in range(2):
+        results = run_study(study, options, print)
+        assert [*lrs(results)] == ["bn"]
+        assert any("for gn at 4 images found nothing: all" in text for text in problems_of(results))
     for folder in folders:
-        (folder / "fail").unlink()
+        assert len(starts(folder)) == 1
+        shutil.rmtree(folder)
     assert [*lrs(run_study(study, options, print))] == ["bn", "gn"]
 
 
@@ -342,7 +346,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def progress(runs: list, workers: Optional[int] = 1) -> Progress:
     results = [read_result(run, {}) for run in runs]
-    return Progress(results, workers, {}, lambda line: None)
+    return Progress(results, workers, lambda line: None)
 
 
 def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list[float]) -> None:
@@ -367,22 +371,16 @@ def test_time_left_is_that_of_the_runs_of_the_same_batch(make_study, clock: list
     assert progress(runs, workers=None).seconds_left() is None
 
 
-def test_failed_runs_do_not_count_for_the_time_left(make_study) -> None:
-    runs = study_runs(make_study(), {})
+def test_failed_and_resumed_runs_do_not_count_for_the_speed(make_study) -> None:
+    """The seconds of resumed ones are those of the last start alone."""
+    failed, resumed, finished, *_ = runs = study_runs(make_study(), {})
     watched = progress(runs)
-    write_state(runs[0], FAILED, reason="no", seconds=1.0)
-    watched.ended(runs[0])
+    write_state(failed, FAILED, reason="no", seconds=1.0)
+    watched.ended(failed)
+    write_state(resumed, FINISHED, seconds=4.0)
+    (resumed.folder / "run_record.json").write_text('{"starts": 2}')
+    watched.ended(resumed)
     assert watched.seconds_left() is None
-    write_state(runs[1], FINISHED, seconds=40.0)
-    watched.ended(runs[1])
-    assert watched.seconds_left() == pytest.approx(6 * 40)
-
-
-def test_resumed_runs_do_not_count_for_the_speed(make_study) -> None:
-    """Their seconds are those of the last start alone."""
-    (run, *_) = runs = study_runs(make_study(), {})
-    write_state(run, FINISHED, seconds=4.0)
-    (run.folder / "run_record.json").write_text('{"starts": 2}')
-    watched = progress(runs)
-    watched.ended(run)
-    assert watched.seconds_left() is None
+    write_state(finished, FINISHED, seconds=40.0)
+    watched.ended(finished)
+    assert watched.seconds_left() == pytest.approx(5 * 40)

@@ -1,6 +1,6 @@
 """Studies: trains variants over batch sizes and seeds, and reports how they compare."""
 
-from .plan import StudyRun, search_runs, study_runs
+from .plan import search_runs, study_runs
 from .records import StudyResults
 from .runner import (
     Options,
@@ -11,14 +11,12 @@ from .runner import (
     report_study,
     run_study,
 )
-from .study_file import Search, Study, Variant, read_study
+from .study_file import Study, Variant, read_study
 
 __all__ = [
     "Options",
-    "Search",
     "Study",
     "StudyResults",
-    "StudyRun",
     "Variant",
     "check_packages",
     "commands",

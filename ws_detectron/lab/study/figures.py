@@ -4,55 +4,54 @@ Needs the packages of the extra `lab`, see `runner.check_packages`.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Optional
+from typing import Optional
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ws_detectron.evaluation.curves import line_style
+from ws_detectron.evaluation.curves import finish_figure, line_style
 from ws_detectron.evaluation.runs import series
 
 from .records import FINISHED, StudyResults
-from .scores import LEVEL, contrast, samples, scores_of
+from .report import LEVEL, contrast, samples, score_table, titles_of
 from .study_file import Study
 
 NAMES = {"bn": "BN", "gn": "GN", "ln": "LN", "wn": "WN", "bn_ws": "BN+WS", "gn_ws": "GN+WS"}
-LEGEND_WIDTH = 1.7
-"""Inches for a column of the legend: a line and a name like bn_ws_decay."""
+
+
+def draw_scores(results: StudyResults) -> Figure:
+    """The scores of each variant: over the batch, or if there is a single one, by variant."""
+    if len(results.study.batches) > 1:
+        return draw_over_batch(results)
+    return draw_batches([results], scores=[*titles_of(results.study, results.runs)])
 
 
 def draw_over_batch(results: StudyResults) -> Figure:
     """Mean of each variant over the batch, bars of one standard deviation; a panel per score."""
-    study, scores = results.study, scores_of(results.runs, results.study.scores)
+    study, titles = results.study, titles_of(results.study, results.runs)
     batches = sorted(study.batches)
-    figure = Figure(figsize=(1 + 4.6 * len(scores), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(scores), squeeze=False)[0]
-    for panel, score in zip(panels, scores):
-        values = samples(results.runs, score)
+    figure = Figure(figsize=(1 + 4.6 * len(titles), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    for panel, (score, title) in zip(panels, titles.items()):
+        groups = score_table(results, score).groupby(["variant", "batch"]).value
+        table = groups.agg(["mean", "std"]).fillna(0)
         for number, variant in enumerate(study.variants):
-            found = {batch: values[variant, batch] for batch in batches if values[variant, batch]}
+            found = table.query("variant == @variant and batch in @batches").droplevel(0)
             # shifted, so that bars do not overlap
             shift = 1.02 ** (number - (len(study.variants) - 1) / 2)
-            if found:
-                panel.errorbar(
-                    [batch * shift for batch in found],
-                    [np.mean(some) for some in found.values()],
-                    yerr=[np.std(some, ddof=1) if len(some) > 1 else 0 for some in found.values()],
-                    label=variant,
-                    capsize=3,
-                    **line_style(number),
-                )
+            if len(found):
+                style = {"label": variant, "capsize": 3, **line_style(number)}
+                panel.errorbar(found.index * shift, found["mean"], yerr=found["std"], **style)
         panel.set_xscale("log", base=2)
         panel.set_xlim(batches[0] / 1.25, batches[-1] * 1.25)
         panel.set_xticks(batches, [str(batch) for batch in batches])
         panel.minorticks_off()
         panel.set_xlabel(study.unit)
-        panel.set_ylabel(f"{study.scores[score]} (%)")
+        panel.set_ylabel(f"{title} (%)")
         if study.detectors:  # an accuracy is far from 0
             _start_at_zero(panel)
-    _finish(figure, panels)
+    finish_figure(figure, panels)
     return figure
 
 
@@ -81,7 +80,7 @@ def draw_batches(
     panels = figure.subplots(1, len(shown), squeeze=False, sharex=len(scores) < 2)[0]
     for panel, (results, batch, score) in zip(panels, shown):
         names = [*results.study.variants]
-        values = samples(results.runs, score)
+        values = samples(results, score)
         for row, variant in enumerate(names):
             some = values[variant, batch]
             reached = contrast([some])
@@ -89,7 +88,7 @@ def draw_batches(
                 continue
             colour = line_style(colours.index(variant))["color"]
             panel.plot(some, [row] * len(some), "|", color=colour, markersize=9, alpha=0.7)
-            ends = [reached.mean if end is None else end for end in (reached.low, reached.high)]
+            ends = [reached.low, reached.high]
             panel.plot(ends, [row, row], color=colour, linewidth=5, alpha=0.25)
             panel.plot(reached.mean, row, "o", color=colour, markersize=6)
             panel.annotate(
@@ -115,8 +114,7 @@ def draw_study_curves(results: StudyResults) -> Figure:
     run that was killed in an evaluation resumes after it and has no value there.
     """
     study, batches = results.study, sorted(results.study.batches)
-    scores = {score: study.scores[score] for score in scores_of(results.runs, study.scores)}
-    titles = study.curves or {"total_loss": "total loss", **scores}
+    titles = study.curves or {"total_loss": "total loss", **titles_of(study, results.runs)}
     table = _curves(results, [*titles])
     size = (0.8 + 3.0 * len(batches), 0.8 + 2.4 * len(titles))
     figure = Figure(figsize=size, layout="constrained")
@@ -138,7 +136,7 @@ def draw_study_curves(results: StudyResults) -> Figure:
         top.set_title(_batch_title(study, batch), fontsize=10)
         bottom.set_xlabel("images seen")
         bottom.locator_params(axis="x", nbins=5)  # numbers of five digits would overlap
-    _finish(figure, [*panels.flat])
+    finish_figure(figure, panels.flat)
     return figure
 
 
@@ -153,7 +151,7 @@ def _curves(results: StudyResults, keys: Sequence[str]) -> pd.DataFrame:
         for key in keys:
             for iteration, value in zip(*series(record.rows, key)):
                 # a last evaluation is written one iteration after the last step
-                seen = (iteration + 1) * run.batch * run.processes
+                seen = (iteration + 1) * run.batch * run.study.processes
                 rows.append((run.variant, run.batch, key, min(seen, run.images or seen), value))
     return pd.DataFrame(rows, columns=["variant", "batch", "key", "images", "value"])
 
@@ -166,15 +164,3 @@ def _batch_title(study: Study, batch: int) -> str:
 def _start_at_zero(panel: Axes) -> None:
     panel.axhline(0, linewidth=0)  # so that there is room above the highest value, too
     panel.set_ylim(bottom=0)
-
-
-def _finish(figure: Figure, panels: Sequence[Axes]) -> None:
-    """Adds a grid, and one legend for all panels."""
-    entries: dict[str, Any] = {}
-    for panel in panels:
-        panel.grid(True, linewidth=0.4, color="0.8")
-        lines, names = panel.get_legend_handles_labels()
-        entries.update(zip(names, lines))
-    if entries:
-        columns = max(1, min(6, len(entries), int(figure.get_figwidth() / LEGEND_WIDTH)))
-        figure.legend([*entries.values()], [*entries], loc="outside lower center", ncols=columns)

@@ -22,7 +22,7 @@ from ws_detectron.engine.prepare import find_config
 from ws_detectron.engine.scaling import ITERATIONS, PERIODS, before_end, scale_to_batch
 from ws_detectron.errors import ConfigError
 
-from .study_file import AP, Search, Study, Values
+from .study_file import AP, Study, Values
 
 Choices = Mapping[tuple[str, int], Optional[Values]]  # (variant, searched batch) -> what was found
 
@@ -50,9 +50,7 @@ class StudyRun:
     command: list[str]  # starts or resumes it
     settings: Values = field(repr=False)  # config key or option -> value; lists in place of tuples
     scores: list[str]  # metrics of a finished run
-    processes: int
-    device: str
-    checkpoints: str  # which are kept, see `Study`
+    study: Study = field(repr=False)  # that it is of; in a search with other images and overrides
     images: Optional[int] = None  # that it sees; None for a command
     choice: Values = field(default_factory=dict)  # what a search tries or found, at the reference
     searching: bool = False  # whether it is a run of a search
@@ -79,8 +77,7 @@ def study_runs(study: Study, choices: Choices) -> list[StudyRun]:
         if study.search and choices:
             choice = choices[name, nearest(batch, study.search.batches)]
         if seeds and choice is not None:
-            first = _first_run(study, name, batch, choice)
-            runs += [_with_seed(study, first, seed, "runs", f"seed{seed}") for seed in seeds]
+            runs += _runs(study, name, batch, choice, {f"seed{seed}": seed for seed in seeds})
     return sorted(runs, key=lambda run: study.seeds.index(run.seed))
 
 
@@ -97,13 +94,16 @@ def search_runs(study: Study) -> list[StudyRun]:
         return []
     overrides = {**study.overrides, **search.overrides}
     terms = replace(study, images=search.images, evaluations=1, overrides=overrides)
-    return [
-        _with_seed(
-            terms, _first_run(terms, name, batch, choice), search.seed, "search", _label(choice)
-        )
-        for batch, name in itertools.product(sorted(search.batches, reverse=True), study.variants)
-        for choice in _combinations(search)
-    ]
+    runs: list[StudyRun] = []
+    for batch, name, values in itertools.product(
+        sorted(search.batches, reverse=True),
+        study.variants,
+        itertools.product(*search.grid.values()),
+    ):
+        choice = dict(zip(search.grid, values))
+        seeds = {_label(choice): search.seed}
+        runs += _runs(terms, name, batch, choice, seeds, searching=True)
+    return runs
 
 
 def nearest(batch: int, batches: Sequence[int]) -> int:
@@ -129,13 +129,9 @@ def check_runs(runs: Iterable[StudyRun]) -> None:
             check_registered(run.cfg)
             check_datasets("DATASETS.TRAIN", run.cfg.DATASETS.TRAIN)
             check_datasets("DATASETS.TEST", run.cfg.DATASETS.TEST)
-            check_batch(run.cfg, run.processes)
+            check_batch(run.cfg, run.study.processes)
         except ConfigError as error:
             raise ConfigError(f"run {run.name}: {error}") from error
-
-
-def _combinations(search: Search) -> list[Values]:
-    return [dict(zip(search.grid, values)) for values in itertools.product(*search.grid.values())]
 
 
 def _label(choice: Values) -> str:
@@ -148,77 +144,62 @@ def _label(choice: Values) -> str:
     )
 
 
-def _with_seed(study: Study, run: StudyRun, seed: int, parent: str, label: str) -> StudyRun:
-    """A run of `_first_run` with a seed, a folder and a name that ends in `label`."""
-    name = f"{run.variant}_{run.batch}img_{label}"
-    folder = study.output / parent / name
-    if run.cfg is not None:
-        own: Values = {"SEED": seed, "OUTPUT_DIR": str(folder)}
-        arguments = as_arguments(own)
-    else:
-        own = {"seed": seed}
-        arguments = _as_options({**own, "output": folder, "resume": True})
-    return replace(
-        run,
-        name=f"search_{name}" if parent == "search" else name,
-        seed=seed,
-        folder=folder,
-        command=[*run.command, *arguments],
-        settings={**run.settings, **own},
-        searching=parent == "search",
-    )
-
-
-def _first_run(study: Study, name: str, batch: int, choice: Values) -> StudyRun:
-    """A run of a variant at a batch, without what `_with_seed` adds."""
-    variant, script = study.variants[name], Path(study.command)
+def _runs(
+    study: Study,
+    variant: str,
+    batch: int,
+    choice: Values,
+    seeds: Mapping[str, int],
+    *,
+    searching: bool = False,
+) -> list[StudyRun]:
+    """The runs of a variant at a batch; `seeds` is the end of each one's name -> its seed."""
+    script = Path(study.command)
     if not script.is_file():
         script = Path(ws_detectron.__file__).parents[1] / script
-    command = [sys.executable, str(script)]
-    cfg, images, scores = None, None, [*study.scores]
+    start, cfg, images = [sys.executable, str(script)], None, None
     if study.detectors:
-        overrides = {**study.overrides, **variant.overrides, **choice}
-        reference, _ = scale_to_batch(load_config(variant.config, as_arguments(overrides)))
-        images = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
-        per_step = batch * study.processes
-        if images % per_step:
-            raise ConfigError(
-                f"runs {name}_{batch}img: {images} images are not a whole number of steps of "
-                f"{per_step} images; give the study a number of `images` that is a multiple of "
-                "every batch times `processes`"
-            )
-        cfg = _scaled(reference, per_step, images, study.evaluations)
-        cfg.MODEL.DEVICE = study.device
-        scores = scores if cfg.MODEL.MASK_ON else [*AP][:1]
+        config = study.variants[variant].config
+        overrides = {**study.overrides, **study.variants[variant].overrides, **choice}
+        cfg, images = _scaled(study, load_config(config, as_arguments(overrides)), batch, variant)
         settings = {key: _plain(value) for key, value in as_flat_dict(cfg).items()}
         decided = {key: settings[key] for key in (*SCALED, "MODEL.DEVICE")}
-        command += ["--resume", "--config-file", find_config(variant.config)]
+        start += ["--resume", "--config-file", find_config(config)]
         if study.processes > 1:
             # the default address is the same for all runs of a user
-            command += ["--num-gpus", str(study.processes), "--dist-url", "auto"]
-        command += as_arguments({**overrides, **decided})
+            start += ["--num-gpus", str(study.processes), "--dist-url", "auto"]
+        start += as_arguments({**overrides, **decided})
     else:
-        given = {**study.options, **variant.options}
+        given = {**study.options, **study.variants[variant].options}
         settings = {"batch-size": batch, "device": study.device}
         settings.update({key.replace("_", "-"): value for key, value in given.items()})
-        command += _as_options(settings)
+        start += _as_options(settings)
         settings["command"] = study.command
-    return StudyRun(
-        name="",
-        variant=name,
-        batch=batch,
-        seed=0,
-        folder=study.output,
-        command=command,
-        settings=settings,
-        scores=scores,
-        processes=study.processes,
-        device=study.device,
-        checkpoints=study.checkpoints,
-        images=images,
-        choice=choice,
-        cfg=cfg,
-    )
+    runs = []
+    for end, seed in seeds.items():
+        name = f"{variant}_{batch}img_{end}"
+        folder = study.output / ("search" if searching else "runs") / name
+        own: Values = {"SEED": seed, "OUTPUT_DIR": str(folder)} if cfg else {"seed": seed}
+        last = as_arguments(own)
+        if cfg is None:
+            last = _as_options({**own, "output": folder, "resume": True})
+        run = StudyRun(
+            name=f"search_{name}" if searching else name,
+            variant=variant,
+            batch=batch,
+            seed=seed,
+            folder=folder,
+            command=[*start, *last],
+            settings={**settings, **own},
+            scores=[*AP][:1] if cfg and not cfg.MODEL.MASK_ON else [*study.scores],
+            study=study,
+            images=images,
+            choice=choice,
+            searching=searching,
+            cfg=cfg,
+        )
+        runs.append(run)
+    return runs
 
 
 def as_arguments(values: Values) -> list[str]:
@@ -236,13 +217,22 @@ def _as_options(values: Values) -> list[str]:
     return options
 
 
-def _scaled(reference: CfgNode, per_step: int, images: int, evaluations: Optional[int]) -> CfgNode:
-    """Scales LR and schedule of a reference config to another batch and number of images.
+def _scaled(study: Study, cfg: CfgNode, batch: int, variant: str) -> tuple[CfgNode, int]:
+    """A variant's config, scaled to another batch and number of images, and that number.
 
     Milestones keep their relative position in the schedule; warm-up keeps its number of images.
-    Checkpoints are at most as many images apart as in the reference, and at least as many as
+    Checkpoints are at most as many images apart as in the config, and at least as many as
     `evaluations`.
     """
+    reference, _ = scale_to_batch(cfg)
+    images = study.images or reference.SOLVER.MAX_ITER * reference.SOLVER.IMS_PER_BATCH
+    per_step = batch * study.processes
+    if images % per_step:
+        raise ConfigError(
+            f"runs {variant}_{batch}img: {images} images are not a whole number of steps of "
+            f"{per_step} images; give the study a number of `images` that is a multiple of "
+            "every batch times `processes`"
+        )
     cfg = reference.clone()
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = cfg.SOLVER.IMS_PER_BATCH
     cfg.SOLVER.IMS_PER_BATCH = per_step
@@ -253,11 +243,12 @@ def _scaled(reference: CfgNode, per_step: int, images: int, evaluations: Optiona
     length = cfg.SOLVER.MAX_ITER / reference.SOLVER.MAX_ITER
     steps = [round(step * length) for step in reference.SOLVER.STEPS]
     cfg.SOLVER.STEPS = before_end(steps, cfg.SOLVER.MAX_ITER)
-    if evaluations:
-        cfg.TEST.EVAL_PERIOD = period = -(-cfg.SOLVER.MAX_ITER // evaluations)
+    if study.evaluations:
+        cfg.TEST.EVAL_PERIOD = period = -(-cfg.SOLVER.MAX_ITER // study.evaluations)
         parts = -(-period // max(1, cfg.SOLVER.CHECKPOINT_PERIOD))
         cfg.SOLVER.CHECKPOINT_PERIOD = -(-period // parts)
-    return cfg
+    cfg.MODEL.DEVICE = study.device
+    return cfg, images
 
 
 def _plain(value: Any) -> Any:

@@ -12,13 +12,15 @@ stores what the report and a search need of runs that have ended:
 import csv
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from ws_detectron.errors import ConfigError
-from ws_detectron.evaluation.runs import Run, ap_key, merge_rows, read_run
+from ws_detectron.evaluation.runs import Rows, Run, ap_key, merge_rows, read_run
 from ws_detectron.utils.io import csv_text, write_json, write_text
 from ws_detectron.utils.locking import locked
 
@@ -37,8 +39,6 @@ RUNNING, FINISHED, DIVERGED, FAILED = "running", "finished", "diverged", "failed
 MAY_CHANGE = ("OUTPUT_DIR", "SOLVER.CHECKPOINT_PERIOD", "DATASETS.REGISTER")
 # Keys that may change once a run has ended: all of a run should be trained on one device
 DEVICE = ("MODEL.DEVICE", "device")
-
-Rows = list[dict[str, Any]]  # lines of metrics.json
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class RunResult:
         For a search, divergence is a result; outside of it, a diverged run is tried again.
         """
         return self.status == FINISHED or (self.run.searching and self.status == DIVERGED)
+
+    @property
+    def starts(self) -> int:
+        """Number of processes that have trained it."""
+        return int(self.record.run_record.get("starts", 1)) if self.record else 0
 
     @property
     def mean(self) -> Optional[float]:
@@ -150,9 +155,11 @@ def read_result(run: StudyRun, records: Records) -> RunResult:
     if record is not None:
         _check_settings(run, record, f"the record of {run.name}", "its line in runs.jsonl")
     if state is not None and not RunResult(run, record).has_ended:
-        record = replace(
-            state, rows=read_run(run.folder, "").rows, run_record=_read_run_record(run.folder)
-        )
+        about: Any = {}
+        with suppress(OSError, ValueError):
+            about = json.loads((run.folder / RUN_RECORD).read_text("utf-8"))
+        about = about if isinstance(about, dict) else {}
+        record = replace(state, rows=read_run(run.folder, "").rows, run_record=about)
     if record is None:
         return RunResult(run)
     record = replace(record, rows=_with_plain_keys(run, record))
@@ -160,22 +167,18 @@ def read_result(run: StudyRun, records: Records) -> RunResult:
     notes = [f"{record.state.upper()}: {record.reason}"] if record.reason else []
     if record.state == FINISHED:
         scores, notes = final_scores(run, record.rows)
-    starts = record.run_record.get("starts", 1)
-    if starts > 1:
-        notes.append(f"resumed: {starts} starts")
-    return RunResult(run, record, scores, tuple(notes))
+    result = RunResult(run, record, scores, tuple(notes))
+    if result.starts > 1:
+        result = replace(result, notes=(*notes, f"resumed: {result.starts} starts"))
+    return result
 
 
 def _with_plain_keys(run: StudyRun, record: Record) -> Rows:
     """The rows, with the AP of the first of several test sets under the plain name, too."""
-    rows = merge_rows(record.rows)
-    if run.cfg is not None:
-        read = Run(run.name, run.folder, config=record.settings, rows=rows)
-        for score in run.scores:
-            key = ap_key(read, score.partition("/")[0])
-            if key != score:
-                rows = [{**row, score: row[key]} if key in row else row for row in rows]
-    return rows
+    rows = merge_rows(record.rows)  # earlier versions have recorded them as they were written
+    read = Run(run.name, run.folder, config=record.settings, rows=rows)
+    keys = {score: ap_key(read, score.partition("/")[0]) for score in run.scores} if run.cfg else {}
+    return [{**row, **{s: row[key] for s, key in keys.items() if key in row}} for row in rows]
 
 
 def final_scores(run: StudyRun, rows: Rows) -> tuple[dict[str, float], list[str]]:
@@ -201,14 +204,6 @@ def final_scores(run: StudyRun, rows: Rows) -> tuple[dict[str, float], list[str]
     return {**values, **dict.fromkeys(missing, 0.0)}, ["it detects nothing: AP counts as 0"]
 
 
-def _read_run_record(folder: Path) -> Values:
-    try:
-        content = json.loads((folder / RUN_RECORD).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read_records(folder: Optional[Path]) -> dict[str, Record]:
     """The records of a study by the names of its runs; empty if there are no files.
 
@@ -222,23 +217,21 @@ def read_records(folder: Optional[Path]) -> dict[str, Record]:
         shared, *runs = map(json.loads, path.read_text("utf-8").splitlines())
         if shared["format"] != FORMAT:
             raise ConfigError(f"{path} has format {shared['format']!r}; allowed: {FORMAT}")
-        rows: dict[str, Rows] = {run["name"]: [] for run in runs}
         path = folder / METRICS
+        # also of runs without a line, if the process was killed between writing the two files
+        rows: defaultdict[str, Rows] = defaultdict(list)
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                # a run is not listed if the process was killed between writing the two files
-                rows.setdefault(row.pop("run"), []).append(
-                    {key: json.loads(value) for key, value in row.items() if value}
-                )
-        records = {}
+                name = row.pop("run")
+                rows[name].append({key: json.loads(value) for key, value in row.items() if value})
         for run in runs:
-            name, count = run.pop("name"), run.pop("rows")
-            found = len(rows[name])
-            if found != count:
-                raise ConfigError(f"{path} has {found} of {count} rows of {name}; restore it")
-            run["settings"] = {**shared["settings"], **run["settings"]}
-            records[name] = Record(**run, rows=rows[name])
-        return records
+            found, count = rows[run["name"]], run["rows"]
+            if len(found) != count:
+                raise ConfigError(
+                    f"{path} has {len(found)} of {count} rows of {run['name']}; restore it"
+                )
+            run.update(rows=found, settings={**shared["settings"], **run["settings"]})
+        return {run.pop("name"): Record(**run) for run in runs}
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -258,17 +251,13 @@ def write_records(folder: Path, title: str, records: Records) -> None:
     Raises:
         UserError: a file cannot be written.
     """
-    texts = [
-        {(key, json.dumps(value)) for key, value in record.settings.items()}
-        for record in records.values()
-    ]
-    common = set.intersection(*texts)
-    shared: Values = {}
+    settings = [record.settings for record in records.values()]
+    texts = [{(key, json.dumps(value)) for key, value in some.items()} for some in settings]
+    common = {key for key, _ in set.intersection(*texts)}
+    shared = {key: value for key, value in settings[0].items() if key in common}
     lines: list[Values] = [{"format": FORMAT, "title": title, "settings": shared}]
     for name, record in records.items():
-        own: Values = {}
-        for key, value in record.settings.items():
-            (shared if (key, json.dumps(value)) in common else own)[key] = value
+        own = {key: value for key, value in record.settings.items() if key not in common}
         # with the number of rows, a metrics.csv that was cut is told from a whole one
         lines.append({"name": name, **asdict(record), "settings": own, "rows": len(record.rows)})
     keys = {key for record in records.values() for row in record.rows for key in row}

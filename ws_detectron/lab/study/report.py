@@ -1,32 +1,36 @@
-"""The report of a study: Markdown with two figures, and optionally one self-contained HTML page.
+"""The report of a study in numbers and text: means, differences with intervals, all runs.
 
-Needs the packages of the extra `lab`, see `runner.check_packages`.
+Needs the packages of the extra `lab`, see `runner.check_packages`. Source of the interval: Welch,
+"The generalization of Student's problem when several different population variances are involved"
+(Biometrika 34, 1947).
 """
 
 import base64
 import html
+import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ws_detectron.evaluation.coco_report import UNDEFINED, format_metric
-from ws_detectron.evaluation.comparison import duration, effort
-from ws_detectron.evaluation.curves import write_figure
-from ws_detectron.evaluation.runs import Run
-from ws_detectron.utils.io import write_text
+from ws_detectron.evaluation.comparison import (
+    differing_keys,
+    duration,
+    effort,
+    markdown_table,
+    settings_table,
+)
 
-from .figures import draw_batches, draw_over_batch, draw_study_curves
-from .plan import Values
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults
-from .scores import LEVEL, Interval, differences, images, samples, scores_of
-from .study_file import Search, Study
+from .study_file import Search, Study, Values
 
-# settings that differ between runs and are not those of a variant
-NOT_SETTINGS = {"OUTPUT_DIR", "SEED", "seed"}
+LEVEL = 0.95
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -48,53 +52,122 @@ img {{ max-width: 100%; }}
 """
 
 
-def write_report(results: StudyResults, folder: Path, *, page: bool = False) -> list[Path]:
-    """Writes report.md and two figures; with `page`, also report.html, with the figures inside.
+class Interval(NamedTuple):
+    """A mean or difference, and the ends of its interval; NaN if there are too few values."""
+
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low * self.high > 0
+
+    def __str__(self) -> str:
+        """Signed, in Markdown: bold if the interval excludes zero."""
+        text = f"{self.mean:+.2f}"
+        if not math.isnan(self.low):
+            text += f" ({self.low:+.2f} to {self.high:+.2f})"
+        return f"**{text}**" if self.excludes_zero else text
+
+
+def contrast(
+    plus: Sequence[Sequence[float]], minus: Sequence[Sequence[float]] = ()
+) -> Optional[Interval]:
+    """Sum of the means of `plus` minus that of the means of `minus`, with Welch's 95 % interval.
+
+        d ± t(0.95, v) * sqrt(sum of s²/n)
+        v = (sum of s²/n)² / sum of (s²/n)²/(n - 1)
+
+    over all samples; for a single sample, v = n - 1, this is Student's interval of its mean.
+    Values are assumed independent and normally distributed; variances may differ. That runs of one
+    seed share the order of the images is not used.
 
     Returns:
-        The paths, the report first.
-
-    Raises:
-        UserError: the folder cannot be written to.
+        None if a sample is empty; without an interval if one has a single value.
     """
-    study = results.study
-    paths = [folder / "report.md", folder / _first_figure(study), folder / "learning_curves.png"]
-    if len(study.batches) > 1:
-        write_figure(draw_over_batch(results), paths[1])
-    else:
-        scores = scores_of(results.runs, study.scores)
-        write_figure(draw_batches([results], scores=scores), paths[1])
-    write_figure(draw_study_curves(results), paths[2])
-    text = report_text(results)
-    write_text(paths[0], text)
-    if page:
-        paths.append(folder / "report.html")
-        write_text(paths[-1], as_page(study.title, text, folder))
-    return paths
+    samples = [*plus, *minus]
+    sizes = [len(sample) for sample in samples]
+    if min(sizes) == 0:
+        return None
+    mean = float(sum(map(np.mean, plus)) - sum(map(np.mean, minus)))
+    if min(sizes) == 1:
+        return Interval(mean)
+    shares = [float(np.var(sample, ddof=1)) / n for sample, n in zip(samples, sizes)]
+    total = sum(shares)
+    if total == 0:
+        return Interval(mean, mean, mean)
+    freedom = total**2 / sum(share**2 / (n - 1) for share, n in zip(shares, sizes))
+    half = float(stats.t.interval(LEVEL, freedom)[1]) * math.sqrt(total)
+    return Interval(mean, mean - half, mean + half)
 
 
-def as_page(title: str, text: str, folder: Path) -> str:
-    """Converts Markdown to an HTML page with its images inside.
+def titles_of(study: Study, results: Sequence[RunResult]) -> dict[str, str]:
+    """Scores that any result has, and their titles; the first score if there is none yet."""
+    found = {score for result in results for score in result.scores}
+    shown = [score for score in study.scores if score in found] or [*study.scores][:1]
+    return {score: study.scores[score] for score in shown}
 
-    Args:
-        title: title of the page.
-        text: Markdown, with tables as on GitHub.
-        folder: folder of its images.
+
+def score_table(results: StudyResults, score: str) -> pd.DataFrame:
+    """The values of a score in %, in long form: variant, batch, seed, value."""
+    rows = [
+        (r.run.variant, r.run.batch, r.run.seed, r.scores[score])
+        for r in results.runs
+        if score in r.scores
+    ]
+    return pd.DataFrame(rows, columns=["variant", "batch", "seed", "value"])
+
+
+def samples(results: StudyResults, score: str) -> dict[tuple[str, int], list[float]]:
+    """(variant, batch) -> the values of its finished runs; an empty list if there are none."""
+    groups = score_table(results, score).groupby(["variant", "batch"]).value
+    return defaultdict(list, {key: group.tolist() for key, group in groups})
+
+
+def differences(
+    results: StudyResults, pair: Sequence[str], score: str
+) -> dict[str, Optional[Interval]]:
+    """First minus second variant: at each batch, over all, and how it changes with the batch.
+
+    Over all batches, the values are each seed's mean; seeds with a missing run are skipped, and so
+    are batches that a variant leaves out.
     """
-    import markdown
+    planned = [results.study.variants[name].runs or results.study.batches for name in pair]
+    batches = sorted(set.intersection(*map(set, planned)))
+    table = score_table(results, score).pivot(
+        index=["variant", "seed"], columns="batch", values="value"
+    )
+    table = table.reindex(columns=batches)
+    a, b = (table[table.index.get_level_values("variant") == name] for name in pair)
 
-    def inside(match: re.Match) -> str:
-        data = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
-        return f'src="data:image/png;base64,{data}"'
+    def welch(plus: list[pd.Series], minus: list[pd.Series]) -> Optional[Interval]:
+        return contrast([some.dropna() for some in plus], [some.dropna() for some in minus])
 
-    body = re.sub(r'src="([^":]+\.png)"', inside, markdown.markdown(text, extensions=["tables"]))
-    return PAGE.format(title=html.escape(title), body=body)
+    rows = {images(batch): welch([a[batch]], [b[batch]]) for batch in batches}
+    if len(batches) > 1:
+        rows["all batches"] = welch([a.mean(axis=1, skipna=False)], [b.mean(axis=1, skipna=False)])
+    for other in batches[1:]:
+        first = batches[0]
+        name = f"more at {images(first)} than at {images(other)}"
+        rows[name] = welch([a[first], b[other]], [b[first], a[other]])
+    return rows
+
+
+def images(batch: int) -> str:
+    return "1 image" if batch == 1 else f"{batch} images"
+
+
+def first_figure(study: Study) -> str:
+    """File name of the figure of scores."""
+    what = "over_batch" if len(study.batches) > 1 else "by_variant"
+    return f"{'ap' if study.detectors else 'score'}_{what}.png"
 
 
 def report_text(results: StudyResults) -> str:
     """The report as Markdown."""
     study, runs = results.study, results.runs
-    several, scores = len(study.batches) > 1, scores_of(runs, study.scores)
+    several, titles = len(study.batches) > 1, titles_of(study, runs)
     what, points = ("AP", "points of AP") if study.detectors else ("scores", "percentage points")
     parts = [f"# {study.title}", _what_was_run(results)]
     for verb, some in (("Measured", runs), ("Searched", results.search)):
@@ -108,8 +181,8 @@ def report_text(results: StudyResults) -> str:
         f"## {'AP' if study.detectors else 'Scores'} over batch size",
         f"Mean ± standard deviation (n - 1) over seeds, in brackets their number; {what} in % at "
         "the end of training, not the best of it.",
-        *(mean_table(results, score) for score in scores),
-        f"![{what} of each variant{' over the batch' if several else ''}]({_first_figure(study)})",
+        *(mean_table(results, score) for score in titles),
+        f"![{what} of each variant{' over the batch' if several else ''}]({first_figure(study)})",
     ]
     if study.comparisons:
         overall = (
@@ -123,9 +196,12 @@ def report_text(results: StudyResults) -> str:
             f"twenty, one is expected to miss.{overall if several else ''}",
         ]
     for pair in study.comparisons or ():
-        columns = {study.scores[score]: differences(results, pair, score) for score in scores}
-        table = pd.DataFrame(columns, dtype=object).map(_signed)
-        parts.append(markdown_table(table, " - ".join(pair)))
+        found = {title: differences(results, pair, score) for score, title in titles.items()}
+        rows = {name: {" - ".join(pair): name} for name in next(iter(found.values()))}
+        for title, intervals in found.items():
+            for name, interval in intervals.items():
+                rows[name][title] = str(interval or UNDEFINED)
+        parts.append(markdown_table([*rows.values()]))
     parts += [
         "## Learning curves",
         f"![Loss and {what} of each variant over images seen](learning_curves.png)",
@@ -169,7 +245,7 @@ def problems_of(results: StudyResults) -> list[str]:
 
 def mean_table(results: StudyResults, score: str) -> str:
     """Mean ± standard deviation (number of seeds): a row per variant, a column per batch."""
-    study, values = results.study, samples(results.runs, score)
+    study, values = results.study, samples(results, score)
 
     def cell(some: list[float]) -> str:
         if not some:
@@ -177,27 +253,30 @@ def mean_table(results: StudyResults, score: str) -> str:
         deviation = f" ± {np.std(some, ddof=1):.2f}" if len(some) > 1 else ""
         return f"{np.mean(some):.2f}{deviation} ({len(some)})"
 
-    columns = {
-        images(batch): {name: cell(values[name, batch]) for name in study.variants}
-        for batch in sorted(study.batches)
-    }
-    return markdown_table(pd.DataFrame(columns), study.scores[score])
+    return markdown_table(
+        [
+            {study.scores[score]: name}
+            | {images(batch): cell(values[name, batch]) for batch in sorted(study.batches)}
+            for name in study.variants
+        ]
+    )
 
 
 def run_table(results: StudyResults) -> str:
     """A row per run: state, scores, effort and notes."""
     study, rows = results.study, []
-    scores = scores_of(results.runs, study.scores)
+    titles = titles_of(study, results.runs)
     for result in results.runs:
         run, record = result.run, result.record
-        iterations, seconds = effort(Run(run.name, run.folder, rows=record.rows if record else []))
+        iterations, seconds = effort(record.rows if record else [])
         per_image = seconds / (iterations * run.batch) if iterations and seconds else None
         memory = record.run_record.get("peak_memory_bytes") if record else None
         total = run.settings.get("SOLVER.MAX_ITER")
         rows.append(
             {
+                "run": run.name,
                 "state": result.status,
-                **{study.scores[key]: format_metric(result.scores.get(key)) for key in scores},
+                **_shown_scores(result, titles),
                 **({"LR": f"{run.settings['SOLVER.BASE_LR']:.4g}"} if study.detectors else {}),
                 "iterations": f"{iterations or 0}" + (f" / {total}" if total else ""),
                 "training time": duration(seconds),
@@ -207,23 +286,15 @@ def run_table(results: StudyResults) -> str:
                 "notes": _plain("; ".join(result.notes)),
             }
         )
-    return markdown_table(pd.DataFrame(rows, index=[r.run.name for r in results.runs]), "run")
+    return markdown_table(rows)
 
 
-def markdown_table(table: pd.DataFrame, index: str) -> str:
-    """A table of text in GitHub's Markdown; `index` is the header of the rows' names."""
-    escaped = table.rename_axis(index).reset_index().map(lambda text: text.replace("|", "\\|"))
-    return escaped.to_markdown(index=False, tablefmt="github", disable_numparse=True)
-
-
-def _first_figure(study: Study) -> str:
-    """File name of the figure of scores."""
-    what = "over_batch" if len(study.batches) > 1 else "by_variant"
-    return f"{'ap' if study.detectors else 'score'}_{what}.png"
+def _shown_scores(result: RunResult, titles: Mapping[str, str]) -> dict[str, str]:
+    return {title: format_metric(result.scores.get(key)) for key, title in titles.items()}
 
 
 def _search_section(results: StudyResults, search: Search) -> list[str]:
-    study, scores = results.study, scores_of(results.search, results.study.scores)
+    study, titles = results.study, titles_of(results.study, results.search)
     variants = [*study.variants]
 
     def position(result: RunResult) -> tuple[Any, ...]:
@@ -232,17 +303,17 @@ def _search_section(results: StudyResults, search: Search) -> list[str]:
         numbers = (v if isinstance(v, (int, float)) else 0 for v in values)
         return (variants.index(result.run.variant), result.run.batch, *numbers)
 
-    searched, rows = sorted(results.search, key=position), []
-    for result in searched:
-        run = result.run
-        failed = result.status in (DIVERGED, FAILED)
+    rows = []
+    for result in sorted(results.search, key=position):
+        run, failed = result.run, result.status in (DIVERGED, FAILED)
         reached = result.status if failed else format_metric(result.mean)
         chosen = results.choices[run.variant, run.batch] == run.choice
         rows.append(
             {
+                "variant": run.variant,
                 study.unit: str(run.batch),
                 **{f"`{key}`": str(value) for key, value in run.choice.items()},
-                **{study.scores[key]: format_metric(result.scores.get(key)) for key in scores},
+                **_shown_scores(result, titles),
                 "mean": f"**{reached}**" if chosen else reached,
             }
         )
@@ -252,7 +323,7 @@ def _search_section(results: StudyResults, search: Search) -> list[str]:
         f"{search.images:,} images (seed {search.seed}); values are at the reference "
         "batch of the variant's config. **Bold**: chosen, by the mean of box and mask AP. A run "
         "takes what was found at the nearest searched batch.",
-        markdown_table(pd.DataFrame(rows, index=[r.run.variant for r in searched]), "variant"),
+        markdown_table(rows),
     ]
     edges = [
         f"{variant} at {batch}: {', '.join(f'`{key}`' for key in keys)}"
@@ -294,14 +365,12 @@ def _settings_section(results: StudyResults) -> list[str]:
         if run.variant == variant:
             batches.setdefault(str(run.batch), run.settings)
     parts = [f"## Where the {'configs' if results.study.detectors else 'settings'} differ"]
-    for title, columns in (
+    for title, some in (
         (f"Between variants, at {images(batch)}:", variants),
         (f"Between batches, for {variant}:", batches),
     ):
-        table = pd.DataFrame(columns, dtype=object).map("`{}`".format, na_action="ignore")
-        table = table.drop(index=NOT_SETTINGS, errors="ignore").sort_index().fillna(UNDEFINED)
-        table = table[table.nunique(axis=1) > 1].rename("`{}`".format)
-        parts += [title, markdown_table(table, "key")] if len(table) else [f"{title} nowhere."]
+        keys = differing_keys([*some.values()], ("OUTPUT_DIR", "SEED", "seed"))
+        parts += [title, settings_table(some, keys)] if keys else [f"{title} nowhere."]
     return parts
 
 
@@ -342,15 +411,24 @@ def _environments(results: Sequence[RunResult]) -> list[str]:
     ]
 
 
+def as_page(title: str, text: str, folder: Path) -> str:
+    """Converts Markdown to an HTML page with its images inside.
+
+    Args:
+        title: title of the page.
+        text: Markdown, with tables as on GitHub.
+        folder: folder of its images.
+    """
+    import markdown
+
+    def inside(match: re.Match) -> str:
+        data = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
+        return f'src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'src="([^":]+\.png)"', inside, markdown.markdown(text, extensions=["tables"]))
+    return PAGE.format(title=html.escape(title), body=body)
+
+
 def _plain(text: str) -> str:
     """Text of a log with HTML escaped."""
     return html.escape(text, quote=False)
-
-
-def _signed(value: Optional[Interval]) -> str:
-    if value is None:
-        return UNDEFINED
-    text = f"{value.mean:+.2f}"
-    if value.low is not None and value.high is not None:
-        text += f" ({value.low:+.2f} to {value.high:+.2f})"
-    return f"**{text}**" if value.excludes_zero else text

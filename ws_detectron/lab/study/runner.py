@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import IO, Any, Optional
 
 from ws_detectron.errors import UserError
+from ws_detectron.utils.io import write_text
 
 from .plan import StudyRun, check_runs, search_runs, study_runs
 from .records import (
-    DIVERGED,
     FINISHED,
     RunResult,
     StudyResults,
@@ -51,8 +51,8 @@ class Options:
 def run_study(study: Study, options: Options, say: Say) -> StudyResults:
     """Trains the runs that are not finished: first the search, then the runs with its choice.
 
-    Runs that failed are tried again. Diverged runs of a search are not, unless all of a variant
-    diverged: a later success would change the choice, with which other runs are already trained.
+    Runs that failed are tried again. Diverged runs of a search are not: a later success would
+    change the choice, with which other runs are already trained.
 
     Raises:
         UserError: a run cannot work on any machine, or another process works on the study.
@@ -71,8 +71,7 @@ def run_study(study: Study, options: Options, say: Say) -> StudyResults:
 def _train(
     study: Study, what: str, runs: Sequence[StudyRun], options: Options, say: Say, lock: IO[Any]
 ) -> list[RunResult]:
-    """Trains the selected runs that are not finished; returns the results of all runs."""
-
+    """Trains the selected runs that have not ended; returns the results of all runs."""
     records = read_records(options.records)
     results = {run.name: read_result(run, records) for run in runs}
 
@@ -88,26 +87,19 @@ def _train(
         say(f"{what}: {len(results.keys() & records)} runs taken from {options.records}")
     keep(*results.values())
     chosen = [results[run.name] for run in _selected(study, runs, options)]
-    if what == "search":
-        # a variant and batch all of whose runs diverged is tried again
-        hopeful = {(r.run.variant, r.run.batch) for r in chosen if r.status != DIVERGED}
-        chosen = [
-            r for r in chosen if r.status != DIVERGED or (r.run.variant, r.run.batch) not in hopeful
-        ]
-    if not chosen:
-        return [*results.values()]
     for result in chosen:
         if result.status == FINISHED:  # if its process was killed before it did so
             drop_checkpoints(result.run)
-    wanted = [result.run for result in chosen if result.status != FINISHED]
-    say(f"{what}: {len(chosen)} runs in {study.output}")
-    on_slurm = options.launcher == "slurm"
-    progress = Progress(chosen, None if on_slurm else options.jobs, study.scores, say, keep)
-    if on_slurm:
-        run_on_slurm(wanted, study.slurm, study.output / "submitit", progress)
-    else:
-        workers = environments(study, options.jobs, options.gpus)
-        run_locally(wanted, workers, progress, lock)
+    wanted = [result.run for result in chosen if not result.has_ended]
+    if chosen:
+        say(f"{what}: {len(chosen)} runs in {study.output}")
+        on_slurm = options.launcher == "slurm"
+        progress = Progress(chosen, None if on_slurm else options.jobs, say, keep)
+        if on_slurm:
+            run_on_slurm(wanted, study.slurm, study.output / "submitit", progress)
+        else:
+            workers = environments(study, options.jobs, options.gpus)
+            run_locally(wanted, workers, progress, lock)
     return [*results.values()]
 
 
@@ -146,11 +138,31 @@ def check_packages(page: bool = False) -> None:
 
 
 def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = False) -> list[str]:
-    """Writes the report and prints its path; returns what is missing or failed."""
-    from .report import problems_of, write_report  # needs the packages of the extra `lab`
+    """Writes report.md and two figures; with `page`, also report.html, with the figures inside.
 
-    paths = write_report(results, folder, page=page)
-    say(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
+    Returns:
+        What is missing or failed.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    # these need the packages of the extra `lab`
+    from ws_detectron.evaluation.curves import write_figure
+
+    from .figures import draw_scores, draw_study_curves
+    from .report import as_page, first_figure, problems_of, report_text
+
+    name = first_figure(results.study)
+    figures = {name: draw_scores(results), "learning_curves.png": draw_study_curves(results)}
+    for name, figure in figures.items():
+        write_figure(figure, folder / name)
+    texts = {"report.md": report_text(results)}
+    if page:
+        texts["report.html"] = as_page(results.study.title, texts["report.md"], folder)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    report, *others = (*texts, *figures)
+    say(f"report: {folder / report} (and {', '.join(others)})")
     return problems_of(results)
 
 
@@ -199,18 +211,15 @@ def commands(study: Study, options: Options) -> list[str]:
 
 def _selected(study: Study, runs: Sequence[StudyRun], options: Options) -> list[StudyRun]:
     """The selected runs; runs of a search are selected by their variant alone."""
-    known: dict[str, Collection] = {
-        "variants": study.variants, "batches": study.batches, "seeds": study.seeds
-    }  # fmt: skip
     wanted: dict[str, Collection] = {}
-    for name, values in known.items():
-        asked = getattr(options, name)
-        wanted[name] = values if asked is None else asked
-        unknown = set(wanted[name]) - set(values)
+    for name in ("variants", "batches", "seeds"):
+        known, asked = getattr(study, name), getattr(options, name)
+        wanted[name] = known if asked is None else asked
+        unknown = sorted(set(wanted[name]) - set(known))
         if unknown:
             raise UserError(
-                f"--{name} has {', '.join(map(str, sorted(unknown)))}; the study has "
-                f"{', '.join(map(str, values))}"
+                f"--{name} has {', '.join(map(str, unknown))}; the study has "
+                f"{', '.join(map(str, known))}"
             )
     return [
         run

@@ -1,7 +1,7 @@
 """Study files: the variants, batches and seeds that are compared, and how."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -86,26 +86,16 @@ class Study:
         return "images per process" if self.processes > 1 else "images per step"
 
 
-# Key -> what is allowed, and whether a study keeps to it
-RULES: dict[str, tuple[str, Callable[[Study], bool]]] = {
-    "batches": (
-        "a list of different whole numbers, each 1 or more",
-        lambda study: _different(study.batches, 1),
-    ),
-    "seeds": (
-        "a list of different whole numbers, each 0 or more",
-        lambda study: _different(study.seeds, 0),
-    ),
-    "images": ("1 or more", lambda study: study.images is None or study.images > 0),
-    "processes": ("1 or more", lambda study: study.processes > 0),
-    "evaluations": ("1 or more", lambda study: study.evaluations is None or study.evaluations > 0),
-    "device": ("cpu, cuda", lambda study: study.device in ("cpu", "cuda")),
-    "checkpoints": ("all, last, none", lambda s: s.checkpoints in ("all", "last", "none")),
-    "comparisons": ("a list of pairs of variants", lambda study: _are_pairs(study)),
-    "search": (
-        "`grid` (config key -> values), `images`, `batches`, `seed`, `overrides`",
-        lambda study: study.search is None or _can_search(study.search),
-    ),
+ALLOWED = {
+    "batches": "a list of different whole numbers, each 1 or more",
+    "seeds": "a list of different whole numbers, each 0 or more",
+    "images": "1 or more",
+    "processes": "1 or more",
+    "evaluations": "1 or more",
+    "device": "cpu, cuda",
+    "checkpoints": "all, last, none",
+    "comparisons": "a list of pairs of variants",
+    "search": "`grid` (config key -> values), `images`, `batches`, `seed`, `overrides`",
 }
 
 
@@ -157,19 +147,32 @@ def _explain(error: OmegaConfBaseException, content: dict[Any, Any]) -> str:
         return f"`{key}` is missing"
     top = key.partition(".")[0].partition("[")[0]
     found = f"`{top}` is {shown(repr(content.get(top)), 200)}"
-    if top in RULES:
-        return f"{found}; allowed: {RULES[top][0]}"
+    if top in ALLOWED:
+        return f"{found}; allowed: {ALLOWED[top]}"
     return f"{found}: {str(error).splitlines()[0]}"
 
 
 def _check(study: Study) -> None:
     """Checks what types do not say; raises ConfigError."""
-    if not study.variants:
+    names, search = [*study.variants], study.search
+    if not names:
         raise ConfigError("`variants` is empty; name at least one")
-    for key, (allowed, is_valid) in RULES.items():
-        if not is_valid(study):
-            names = f" {', '.join(study.variants)}" if key == "comparisons" else ""
-            raise ConfigError(f"`{key}` is {getattr(study, key)!r}; allowed: {allowed}{names}")
+    pairs = study.comparisons or ()
+    valid = {
+        "batches": _different(study.batches, 1),
+        "seeds": _different(study.seeds, 0),
+        "images": study.images is None or study.images > 0,
+        "processes": study.processes > 0,
+        "evaluations": study.evaluations is None or study.evaluations > 0,
+        "device": study.device in ("cpu", "cuda"),
+        "checkpoints": study.checkpoints in ("all", "last", "none"),
+        "comparisons": all(len(some) == 2 and all(n in names for n in some) for some in pairs),
+        "search": search is None or _can_search(search),
+    }
+    for key, allowed in ALLOWED.items():
+        if not valid[key]:
+            allowed += f" {', '.join(names)}" if key == "comparisons" else ""
+            raise ConfigError(f"`{key}` is {getattr(study, key)!r}; allowed: {allowed}")
     overridden: Values = dict(study.overrides)
     for name, variant in study.variants.items():
         if not name.replace("_", "").replace("-", "").isalnum():
@@ -183,37 +186,25 @@ def _check(study: Study) -> None:
                     f"{study.seeds} at batches of {study.batches}"
                 )
         overridden.update(variant.overrides)
-    searched = {**study.search.grid, **study.search.overrides} if study.search else {}
-    for key in DECIDED:
-        if key in overridden or key in searched:
-            raise ConfigError(f"{key} is overridden, which the study sets for every run")
-    if "TEST.EVAL_PERIOD" in searched:
-        raise ConfigError("`search`: TEST.EVAL_PERIOD has no effect: it evaluates at the end alone")
-    if "TEST.EVAL_PERIOD" in overridden and study.evaluations:
-        raise ConfigError(
-            f"TEST.EVAL_PERIOD is overridden and `evaluations` is {study.evaluations}; set only "
-            "one of them"
-        )
+    searched = {**search.grid, **search.overrides} if search else {}
+    for key in (*overridden, *searched):
+        if key in DECIDED:
+            raise ConfigError(f"{key} is overridden, which the study sets for every run; remove it")
+    period = "TEST.EVAL_PERIOD"
+    if period in searched or (period in overridden and study.evaluations):
+        reason = f"`evaluations` is {study.evaluations}"
+        if period in searched:
+            reason = "a search evaluates at the end alone"
+        raise ConfigError(f"{period} is overridden, but {reason}; remove the override")
     if not study.detectors and not study.scores:
         raise ConfigError("variants need a `config`; for runs of a command `scores` is missing")
-    no_effect: Values = {
-        "images": study.images,
-        "evaluations": study.evaluations,
-        "search": study.search,
-        "overrides": overridden,
-        "processes": study.processes > 1,
-    }
-    if study.detectors:
-        no_effect = {key: getattr(study, key) for key in ("options", "scores", "curves")}
-    for key, value in no_effect.items():
-        if value:
-            kind = "a `config`" if study.detectors else "`options`"
+    kind, others = "a `config`", ["options", "scores", "curves"]
+    if not study.detectors:
+        kind, others = "`options`", ["images", "evaluations", "search", "overrides", "processes"]
+    given = {**vars(study), "overrides": overridden, "processes": study.processes > 1}
+    for key in others:
+        if given[key]:
             raise ConfigError(f"`{key}` has no effect on variants with {kind}; remove it")
-
-
-def _are_pairs(study: Study) -> bool:
-    names, pairs = [*study.variants], study.comparisons or ()
-    return all(len(pair) == 2 and all(name in names for name in pair) for pair in pairs)
 
 
 def _can_search(search: Search) -> bool:

@@ -1,11 +1,12 @@
 """Trains the runs of a study, each in its own process: on this machine, or as Slurm jobs."""
 
+import itertools
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Optional
@@ -49,9 +50,8 @@ class Progress:
 
     Args:
         results: results of all selected runs, finished ones included.
-        workers: number of runs that train at a time; None if unknown, as in a queue, so that no
-            time is estimated.
-        titles: score -> title.
+        jobs: number of runs that train at a time; None if unknown, as in a queue, so that no time
+            is estimated.
         say: prints a line.
         keep: called with the result of each run that has ended, before the line is printed.
     """
@@ -59,19 +59,14 @@ class Progress:
     def __init__(
         self,
         results: Sequence[RunResult],
-        workers: Optional[int],
-        titles: Mapping[str, str],
+        jobs: Optional[int],
         say: Callable[[str], None],
         keep: Callable[[RunResult], None] = lambda result: None,
     ) -> None:
-        self._runs, self._workers, self._titles = [r.run for r in results], workers, titles
-        self._say, self._keep = say, keep
+        self._results = {result.run.name: result for result in results}
+        self._jobs, self._say, self._keep = jobs, say, keep
         self._begun: dict[str, float] = {}
-        self._ended: set[str] = set()
-        self._speeds: dict[int, list[float]] = {}  # batch -> seconds per image
-        for result in results:
-            if result.status == FINISHED:
-                self._learn(result)
+        self._ended = {result.run.name for result in results if result.has_ended}
         if self._ended:
             say(f"{len(self._ended)} of {len(results)} runs are finished already")
 
@@ -80,13 +75,14 @@ class Progress:
         self._say(f"{self._position()} {run.name} begins; log: {run.folder}/{OUTPUT}")
 
     def ended(self, run: StudyRun) -> None:
-        result = read_result(run, {})
+        result = self._results[run.name] = read_result(run, {})
         assert result.record is not None
-        self._learn(result)
+        self._ended.add(run.name)
         self._keep(result)
         what = f"{result.status.upper()}: {result.record.reason}"
         if result.status == FINISHED:
-            scores = [f"{self._titles[key]} {value:.1f}" for key, value in result.scores.items()]
+            titles = run.study.scores
+            scores = [f"{titles[key]} {value:.1f}" for key, value in result.scores.items()]
             what = f"finished in {duration(result.record.seconds)}: {', '.join(scores) or 'no AP'}"
         seconds = self.seconds_left()
         left = "time left unknown" if seconds is None else f"about {duration(seconds)} left"
@@ -94,27 +90,24 @@ class Progress:
 
     def seconds_left(self) -> Optional[float]:
         """None before any run has finished, and for a queue."""
-        all_speeds = [speed for speeds in self._speeds.values() for speed in speeds]
-        if not all_speeds or self._workers is None:
+        speeds: dict[int, list[float]] = {}  # batch -> seconds per image
+        for result in self._results.values():
+            # those of a resumed run are of its last start, in which it sees a part of its images
+            record, run = result.record, result.run
+            if record and record.state == FINISHED and result.starts == 1 and record.seconds:
+                speeds.setdefault(run.batch, []).append(record.seconds / (run.images or 1))
+        if not speeds or self._jobs is None:
             return None
-        total = 0.0
-        for run in self._runs:
-            if run.name not in self._ended:
-                known = self._speeds.get(run.batch, all_speeds)
-                gone = time.monotonic() - self._begun.get(run.name, time.monotonic())
-                total += max(0.0, (run.images or 1) * sum(known) / len(known) - gone)
-        return total / self._workers
-
-    def _learn(self, result: RunResult) -> None:
-        run, record = result.run, result.record
-        self._ended.add(run.name)
-        # `seconds` are those of the last start, in which a resumed run sees a part of its images
-        if record and record.state == FINISHED and record.run_record.get("starts", 1) == 1:
-            if record.seconds:
-                self._speeds.setdefault(run.batch, []).append(record.seconds / (run.images or 1))
+        total, now = 0.0, time.monotonic()
+        for name in self._results.keys() - self._ended:
+            run = self._results[name].run
+            each = speeds.get(run.batch) or [*itertools.chain(*speeds.values())]
+            expected = (run.images or 1) * sum(each) / len(each)
+            total += max(0.0, expected - now + self._begun.get(name, now))
+        return total / self._jobs
 
     def _position(self) -> str:
-        return f"[{len(self._ended)}/{len(self._runs)}]"
+        return f"[{len(self._ended)}/{len(self._results)}]"
 
 
 class RunProcess:
@@ -125,9 +118,9 @@ class RunProcess:
     """
 
     def __init__(
-        self, run: StudyRun, environ: Mapping[str, str], pass_fds: Sequence[int] = ()
+        self, run: StudyRun, environ: dict[str, str], pass_fds: Sequence[int] = ()
     ) -> None:
-        self.run = run
+        self.run, self.environ = run, environ
         run.folder.mkdir(parents=True, exist_ok=True)
         write_state(run, RUNNING)
         self._start = time.perf_counter()
@@ -144,42 +137,31 @@ class RunProcess:
                 pass_fds=pass_fds,
             )
 
-    def poll(self) -> bool:
-        """Whether the process has ended."""
+    def has_ended(self) -> bool:
         return self._process.poll() is not None
 
     def finish(self) -> None:
         """Waits for the process to end, and writes the state of the run."""
-        status = self._process.wait()
-        seconds = time.perf_counter() - self._start
+        status, run = self._process.wait(), self.run
         if status == 0:
-            rows = read_run(self.run.folder, "").rows
-            missing = [] if self.run.cfg else final_scores(self.run, rows)[1]
-            # in this order: without checkpoints, an unfinished run starts from the beginning
-            state = FAILED if missing else FINISHED
-            write_state(self.run, state, reason="; ".join(missing), seconds=seconds)
-            if not missing:
-                drop_checkpoints(self.run)
-            return
-        how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-        reason = f"{failure_reason(self.run.folder / OUTPUT)} ({how})"
-        failure = DIVERGED if status == DivergedError.exit_status else FAILED
-        write_state(self.run, failure, reason=reason, seconds=seconds)
+            missing = [] if run.cfg else final_scores(run, read_run(run.folder, "").rows)[1]
+            state, reason = FAILED if missing else FINISHED, "; ".join(missing)
+        else:
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+            reason = f"{failure_reason(run.folder / OUTPUT)} ({how})"
+            state = DIVERGED if status == DivergedError.exit_status else FAILED
+        write_state(run, state, reason=reason, seconds=time.perf_counter() - self._start)
+        if state == FINISHED:  # now: without checkpoints, an unfinished run starts again
+            drop_checkpoints(run)
 
     def stop(self) -> None:
         """Ends the process and its children; the state stays "running", to be resumed."""
-        self._signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-
-    def _signal(self, number: int) -> None:
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
+        for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(seconds)
+                return
 
 
 def failure_reason(path: Path) -> str:
@@ -193,7 +175,7 @@ def failure_reason(path: Path) -> str:
 def drop_checkpoints(run: StudyRun) -> None:
     """Deletes the checkpoints that a finished run does not keep."""
     patterns = {"all": [], "last": ["model_[0-9]*.pth"], "none": ["last_checkpoint", "*.pth"]}
-    for pattern in patterns[run.checkpoints]:
+    for pattern in patterns[run.study.checkpoints]:
         for path in run.folder.glob(pattern):
             path.unlink()
 
@@ -222,9 +204,8 @@ def environments(study: Study, jobs: int, gpus: Optional[Sequence[int]]) -> list
         return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
     # visible GPUs may not be the first of the machine, and may be given by UUID
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = torch.cuda.device_count()
+    count, each = torch.cuda.device_count(), study.processes
     names = [*map(str, gpus)] if gpus is not None else visible[:count] or [*map(str, range(count))]
-    each = study.processes
     if len(names) < jobs * each:
         raise UserError(
             f"--jobs {jobs} with {each} process(es) each need {jobs * each} GPUs; there are "
@@ -257,23 +238,23 @@ def run_locally(
         lock: as returned by `study_lock`; the runs inherit it, so that the study stays locked while
             any of them is alive, even if this process is killed.
     """
-    waiting, free = [*reversed(runs)], [*reversed(range(len(workers)))]
-    running: dict[int, RunProcess] = {}
+    waiting, free = [*runs], [*workers]
+    running: list[RunProcess] = []
     with _ended_by_signals():
         try:
             while waiting or running:
                 while waiting and free:
-                    worker, run = free.pop(), waiting.pop()
+                    run = waiting.pop(0)
                     progress.began(run)
-                    running[worker] = RunProcess(run, workers[worker], [lock.fileno()])
-                for worker in [worker for worker, process in running.items() if process.poll()]:
-                    process = running.pop(worker)
-                    free.append(worker)
+                    running.append(RunProcess(run, free.pop(0), [lock.fileno()]))
+                for process in [process for process in running if process.has_ended()]:
+                    running.remove(process)
+                    free.append(process.environ)
                     process.finish()
                     progress.ended(process.run)
                 time.sleep(POLL_SECONDS)
         finally:
-            for process in running.values():
+            for process in running:
                 process.stop()
 
 
@@ -359,6 +340,7 @@ def run_on_slurm(
     """
     try:
         import submitit
+        from submitit.helpers import as_completed
     except ImportError as error:
         raise UserError("--launcher slurm needs submitit: pip install submitit") from error
     try:
@@ -366,12 +348,12 @@ def run_on_slurm(
     except RuntimeError as error:
         raise UserError(f"--launcher slurm cannot submit jobs here: {error}") from error
     job_type = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
-    jobs: dict[str, tuple[StudyRun, Any]] = {}
+    jobs: list[Any] = []
     for run in runs:
         path = run.folder / JOB  # of an earlier call, if it may still be in the queue
         job: Any = job_type(folder / "%j", path.read_text().strip()) if path.is_file() else None
         if job is None or job.done():
-            needs = {"gpus_per_node": run.processes} if run.device == "cuda" else {}
+            needs = {"gpus_per_node": run.study.processes} if run.study.device == "cuda" else {}
             try:
                 executor.update_parameters(**{**DEFAULTS, **needs, **parameters, "name": run.name})
                 job = executor.submit(RunJob(), run)
@@ -384,15 +366,12 @@ def run_on_slurm(
                 ) from error
             write_text(path, job.job_id)
         progress.began(run)
-        jobs[run.name] = run, job
-    while jobs:
-        for name in [name for name, (_, job) in jobs.items() if job.done()]:
-            run, job = jobs.pop(name)
-            (run.folder / JOB).unlink(missing_ok=True)
-            _note_failure(run, job.exception())
-            progress.ended(run)
-        if jobs:
-            time.sleep(poll_seconds)
+        jobs.append(job)
+    for job in as_completed(jobs, poll_frequency=poll_seconds):
+        run = runs[jobs.index(job)]
+        (run.folder / JOB).unlink(missing_ok=True)
+        _note_failure(run, job.exception())
+        progress.ended(run)
 
 
 def _note_failure(run: StudyRun, error: Optional[BaseException]) -> None:
