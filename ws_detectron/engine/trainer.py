@@ -14,6 +14,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
@@ -25,7 +26,6 @@ from ws_detectron.modeling import folded_copy
 from ws_detectron.utils.compat import (
     has_compiled_ops,
     is_divergence,
-    state_beside_the_trainer,
     user_errors_unlogged,
 )
 from ws_detectron.utils.io import refuse_overwrite
@@ -35,7 +35,7 @@ from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterati
 from .loaders import build_test_loader, build_train_loader
 from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
 from .prepare import as_flat_dict, prepare
-from .resume import ConfigState, follow_config, hyperparameters
+from .scaling import list_changes
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,7 @@ class Trainer(DefaultTrainer):
         loop = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = loop(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._config_state = ConfigState(cfg)
-        self.checkpointer = WSCheckpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            config=self._config_state,  # loaded first: it logs what may make the others fail
-            trainer=weakref.proxy(self),
-            **state_beside_the_trainer(self),
-        )
+        self.checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 
@@ -109,7 +102,7 @@ class Trainer(DefaultTrainer):
             WeightsError: the weights do not fit the model.
         """
         self._resumes = resume
-        configured = hyperparameters(self)
+        configured = [dict(group) for group in self.optimizer.param_groups]
         what, errors = f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r}", _FETCHING_ERRORS
         if resume and self.checkpointer.has_checkpoint():
             what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
@@ -121,7 +114,54 @@ class Trainer(DefaultTrainer):
         except errors as error:
             raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}") from error
         if self.start_iter > 0:
-            follow_config(self, configured, self._config_state)
+            self._follow_config(configured)
+
+    def state_dict(self) -> dict[str, Any]:
+        """detectron2's state, in 0.5 with the loop's (momentum, AMP scale), and the config."""
+        state = super().state_dict()
+        state.setdefault("_trainer", self._trainer.state_dict())
+        return {**state, "config": as_flat_dict(self.cfg)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, and logs how the config of its run differs; the current config stays.
+
+        Keys that one of the configs lacks are skipped, as they come with another version of
+        detectron2.
+        """
+        earlier = {**state_dict.get("config", {}), "OUTPUT_DIR": self.cfg.OUTPUT_DIR}
+        changes = list_changes(earlier, as_flat_dict(self.cfg))
+        if changes:  # logged first, as they may be why the rest fails
+            logger.warning(
+                "The config has changed since the checkpoint that this run resumes from; the new "
+                "values are used: %s",
+                ", ".join(changes),
+            )
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:  # 0.5 does not load it
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
+    def _follow_config(self, configured: list[dict[str, Any]]) -> None:
+        """Resets optimizer and scheduler of a resumed run to the values of its config.
+
+        Args:
+            configured: the parameter groups of the optimizer before the checkpoint was loaded.
+        """
+        scheduler, groups = self.scheduler, self.optimizer.param_groups
+        kept = {"params"}
+        if not isinstance(scheduler, LRMultiplier):
+            kept |= {"lr", "initial_lr"}
+            logger.warning(
+                "LR and schedule are those of the checkpoint, not of the config: %s keeps them",
+                type(scheduler).__name__,
+            )
+        for group, values in zip(groups, configured):
+            group.update({key: value for key, value in values.items() if key not in kept})
+        if not isinstance(scheduler, LRMultiplier):
+            return
+        scheduler.base_lrs = [values["initial_lr"] for values in configured]
+        if self.start_iter < self.max_iter:  # the schedule has no LR after its end
+            for group, lr in zip(groups, scheduler.get_lr()):
+                group["lr"] = lr
 
     def is_finished(self) -> bool:
         """Whether the resumed run has trained to SOLVER.MAX_ITER and was evaluated.
