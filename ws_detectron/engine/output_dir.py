@@ -27,7 +27,6 @@ _RUN = (
     "model_best.json",
     "run_record.json",
     "events.out.tfevents.*",
-    "*.damaged",
 )
 _LOCK = ".lock"
 _reserved: set[Path] = set()

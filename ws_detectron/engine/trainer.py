@@ -31,7 +31,7 @@ from ws_detectron.utils.compat import (
 from ws_detectron.utils.io import refuse_overwrite
 
 from .accumulation import accumulated_step
-from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterations
+from .hooks import RECORD, BestCheckpoint, RunRecord, SharedStatistics, read_record
 from .loaders import build_test_loader, build_train_loader
 from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
 from .prepare import as_flat_dict, prepare
@@ -180,7 +180,8 @@ class Trainer(DefaultTrainer):
         if self.start_iter == 0 or self.start_iter < self.max_iter:
             return False
         # the main process decides, as it writes the record
-        return comm.all_gather(recorded_iterations(self.cfg.OUTPUT_DIR) == self.max_iter)[0]
+        record = read_record(Path(self.cfg.OUTPUT_DIR, RECORD))
+        return comm.all_gather(record.get("iterations") == self.max_iter)[0]
 
     def train(self) -> Any:
         """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation.
