@@ -11,9 +11,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ws_detectron.engine import checks, load_config
+from ws_detectron.engine import checks, load_config, loaders
 from ws_detectron.engine.checks import Purpose
-from ws_detectron.engine.loaders import build_test_loader, build_train_loader
 from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, UserError
 
@@ -108,7 +107,7 @@ def test_unregistered_data_set_names_the_near_ones() -> None:
 def test_no_training_set() -> None:
     cfg = config("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.WEIGHTS", "")
     with pytest.raises(ConfigError, match="DATASETS.TRAIN is empty"):
-        build_train_loader(cfg)
+        loaders.build_train_loader(cfg)
     prepare(cfg, Purpose.EVALUATE)
 
 
@@ -135,18 +134,18 @@ def test_the_model_has_a_class_for_each_of_the_data(
     MetadataCatalog.get(coco_set).thing_classes = ["square", "circle"]
     cfg = config("DATASETS.TRAIN", f"('{coco_set}',)", f"MODEL.{part}.NUM_CLASSES", 2)
     cfg.MODEL.META_ARCHITECTURE = architecture
-    checks.check_classes(cfg)
+    loaders.check_classes(cfg)
     cfg.MODEL[part].NUM_CLASSES = 1
     expected = f"{part}.NUM_CLASSES is 1, but {coco_set} has 2 classes: square, circle"
     with pytest.raises(ConfigError, match=expected):
-        checks.check_classes(cfg)
+        loaders.check_classes(cfg)
 
 
 def test_keys_of_other_architectures_are_not_known(coco_set: str) -> None:
     cfg = config("DATASETS.TRAIN", f"('{coco_set}',)", "MODEL.ROI_HEADS.NUM_CLASSES", 0)
     MetadataCatalog.get(coco_set).thing_classes = ["square"]
     cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    checks.check_classes(cfg)
+    loaders.check_classes(cfg)
 
 
 def test_other_classes_in_the_test_set_are_warned_of(
@@ -157,7 +156,7 @@ def test_other_classes_in_the_test_set_are_warned_of(
     try:
         tiny_cfg.DATASETS.TRAIN = (*tiny_cfg.DATASETS.TEST, train)
         with caplog.at_level(logging.WARNING, logger="ws_detectron"):
-            build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0])
+            loaders.build_test_loader(tiny_cfg, tiny_cfg.DATASETS.TEST[0])
     finally:
         MetadataCatalog.remove(train)
     (record,) = [r for r in caplog.records if r.name.startswith("ws_detectron")]
@@ -167,7 +166,7 @@ def test_other_classes_in_the_test_set_are_warned_of(
 def test_more_classes_than_the_model_has_are_found_before_training(tiny_cfg: CfgNode) -> None:
     tiny_cfg.MODEL.ROI_HEADS.NUM_CLASSES = 0
     with pytest.raises(ConfigError, match="NUM_CLASSES is 0, but .* has 1 classes: square"):
-        build_train_loader(tiny_cfg)
+        loaders.build_train_loader(tiny_cfg)
 
 
 def test_scenes_need_no_file_before_they_are_made() -> None:

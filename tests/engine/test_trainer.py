@@ -29,7 +29,6 @@ from ws_detectron.engine import Trainer, run
 from ws_detectron.engine.checks import Purpose
 from ws_detectron.engine.hooks import RunRecord
 from ws_detectron.engine.prepare import prepare
-from ws_detectron.engine.trainer import explain_divergence
 from ws_detectron.errors import ConfigError, DataError, DivergedError, UserError
 
 
@@ -291,11 +290,6 @@ def test_scaling_is_said_where_nobody_set_loggers_up(tiny_cfg: CfgNode, tmp_path
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert "scaled: SOLVER.BASE_LR" in done.stdout
-
-
-def test_divergence_inside_the_rpn_keeps_its_reason() -> None:
-    text = explain_divergence("Predicted boxes or scores contain Inf/NaN. Training ...", 7)
-    assert text.startswith("training diverged at iteration 7: Predicted boxes or scores contain")
 
 
 def test_corrupt_image_ends_training_with_its_name(tiny_cfg: CfgNode, tmp_path: Path) -> None:

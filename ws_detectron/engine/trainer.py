@@ -39,8 +39,6 @@ from .scaling import list_changes
 
 logger = logging.getLogger(__name__)
 
-EVALUATOR_FILES = ("coco_instances_results.json", "instances_predictions.pth")
-
 # For files that cannot be fetched, and for states that an optimizer, scheduler or hook cannot load.
 # RuntimeError is not among them: torch and CUDA raise it, for example when memory runs out.
 _FETCHING_ERRORS: tuple[type[Exception], ...] = (AssertionError, OSError)
@@ -250,26 +248,29 @@ class Trainer(DefaultTrainer):
         except FloatingPointError as error:
             if not is_divergence(error):
                 raise
-            raise DivergedError(explain_divergence(str(error), self.iter)) from error
+            message = str(error)  # has `loss_dict = {...}` if detectron2 knows the losses
+            number = r"(?:np\.\w+\()?(nan|-?inf)"
+            losses = [f"{k} is {value}" for k, value in re.findall(rf"'(\w+)': {number}", message)]
+            raise DivergedError(
+                f"training diverged at iteration {self.iter}: "
+                f"{', '.join(losses) or _first_line(error)}; lower SOLVER.BASE_LR or lengthen "
+                "SOLVER.WARMUP_ITERS (the linear rule: 0.02 for 16 images per batch)"
+            ) from error
 
     def build_hooks(self) -> list[Optional[HookBase]]:
         """detectron2's hooks, and `SharedStatistics`, `BestCheckpoint` and `RunRecord`."""
-        hooks = super().build_hooks()
-        for index, hook in enumerate(hooks):
+        cfg, hooks = self.cfg, list[Optional[HookBase]]()
+        for hook in super().build_hooks():
+            if isinstance(hook, PeriodicWriter) and cfg.DATASETS.TEST:  # on the main process
+                metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
+                if len(cfg.DATASETS.TEST) > 1:
+                    metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
+                hooks.append(BestCheckpoint(self.model, cfg.OUTPUT_DIR, metric))
+            hooks.append(hook)
             if isinstance(hook, PreciseBN):
-                shared = SharedStatistics(self.model, self.cfg.TEST.EVAL_PERIOD)
-                hooks.insert(index + 1, shared)
-                break
-        if comm.is_main_process() and self.cfg.DATASETS.TEST:
-            metric = "segm/AP" if self.cfg.MODEL.MASK_ON else "bbox/AP"
-            if len(self.cfg.DATASETS.TEST) > 1:
-                metric = f"{self.cfg.DATASETS.TEST[0]}/{metric}"
-            best = BestCheckpoint(self.model, self.cfg.OUTPUT_DIR, metric)
-            # before metrics are written
-            writer = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter))
-            hooks.insert(writer, best)
+                hooks.append(SharedStatistics(self.model, cfg.TEST.EVAL_PERIOD))
         if comm.is_main_process():
-            hooks.append(RunRecord(self.cfg.OUTPUT_DIR, self.cfg.MODEL.DEVICE))
+            hooks.append(RunRecord(cfg.OUTPUT_DIR, cfg.MODEL.DEVICE))
         return hooks
 
     def build_writers(self) -> list[EventWriter]:
@@ -281,8 +282,8 @@ class Trainer(DefaultTrainer):
                 "No TensorBoard events are written: %s (pip install tensorboard)",
                 _first_line(error),
             )
-            metrics = JSONWriter(str(Path(self.cfg.OUTPUT_DIR, METRICS)))
-            return [CommonMetricPrinter(self.max_iter), metrics]
+            metrics = str(Path(self.cfg.OUTPUT_DIR, METRICS))
+            return [CommonMetricPrinter(self.max_iter), JSONWriter(metrics)]
         return super().build_writers()
 
     @classmethod
@@ -352,29 +353,14 @@ class Trainer(DefaultTrainer):
         if len(cfg.DATASETS.TEST) > 1:
             folder += f"/{dataset_name}"
         inputs = MetadataCatalog.get(dataset_name).get("json_file"), cfg.MODEL.WEIGHTS
-        refuse_overwrite([f"{folder}/{name}" for name in EVALUATOR_FILES], inputs)
+        outputs = "coco_instances_results.json", "instances_predictions.pth"
+        refuse_overwrite([f"{folder}/{name}" for name in outputs], inputs)
         return COCOEvaluator(
             dataset_name,
             output_dir=folder,
             use_fast_impl=has_compiled_ops(),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
-
-
-def explain_divergence(message: str, iteration: int) -> str:
-    """One sentence from detectron2's FloatingPointError: iteration, losses, remedy.
-
-    Args:
-        message: detectron2's text, with `loss_dict = {...}` if it knows the losses.
-        iteration: the current iteration.
-    """
-    number = r"(?:np\.\w+\()?(nan|-?inf)"
-    losses = [f"{name} is {value}" for name, value in re.findall(rf"'(\w+)': {number}", message)]
-    what = ", ".join(losses) or message.splitlines()[0]
-    return (
-        f"training diverged at iteration {iteration}: {what}; lower SOLVER.BASE_LR or lengthen "
-        "SOLVER.WARMUP_ITERS (the linear rule: 0.02 for 16 images per batch)"
-    )
 
 
 def _is_about(cfg: CfgNode, error: Exception) -> bool:
