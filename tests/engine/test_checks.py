@@ -21,10 +21,6 @@ def config(*opts: object) -> CfgNode:
     return load_config("", ["MODEL.DEVICE", "cpu", *map(str, opts)])
 
 
-def test_a_good_config_passes(tiny_cfg: CfgNode) -> None:
-    prepare(tiny_cfg)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_a_gpu_says_how_to_use_the_cpu() -> None:
     with pytest.raises(ConfigError, match="MODEL.DEVICE cpu"):
