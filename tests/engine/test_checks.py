@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -70,29 +71,27 @@ def test_missing_weights(tmp_path: Path) -> None:
     checks.check_weights(config("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"))
 
 
-def test_batch_that_cannot_be_shared_out() -> None:
-    checks.check_batch(config("SOLVER.IMS_PER_BATCH", 4), 2)
-    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH is 0; allowed: 1 or more"):
-        checks.check_batch(config("SOLVER.IMS_PER_BATCH", 0), 2)
-    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH is 3.* 2 processes"):
-        checks.check_batch(config("SOLVER.IMS_PER_BATCH", 3), 2)
-    with pytest.raises(ConfigError, match="REFERENCE_WORLD_SIZE"):
-        checks.check_batch(config("SOLVER.IMS_PER_BATCH", 12, "SOLVER.REFERENCE_WORLD_SIZE", 8), 1)
-
-
-@pytest.mark.parametrize("steps, sound", [(1, True), (2, True), (4, True), (3, False), (0, False)])
-def test_parts_of_a_batch_are_equal(steps: int, sound: bool) -> None:
-    cfg = config("SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE_STEPS", steps)
-    if sound:
-        checks.check_batch(cfg, 2)
+@pytest.mark.parametrize(
+    "opts, processes, message",
+    [
+        ("IMS_PER_BATCH 4", 2, None),
+        ("IMS_PER_BATCH 0", 2, "SOLVER.IMS_PER_BATCH is 0; allowed: 1 or more"),
+        ("IMS_PER_BATCH 3", 2, "SOLVER.IMS_PER_BATCH is 3.* 2 processes"),
+        ("IMS_PER_BATCH 12 SOLVER.REFERENCE_WORLD_SIZE 8", 1, "REFERENCE_WORLD_SIZE"),
+        ("REFERENCE_IMS_PER_BATCH -1", 1, "REFERENCE_IMS_PER_BATCH is -1"),
+        ("IMS_PER_BATCH 8 SOLVER.ACCUMULATE_STEPS 2", 2, None),
+        ("IMS_PER_BATCH 8 SOLVER.ACCUMULATE_STEPS 4", 2, None),
+        ("IMS_PER_BATCH 8 SOLVER.ACCUMULATE_STEPS 3", 2, "STEPS is 3; .* the 4 image"),
+        ("IMS_PER_BATCH 8 SOLVER.ACCUMULATE_STEPS 0", 2, "STEPS is 0; .* the 4 image"),
+    ],
+)
+def test_batch_is_shared_out_equally(opts: str, processes: int, message: Optional[str]) -> None:
+    cfg = config(*f"SOLVER.{opts}".split())
+    if message is None:
+        checks.check_batch(cfg, processes)
         return
-    with pytest.raises(ConfigError, match=f"ACCUMULATE_STEPS is {steps}; .* the 4 image"):
-        checks.check_batch(cfg, 2)
-
-
-def test_reference_batch_below_zero() -> None:
-    with pytest.raises(ConfigError, match="REFERENCE_IMS_PER_BATCH is -1"):
-        checks.check_batch(config("SOLVER.REFERENCE_IMS_PER_BATCH", -1), 1)
+    with pytest.raises(ConfigError, match=message):
+        checks.check_batch(cfg, processes)
 
 
 def test_unregistered_data_set_names_the_near_ones() -> None:

@@ -299,7 +299,11 @@ class Trainer(DefaultTrainer):
         except UserError:
             raise
         except (AssertionError, KeyError, ValueError) as error:
-            if not _is_about(cfg, error):
+            if isinstance(error, KeyError):  # of a registry
+                about_config = "No object named" in str(error)
+            else:
+                about_config = any("." in key and key in str(error) for key in as_flat_dict(cfg))
+            if not about_config:
                 raise
             raise ConfigError(
                 f"no model can be built from this config: {type(error).__name__}: {error}"
@@ -361,14 +365,6 @@ class Trainer(DefaultTrainer):
             use_fast_impl=has_compiled_ops(),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
-
-
-def _is_about(cfg: CfgNode, error: Exception) -> bool:
-    """Whether a builder's error is that of a registry, or names a key of the config."""
-    text = str(error)
-    if isinstance(error, KeyError):
-        return "No object named" in text
-    return any("." in key and key in text for key in as_flat_dict(cfg))
 
 
 def _first_line(error: Exception) -> str:
