@@ -59,9 +59,11 @@ class Squares(nn.Module):
         return {"a": (self.weight - mean) ** 2, "b": 3 * (self.weight - mean) ** 2}
 
 
-def step(batches: list[list[float]], **clipping: object) -> tuple[float, EventStorage]:
+def step(
+    batches: list[list[float]], loss: type[Squares] = Squares, **clipping: object
+) -> tuple[float, EventStorage]:
     """The weight after one step of LR 1 from 1.0, and what was logged at iteration 7."""
-    model = Squares()
+    model = loss()
     cfg = load_config("", [w for pair in clipping.items() for w in pair])
     optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)(model.parameters(), lr=1.0)
     loop = SimpleTrainer(model, batches, optimizer)
@@ -175,12 +177,9 @@ def test_a_loss_that_only_some_parts_have_is_zero_in_the_others() -> None:
             return losses
 
     for batches in ([[2.0], [4.0]], [[4.0], [2.0]]):
-        model = Sometimes()
-        loop = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=1.0))
-        with EventStorage() as storage:
-            accumulated_step(loop, 2)
+        weight, storage = step(batches, Sometimes)
         # d/dw of ((w-2)² + 3 (w-2)² + (w-4)²) / 2 at w = 1 is (-2 - 6 - 6) / 2
-        assert model.weight.item() == pytest.approx(1 + 7)
+        assert weight == pytest.approx(1 + 7)
         logged = {name: value for name, (value, _) in storage.latest().items()}
         assert (logged["a"], logged["b"], logged["total_loss"]) == (5, 1.5, 6.5)
 
@@ -228,13 +227,8 @@ def test_losses_of_shape_1_and_of_no_shape_are_added() -> None:
             losses = super().forward(batch)
             return {"a": losses["a"].reshape(1), "b": losses["b"]}
 
-    model = Mixed()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    loop = SimpleTrainer(model, [[2.0], [4.0]], optimizer)
-    loop.iter = 7
-    with EventStorage(7):
-        accumulated_step(loop, 2)
-    assert model.weight.item() == pytest.approx(1 + 16)  # as above
+    weight, _ = step([[2.0], [4.0]], Mixed)
+    assert weight == pytest.approx(1 + 16)  # as above
 
 
 def test_training_counts_optimizer_steps(tiny_cfg: CfgNode) -> None:

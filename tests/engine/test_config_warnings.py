@@ -6,7 +6,7 @@ import pytest
 from detectron2.config import CfgNode
 
 from ws_detectron.engine import Trainer, load_config
-from ws_detectron.engine.config_warnings import find_warnings
+from ws_detectron.engine.checks import find_warnings
 from ws_detectron.model_zoo import config_names
 
 COCO = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_{}.yaml"

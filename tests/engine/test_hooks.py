@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, TrainerBase
 from torch import nn
 
-from ws_detectron.engine.hooks import BestCheckpoint, RunRecord, recorded_iterations
+from ws_detectron.engine.hooks import BestCheckpoint, RunRecord, read_record
 from ws_detectron.utils.environment import package_version
 
 
@@ -107,37 +107,17 @@ def test_is_not_what_resume_takes(tmp_path: Path) -> None:
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
-@pytest.mark.parametrize("content", ['{"metric": "segm/AP", "val', "[]", '{"value": "high"}', ""])
-def test_a_damaged_record_of_the_best_loses_no_weights(
-    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", ["run_record.json", "model_best.json"])
+@pytest.mark.parametrize("content", ['{"starts": 1, "itera', "7", "\x00", ""])
+def test_a_damaged_record_is_written_anew(
+    tmp_path: Path, name: str, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(tmp_path, {1: 30.0})
-    (tmp_path / "model_best.json").write_text(content)
-    train(tmp_path, {7: 20.0}, start=6, end=8)
-    assert best(tmp_path) == (8.0, 20.0)
-    kept = torch.load(tmp_path / "model_best_before_resume.pth")["model"]["weight"].item()
-    assert kept == 2.0
-    assert (tmp_path / "model_best.json.damaged").read_text() == content
-    assert f"{tmp_path / 'model_best.json'} is damaged; kept as" in caplog.text
-
-
-def test_best_weights_without_a_record_are_kept(tmp_path: Path) -> None:
-    train(tmp_path, {1: 30.0})
-    (tmp_path / "model_best.json").unlink()
-    train(tmp_path, {7: 20.0}, start=6, end=8)
-    assert best(tmp_path) == (8.0, 20.0)
-    assert (tmp_path / "model_best_before_resume.pth").is_file()
-
-
-@pytest.mark.parametrize("content", ['{"starts": 1, "itera', '{"starts": null}', "7", "\x00"])
-def test_a_damaged_run_record_is_kept_and_written_anew(
-    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "run_record.json").write_text(content)
-    assert recorded_iterations(str(tmp_path)) is None
-    Counting(nn.Linear(1, 1), [RunRecord(str(tmp_path), "cpu")]).train(3, 5)
-    record = json.loads((tmp_path / "run_record.json").read_text())
+    (tmp_path / name).write_text(content)
+    assert read_record(tmp_path / name) == {}
+    model = nn.Linear(1, 1)
+    hooks = [Scores({4: 30.0}), BestCheckpoint(model, str(tmp_path), "segm/AP")]
+    Counting(model, [*hooks, RunRecord(str(tmp_path), "cpu")]).train(3, 5)
+    assert best(tmp_path) == (5.0, 30.0)
+    record = read_record(tmp_path / "run_record.json")
     assert (record["starts"], record["iterations"]) == (1, 5)
-    assert (tmp_path / "run_record.json.damaged").read_text() == content
-    assert "run_record.json is damaged; kept as" in caplog.text
-    assert recorded_iterations(str(tmp_path)) == 5
+    assert f"{tmp_path / name} is damaged; a new one is written" in caplog.text

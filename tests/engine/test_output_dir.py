@@ -8,16 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import portalocker
 import pytest
 import torch
 from detectron2.config import CfgNode
 from small_trainer import SmallTrainer, small_cfg
 
-from ws_detectron.engine import delete_run, run
+from ws_detectron.engine import run
 from ws_detectron.engine.output_dir import end_last_line, reserved
 from ws_detectron.errors import ConfigError, UserError, WriteError
-from ws_detectron.utils.locking import AlreadyLocked, locked
+from ws_detectron.utils.io import AlreadyLocked, locked
 
 RUN = sys.modules["ws_detectron.engine.run"]  # the function `run` hides it in its package
 WAITING = """
@@ -66,9 +65,7 @@ def test_a_new_run_in_a_used_folder_is_refused(tmp_path: Path, small_run: None, 
     before = files(tmp_path)
     with pytest.raises(UserError, match=rf"OUTPUT_DIR .* holds a run \({name}\): .* --overwrite"):
         run(small_cfg(tmp_path), arguments())
-    after = files(tmp_path)
-    after.pop(str(tmp_path / ".lock"))
-    assert after == before
+    assert files(tmp_path) == before
     with pytest.raises(UserError, match="holds a run"):
         train(small_cfg(tmp_path))
     assert {path: files(tmp_path)[path] for path in before} == before
@@ -175,17 +172,6 @@ def test_a_run_that_has_ended_reserves_nothing(tmp_path: Path, small_run: None) 
         pass
 
 
-def test_training_works_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise portalocker.LockException("no locks available")
-
-    monkeypatch.setattr(portalocker, "lock", refuse)
-    train(small_cfg(tmp_path))
-    assert "cannot be locked (no locks available)" in caplog.text
-
-
 def test_a_broken_last_line_of_metrics_stays_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,6 +184,20 @@ def test_a_broken_last_line_of_metrics_stays_alone(
     assert lines[0] == whole.strip() and lines[1] == '{"iteration": 2, "total_l'
     assert json.loads(lines[2])["iteration"] == 4 and len(lines) == 3
     assert f"{path} ends in a broken line" in caplog.text
+
+
+def test_the_config_as_it_runs_and_the_given_file_are_written(
+    tmp_path: Path, small_run: None
+) -> None:
+    """For 4 GPUs x 1 image, run by one process: a quarter of batch and LR, 4x as long."""
+    cfg = small_cfg(tmp_path, iterations=1)
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.BASE_LR = 0.004
+    name = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"  # one of the package
+    run(cfg, argparse.Namespace(eval_only=False, resume=False, config_file=name))
+    ran = CfgNode.load_cfg((tmp_path / "config.yaml").read_text()).SOLVER
+    assert (ran.IMS_PER_BATCH, ran.BASE_LR, ran.MAX_ITER) == (1, pytest.approx(0.001), 4)
+    assert "Base-R-18-FPN-scenes.yaml" in (tmp_path / "log.txt").read_text()
 
 
 def test_whole_lines_are_left_as_they_are(tmp_path: Path) -> None:
@@ -216,11 +216,6 @@ def test_a_folder_that_cannot_be_written_to(small_run: None) -> None:
         run(small_cfg(Path("/sys/kernel")), arguments())
     with pytest.raises(ConfigError, match="OUTPUT_DIR '/sys/kernel' cannot be written to: "):
         SmallTrainer(small_cfg(Path("/sys/kernel")))
-
-
-def test_delete_run_of_nothing(tmp_path: Path) -> None:
-    delete_run(tmp_path)
-    delete_run(tmp_path / "missing")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the size of files")

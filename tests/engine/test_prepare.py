@@ -84,11 +84,6 @@ def test_values_that_are_scaled_with_a_stated_batch_are_warned_of(
     assert warned in caplog.text and len(caplog.records) == bool(warned)
 
 
-def test_finds_the_configs_of_the_package_by_name() -> None:
-    cfg = load_config("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
-    assert cfg.MODEL.BACKBONE.NAME == "build_ws_resnet_fpn_backbone"
-
-
 def test_flat_dict_has_every_value_under_its_full_name() -> None:
     flat = as_flat_dict(get_cfg())
     assert flat["MODEL.RPN.HEAD_NAME"] == "StandardRPNHead" and flat["VERSION"] == 2

@@ -20,8 +20,8 @@ They equal the *undivided* batch only where its loss is a mean over images:
 """
 
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, Optional, Union
+from contextlib import ExitStack, nullcontext
+from typing import Any, Optional
 
 import torch
 from detectron2.config import CfgNode
@@ -95,8 +95,12 @@ def accumulated_step(loop: SimpleTrainer, steps: int, images: Optional[int] = No
                 during_part.enter_context(EventStorage(get_event_storage().iter))
                 if isinstance(model, DistributedDataParallel):
                     during_part.enter_context(model.no_sync())
-            with _autocast(loop, scaler):
-                shares = {name: loss / steps for name, loss in _named(model(batch)).items()}
+            device = next(model.parameters()).device.type
+            precision = getattr(loop, "precision", torch.float16)
+            with torch.autocast(device, precision) if scaler else nullcontext():
+                found = model(batch)
+                named = {"total_loss": found} if isinstance(found, torch.Tensor) else found
+                shares = {name: loss / steps for name, loss in named.items()}
                 total: Any = sum(shares.values())  # of shape () or (1,)
             if part == 0 and not zero_before_forward:
                 loop.optimizer.zero_grad()
@@ -116,14 +120,3 @@ def accumulated_step(loop: SimpleTrainer, steps: int, images: Optional[int] = No
         scaler.update()
     else:
         loop.optimizer.step()
-
-
-def _named(losses: Union[torch.Tensor, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
-
-
-def _autocast(loop: SimpleTrainer, scaler: Optional[Any]) -> AbstractContextManager:
-    if scaler is None:
-        return nullcontext()
-    device = next(loop.model.parameters()).device.type
-    return torch.autocast(device, dtype=getattr(loop, "precision", torch.float16))

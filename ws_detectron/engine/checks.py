@@ -1,4 +1,4 @@
-"""Checks of configs and data: those of `prepare`, in its order, then those of the loaders."""
+"""What `prepare` checks: what cannot run is refused, what runs but trains badly is warned of."""
 
 import difflib
 import logging
@@ -6,24 +6,34 @@ import math
 import os
 from collections.abc import Sequence
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Union
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from ws_detectron.data import check_coco_set, keypoint_names, mirrored
 from ws_detectron.errors import ConfigError, UserError, shown
-from ws_detectron.modeling import REGISTRATIONS, stock_name
+from ws_detectron.modeling import REGISTRATIONS, WSSettings, check_depth, stock_name
 
 logger = logging.getLogger(__name__)
 
 COCO_KEYPOINTS = 17
 
+# detectron2's and mmdetection's Faster and Mask R-CNN baselines; RetinaNet's LR is half of it
+REFERENCE_LR, REFERENCE_BATCH = 0.02, 16
+# Half or twice the LR of the linear rule is common tuning. An LR that was not scaled is off by the
+# ratio of the batches, usually 4 or more.
+MAX_LR_RATIO = 3.0
+SMALL_BATCH = 2
+SYNC_BN = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
 # Node of NUM_CLASSES by architecture; those of custom architectures are not known.
-_CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
 class Purpose(Enum):
@@ -65,7 +75,7 @@ def check_device(cfg: CfgNode, num_gpus: int = 1) -> None:
 def norm_keys(cfg: CfgNode) -> dict[str, str]:
     """The norm keys that the model of a config reads, with their values."""
     nodes = ["RESNETS", "FPN"]
-    architecture = _stock_architecture(cfg)
+    architecture = stock_architecture(cfg)
     if architecture == "RetinaNet":
         nodes.append("RETINANET")
     else:
@@ -77,7 +87,7 @@ def norm_keys(cfg: CfgNode) -> dict[str, str]:
     return {f"MODEL.{node}.NORM": cfg.MODEL[node].NORM for node in nodes}
 
 
-def _stock_architecture(cfg: CfgNode) -> str:
+def stock_architecture(cfg: CfgNode) -> str:
     return stock_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
 
 
@@ -91,14 +101,11 @@ def check_weights(cfg: CfgNode) -> None:
         )
 
 
-def check_depth(cfg: CfgNode) -> None:
-    """MODEL.RESNETS.DEPTH is one that detectron2's ResNet builders know."""
-    depth, depths = cfg.MODEL.RESNETS.DEPTH, (18, 34, 50, 101, 152)
+def check_stock_depth(cfg: CfgNode) -> None:
+    """MODEL.RESNETS.DEPTH is one that detectron2's ResNet builders know, where one is used."""
     backbone = stock_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
-    names = {row.stock for row in REGISTRATIONS if row.key == "MODEL.BACKBONE.NAME"}
-    if backbone in names and depth not in depths:
-        allowed = ", ".join(map(str, depths))
-        raise ConfigError(f"MODEL.RESNETS.DEPTH is {depth}; allowed: {allowed}")
+    if backbone in [row.stock for row in REGISTRATIONS]:
+        check_depth(cfg)
 
 
 def check_batch(cfg: CfgNode, world_size: int) -> None:
@@ -203,7 +210,7 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
     report = purpose is Purpose.REPORT
     masks = cfg.MODEL.MASK_ON and not report
     trained = cfg.DATASETS.TRAIN if purpose is Purpose.TRAIN else ()
-    part = _CLASSES_IN.get(_stock_architecture(cfg))
+    part = CLASSES_IN.get(stock_architecture(cfg))
     # the report has its own check of classes
     classes = cfg.MODEL[part].NUM_CLASSES if part and not report else 0
     copies = {}
@@ -295,34 +302,98 @@ def _warn_of_flips(name: str) -> None:
         )
 
 
-def check_classes(cfg: CfgNode) -> None:
-    """Checks that the model has a class for each of the training data, which must be loaded."""
-    part = _CLASSES_IN.get(_stock_architecture(cfg))
-    if part is None:
-        return
-    for name in cfg.DATASETS.TRAIN:
-        classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if len(classes) > cfg.MODEL[part].NUM_CLASSES:
-            raise ConfigError(
-                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
-                f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
-            )
+def find_warnings(cfg: CfgNode, world_size: int) -> list[str]:
+    """One sentence for each setting of a training config that looks wrong, with its remedy.
 
-
-def differing_classes(train: Sequence[str], test: str) -> list[str]:
-    """A warning for each training set, which must be loaded, with other classes than a test set.
-
-    A model numbers its classes, so its predictions would mean other classes there.
+    Args:
+        cfg: scaled to the batch and to `world_size`, see `scaling`.
+        world_size: processes in the job.
     """
-    tested = MetadataCatalog.get(test).get("thing_classes")
+    return [
+        *_small_batch_norm(cfg, world_size),
+        *_frozen_random_layers(cfg),
+        *_far_off_lr(cfg),
+        *_settings_without_effect(cfg),
+    ]
+
+
+def _small_batch_norm(cfg: CfgNode, world_size: int) -> list[str]:
+    """Trainable BN over one or two images; SyncBN is BN where there is nothing to synchronize."""
+    norms = ("BN", *SYNC_BN) if world_size == 1 else ("BN",)
+    keys = [key for key, norm in norm_keys(cfg).items() if norm in norms]
+    images = cfg.SOLVER.IMS_PER_BATCH // (world_size * cfg.SOLVER.ACCUMULATE_STEPS)
+    if not keys or images > SMALL_BATCH:
+        return []
+    parts = cfg.SOLVER.ACCUMULATE_STEPS
+    return [
+        f"{', '.join(keys)}: BN computes its statistics over {images} image(s) at a time "
+        f"(SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {world_size} process(es)"
+        + (f" and {parts} parts; accumulation does not make BN's batch larger" if parts > 1 else "")
+        + '), too few to train well; use "GN" with WS (configs/norms/gn_ws.yaml), "SyncBN" on '
+        'several GPUs, "FrozenBN" with pretrained weights, or more images per GPU'
+    ]
+
+
+def _frozen_random_layers(cfg: CfgNode) -> list[str]:
+    """Layers that would keep their random initialization."""
+    if cfg.MODEL.WEIGHTS:
+        return []
     found = []
-    for name in train:
-        trained = MetadataCatalog.get(name).get("thing_classes")
-        if tested and trained and list(tested) != list(trained):
-            found.append(
-                f"{test} has the classes {', '.join(tested[:10])} ({len(tested)}) and {name} has "
-                f"{', '.join(trained[:10])} ({len(trained)}): AP is wrong, unless these are the "
-                "same classes in the same order under other names; give both files the same "
-                "`categories`"
-            )
+    if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        found.append(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT} and MODEL.WEIGHTS is "
+            "empty: the frozen stages would stay random; set MODEL.BACKBONE.FREEZE_AT 0, or name "
+            "weights"
+        )
+    keys = [key for key, norm in norm_keys(cfg).items() if norm == "FrozenBN"]
+    if keys:
+        found.append(
+            f'{", ".join(keys)}: "FrozenBN" without MODEL.WEIGHTS keeps mean 0 and variance 1 and '
+            'normalizes nothing; use "GN" (with WS: configs/norms/gn_ws.yaml), or name weights'
+        )
     return found
+
+
+def _far_off_lr(cfg: CfgNode) -> list[str]:
+    """An LR that was not scaled with the batch, in a config that states no reference batch."""
+    solver = cfg.SOLVER
+    if solver.REFERENCE_IMS_PER_BATCH or not solver.BASE_LR:  # LR 0: a dry run
+        return []
+    expected = REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH
+    ratio = solver.BASE_LR / expected
+    if 1 / MAX_LR_RATIO <= ratio <= MAX_LR_RATIO:
+        return []
+    return [
+        f"SOLVER.BASE_LR is {solver.BASE_LR:g}, {_times(ratio)} what the linear rule gives for "
+        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: {expected:g} ({REFERENCE_LR} for "
+        f"{REFERENCE_BATCH} images). If the config is for another batch, set "
+        "SOLVER.REFERENCE_IMS_PER_BATCH to it, and LR and schedule are scaled; if this LR is "
+        f"intended, set SOLVER.REFERENCE_IMS_PER_BATCH {solver.IMS_PER_BATCH}"
+    ]
+
+
+def _settings_without_effect(cfg: CfgNode) -> list[str]:
+    """MODEL.WS settings that no part of the model reads."""
+    settings = WSSettings.from_config(cfg).as_config()
+    changed = [key for key, value in WSSettings().as_config().items() if settings[key] != value]
+    # custom parts may read it
+    registries = {row.key: row.registry for row in REGISTRATIONS}
+    registries["MODEL.ROI_HEADS.NAME"] = ROI_HEADS_REGISTRY
+    names = {key: attrgetter(key)(cfg) for key in registries}
+    stock = [
+        name in registries[key] and registries[key].get(name).__module__.startswith("detectron2.")
+        for key, name in names.items()
+        if name
+    ]
+    if not changed or not all(stock):
+        return []
+    readers = ", ".join(f"{key} {name}" for key, name in names.items() if name)
+    return [
+        f"{', '.join(f'MODEL.WS.{key} {settings[key]}' for key in changed)}: without effect, as "
+        f"detectron2's own parts do not read it ({readers}); for a backbone that does, set "
+        "MODEL.BACKBONE.NAME build_ws_resnet_fpn_backbone"
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times" if ratio > 1 else f"1/{1 / ratio:.3g} of"

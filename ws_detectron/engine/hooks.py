@@ -20,7 +20,7 @@ from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
 from ws_detectron.utils.environment import cpu_model, package_version
-from ws_detectron.utils.io import atomic_write
+from ws_detectron.utils.io import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,9 @@ class BestCheckpoint(HookBase):
         self._seen_iteration = -1
 
     def before_train(self) -> None:
-        if self.trainer.start_iter == 0:
-            return
-        record = _read_record(self._record, {"metric": str, "value": (int, float)})
-        if record is not None and "value" in record:
-            if record.get("metric") == self._metric:
-                self._best = record["value"]
-            return
-        weights = self._record.with_name("model_best.pth")
-        if weights.is_file():  # their metric is unknown
-            kept = weights.with_name("model_best_before_resume.pth")
-            weights.replace(kept)
-            logger.warning("The best weights before this resume are kept as %s", kept)
+        record = read_record(self._record) if self.trainer.start_iter else {}
+        if record.get("metric") == self._metric:
+            self._best = record.get("value")
 
     def after_step(self) -> None:
         self._keep_if_best()
@@ -77,9 +68,8 @@ class BestCheckpoint(HookBase):
             return
         self._best = value
         self._checkpointer.save("model_best")
-        with atomic_write(self._record) as file:
-            record = {"metric": self._metric, "value": value, "iteration": iteration}
-            json.dump(record, file, indent=2)
+        record = {"metric": self._metric, "value": value, "iteration": iteration}
+        write_json(self._record, record, indent=2)
         logger.info("Best %s so far: %.3f at iteration %d", self._metric, value, iteration)
 
 
@@ -124,46 +114,20 @@ def share_statistics(model: nn.Module) -> None:
 
 
 RECORD = "run_record.json"
-_NUMBERS = dict.fromkeys(
-    ("starts", "iterations", "wall_seconds", "peak_memory_bytes"), (int, float)
-)
 
 
-def recorded_iterations(output_dir: str) -> Optional[int]:
-    """The iterations in a run's record, which is complete once all hooks of the run have ended."""
-    record = _load(Path(output_dir) / RECORD)
-    return record.get("iterations") if isinstance(record, dict) else None
-
-
-def _load(path: Path) -> Any:
-    """The JSON in a file; None where there is none."""
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object that a hook has written; empty, with a warning, if the file is damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _read_record(path: Path, types: dict[str, Any]) -> Optional[dict[str, Any]]:
-    """A small JSON file that an earlier start of the run wrote; empty where there is none.
-
-    Args:
-        path: the file. A damaged one is renamed, as this run will write a new one.
-        types: key -> type or types of the values that are used.
-
-    Returns:
-        None where the file is damaged.
-    """
-    if not path.is_file():
+        record = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
         return {}
-    record = _load(path)
-    if isinstance(record, dict) and all(
-        isinstance(record[name], type_) for name, type_ in types.items() if name in record
-    ):
-        return record
-    kept = path.with_name(f"{path.name}.damaged")
-    path.replace(kept)
-    logger.warning("%s is damaged; kept as %s, and a new one is written", path, kept.name)
-    return None
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        logger.warning("%s is damaged; a new one is written", path)
+        return {}
+    return record
 
 
 class RunRecord(HookBase):
@@ -194,11 +158,10 @@ class RunRecord(HookBase):
 
     def before_train(self) -> None:
         self._start = time.perf_counter()
-        resumes = self.trainer.start_iter > 0
-        self._earlier = (_read_record(self._path, _NUMBERS) or {}) if resumes else {}
+        self._earlier = read_record(self._path) if self.trainer.start_iter else {}
         self._earlier["starts"] = self._earlier.get("starts", 0) + 1
         self._package = package_version()  # now, as the files may change during the training
-        self._write(self._earlier)
+        write_json(self._path, self._earlier, indent=2)
 
     def after_train(self) -> None:
         earlier = self._earlier
@@ -218,12 +181,7 @@ class RunRecord(HookBase):
             "ws_detectron": self._package,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         }
-        self._write(record)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        with atomic_write(self._path) as file:
-            json.dump(record, file, indent=2)
-            file.write("\n")
+        write_json(self._path, record, indent=2)
 
     def _peak_memory(self) -> int:
         if self._on_gpu:

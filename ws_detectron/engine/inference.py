@@ -112,10 +112,8 @@ def write_folded(cfg: CfgNode, output: Union[str, Path]) -> tuple[Path, Path]:
 
 def _copy_known(source: CfgNode, target: CfgNode) -> None:
     """Sets every key of `target` that `source` has too."""
-    for key, value in source.items():
-        if key not in target:
-            continue
-        if isinstance(value, CfgNode):
-            _copy_known(value, target[key])
+    for key in source.keys() & target.keys():
+        if isinstance(target[key], CfgNode):
+            _copy_known(source[key], target[key])
         else:
-            target[key] = value
+            target[key] = source[key]

@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.config import CfgNode
-from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
 
 from ws_detectron.errors import UserError, find_user_error
@@ -86,9 +86,8 @@ def launch(
     """Runs `main(*args)` in every process of a distributed job.
 
     Under torchrun the processes exist already, and its environment variables replace
-    `num_processes`, `num_machines`, `machine_rank` and `dist_url`. Otherwise detectron2's `launch`
-    starts CUDA jobs; CPU jobs, which it refuses in 0.5 and 0.6, are started here with the gloo
-    backend.
+    `num_processes`, `num_machines`, `machine_rank` and `dist_url`. detectron2's own `launch`
+    refuses CPU jobs in 0.5 and 0.6, and does not say which process was killed.
 
     Args:
         main: a function of a module, so that other processes can import it.
@@ -107,35 +106,29 @@ def launch(
         SystemExit: a process printed its own error message, or was killed, which is printed here.
     """
     if started_by_torchrun():
-        return _run_under_torchrun(main, device, args)
+        default = torch.cuda.device_count() if device.startswith("cuda") else 1
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", default))
+        _join_job(device, int(os.environ["LOCAL_RANK"]), processes)
+        try:
+            return main(*args)
+        finally:
+            destroy_process_groups()
     if num_processes * num_machines == 1:
         return main(*args)
-    if dist_url == "auto" and num_machines > 1:
-        raise UserError("--dist-url auto works on one machine only; give tcp://<machine 0>:<port>")
-    processes: list[multiprocessing.Process] = []
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise UserError(
+                "--dist-url auto works on one machine only; give tcp://<machine 0>:<port>"
+            )
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
     first, world_size = machine_rank * num_processes, num_processes * num_machines
+    job = {"init_method": dist_url, "world_size": world_size}
+    context = mp.spawn(
+        _run_process, (main, args, device, num_processes, first, job), num_processes, join=False
+    )
     try:
-        if device.startswith("cuda"):
-            launch_on_gpus(
-                _run_on_gpu,
-                num_processes,
-                num_machines=num_machines,
-                machine_rank=machine_rank,
-                dist_url=dist_url,
-                args=(main, args),
-            )
-        else:
-            if dist_url == "auto":
-                dist_url = f"tcp://127.0.0.1:{_free_port()}"
-            context = mp.spawn(
-                _run_on_cpu,
-                args=(main, num_processes, num_machines, machine_rank, dist_url, args),
-                nprocs=num_processes,
-                join=False,
-            )
-            processes = context.processes
-            while not context.join():
-                pass
+        while not context.join():
+            pass
     except mp.ProcessExitedException as error:
         if error.signal_name is None:
             sys.exit(error.exit_code)
@@ -143,7 +136,7 @@ def launch(
         sys.exit(128 - error.exit_code)
     except mp.ProcessRaisedException:
         # It may have failed because another was killed; the rest were ended by SIGTERM.
-        for rank, process in enumerate(processes, start=first):
+        for rank, process in enumerate(context.processes, start=first):
             code = process.exitcode
             if code is not None and code < 0 and code != -signal.SIGTERM:
                 _report_killed(rank, world_size, process.pid, code)
@@ -158,33 +151,49 @@ def _report_killed(rank: int, world_size: int, pid: Optional[int], exit_code: in
     )
 
 
-def _run_on_cpu(
+def _run_process(
     local_rank: int,
     main: Callable[..., Any],
-    num_processes: int,
-    num_machines: int,
-    machine_rank: int,
-    dist_url: str,
     args: tuple,
+    device: str,
+    processes: int,
+    first: int,
+    job: dict[str, Any],
 ) -> None:
+    """What a started process does.
+
+    Args:
+        local_rank: number of the process on this machine.
+        main, args: run in it.
+        device: MODEL.DEVICE.
+        processes: on each machine.
+        first: rank of the first one on this machine.
+        job: address and size of the process group.
+    """
     _end_with_parent()
-    torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
-    dist.init_process_group(
-        "gloo",
-        init_method=dist_url,
-        world_size=num_processes * num_machines,
-        rank=machine_rank * num_processes + local_rank,
-        timeout=TIMEOUT,
-    )
-    create_local_process_group(num_processes)
-    comm.synchronize()
-    _run_quietly(main, args)
+    if device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    _join_job(device, local_rank, processes, rank=first + local_rank, **job)
+    try:
+        main(*args)
+    except Exception as error:
+        known = find_user_error(error)
+        if known is None:
+            raise
+        sys.stderr.write(f"error: {known}\n")  # the parent would add a traceback
+        sys.stderr.flush()
+        os._exit(known.exit_status)  # at once: other processes may wait for this one
     destroy_process_groups()
 
 
-def _run_on_gpu(main: Callable[..., Any], args: tuple) -> None:
-    _end_with_parent()
-    _run_quietly(main, args)
+def _join_job(device: str, local_rank: int, processes: int, **job: Any) -> None:
+    """Makes this process part of the job; without `job`, as torchrun's variables say."""
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, **job)
+    create_local_process_group(processes)
+    comm.synchronize()
 
 
 def _end_with_parent() -> None:
@@ -202,37 +211,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _run_under_torchrun(main: Callable[..., Any], device: str, args: tuple) -> Any:
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
-    create_local_process_group(
-        int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if on_gpu else 1))
-    )
-    comm.synchronize()
-    try:
-        return main(*args)
-    finally:
-        destroy_process_groups()
-
-
-def _run_quietly(main: Callable[..., Any], args: tuple) -> None:
-    """Ends a spawned process with the message of a user error; the parent would add a traceback."""
-    try:
-        main(*args)
-    except Exception as error:
-        known = find_user_error(error)
-        if known is None:
-            raise
-        sys.stderr.write(f"error: {known}\n")
-        sys.stderr.flush()
-        os._exit(known.exit_status)  # at once: other processes may wait for this one
-
-
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

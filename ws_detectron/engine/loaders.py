@@ -3,12 +3,13 @@
 import io
 import logging
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
@@ -20,7 +21,7 @@ from ws_detectron.data.images import check_image_file, read_annotated, read_rgb
 from ws_detectron.errors import ConfigError, DataError, shown
 
 from .accumulation import part_of_batch
-from .checks import check_classes, differing_classes
+from .checks import CLASSES_IN, stock_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -125,3 +126,36 @@ def check_proposals(cfg: CfgNode) -> None:
                     f"DATASETS.{key}: {name} is refused: it asks for {shown(error, 200)}; a "
                     "proposal file is a pickle of lists and numeric arrays"
                 ) from error
+
+
+def check_classes(cfg: CfgNode) -> None:
+    """Checks that the model has a class for each of the training data, which must be loaded."""
+    part = CLASSES_IN.get(stock_architecture(cfg))
+    if part is None:
+        return
+    for name in cfg.DATASETS.TRAIN:
+        classes = MetadataCatalog.get(name).get("thing_classes", [])
+        if len(classes) > cfg.MODEL[part].NUM_CLASSES:
+            raise ConfigError(
+                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
+                f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
+            )
+
+
+def differing_classes(train: Sequence[str], test: str) -> list[str]:
+    """A warning for each training set, which must be loaded, with other classes than a test set.
+
+    A model numbers its classes, so its predictions would mean other classes there.
+    """
+    tested = MetadataCatalog.get(test).get("thing_classes")
+    found = []
+    for name in train:
+        trained = MetadataCatalog.get(name).get("thing_classes")
+        if tested and trained and list(tested) != list(trained):
+            found.append(
+                f"{test} has the classes {', '.join(tested[:10])} ({len(tested)}) and {name} has "
+                f"{', '.join(trained[:10])} ({len(trained)}): AP is wrong, unless these are the "
+                "same classes in the same order under other names; give both files the same "
+                "`categories`"
+            )
+    return found

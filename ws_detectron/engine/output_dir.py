@@ -11,7 +11,7 @@ from typing import Union
 from detectron2.utils.file_io import PathManager
 
 from ws_detectron.errors import ConfigError, UserError
-from ws_detectron.utils.locking import locked
+from ws_detectron.utils.io import locked
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,6 @@ _RUN = (
     "model_best.json",
     "run_record.json",
     "events.out.tfevents.*",
-    "*.damaged",
 )
 _LOCK = ".lock"
 _reserved: set[Path] = set()

@@ -26,13 +26,13 @@ from .checks import (
     check_annotations,
     check_batch,
     check_datasets,
-    check_depth,
     check_device,
     check_keypoints,
     check_registered,
+    check_stock_depth,
     check_weights,
+    find_warnings,
 )
-from .config_warnings import find_warnings
 from .output_dir import make_output_dir
 from .scaling import scale_config
 
@@ -209,7 +209,7 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
     train = purpose is Purpose.TRAIN
     check_device(cfg)
     check_weights(cfg)
-    check_depth(cfg)
+    check_stock_depth(cfg)
     check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if train:
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)

@@ -26,10 +26,7 @@ from .trainer import Trainer
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     """Starts `run` in the number of processes that `args` or torchrun ask for."""
     if not started_by_torchrun():
-        overwrite = _overwrites(args)
-        make_output_dir(cfg.OUTPUT_DIR)
-        if not (args.eval_only or args.resume or overwrite):
-            check_unused(cfg.OUTPUT_DIR)  # before data is read
+        _open_folder(cfg, args)  # before data is read
         _set_up_log(cfg, args)
     return start(run, cfg, args, _purpose(args), args=(args,))
 
@@ -55,16 +52,13 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
             and neither `resume` nor `overwrite` is set, or another process trains there.
         SystemExit: status 1, if a result is not the expected one.
     """
-    overwrite = _overwrites(args)
-    make_output_dir(cfg.OUTPUT_DIR)
+    _open_folder(cfg, args)
     try:
         if args.eval_only or not comm.is_main_process():
             return _run(cfg, args)
         with reserved(cfg.OUTPUT_DIR):
-            if overwrite:
+            if getattr(args, "overwrite", False):
                 delete_run(cfg.OUTPUT_DIR, keep=cfg.MODEL.WEIGHTS)
-            elif not args.resume:
-                check_unused(cfg.OUTPUT_DIR)
             return _run(cfg, args)
     except Exception as error:
         full = find_disk_error(error)
@@ -102,13 +96,16 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     return results
 
 
-def _overwrites(args: argparse.Namespace) -> bool:
-    overwrite: bool = getattr(args, "overwrite", False)
+def _open_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Makes OUTPUT_DIR, and refuses a run there that is neither resumed nor overwritten."""
+    overwrite = getattr(args, "overwrite", False)
     if overwrite and (args.resume or args.eval_only):
         raise UserError(
             f"--overwrite cannot be combined with {'--resume' if args.resume else '--eval-only'}"
         )
-    return overwrite
+    make_output_dir(cfg.OUTPUT_DIR)
+    if comm.is_main_process() and not (args.eval_only or args.resume or overwrite):
+        check_unused(cfg.OUTPUT_DIR)
 
 
 def _purpose(args: argparse.Namespace) -> Purpose:
@@ -121,5 +118,4 @@ def _log_folder(cfg: CfgNode, args: argparse.Namespace) -> str:
 
 def _set_up_log(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Sets up the logger of this package; `default_setup` sets up detectron2's."""
-    folder = _log_folder(cfg, args)
-    setup_logger(folder, distributed_rank=comm.get_rank(), name="ws_detectron")
+    setup_logger(_log_folder(cfg, args), distributed_rank=comm.get_rank(), name="ws_detectron")

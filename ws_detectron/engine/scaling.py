@@ -5,8 +5,8 @@ step need k times the LR and 1/k of the iterations, so that a run sees as many i
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -17,18 +17,6 @@ logger = logging.getLogger(__name__)
 # numbers of iterations, which decrease with a larger batch
 ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD")
 PERIODS = ("TEST.EVAL_PERIOD", "TEST.PRECISE_BN.NUM_ITER")
-
-
-@dataclass(frozen=True)
-class Change:
-    """A key that the rule changed."""
-
-    key: str
-    before: Any
-    after: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} {self.before} -> {self.after}"
 
 
 def scale_config(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -51,21 +39,21 @@ def scale_config(cfg: CfgNode, world_size: int) -> CfgNode:
             "SOLVER.IMS_PER_BATCH is %d, SOLVER.REFERENCE_IMS_PER_BATCH %d; scaled: %s",
             cfg.SOLVER.IMS_PER_BATCH,
             cfg.SOLVER.REFERENCE_IMS_PER_BATCH,
-            ", ".join(map(str, changes)),
+            ", ".join(changes),
         )
-    for_one_batch, scaled = scaled, DefaultTrainer.auto_scale_workers(scaled, world_size)
+    of_job = DefaultTrainer.auto_scale_workers(scaled, world_size)
     # detectron2 rounds down to 0, which means "never"
-    gone = [
-        k for k in (*ITERATIONS, *PERIODS) if _value(for_one_batch, k) and not _value(scaled, k)
-    ]
-    if gone:
-        scaled = _changed(scaled, dict.fromkeys(gone, 1))
-    if scaled.SOLVER.REFERENCE_IMS_PER_BATCH not in (0, scaled.SOLVER.IMS_PER_BATCH):
-        scaled = _changed(scaled, {"SOLVER.REFERENCE_IMS_PER_BATCH": scaled.SOLVER.IMS_PER_BATCH})
-    return scaled
+    values = {
+        key: 1
+        for key in (*ITERATIONS, *PERIODS)
+        if attrgetter(key)(scaled) and not attrgetter(key)(of_job)
+    }
+    if of_job.SOLVER.REFERENCE_IMS_PER_BATCH:
+        values["SOLVER.REFERENCE_IMS_PER_BATCH"] = of_job.SOLVER.IMS_PER_BATCH
+    return _changed(of_job, values)
 
 
-def scale_to_batch(cfg: CfgNode) -> tuple[CfgNode, list[Change]]:
+def scale_to_batch(cfg: CfgNode) -> tuple[CfgNode, list[str]]:
     """Scales from SOLVER.REFERENCE_IMS_PER_BATCH to SOLVER.IMS_PER_BATCH.
 
     ===========================================  ==================================
@@ -79,7 +67,8 @@ def scale_to_batch(cfg: CfgNode) -> tuple[CfgNode, list[Change]]:
         cfg: not modified.
 
     Returns:
-        The scaled config, or `cfg` itself if there is nothing to scale, and the changes.
+        The scaled config, or `cfg` itself if there is nothing to scale, and the changes,
+        such as "SOLVER.BASE_LR 0.02 -> 0.005".
     """
     batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_IMS_PER_BATCH
     if reference in (0, batch):
@@ -90,27 +79,29 @@ def scale_to_batch(cfg: CfgNode) -> tuple[CfgNode, list[Change]]:
         return max(1, round(iterations * reference / batch)) if iterations else 0
 
     values: dict[str, Any] = {"SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * batch / reference}
-    for key in (*ITERATIONS, *PERIODS):
-        values[key] = fewer(_value(cfg, key))
+    values.update({key: fewer(attrgetter(key)(cfg)) for key in (*ITERATIONS, *PERIODS)})
     values["SOLVER.STEPS"] = before_end(
         [fewer(step) for step in cfg.SOLVER.STEPS], values["SOLVER.MAX_ITER"]
     )
     values["SOLVER.REFERENCE_IMS_PER_BATCH"] = batch
-    changes = [Change(key, _value(cfg, key), value) for key, value in values.items()]
-    return _changed(cfg, values), [change for change in changes if change.before != change.after]
+    return _changed(cfg, values), list_changes(
+        {key: attrgetter(key)(cfg) for key in values}, values
+    )
+
+
+def list_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """ "KEY before -> after" for each key of both whose value differs."""
+    return [
+        f"{key} {before[key]} -> {value}"
+        for key, value in after.items()
+        if key in before and before[key] != value
+    ]
 
 
 def before_end(steps: Sequence[int], iterations: int) -> tuple[int, ...]:
     """The milestones before the end of a schedule; detectron2 refuses others, which rounding can
     produce."""
     return tuple(step for step in steps if step < iterations)
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    node = cfg
-    for part in key.split("."):
-        node = node[part]
-    return node
 
 
 def _changed(cfg: CfgNode, values: dict[str, Any]) -> CfgNode:

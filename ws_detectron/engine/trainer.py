@@ -14,6 +14,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
@@ -25,21 +26,18 @@ from ws_detectron.modeling import folded_copy
 from ws_detectron.utils.compat import (
     has_compiled_ops,
     is_divergence,
-    state_beside_the_trainer,
     user_errors_unlogged,
 )
 from ws_detectron.utils.io import refuse_overwrite
 
 from .accumulation import accumulated_step
-from .hooks import BestCheckpoint, RunRecord, SharedStatistics, recorded_iterations
+from .hooks import RECORD, BestCheckpoint, RunRecord, SharedStatistics, read_record
 from .loaders import build_test_loader, build_train_loader
 from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
 from .prepare import as_flat_dict, prepare
-from .resume import ConfigState, follow_config, hyperparameters
+from .scaling import list_changes
 
 logger = logging.getLogger(__name__)
-
-EVALUATOR_FILES = ("coco_instances_results.json", "instances_predictions.pth")
 
 # For files that cannot be fetched, and for states that an optimizer, scheduler or hook cannot load.
 # RuntimeError is not among them: torch and CUDA raise it, for example when memory runs out.
@@ -85,14 +83,7 @@ class Trainer(DefaultTrainer):
         loop = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = loop(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._config_state = ConfigState(cfg)
-        self.checkpointer = WSCheckpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            config=self._config_state,  # loaded first: it logs what may make the others fail
-            trainer=weakref.proxy(self),
-            **state_beside_the_trainer(self),
-        )
+        self.checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
         self.register_hooks(self.build_hooks())
 
@@ -109,7 +100,7 @@ class Trainer(DefaultTrainer):
             WeightsError: the weights do not fit the model.
         """
         self._resumes = resume
-        configured = hyperparameters(self)
+        configured = [dict(group) for group in self.optimizer.param_groups]
         what, errors = f"MODEL.WEIGHTS {self.cfg.MODEL.WEIGHTS!r}", _FETCHING_ERRORS
         if resume and self.checkpointer.has_checkpoint():
             what = f"the checkpoint {self.checkpointer.get_checkpoint_file()!r}"
@@ -121,7 +112,58 @@ class Trainer(DefaultTrainer):
         except errors as error:
             raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}") from error
         if self.start_iter > 0:
-            follow_config(self, configured, self._config_state)
+            self._follow_config(configured)
+
+    def state_dict(self) -> dict[str, Any]:
+        """detectron2's state, in 0.5 with the loop's (momentum, AMP scale), and the config."""
+        state = super().state_dict()
+        state.setdefault("_trainer", self._trainer.state_dict())
+        return {**state, "config": as_flat_dict(self.cfg)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, and logs how the config of its run differs; the current config stays.
+
+        Keys that one of the configs lacks are skipped, as they come with another version of
+        detectron2.
+        """
+        earlier = {**state_dict.get("config", {}), "OUTPUT_DIR": self.cfg.OUTPUT_DIR}
+        changes = list_changes(earlier, as_flat_dict(self.cfg))
+        if changes:  # logged first, as they may be why the rest fails
+            logger.warning(
+                "The config has changed since the checkpoint that this run resumes from; the new "
+                "values are used: %s",
+                ", ".join(changes),
+            )
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:  # 0.5 does not load it
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:  # detectron2 0.5 saves none either
+            logger.warning(
+                "The checkpoint has no state of the optimizer: its momentum starts from zero"
+            )
+
+    def _follow_config(self, configured: list[dict[str, Any]]) -> None:
+        """Resets optimizer and scheduler of a resumed run to the values of its config.
+
+        Args:
+            configured: the parameter groups of the optimizer before the checkpoint was loaded.
+        """
+        scheduler, groups = self.scheduler, self.optimizer.param_groups
+        kept = {"params"}
+        if not isinstance(scheduler, LRMultiplier):
+            kept |= {"lr", "initial_lr"}
+            logger.warning(
+                "LR and schedule are those of the checkpoint, not of the config: %s keeps them",
+                type(scheduler).__name__,
+            )
+        for group, values in zip(groups, configured):
+            group.update({key: value for key, value in values.items() if key not in kept})
+        if not isinstance(scheduler, LRMultiplier):
+            return
+        scheduler.base_lrs = [values["initial_lr"] for values in configured]
+        if self.start_iter < self.max_iter:  # the schedule has no LR after its end
+            for group, lr in zip(groups, scheduler.get_lr()):
+                group["lr"] = lr
 
     def is_finished(self) -> bool:
         """Whether the resumed run has trained to SOLVER.MAX_ITER and was evaluated.
@@ -140,7 +182,8 @@ class Trainer(DefaultTrainer):
         if self.start_iter == 0 or self.start_iter < self.max_iter:
             return False
         # the main process decides, as it writes the record
-        return comm.all_gather(recorded_iterations(self.cfg.OUTPUT_DIR) == self.max_iter)[0]
+        record = read_record(Path(self.cfg.OUTPUT_DIR, RECORD))
+        return comm.all_gather(record.get("iterations") == self.max_iter)[0]
 
     def train(self) -> Any:
         """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation.
@@ -209,26 +252,29 @@ class Trainer(DefaultTrainer):
         except FloatingPointError as error:
             if not is_divergence(error):
                 raise
-            raise DivergedError(explain_divergence(str(error), self.iter)) from error
+            message = str(error)  # has `loss_dict = {...}` if detectron2 knows the losses
+            number = r"(?:np\.\w+\()?(nan|-?inf)"
+            losses = [f"{k} is {value}" for k, value in re.findall(rf"'(\w+)': {number}", message)]
+            raise DivergedError(
+                f"training diverged at iteration {self.iter}: "
+                f"{', '.join(losses) or _first_line(error)}; lower SOLVER.BASE_LR or lengthen "
+                "SOLVER.WARMUP_ITERS (the linear rule: 0.02 for 16 images per batch)"
+            ) from error
 
     def build_hooks(self) -> list[Optional[HookBase]]:
         """detectron2's hooks, and `SharedStatistics`, `BestCheckpoint` and `RunRecord`."""
-        hooks = super().build_hooks()
-        for index, hook in enumerate(hooks):
+        cfg, hooks = self.cfg, list[Optional[HookBase]]()
+        for hook in super().build_hooks():
+            if isinstance(hook, PeriodicWriter) and cfg.DATASETS.TEST:  # on the main process
+                metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
+                if len(cfg.DATASETS.TEST) > 1:
+                    metric = f"{cfg.DATASETS.TEST[0]}/{metric}"
+                hooks.append(BestCheckpoint(self.model, cfg.OUTPUT_DIR, metric))
+            hooks.append(hook)
             if isinstance(hook, PreciseBN):
-                shared = SharedStatistics(self.model, self.cfg.TEST.EVAL_PERIOD)
-                hooks.insert(index + 1, shared)
-                break
-        if comm.is_main_process() and self.cfg.DATASETS.TEST:
-            metric = "segm/AP" if self.cfg.MODEL.MASK_ON else "bbox/AP"
-            if len(self.cfg.DATASETS.TEST) > 1:
-                metric = f"{self.cfg.DATASETS.TEST[0]}/{metric}"
-            best = BestCheckpoint(self.model, self.cfg.OUTPUT_DIR, metric)
-            # before metrics are written
-            writer = next(i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicWriter))
-            hooks.insert(writer, best)
+                hooks.append(SharedStatistics(self.model, cfg.TEST.EVAL_PERIOD))
         if comm.is_main_process():
-            hooks.append(RunRecord(self.cfg.OUTPUT_DIR, self.cfg.MODEL.DEVICE))
+            hooks.append(RunRecord(cfg.OUTPUT_DIR, cfg.MODEL.DEVICE))
         return hooks
 
     def build_writers(self) -> list[EventWriter]:
@@ -240,8 +286,8 @@ class Trainer(DefaultTrainer):
                 "No TensorBoard events are written: %s (pip install tensorboard)",
                 _first_line(error),
             )
-            metrics = JSONWriter(str(Path(self.cfg.OUTPUT_DIR, METRICS)))
-            return [CommonMetricPrinter(self.max_iter), metrics]
+            metrics = str(Path(self.cfg.OUTPUT_DIR, METRICS))
+            return [CommonMetricPrinter(self.max_iter), JSONWriter(metrics)]
         return super().build_writers()
 
     @classmethod
@@ -257,7 +303,11 @@ class Trainer(DefaultTrainer):
         except UserError:
             raise
         except (AssertionError, KeyError, ValueError) as error:
-            if not _is_about(cfg, error):
+            if isinstance(error, KeyError):  # of a registry
+                about_config = "No object named" in str(error)
+            else:
+                about_config = any("." in key and key in str(error) for key in as_flat_dict(cfg))
+            if not about_config:
                 raise
             raise ConfigError(
                 f"no model can be built from this config: {type(error).__name__}: {error}"
@@ -311,37 +361,14 @@ class Trainer(DefaultTrainer):
         if len(cfg.DATASETS.TEST) > 1:
             folder += f"/{dataset_name}"
         inputs = MetadataCatalog.get(dataset_name).get("json_file"), cfg.MODEL.WEIGHTS
-        refuse_overwrite([f"{folder}/{name}" for name in EVALUATOR_FILES], inputs)
+        outputs = "coco_instances_results.json", "instances_predictions.pth"
+        refuse_overwrite([f"{folder}/{name}" for name in outputs], inputs)
         return COCOEvaluator(
             dataset_name,
             output_dir=folder,
             use_fast_impl=has_compiled_ops(),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
-
-
-def explain_divergence(message: str, iteration: int) -> str:
-    """One sentence from detectron2's FloatingPointError: iteration, losses, remedy.
-
-    Args:
-        message: detectron2's text, with `loss_dict = {...}` if it knows the losses.
-        iteration: the current iteration.
-    """
-    number = r"(?:np\.\w+\()?(nan|-?inf)"
-    losses = [f"{name} is {value}" for name, value in re.findall(rf"'(\w+)': {number}", message)]
-    what = ", ".join(losses) or message.splitlines()[0]
-    return (
-        f"training diverged at iteration {iteration}: {what}; lower SOLVER.BASE_LR or lengthen "
-        "SOLVER.WARMUP_ITERS (the linear rule: 0.02 for 16 images per batch)"
-    )
-
-
-def _is_about(cfg: CfgNode, error: Exception) -> bool:
-    """Whether a builder's error is that of a registry, or names a key of the config."""
-    text = str(error)
-    if isinstance(error, KeyError):
-        return "No object named" in text
-    return any("." in key and key in text for key in as_flat_dict(cfg))
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ from .backbone import (
     build_ws_resnet_backbone,
     build_ws_resnet_fpn_backbone,
     build_ws_retinanet_resnet_fpn_backbone,
+    check_depth,
 )
 from .convert import ConversionReport, convert_to_ws, fold_ws, folded_copy, with_ws
 from .heads import (
@@ -30,6 +31,7 @@ __all__ = [
     "build_ws_resnet_backbone",
     "build_ws_resnet_fpn_backbone",
     "build_ws_retinanet_resnet_fpn_backbone",
+    "check_depth",
     "convert_to_ws",
     "fold_ws",
     "folded_copy",

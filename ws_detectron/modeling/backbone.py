@@ -101,5 +101,11 @@ def _check_resnet_keys(cfg: CfgNode) -> None:
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {list(resnets.DEFORM_ON_PER_STAGE)}, but "
             "deformable convolutions cannot be standardized; allowed: all False"
         )
-    if resnets.DEPTH not in _DEPTHS:
-        raise ConfigError(f"MODEL.RESNETS.DEPTH must be one of {_DEPTHS}; got {resnets.DEPTH}")
+    check_depth(cfg)
+
+
+def check_depth(cfg: CfgNode) -> None:
+    """Raises ConfigError if MODEL.RESNETS.DEPTH is none that detectron2's builders know."""
+    if cfg.MODEL.RESNETS.DEPTH not in _DEPTHS:
+        allowed = ", ".join(map(str, _DEPTHS))
+        raise ConfigError(f"MODEL.RESNETS.DEPTH is {cfg.MODEL.RESNETS.DEPTH}; allowed: {allowed}")

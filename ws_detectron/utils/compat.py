@@ -5,11 +5,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any
 
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 
 from ws_detectron.errors import find_user_error
@@ -60,17 +58,6 @@ def create_local_process_group(processes_per_machine: int) -> None:
         group = dist.new_group(ranks)  # every process must take part in making every group
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
-
-
-def state_beside_the_trainer(trainer: DefaultTrainer) -> dict[str, Any]:
-    """Name -> what a checkpoint must save besides the trainer's own state.
-
-    In 0.5 a `DefaultTrainer` does not save its training loop, which holds the momentum of the
-    optimizer and the loss scale of AMP; a resumed run would reset them. From 0.6 on its
-    `state_dict` includes them.
-    """
-    saves_all = "state_dict" in vars(DefaultTrainer)
-    return {} if saves_all else {"training_loop": trainer._trainer}
 
 
 def is_divergence(error: BaseException) -> bool:

@@ -1,8 +1,10 @@
-"""Writes files atomically (a reader sees the old file or the new one), and never over an input."""
+"""Writes files atomically (a reader sees the old file or the new one), never over an input, and
+by one process at a time."""
 
 import csv
 import io
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
+import portalocker
+
 from ws_detectron.errors import UserError, find_disk_error, write_error
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -149,3 +155,44 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+class AlreadyLocked(UserError):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def locked(path: Path, busy: Optional[str]) -> Iterator[IO[Any]]:
+    """Locks a file; the lock ends with the process, also if it is killed.
+
+    Args:
+        path: of the lock file, which is empty; it and its folders are created if missing.
+        busy: message if another process holds the lock; None: wait for it.
+
+    Yields:
+        The open file. A child process that inherits it also holds the lock. On a file system
+        without locks, as some network file systems, a warning is logged and nothing is locked.
+
+    Raises:
+        AlreadyLocked: with `busy` as its message.
+        WriteError: the file cannot be created.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise write_error(error, path) from error
+    with file:
+        try:
+            portalocker.lock(
+                file, portalocker.LOCK_EX | (portalocker.LOCK_NB if busy is not None else 0)
+            )
+        except portalocker.AlreadyLocked as error:
+            raise AlreadyLocked(busy or str(path)) from error
+        except portalocker.LockException as error:
+            logger.warning(
+                "%s cannot be locked (%s): a second process could write to the same files",
+                path,
+                error,
+            )
+        yield file

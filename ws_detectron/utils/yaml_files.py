@@ -46,7 +46,8 @@ def read_yaml(path: Union[str, Path], what: str = "config file") -> Any:
         ConfigError: it has a Python tag or a duplicate key, nests too deeply, or expands to many
             times its size. Both errors name the file and, if known, the line.
     """
-    return _parsed(_text(str(path), what), f"{what} {path}")
+    where = f"{what} {path}"
+    return _parsed(_text(str(path), where), where)
 
 
 def merge_config_file(cfg: CfgNode, path: Union[str, Path]) -> None:
@@ -92,7 +93,7 @@ class _SafeCfgNode(CfgNode):
         where = f"config file {filename}"
         if len(parents) > 1:
             where += f" ({_BASE} of {parents[-2]})"
-        text = _text(filename, "config file", where)
+        text = _text(filename, where)
         if not _is_zoo_file(filename):
             _check_config(_parsed(text, where), where)
         return io.StringIO(text)
@@ -104,8 +105,7 @@ def _is_zoo_file(filename: str) -> bool:
     return os.path.realpath(filename).startswith(zoo + os.sep)
 
 
-def _text(path: str, what: str, where: str = "") -> str:
-    where = where or f"{what} {path}"
+def _text(path: str, where: str) -> str:
     try:
         if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"{where} is a directory, device or pipe; name a YAML file")

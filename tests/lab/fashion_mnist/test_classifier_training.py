@@ -25,7 +25,7 @@ from ws_detectron.lab.fashion_mnist.training import (
     default_lr,
     train,
 )
-from ws_detectron.utils.locking import locked
+from ws_detectron.utils.io import locked
 
 SMALL = TrainingSettings("gn_ws", 20, epochs=3, images=300, seed=3)
 

@@ -29,8 +29,7 @@ from tqdm import tqdm
 from ws_detectron.checkpoint.reading import read_weight_file
 from ws_detectron.errors import DivergedError, UserError
 from ws_detectron.utils.environment import cpu_model, package_version, utc_now
-from ws_detectron.utils.io import atomic_write, write_json, write_text
-from ws_detectron.utils.locking import locked
+from ws_detectron.utils.io import atomic_write, locked, write_json, write_text
 
 from .files import load_splits
 from .model import ORDERS, REPORT_GROUPS, VARIANTS, build_classifier

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from ws_detectron.data.images import read_rgb
 from ws_detectron.errors import UserError
 from ws_detectron.lab.cache import CACHE_VARIABLE, cache_root
-from ws_detectron.utils.locking import locked
+from ws_detectron.utils.io import locked
 
 from .scene import GENERATOR_VERSION, KINDS, SPLITS, Scene, SceneSpec, make_scene, sprite_source
 from .sprites import SpriteSource

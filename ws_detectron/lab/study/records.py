@@ -21,8 +21,7 @@ from typing import Any, Optional
 
 from ws_detectron.errors import ConfigError
 from ws_detectron.evaluation.runs import Rows, Run, ap_key, merge_rows, read_run
-from ws_detectron.utils.io import csv_text, write_json, write_text
-from ws_detectron.utils.locking import locked
+from ws_detectron.utils.io import csv_text, locked, write_json, write_text
 
 from .plan import Choices, StudyRun
 from .study_file import Study, Values

@@ -16,8 +16,7 @@ import torch
 from ws_detectron.errors import DivergedError, UserError
 from ws_detectron.evaluation.comparison import duration
 from ws_detectron.evaluation.runs import read_run
-from ws_detectron.utils.io import write_text
-from ws_detectron.utils.locking import locked
+from ws_detectron.utils.io import locked, write_text
 
 from .plan import StudyRun
 from .records import (
