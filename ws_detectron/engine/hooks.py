@@ -2,15 +2,12 @@
 
 import json
 import logging
-import platform
 import resource
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Optional
 
-import detectron2
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
@@ -19,7 +16,7 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
-from ws_detectron.utils.environment import cpu_model, package_version
+from ws_detectron.utils.environment import package_version, run_environment
 from ws_detectron.utils.io import write_json
 
 logger = logging.getLogger(__name__)
@@ -154,7 +151,7 @@ class RunRecord(HookBase):
 
     def __init__(self, output_dir: str, device: str) -> None:
         self._path = Path(output_dir) / RECORD
-        self._on_gpu = device.startswith("cuda")
+        self._device = device
 
     def before_train(self) -> None:
         self._start = time.perf_counter()
@@ -171,20 +168,13 @@ class RunRecord(HookBase):
             "wall_seconds": earlier.get("wall_seconds", 0.0) + time.perf_counter() - self._start,
             "peak_memory_bytes": max(earlier.get("peak_memory_bytes", 0), self._peak_memory()),
             "processes": comm.get_world_size(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if self._on_gpu else cpu_model(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "detectron2": detectron2.__version__,
-            },
+            **run_environment(self._device),
             "ws_detectron": self._package,
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         }
         write_json(self._path, record, indent=2)
 
     def _peak_memory(self) -> int:
-        if self._on_gpu:
+        if self._device.startswith("cuda"):
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Optional
 
+import detectron2
 import torch
 
 import ws_detectron
@@ -39,6 +40,25 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def run_environment(device: str) -> dict[str, Any]:
+    """Device, threads, versions and date, as `run_record.json` of a training has them.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return {
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else cpu_model(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "detectron2": detectron2.__version__,
+        },
+        "ws_detectron": package_version(),
+        "date": utc_now()[:10],
+    }
 
 
 def utc_now() -> str:

@@ -12,14 +12,12 @@ misclassified.png   the test images that these misclassify with the highest conf
 
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import detectron2
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -28,7 +26,7 @@ from tqdm import tqdm
 
 from ws_detectron.checkpoint.reading import read_weight_file
 from ws_detectron.errors import DivergedError, UserError
-from ws_detectron.utils.environment import cpu_model, package_version, utc_now
+from ws_detectron.utils.environment import run_environment
 from ws_detectron.utils.io import atomic_write, locked, write_json, write_text
 
 from .files import load_splits
@@ -180,7 +178,11 @@ def train(
             splits = load_splits(
                 settings.seed, settings.images, settings.images // 5, data_dir, settings.device
             )
-            write_json(folder / RECORD, _record(settings, record["starts"] + 1))
+            environment = run_environment(settings.device)
+            starts = record["starts"] + 1
+            write_json(
+                folder / RECORD, {"settings": asdict(settings), "starts": starts, **environment}
+            )
             rows = _train(settings, folder, splits, echo)
         for path in folder.glob(f"*{CHECKPOINT}*"):  # also partial ones, of killed processes
             path.unlink()
@@ -207,23 +209,6 @@ def _check_resumes(
                 f"{folder} holds a training with {name} {found.get(name)!r}, requested is "
                 f"{requested!r}; choose another --output, or delete it with --overwrite"
             )
-
-
-def _record(settings: TrainingSettings, starts: int) -> dict[str, Any]:
-    """The content of run_record.json, with the keys of `engine.hooks.RunRecord`."""
-    return {
-        "settings": asdict(settings),
-        "starts": starts,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu_model(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "detectron2": detectron2.__version__,
-        },
-        "ws_detectron": package_version(),
-        "date": utc_now()[:10],
-    }
 
 
 def _train(
