@@ -2,12 +2,16 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
+from typing import Any
 
 import torch.distributed as dist
+from detectron2 import solver
 from detectron2.config import CfgNode
+from detectron2.config.defaults import _C
+from detectron2.engine import defaults
 from detectron2.utils import comm
 
 from ws_detectron.errors import find_user_error
@@ -40,6 +44,30 @@ def with_norms(cfg: CfgNode, norms: Mapping[str, object]) -> CfgNode:
         node, _, name = key.rpartition(".")
         attrgetter(node)(cfg)[name] = norm
     return cfg
+
+
+def default_config() -> CfgNode:
+    """The config that `get_cfg` copies; keys added to it are in every config.
+
+    In all versions it is a global variable of `detectron2.config.defaults`.
+    """
+    return _C
+
+
+def before_training(check: Callable[[CfgNode], None]) -> None:
+    """Has `check` called with the config of each training, also by scripts of others.
+
+    Every training builds an LR scheduler. In all versions, scripts import its builder from
+    `detectron2.solver`, and `DefaultTrainer` from its own module.
+    """
+
+    @functools.wraps(solver.build_lr_scheduler)
+    def checked(cfg: CfgNode, *args: Any) -> Any:
+        check(cfg)
+        return build(cfg, *args)
+
+    build = solver.build_lr_scheduler
+    solver.build_lr_scheduler = defaults.build_lr_scheduler = checked
 
 
 def create_local_process_group(processes_per_machine: int) -> None:
