@@ -50,7 +50,7 @@ print(sum(type(m).__name__ == "WSConv2d" for m in build_model(cfg).modules()))
 def test_models_are_built_from_a_leaf_and_from_the_config_of_a_run(run_config: str) -> None:
     leaf, own = (run(BUILD, path) for path in (get_config_file(LEAF), run_config))
     assert leaf.split() == own.split() and int(leaf) > 20
-    assert "Non-existent config key: MODEL.WS" in run(BUILD, run_config, module="")
+    assert "Non-existent config key: DATASETS.REGISTER" in run(BUILD, run_config, module="")
 
 
 def test_flops_of_convs_do_not_depend_on_ws(run_config: str) -> None:
