@@ -115,9 +115,9 @@ def test_settings_that_another_trainer_ignores_are_warned_of(tmp_path: Path) -> 
     path.write_text(cfg.dump())
     found = run(TRAIN, str(path))
     for text in (
-        "SOLVER.ACCUMULATE_STEPS is 2: no accumulation",
-        "LR and schedule are not scaled to SOLVER.IMS_PER_BATCH",
-        "DATASETS.REGISTER is mine not registered; set WS_DETECTRON_DATASETS",
+        "SOLVER.ACCUMULATE_STEPS is 2, but this trainer does not",
+        "does not scale LR and schedule to SOLVER.IMS_PER_BATCH",
+        "DATASETS.REGISTER has mine, which this script does not register",
     ):
         assert found.count(text) == 2, found  # in both ways to build a scheduler
     cfg.SOLVER.MAX_ITER = 7  # of our own trainer, which follows them

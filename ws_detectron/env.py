@@ -58,16 +58,23 @@ def warn_of_ignored_settings(cfg: CfgNode) -> None:
     if "prepared" in cfg.__dict__:
         return
     solver = cfg.SOLVER
-    ignored = {}
     if solver.ACCUMULATE_STEPS != 1:
-        ignored["SOLVER.ACCUMULATE_STEPS"] = f"{solver.ACCUMULATE_STEPS}: no accumulation"
+        logger.warning(
+            "SOLVER.ACCUMULATE_STEPS is %d, but this trainer does not accumulate gradients; "
+            "tools/train_net.py of ws_detectron does",
+            solver.ACCUMULATE_STEPS,
+        )
     if solver.REFERENCE_IMS_PER_BATCH not in (0, solver.IMS_PER_BATCH):
-        ignored["SOLVER.REFERENCE_IMS_PER_BATCH"] = (
-            f"{solver.REFERENCE_IMS_PER_BATCH}: LR and schedule are not scaled to "
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}"
+        logger.warning(
+            "SOLVER.REFERENCE_IMS_PER_BATCH is %d, but this trainer does not scale LR and schedule "
+            "to SOLVER.IMS_PER_BATCH %d; tools/train_net.py of ws_detectron does",
+            solver.REFERENCE_IMS_PER_BATCH,
+            solver.IMS_PER_BATCH,
         )
     unknown = [name for name, *_ in cfg.DATASETS.REGISTER if name not in DatasetCatalog.list()]
     if unknown:
-        ignored["DATASETS.REGISTER"] = f"{', '.join(unknown)} not registered; set {DATASETS}"
-    for key, effect in ignored.items():
-        logger.warning("%s is %s (only tools/train_net.py of ws_detectron does that)", key, effect)
+        logger.warning(
+            "DATASETS.REGISTER has %s, which this script does not register; set %s to this config",
+            ", ".join(unknown),
+            DATASETS,
+        )
