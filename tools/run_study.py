@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
-from ws_detectron.errors import exit_on_user_error
+from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.lab.study import (
     Options,
     check_packages,
@@ -17,6 +17,7 @@ from ws_detectron.lab.study import (
     report_study,
     run_study,
 )
+from ws_detectron.lab.study.records import RUNS
 
 EXAMPLES = """
 examples:
@@ -76,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--figure", metavar="PNG", type=Path,
-        help="only draw box AP of each variant, a panel per study and batch",
+        help="only draw the first score of each variant, a panel per study and batch",
     )  # fmt: skip
     parser.add_argument("--html", action="store_true", help="also write report.html, one page")
     args = parser.parse_args()
@@ -85,7 +86,11 @@ def main() -> None:
             check_packages(args.html)
         if args.figure:
             draw_studies(args.study, args.records, args.batches, args.figure)
+            print(f"figure: {args.figure}")
             return
+        for folder in args.records if args.report_only else ():
+            if not (folder / RUNS).is_file():
+                raise UserError(f"--report-only: {folder} has no {RUNS}; check --records")
         if len(args.study) > 1 or len(args.records) > 1:
             parser.error("several studies or --records are allowed with --figure only")
         study, records = read_study(args.study[0]), next(iter(args.records), None)

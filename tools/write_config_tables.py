@@ -1,6 +1,7 @@
 """Writes the tables of MODEL_ZOO.md and configs/README.md, from the configs themselves and from
 docs/published_ap.csv, the published AP of others."""
 
+import argparse
 import csv
 import logging
 import re
@@ -116,6 +117,7 @@ def _leaves(folder: str) -> list[dict[str, str]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     logging.disable(logging.WARNING)  # only the leaves have a VERSION
     for page in PAGES:
         text = filled(page)

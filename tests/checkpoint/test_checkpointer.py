@@ -221,6 +221,8 @@ def test_bn_weights_in_a_gn_model_and_back(
     bn_file = saved(bn_model, tmp_path)
     assert "the file has BN statistics" in refusal(plain_model, bn_file)
     assert "were trained with GN" in refusal(bn_model, plain_file)
+    state = {k: v for k, v in bn_model.state_dict().items() if ".running_" not in k}
+    assert "the file has no BN statistics for" in "".join(check_fit(bn_model, state, None).warnings)
 
 
 def test_nan_weights(ws_model: nn.Module, ws_file: Path) -> None:

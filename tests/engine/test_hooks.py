@@ -108,7 +108,9 @@ def test_is_not_what_resume_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run_record.json", "model_best.json"])
-@pytest.mark.parametrize("content", ['{"starts": 1, "itera', "7", "\x00", ""])
+@pytest.mark.parametrize(
+    "content", ['{"starts": 1, "itera', '{"starts": null, "value": "high"}', "7", "\x00", ""]
+)
 def test_a_damaged_record_is_written_anew(
     tmp_path: Path, name: str, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -120,4 +122,16 @@ def test_a_damaged_record_is_written_anew(
     assert best(tmp_path) == (5.0, 30.0)
     record = read_record(tmp_path / "run_record.json")
     assert (record["starts"], record["iterations"]) == (1, 5)
-    assert f"{tmp_path / name} is damaged; a new one is written" in caplog.text
+    assert f"{tmp_path / name} is damaged and not used" in caplog.text
+
+
+@pytest.mark.parametrize("content", ['{"metric": "segm/AP", "val', '{"value": "high"}', None])
+def test_best_weights_of_an_unknown_value_are_kept(tmp_path: Path, content: Optional[str]) -> None:
+    train(tmp_path, {1: 30.0})
+    (tmp_path / "model_best.json").unlink()
+    if content is not None:
+        (tmp_path / "model_best.json").write_text(content)
+    train(tmp_path, {7: 20.0}, start=6, end=8)
+    assert best(tmp_path) == (8.0, 20.0)
+    kept = torch.load(tmp_path / "model_best_before_resume.pth")["model"]["weight"].item()
+    assert kept == 2.0

@@ -192,3 +192,10 @@ def test_broken_videos_are_named(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"cannot read video {path}"):
         read_video(path)
+
+
+def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
+    frames = [np.zeros((size, 16, 3), np.uint8) for size in (16, 32)]
+    with pytest.raises(DataError, match=r"frames of \(16, 16, 3\) and \(32, 16, 3\)"):
+        write_video(tmp_path / "video.mp4", 8.0, frames)
+    assert not list(tmp_path.iterdir())

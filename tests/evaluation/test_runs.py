@@ -6,6 +6,7 @@ import pytest
 from small_coco import annotations, prediction
 from written_runs import write_run
 
+from ws_detectron.errors import UserError
 from ws_detectron.evaluation.coco_eval import evaluate
 from ws_detectron.evaluation.coco_report import write_reports
 from ws_detectron.evaluation.runs import (
@@ -165,3 +166,8 @@ def test_runs_get_the_shortest_name_that_is_theirs(tmp_path: Path) -> None:
     # the first folder is there twice, so no end of its path is its own
     assert names[1:] == ["gn/out", "other", "mine"]
     assert [run.name for run in read_runs([*map(str, paths)])] == ["bn/out", "gn/out", "other"]
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two runs are named out; give another name to one"):
+        read_runs([str(tmp_path / "out"), f"out={tmp_path / 'other'}"])

@@ -144,3 +144,9 @@ def test_scenes_are_registered(run_tool, study: Path) -> None:
     study.write_text(text.replace("TEST: [coco_2017_val]", "TEST: [no_set]"))
     result = run_tool(TOOL, study)
     assert result.returncode == 2 and "DATASETS.TEST names 'no_set'" in result.stderr
+
+
+def test_records_that_do_not_exist_are_refused(call_tool, study: Path, tmp_path: Path) -> None:
+    status, _, error = call_tool(TOOL, study, "--report-only", "--records", tmp_path / "mistyped")
+    assert status == 2 and "mistyped has no runs.jsonl; check --records" in error
+    assert not (tmp_path / "mistyped").exists()

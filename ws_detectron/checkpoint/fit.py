@@ -73,6 +73,11 @@ def check_fit(
     needs = describe_model(model)
     norm = metadata.norm if metadata else ""
     fit = Fit([*_compare_tensors(own, state), *_compare_norms(own, state, norm)])
+    if norm != "GN" and (without := _norms_without_statistics(own, state)):
+        fit.warnings.append(
+            f"the file has no BN statistics for {list_some(without)}; only FrozenBN works without "
+            "them"
+        )
     convs = [key[: -len(".weight")] for key in own if key in state and key.endswith(".weight")]
     if metadata is None:
         _judge_unknown_ws(needs, convs, author, fit)
@@ -156,21 +161,21 @@ def _by_ending(keys: Iterable[str]) -> dict[str, str]:
     return {match[1]: key for key in keys if (match := _BODY.search(key))}
 
 
+def _norms_without_statistics(keys: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Norms of `keys` with BN statistics, which are in `others` without them."""
+    ending = ".running_mean"
+    names = [key[: -len(ending)] for key in keys if key.endswith(f".norm{ending}")]
+    return [n for n in names if f"{n}{ending}" not in others and f"{n}.weight" in others]
+
+
 def _compare_norms(own: State, state: State, norm: str) -> Iterator[str]:
     """Finds norms of another type in file and model; `norm` is the type in the metadata."""
-
-    def norms(keys: Iterable[str], others: Iterable[str]) -> list[str]:
-        """Norms of `keys` with BN statistics, which are in `others` without them."""
-        ending = ".running_mean"
-        names = [key[: -len(ending)] for key in keys if key.endswith(f".norm{ending}")]
-        return [n for n in names if f"{n}{ending}" not in others and f"{n}.weight" in others]
-
-    if unused := norms(state, {*own, *_by_ending(own)}):
+    if unused := _norms_without_statistics(state, {*own, *_by_ending(own)}):
         yield (
             f"the file has BN statistics and the model another norm at {list_some(unused)}; "
             "check MODEL.RESNETS.NORM"
         )
-    if norm == "GN" and (without := norms(own, state)):
+    if norm == "GN" and (without := _norms_without_statistics(own, state)):
         yield (
             f"the weights were trained with GN and the model has BN at {list_some(without)}; check "
             "MODEL.RESNETS.NORM"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ PREFIX = "ws://"
 FOLDER_VARIABLE = "WS_DETECTRON_WEIGHTS"
 """Environment variable with a folder of downloaded files, for machines without network."""
 
+STALLED = 30  # seconds without data after which a download fails
 # Part of the names of converted files; increase it when the conversion changes.
 _CONVERSION = 1
 
@@ -83,6 +85,8 @@ def _find(name: str, cache: Path) -> Path:
         )
     if not path.is_file():
         logger.info("downloading %s", url)
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(STALLED)
         try:
             torch.hub.download_url_to_file(url, str(path), digits)
         except (OSError, RuntimeError) as error:  # RuntimeError: another hash
@@ -91,6 +95,8 @@ def _find(name: str, cache: Path) -> Path:
                 f"elsewhere, put it into a folder as {path.name}, and set {FOLDER_VARIABLE} to "
                 "that folder"
             ) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
     found = sha256_of(path)
     if not found.startswith(digits):
         raise WeightsError(

@@ -82,7 +82,7 @@ def load_plain_pickle(
     """Reads a pickle of dicts, lists, tuples, strings, numbers, arrays and torch's tensors.
 
     An OrderedDict becomes a plain dict. Byte strings of Python 2 are read with the encoding
-    "latin1", as in detectron2.
+    "latin1", as in detectron2; in its oldest protocol, 0, `pickletools` reads only ASCII.
 
     Args:
         file: `io.BytesIO` at the start of the pickle; is left at its end.

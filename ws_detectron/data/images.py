@@ -66,7 +66,7 @@ def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -
             continue
         where = f"images[{number}] ({name!r:.60})"
         path = Path(folder, name)
-        if not path.exists():
+        if not os.path.exists(path):
             found.add(ERROR, "images are not in the folder", where)
             continue
         try:

@@ -46,9 +46,17 @@ class BestCheckpoint(HookBase):
         self._seen_iteration = -1
 
     def before_train(self) -> None:
-        record = read_record(self._record) if self.trainer.start_iter else {}
-        if record.get("metric") == self._metric:
-            self._best = record.get("value")
+        if not self.trainer.start_iter:
+            return
+        record = read_record(self._record)
+        if record.get("metric") == self._metric and isinstance(record.get("value"), float):
+            self._best = record["value"]
+            return
+        weights = self._record.with_name("model_best.pth")
+        if not record and weights.is_file():  # their value is unknown
+            kept = weights.with_name("model_best_before_resume.pth")
+            weights.replace(kept)
+            logger.warning("The best weights before this resume are kept as %s", kept)
 
     def after_step(self) -> None:
         self._keep_if_best()
@@ -121,8 +129,11 @@ def read_record(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError):
         record = None
-    if not isinstance(record, dict):
-        logger.warning("%s is damaged; a new one is written", path)
+    numbers = ("starts", "iterations", "wall_seconds", "peak_memory_bytes", "value")
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name, 0), (int, float)) for name in numbers
+    ):
+        logger.warning("%s is damaged and not used", path)
         return {}
     return record
 

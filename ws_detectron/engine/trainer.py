@@ -115,10 +115,14 @@ class Trainer(DefaultTrainer):
             self._follow_config(configured)
 
     def state_dict(self) -> dict[str, Any]:
-        """detectron2's state, in 0.5 with the loop's (momentum, AMP scale), and the config."""
-        state = super().state_dict()
-        state.setdefault("_trainer", self._trainer.state_dict())
-        return {**state, "config": as_flat_dict(self.cfg)}
+        """Iteration, hooks, the loop's state (momentum, AMP scale), and the config.
+
+        The keys are those of detectron2's main branch, whose `DefaultTrainer` saves the loop; 0.5
+        and 0.6 do not.
+        """
+        state = TrainerBase.state_dict(self)
+        loop = self._trainer.state_dict()
+        return {**state, "_trainer": loop, "config": as_flat_dict(self.cfg)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, and logs how the config of its run differs; the current config stays.
@@ -134,12 +138,13 @@ class Trainer(DefaultTrainer):
                 "values are used: %s",
                 ", ".join(changes),
             )
-        super().load_state_dict(state_dict)
-        if "_trainer" in state_dict:  # 0.5 does not load it
+        TrainerBase.load_state_dict(self, state_dict)
+        if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
-        else:  # detectron2 0.5 saves none either
+        else:  # as in checkpoints of DefaultTrainer in 0.5 and 0.6
             logger.warning(
-                "The checkpoint has no state of the optimizer: its momentum starts from zero"
+                "The checkpoint does not have the state of the training loop: momentum starts at "
+                "zero, and the loss scale of AMP at its initial value"
             )
 
     def _follow_config(self, configured: list[dict[str, Any]]) -> None:

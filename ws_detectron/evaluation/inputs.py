@@ -155,7 +155,7 @@ def write_video(path: Path, rate: float, frames: Iterable[np.ndarray]) -> None:
             codecs require.
 
     Raises:
-        UserError: another suffix, or the video cannot be written.
+        UserError: another suffix, frames of several sizes, or the video cannot be written.
     """
     if path.suffix.lower() not in VIDEO_CODES:
         raise UserError(f"cannot write {path}: allowed suffixes are {' '.join(VIDEO_CODES)}")
@@ -164,9 +164,15 @@ def write_video(path: Path, rate: float, frames: Iterable[np.ndarray]) -> None:
     # OpenCV can only write to a path and infers the format from its suffix
     partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}.partial{path.suffix}")
     writer = cv2.VideoWriter()
+    shape = None
     try:
         for frame in frames:
             height, width = (side - side % 2 for side in frame.shape[:2])
+            if shape not in (None, frame.shape):  # OpenCV would leave it out
+                raise DataError(
+                    f"{path}: frames of {shape} and {frame.shape} (H, W, 3) in one video"
+                )
+            shape = frame.shape
             if not writer.isOpened():
                 code = cv2.VideoWriter.fourcc(*VIDEO_CODES[path.suffix.lower()])
                 if not writer.open(str(partial), code, rate, (width, height)):

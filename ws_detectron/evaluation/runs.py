@@ -50,10 +50,17 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
     """Reads runs from command-line arguments, `PATH` or `NAME=PATH`.
 
     Without a name, a run is named by the shortest end of its path that no other run has.
+
+    Raises:
+        UserError: two runs have one name.
     """
     named = [a.partition("=")[::2] if "=" in a else ("", a) for a in arguments]
     paths = [Path(path) for _, path in named]
-    return [read_run(path, name or _short(path, paths)) for path, (name, _) in zip(paths, named)]
+    names = [name or _short(path, paths) for path, (name, _) in zip(paths, named)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two runs are named {name}; give another name to one: NAME=PATH")
+    return [read_run(path, name) for path, name in zip(paths, names)]
 
 
 def _short(path: Path, others: Sequence[Path]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from ws_detectron.data.images import read_annotated, read_rgb
@@ -82,10 +82,15 @@ def visualize_dataset(
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("json_file"):
         raise ConfigError(f"data set {dataset_name} has no COCO annotation file")
+    root, loaded = metadata.get("image_root", ""), {}
+    if not root or not PathManager.exists(metadata.json_file):  # own loader; scenes not yet made
+        loaded = {r["image_id"]: r["file_name"] for r in DatasetCatalog.get(dataset_name)}
     path = PathManager.get_local_path(metadata.json_file)
     annotations = load_annotations(path, load=True)
-    root, images = metadata.get("image_root", ""), annotations["images"]
-    records = {i["id"]: {**i, "file_name": os.path.join(root, i["file_name"])} for i in images}
+    records = {
+        i["id"]: {**i, "file_name": loaded.get(i["id"], os.path.join(root, i["file_name"]))}
+        for i in annotations["images"]
+    }
     files = [Path(record["file_name"]) for record in records.values()]
     pictures = dict(zip(records, output_names(files, lambda path: ".png"))) if each else {}
     targets = [output / name for name in OUTPUTS]
@@ -120,7 +125,8 @@ def visualize_dataset(
     about = {"task": task, "score_threshold": score_threshold, "types": ERRORS}
     write_json(output / "errors.json", {**about, "counts": counts}, indent=2)
 
-    classes = {c["id"]: c["name"] for c in annotations["categories"]}
+    categories = sorted(annotations["categories"], key=lambda c: c["id"])  # as detectron2 does
+    classes = {category["id"]: category["name"] for category in categories}
     skipped: dict[Any, str] = {}
 
     def draw(image_id: Any) -> Optional[Pair]:
@@ -135,7 +141,7 @@ def visualize_dataset(
             logger.warning("skipped: %s", error)
             return None
         left, right = (draw_entries(image, SIDE, group, classes) for group in entries)
-        ap_of_image = f", AP {ap[image_id]:.0f}" if image_id in ap else ""
+        ap_of_image = f", AP of all scores {ap[image_id]:.0f}" if image_id in ap else ""
         return (
             (left, f"{Path(name).name}: {len(entries[0])} annotated"),
             (right, f"{len(entries[1])} predicted, {note}{ap_of_image}"),
@@ -201,6 +207,7 @@ def visualize_inputs(
 
     Raises:
         UserError: no file can be read, or an output cannot be written or would overwrite an input.
+        ConfigError: the model predicts a class that is not in `classes`.
     """
     paths = find_inputs(arguments, output)
     to_video = is_video(output) and not output.is_dir()
@@ -213,6 +220,13 @@ def visualize_inputs(
 
     def draw(image: np.ndarray) -> np.ndarray:
         entries = [entry for entry in predict(image) if entry["score"] >= score_threshold]
+        beyond = [e["category_id"] for e in entries if classes and e["category_id"] not in classes]
+        if beyond:
+            raise ConfigError(
+                f"the model predicts class number {beyond[0]}, and the data set has {len(classes)} "
+                "classes; set MODEL.ROI_HEADS.NUM_CLASSES (MODEL.RETINANET.NUM_CLASSES), or name "
+                "weights that were trained on these classes"
+            )
         side = max(SIDE, *image.shape[:2])  # labels on small images would not be readable
         return draw_entries(image, side, entries, classes)
 

@@ -376,9 +376,10 @@ def _settings_section(results: StudyResults) -> list[str]:
 
 def _what_was_run(results: StudyResults) -> str:
     study = results.study
+    unit = study.unit if set(study.batches) != {1} else study.unit.replace("images", "image")
     text = (
         f"{len(study.variants)} variants ({', '.join(study.variants)}) at "
-        f"{', '.join(map(str, sorted(study.batches)))} {study.unit}"
+        f"{', '.join(map(str, sorted(study.batches)))} {unit}"
         + (f" ({study.processes} of them)" if study.processes > 1 else "")
         + f", seeds {', '.join(map(str, study.seeds))}."
     )
