@@ -519,6 +519,24 @@ def test_a_checkpoint_without_its_config_follows_the_present_one(tmp_path: Path)
     assert lr_of_each_iteration(cfg, resume=True) == [(2, pytest.approx(0.002))]
 
 
+def test_a_checkpoint_without_the_loop_resumes_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As DefaultTrainer of detectron2 0.5 and 0.6 writes it."""
+    cfg = small_cfg(tmp_path)
+    SmallTrainer(cfg).train()
+    path = tmp_path / "model_final.pth"
+    checkpoint = torch.load(path)
+    iteration = checkpoint["trainer"]["iteration"]
+    checkpoint["trainer"] = {"iteration": iteration, "hooks": checkpoint["trainer"]["hooks"]}
+    torch.save(checkpoint, path)
+    cfg.SOLVER.MAX_ITER += 1
+    trainer = SmallTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == iteration + 1 and not trainer.optimizer.state
+    assert "momentum starts at zero" in caplog.text
+
+
 def test_a_scheduler_of_somebody_keeps_its_state(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from small_coco import HEIGHT, WIDTH, prediction, rle
 
@@ -243,3 +244,27 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(UserError, match="none of the 1 files could be read"):
         visualize_inputs([str(tmp_path / "a.png")], tmp_path / "out", find_bright, CLASSES)
+
+
+@pytest.mark.parametrize("what", ["own loader", "not yet made"])
+def test_images_are_those_of_the_loader(dataset: str, tmp_path: Path, what: str) -> None:
+    records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
+    kept = metadata.as_dict()
+    content = Path(kept["json_file"]).read_bytes()
+    name, made = f"{dataset}_{what}", tmp_path / "made.json"
+
+    def load() -> list[dict]:
+        made.write_bytes(content)
+        return records
+
+    if what == "own loader":
+        made.write_bytes(content)
+        kept.pop("image_root")
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**{**kept, "name": name, "json_file": str(made)})
+    try:
+        assert "skipped" not in visualize_dataset(name, FOUND, tmp_path / "out")
+        assert (tmp_path / "out" / "first.png").is_file()
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
