@@ -252,3 +252,10 @@ def test_data_sets_are_counted_or_notes(tmp_path: Path, monkeypatch: pytest.Monk
     assert "instances_val2017.json" in findings["COCO val2017"].found
     assert findings["COCO val2017"].note
     assert "1 files" in findings["Fashion-MNIST"].found
+
+
+def test_the_module_of_the_package_is_another_way_in() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ws_detectron.doctor"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.endswith("training can work\n"), done.stderr
