@@ -9,7 +9,7 @@ from typing import Any
 
 from ws_detectron.data.images import image_findings
 from ws_detectron.data.validate import ERROR, FIXED, WARNING, read_json, validate
-from ws_detectron.errors import exit_on_user_error, shown
+from ws_detectron.errors import DataError, exit_on_user_error, shown
 from ws_detectron.utils.environment import package_version
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
@@ -50,6 +50,8 @@ def check(args: argparse.Namespace) -> bool:
     """Prints the report; returns whether everything can be used."""
     if args.output:
         refuse_overwrite([args.output], [args.file])
+    if args.images and not args.images.is_dir():
+        raise DataError(f"--images {args.images} is not a folder")
     start = time.perf_counter()
     content = read_json(args.file, "annotations")
     read = time.perf_counter()

@@ -222,6 +222,12 @@ def test_a_depth_that_detectron2_does_not_have_is_refused(tiny_cfg: CfgNode) -> 
         prepare(tiny_cfg)
 
 
+def test_a_part_of_a_config_is_refused(tiny_cfg: CfgNode) -> None:
+    tiny_cfg.MODEL.FPN.IN_FEATURES = []
+    with pytest.raises(ConfigError, match="IN_FEATURES is empty.* parts of configs"):
+        prepare(tiny_cfg)
+
+
 def test_another_process_registers_what_was_found(
     keypoint_cfg: CfgNode, tmp_path: Path, validated: list[str]
 ) -> None:

@@ -81,3 +81,8 @@ def test_masks_are_needed_where_some_have_one(
     assert call_tool(TOOL, path, "--task", "bbox")[0] == 0
     status, _, errors = call_tool(TOOL, path, "--output", path)
     assert status == 2 and "is an input" in errors
+
+
+def test_a_folder_that_does_not_exist_is_named(call_tool: Call, evaluation_files: Any) -> None:
+    status, _, error = call_tool(TOOL, evaluation_files.annotations, "--images", "/mistyped")
+    assert status == 2 and "--images /mistyped is not a folder" in error

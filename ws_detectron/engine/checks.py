@@ -101,11 +101,17 @@ def check_weights(cfg: CfgNode) -> None:
         )
 
 
-def check_stock_depth(cfg: CfgNode) -> None:
-    """MODEL.RESNETS.DEPTH is one that detectron2's ResNet builders know, where one is used."""
+def check_backbone(cfg: CfgNode) -> None:
+    """Depth and FPN inputs are ones that detectron2's ResNet builders take, where one is used."""
     backbone = stock_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
-    if backbone in [row.stock for row in REGISTRATIONS]:
-        check_depth(cfg)
+    if backbone not in [row.stock for row in REGISTRATIONS]:
+        return
+    check_depth(cfg)
+    if "fpn" in backbone and not cfg.MODEL.FPN.IN_FEATURES:
+        raise ConfigError(
+            f"MODEL.FPN.IN_FEATURES is empty, but {cfg.MODEL.BACKBONE.NAME} needs some. "
+            "Files in configs/norms, weights and schedules are parts of configs: name a whole one"
+        )
 
 
 def check_batch(cfg: CfgNode, world_size: int) -> None:

@@ -24,12 +24,12 @@ from ws_detectron.utils.yaml_files import check_integers, merge_config_file
 from .checks import (
     Purpose,
     check_annotations,
+    check_backbone,
     check_batch,
     check_datasets,
     check_device,
     check_keypoints,
     check_registered,
-    check_stock_depth,
     check_weights,
     find_warnings,
 )
@@ -209,7 +209,7 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
     train = purpose is Purpose.TRAIN
     check_device(cfg)
     check_weights(cfg)
-    check_stock_depth(cfg)
+    check_backbone(cfg)
     check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if train:
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)

@@ -31,6 +31,7 @@ from ws_detectron.utils.compat import (
 from ws_detectron.utils.io import refuse_overwrite
 
 from .accumulation import accumulated_step
+from .checks import check_backbone
 from .hooks import RECORD, BestCheckpoint, RunRecord, SharedStatistics, read_record
 from .loaders import build_test_loader, build_train_loader
 from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
@@ -303,6 +304,7 @@ class Trainer(DefaultTrainer):
             ConfigError: a name is not registered, or a builder refuses a key of the config; its
                 other errors are raised unchanged.
         """
+        check_backbone(cfg)
         try:
             return super().build_model(cfg)
         except UserError:
