@@ -124,7 +124,9 @@ def test_dependencies_are_what_the_package_imports(metadata: Message) -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(str(node.module).split(".")[0])
-    foreign = imported - set(sys.stdlib_module_names) - {"ws_detectron", "ws_doctor"} - CHOSEN_BY_THE_USER
+    foreign = (
+        imported - set(sys.stdlib_module_names) - {"ws_detectron", "ws_doctor"} - CHOSEN_BY_THE_USER
+    )
     needed = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign}
     declared = requirements(metadata, extras=False) | requirements(metadata, extras=True)
     assert needed <= declared
