@@ -84,13 +84,13 @@ def main() -> None:
     with exit_on_user_error():
         if not args.dry_run:
             check_packages(args.html)
+        for folder in args.records if args.report_only or args.figure else ():
+            if not (folder / RUNS).is_file():
+                raise UserError(f"{folder} has no {RUNS}; check --records")
         if args.figure:
             draw_studies(args.study, args.records, args.batches, args.figure)
             print(f"figure: {args.figure}")
             return
-        for folder in args.records if args.report_only else ():
-            if not (folder / RUNS).is_file():
-                raise UserError(f"--report-only: {folder} has no {RUNS}; check --records")
         if len(args.study) > 1 or len(args.records) > 1:
             parser.error("several studies or --records are allowed with --figure only")
         study, records = read_study(args.study[0]), next(iter(args.records), None)

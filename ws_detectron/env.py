@@ -55,7 +55,9 @@ def warn_of_ignored_settings(cfg: CfgNode) -> None:
     Args:
         cfg: the config of a training; one that `prepare` returned is skipped.
     """
-    if "prepared" in cfg.__dict__:
+    from ws_detectron.engine.prepare import PREPARED  # not needed by scripts that do not train
+
+    if PREPARED in cfg.__dict__:
         return
     solver = cfg.SOLVER
     if solver.ACCUMULATE_STEPS != 1:

@@ -163,7 +163,8 @@ class Prepared(NamedTuple):
     keypoints: dict[str, list[str]]
 
 
-_ATTRIBUTE = "prepared"
+PREPARED = "prepared"
+"""Attribute of a config that `prepare` returned."""
 
 
 def prepare(
@@ -190,13 +191,13 @@ def prepare(
     register_coco_sets(cfg.DATASETS.get("REGISTER"))
     if "WS" not in cfg.MODEL:
         raise ConfigError("the config has no MODEL.WS; call ws_detectron.add_ws_config(cfg) first")
-    prepared: Optional[Prepared] = cfg.__dict__.get(_ATTRIBUTE)
+    prepared: Optional[Prepared] = cfg.__dict__.get(PREPARED)
     ready = prepared is not None and prepared[:3] == (cfg, purpose, world_size)
     # One process that has changed its config prepares it together with all others.
     if prepared is None or not all(comm.all_gather(ready)):
         prepared = _prepare(cfg, purpose, world_size)
         cfg = prepared.config.clone()
-        cfg.__dict__[_ATTRIBUTE] = prepared  # not a key; yacs stores whether it is frozen likewise
+        cfg.__dict__[PREPARED] = prepared  # not a key; yacs stores whether it is frozen likewise
     use_annotations(prepared.annotations)
     for name, keypoints in prepared.keypoints.items():
         if MetadataCatalog.get(name).get("keypoint_names") is None:
@@ -217,7 +218,7 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
     check_registered(cfg)
     # An evaluation does not read the batch, which need not suit its processes.
     cfg = (scale_config(cfg, world_size) if train else cfg).clone()
-    cfg.__dict__.pop(_ATTRIBUTE, None)
+    cfg.__dict__.pop(PREPARED, None)
     annotations, keypoints = {}, {}
     if comm.is_main_process():
         if train:
