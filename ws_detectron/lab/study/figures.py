@@ -9,6 +9,7 @@ from typing import Optional
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from ws_detectron.evaluation.curves import finish_figure, line_style
 from ws_detectron.evaluation.runs import series
@@ -135,7 +136,7 @@ def draw_study_curves(results: StudyResults) -> Figure:
     for top, bottom, batch in zip(panels[0], panels[-1], batches):
         top.set_title(_batch_title(study, batch), fontsize=10)
         bottom.set_xlabel("images seen")
-        bottom.locator_params(axis="x", nbins=5)  # numbers of five digits would overlap
+        bottom.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k; longer numbers overlap
     finish_figure(figure, panels.flat)
     return figure
 
