@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import sys
 import time
 from pathlib import Path
@@ -187,6 +186,10 @@ class RunRecord(HookBase):
     def _peak_memory(self) -> int:
         if self._device.startswith("cuda"):
             return torch.cuda.max_memory_allocated()
+        if sys.platform == "win32":
+            return 0  # not measured
+        import resource  # Windows has none
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
