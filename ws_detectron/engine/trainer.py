@@ -28,13 +28,13 @@ from ws_detectron.utils.compat import (
     is_divergence,
     user_errors_unlogged,
 )
-from ws_detectron.utils.io import refuse_overwrite
+from ws_detectron.utils.io import refuse_overwrite, write_text
 
 from .accumulation import accumulated_step
 from .checks import check_backbone
 from .hooks import RECORD, BestCheckpoint, RunRecord, SharedStatistics, read_record
 from .loaders import build_test_loader, build_train_loader
-from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
+from .output_dir import METRICS, check_unused, end_last_line, log_to, reserved, warn_of_start
 from .prepare import as_flat_dict, prepare
 from .scaling import list_changes
 
@@ -71,6 +71,8 @@ class Trainer(DefaultTrainer):
             setup_logger(distributed_rank=comm.get_rank(), name="ws_detectron")
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # as DefaultTrainer
             setup_logger()
+        if comm.is_main_process():
+            log_to(cfg.OUTPUT_DIR)
         cfg = prepare(cfg)
         self._resumes = False
 
@@ -218,6 +220,7 @@ class Trainer(DefaultTrainer):
                 if self.start_iter == 0:
                     (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
                 end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
+                write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
                 super().train()
         # detectron2 returns it only with TEST.EXPECTED_RESULTS
         return getattr(self, "_last_eval_results", None)
