@@ -1,6 +1,7 @@
 """`Trainer`: detectron2's DefaultTrainer with COCO evaluation, on any number of CPUs or GPUs."""
 
 import logging
+import math
 import re
 import weakref
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
@@ -343,6 +345,16 @@ class Trainer(DefaultTrainer):
             # without any prediction, detectron2 has no mask metrics and then fails to look them up
             for task, *_ in cfg.TEST.EXPECTED_RESULTS:
                 results.setdefault(task, {})
+            found = flatten_results_dict(results)
+            unknown = [key for key, ap in found.items() if key.endswith("AP") and math.isnan(ap)]
+            if unknown:
+                logger.warning(
+                    "%s: unknown, as the model has predicted nothing, which is usual after few "
+                    "iterations, or the data have no object; the lowest score of a prediction is "
+                    "MODEL.ROI_HEADS.SCORE_THRESH_TEST, %g",
+                    ", ".join(unknown),
+                    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+                )
         return results
 
     @classmethod
