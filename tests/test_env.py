@@ -207,12 +207,13 @@ build_lr_scheduler(cfg, optimizer)
 def test_settings_that_another_trainer_ignores_are_warned_of(tmp_path: Path) -> None:
     cfg = load_config(LEAF, ["SOLVER.ACCUMULATE_STEPS", "2"])
     cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 3 * cfg.SOLVER.IMS_PER_BATCH
-    cfg.DATASETS.REGISTER = [["mine", "a.json", "images"]]
+    cfg.DATASETS.REGISTER, cfg.SOLVER.EPOCHS = [["mine", "a.json", "images"]], 7
     path = tmp_path / "config.yaml"
     path.write_text(cfg.dump())
     found = run(TRAIN, str(path))
     for text in (
         "SOLVER.ACCUMULATE_STEPS is 2, but this trainer does not",
+        "SOLVER.EPOCHS is 7, but this trainer counts",
         "does not scale LR and schedule to SOLVER.IMS_PER_BATCH",
         "DATASETS.REGISTER has mine, which this script does not register",
     ):

@@ -1,9 +1,13 @@
 """The config keys that this package adds to detectron2's; `WSSettings` are those of MODEL.WS."""
 
+import logging
+from copy import copy
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.utils.logger import log_first_n
 
 from ws_detectron.errors import ConfigError
 from ws_detectron.layers import DEFAULT_WS_EPS, DEFAULT_WS_MODE, WS_MODES
@@ -56,13 +60,17 @@ class WSSettings:
     def from_config(cls, cfg: CfgNode) -> "WSSettings":
         """Reads MODEL.WS.
 
-        A config without that node gets the defaults: a project may import ws_detectron and name
-        one of its builders without calling `add_ws_config`.
+        A config without that node gets the defaults, with a warning: a project may import
+        ws_detectron and name one of its builders without calling `add_ws_config`.
 
         Raises:
             ConfigError: a key is unknown, or a value is not allowed; names the key.
         """
-        node = cfg.MODEL.get("WS", {})
+        node = cfg.MODEL.get("WS")
+        if node is None:
+            message = f"the config has no MODEL.WS, so its defaults are used; {_FORGOTTEN}"
+            log_first_n(logging.WARNING, message, name=__name__)
+            node = {}
         known = [key.name.upper() for key in fields(cls)]
         for key in node:
             if key not in known:
@@ -79,8 +87,18 @@ def _require(name: str, value: object, holds: bool, allowed: str) -> None:
         raise ConfigError(f"MODEL.WS.{name.upper()} must be {allowed}; got {value!r}")
 
 
+_ADDED = {
+    "MODEL.WS": WSSettings().as_config(),
+    "SOLVER": {"ACCUMULATE_STEPS": 1, "REFERENCE_IMS_PER_BATCH": 0, "EPOCHS": 0},
+    "DATASETS": {"REGISTER": []},
+}
+_FORGOTTEN = (
+    "call ws_detectron.add_ws_config(cfg) after get_cfg(): it adds the keys of ws_detectron"
+)
+
+
 def add_ws_config(cfg: CfgNode) -> None:
-    """Adds the node MODEL.WS, see `WSSettings`, and three training keys to a config, in place.
+    """Adds the node MODEL.WS, see `WSSettings`, and four training keys to a config, in place.
 
     ==============================  =======  ==================================================
     SOLVER.ACCUMULATE_STEPS         1        forward and backward passes per optimizer step, for
@@ -89,6 +107,9 @@ def add_ws_config(cfg: CfgNode) -> None:
     SOLVER.REFERENCE_IMS_PER_BATCH  0 (off)  batch size that LR and schedule are given for; they
                                              are scaled to IMS_PER_BATCH
                                              (`ws_detectron.engine.scaling`)
+    SOLVER.EPOCHS                   0 (off)  length of the training in passes over its images;
+                                             MAX_ITER then only says which part of it milestones,
+                                             warm-up and periods are (`ws_detectron.engine.scaling`)
     DATASETS.REGISTER               []       your own data sets in COCO format
                                              (`ws_detectron.data.register_coco_sets`)
     ==============================  =======  ==================================================
@@ -100,10 +121,12 @@ def add_ws_config(cfg: CfgNode) -> None:
     """
     if "WS" not in cfg.MODEL:
         cfg.MODEL.WS = CfgNode()
-    for node, defaults in (
-        (cfg.MODEL.WS, WSSettings().as_config()),
-        (cfg.SOLVER, {"ACCUMULATE_STEPS": 1, "REFERENCE_IMS_PER_BATCH": 0}),
-        (cfg.DATASETS, {"REGISTER": []}),
-    ):
+    for name, defaults in _ADDED.items():
         for key, default in defaults.items():
-            node.setdefault(key, default)
+            attrgetter(name)(cfg).setdefault(key, copy(default))
+
+
+def name_forgotten_call(message: str) -> str:
+    """What to add to the error of a config that lacks a key: which call adds ours; else ""."""
+    ours = ["MODEL.WS", *(f"{name}.{key}" for name, keys in _ADDED.items() for key in keys)]
+    return f"; {_FORGOTTEN}" if message.rpartition(" ")[2] in ours else ""

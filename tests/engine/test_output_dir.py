@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
 from small_trainer import SmallTrainer, small_cfg
 
 from ws_detectron.engine import run
-from ws_detectron.engine.output_dir import end_last_line, reserved
+from ws_detectron.engine.output_dir import end_last_line, log_to, reserved
 from ws_detectron.errors import ConfigError, UserError, WriteError
 from ws_detectron.utils.io import AlreadyLocked, locked
 
@@ -69,6 +71,25 @@ def test_a_new_run_in_a_used_folder_is_refused(tmp_path: Path, small_run: None, 
     with pytest.raises(UserError, match="holds a run"):
         train(small_cfg(tmp_path))
     assert {path: files(tmp_path)[path] for path in before} == before
+
+
+def test_a_trainer_of_a_script_leaves_the_config_and_its_log(tmp_path: Path) -> None:
+    for log in map(logging.getLogger, ("detectron2", "fvcore", "ws_detectron")):
+        log.setLevel(logging.NOTSET)
+    for name in ("first", "second"):
+        cfg = small_cfg(tmp_path / name)
+        train(cfg)
+        assert (tmp_path / name / "config.yaml").read_text() == cfg.dump()
+        log = (tmp_path / name / "log.txt").read_text()
+        assert log.count("train_loop INFO: Starting training from iteration 0") == 1
+        assert "fvcore.common.checkpoint INFO" in log
+
+
+def test_a_log_that_detectron2_writes_is_not_written_twice(tmp_path: Path) -> None:
+    log = setup_logger(str(tmp_path), name="ws_detectron")
+    log_to(str(tmp_path))
+    log.info("a message")
+    assert (tmp_path / "log.txt").read_text().count("a message") == 1
 
 
 def test_what_is_no_run_is_not_in_the_way(tmp_path: Path, small_run: None) -> None:
@@ -220,7 +241,7 @@ def test_a_folder_that_cannot_be_written_to(small_run: None) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the size of files")
 def test_a_disk_that_becomes_full_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    """Simulated by a limit on file sizes that is below the size of a checkpoint."""
+    """Simulated by a limit on file sizes between those of config.yaml and a checkpoint."""
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
         "from small_trainer import SmallTrainer, small_cfg\n"
@@ -228,7 +249,7 @@ def test_a_disk_that_becomes_full_leaves_the_last_checkpoint(tmp_path: Path) -> 
         "SmallTrainer(small_cfg(Path(sys.argv[1]))).train()\n"
         "trainer = SmallTrainer(small_cfg(Path(sys.argv[1]), iterations=4))\n"
         "trainer.resume_or_load(resume=True)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "with exit_on_user_error():\n"
         "    trainer.train()\n"
     )

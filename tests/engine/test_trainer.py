@@ -114,6 +114,8 @@ def test_expected_results_decide_the_status(tiny_cfg: CfgNode, tmp_path: Path) -
     tiny_cfg.TEST.EXPECTED_RESULTS = [["segm", "AP", 99.0, 0.5]]
     with pytest.raises(SystemExit):
         run(tiny_cfg, arguments(eval_only=True))
+    log = Path(tiny_cfg.OUTPUT_DIR, "inference", "log.txt").read_text()
+    assert "bbox/AP: unknown, as the model has predicted nothing" in log
 
 
 def test_frozen_stages_do_not_move_and_the_others_do(tiny_cfg: CfgNode) -> None:

@@ -7,6 +7,7 @@ import torch
 from detectron2.config import LazyCall, instantiate
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
+from torchvision.models import resnet18
 
 from ws_detectron import convert_to_ws, fold_ws, with_ws
 from ws_detectron.layers import WSConv2d
@@ -86,6 +87,20 @@ def test_what_is_converted_standardizes_together_and_folding_undoes_it() -> None
     assert type(fold_ws(part)) is nn.Sequential
     unchanged = nn.Sequential(Conv2d(3, 4, 1))
     assert type(with_ws(unchanged)) is nn.Sequential
+
+
+def test_a_model_in_which_nothing_is_converted_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    convert_to_ws(resnet18())
+    for part in ("Conv2d is not a detectron2 Conv2d (20)", "detectron2.layers.Conv2d with `norm`"):
+        assert part in caplog.text
+    caplog.clear()
+    convert_to_ws(nn.Linear(1, 1))
+    assert "there is none" in caplog.text
+    caplog.clear()
+    convert_to_ws(Block())
+    assert not caplog.records
 
 
 def test_converting_again_sets_the_new_mode() -> None:

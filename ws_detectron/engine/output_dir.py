@@ -51,6 +51,39 @@ def make_output_dir(output_dir: str) -> None:
         ) from error
 
 
+class _RunLog(logging.FileHandler):
+    """Writes log.txt like detectron2's `setup_logger`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, delay=True)
+        form = "[%(asctime)s] %(name)s %(levelname)s: %(message)s"
+        self.setFormatter(logging.Formatter(form, "%m/%d %H:%M:%S"))
+
+
+def log_to(output_dir: str) -> None:
+    """Logs to log.txt of the folder, in place of one that an earlier call named.
+
+    detectron2's `default_setup` does this; scripts that make a trainer need not call it. Its log is
+    recognized and not written twice.
+
+    Raises:
+        ConfigError: see `make_output_dir`.
+    """
+    make_output_dir(output_dir)
+    path = Path(output_dir, "log.txt").absolute()
+    for name in ("detectron2", "fvcore", "ws_detectron"):
+        log = logging.getLogger(name)
+        for handler in [h for h in log.handlers if isinstance(h, _RunLog)]:
+            log.removeHandler(handler)
+            handler.close()
+        names = [getattr(getattr(handler, "stream", None), "name", "") for handler in log.handlers]
+        if str(path) in [os.path.abspath(str(name)) for name in names]:
+            continue
+        log.addHandler(_RunLog(path))
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)
+
+
 @contextmanager
 def reserved(output_dir: Union[str, Path]) -> Iterator[None]:
     """Within it, no other process can train in the folder.

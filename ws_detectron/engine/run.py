@@ -82,13 +82,12 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     earlier = written.read_text("utf-8") if written.is_file() else ""
     default_setup(set_up, args)
     if not args.eval_only:
-        resumes = args.resume and bool(earlier) and comm.is_main_process()
-        if resumes:  # restores the config of the last start until this one is known to work
-            write_text(written, earlier)
+        if args.resume and earlier and comm.is_main_process():
+            write_text(
+                written, earlier
+            )  # until this start is known to work: `train` writes its own
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        if not trainer.is_finished() and resumes:
-            write_text(written, set_up.dump())
         return trainer.train()
     results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))
     if comm.is_main_process():

@@ -1,6 +1,7 @@
 """`Trainer`: detectron2's DefaultTrainer with COCO evaluation, on any number of CPUs or GPUs."""
 
 import logging
+import math
 import re
 import weakref
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTraine
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.hooks import PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
@@ -28,13 +30,13 @@ from ws_detectron.utils.compat import (
     is_divergence,
     user_errors_unlogged,
 )
-from ws_detectron.utils.io import refuse_overwrite
+from ws_detectron.utils.io import refuse_overwrite, write_text
 
 from .accumulation import accumulated_step
 from .checks import check_backbone
 from .hooks import RECORD, BestCheckpoint, RunRecord, SharedStatistics, read_record
 from .loaders import build_test_loader, build_train_loader
-from .output_dir import METRICS, check_unused, end_last_line, reserved, warn_of_start
+from .output_dir import METRICS, check_unused, end_last_line, log_to, reserved, warn_of_start
 from .prepare import as_flat_dict, prepare
 from .scaling import list_changes
 
@@ -71,6 +73,8 @@ class Trainer(DefaultTrainer):
             setup_logger(distributed_rank=comm.get_rank(), name="ws_detectron")
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):  # as DefaultTrainer
             setup_logger()
+        if comm.is_main_process():
+            log_to(cfg.OUTPUT_DIR)
         cfg = prepare(cfg)
         self._resumes = False
 
@@ -218,6 +222,7 @@ class Trainer(DefaultTrainer):
                 if self.start_iter == 0:
                     (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
                 end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
+                write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
                 super().train()
         # detectron2 returns it only with TEST.EXPECTED_RESULTS
         return getattr(self, "_last_eval_results", None)
@@ -340,6 +345,16 @@ class Trainer(DefaultTrainer):
             # without any prediction, detectron2 has no mask metrics and then fails to look them up
             for task, *_ in cfg.TEST.EXPECTED_RESULTS:
                 results.setdefault(task, {})
+            found = flatten_results_dict(results)
+            unknown = [key for key, ap in found.items() if key.endswith("AP") and math.isnan(ap)]
+            if unknown:
+                logger.warning(
+                    "%s: unknown, as the model has predicted nothing, which is usual after few "
+                    "iterations, or the data have no object; the lowest score of a prediction is "
+                    "MODEL.ROI_HEADS.SCORE_THRESH_TEST, %g",
+                    ", ".join(unknown),
+                    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST,
+                )
         return results
 
     @classmethod

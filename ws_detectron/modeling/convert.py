@@ -4,6 +4,8 @@ Converting after building reuses detectron2's builders, and with them all their 
 """
 
 import copy
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -20,6 +22,8 @@ from ws_detectron.layers import (
     standardize_together,
     standardize_weight,
 )
+
+logger = logging.getLogger(__name__)
 
 _NORM_TYPES = (
     FrozenBatchNorm2d,
@@ -62,7 +66,8 @@ def convert_to_ws(
     Only the class of a conv changes. Parameters, `requires_grad`, hooks and other references to
     the conv (detectron2's FPN also keeps its convs in plain lists) stay valid. A `WSConv2d`
     followed by a norm layer gets the new `eps` and `mode`. The filters of `module` are
-    standardized together afterwards (`layers.standardize_together`).
+    standardized together afterwards (`layers.standardize_together`). If there is no such conv, a
+    warning says why.
 
     Args:
         module: any module tree; may be a single conv.
@@ -88,6 +93,14 @@ def convert_to_ws(
             report.skipped[name] = reason
     if report.converted:
         standardize_together(module)
+    else:
+        reasons = Counter(report.skipped.values()).most_common()
+        logger.warning(
+            "convert_to_ws has standardized no convolution: %s; WS is for a "
+            "detectron2.layers.Conv2d with `norm` set, or directly before a norm layer in an "
+            "nn.Sequential",
+            ", ".join(f"{reason} ({count})" for reason, count in reasons) or "there is none",
+        )
     return report
 
 
@@ -168,7 +181,7 @@ def _reason_to_skip(module: nn.Module, norm_follows: bool) -> Optional[str]:
     if isinstance(module, (Conv2d, WSConv2d)):
         return f"{type(module).__name__} may override the forward"
     if isinstance(module, nn.modules.conv._ConvNd):
-        return f"{type(module).__name__} is not a detectron2 Conv2d"
+        return f"torch's {type(module).__name__} is not a detectron2 Conv2d"
     if "Deform" in type(module).__name__ and hasattr(module, "weight"):
         return "deformable convolutions are not supported"
     return ""

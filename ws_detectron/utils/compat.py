@@ -54,6 +54,31 @@ def default_config() -> CfgNode:
     return _C
 
 
+def extend_key_errors(addition: Callable[[str], str]) -> None:
+    """Extends the error of a key that a config does not have, also in scripts of others.
+
+    In all versions `merge_from_file` ends in `merge_from_other_cfg`, and both this and
+    `merge_from_list` are inherited; their messages end with the key.
+
+    Args:
+        addition: takes the message; returns what to add to it.
+    """
+
+    def extended(merge: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(merge)
+        def merged(self: CfgNode, given: Any) -> None:
+            try:
+                merge(self, given)
+            except (KeyError, AssertionError) as error:
+                error.args = (f"{error.args[0]}{addition(error.args[0])}",) if error.args else ()
+                raise
+
+        return merged
+
+    for name in ("merge_from_other_cfg", "merge_from_list"):
+        setattr(CfgNode, name, extended(getattr(CfgNode, name)))
+
+
 def before_training(check: Callable[[CfgNode], None]) -> None:
     """Has `check` called with the config of each training, also by scripts of others.
 
