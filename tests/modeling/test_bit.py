@@ -153,8 +153,9 @@ def test_ws_can_be_switched_off_and_folded() -> None:
     assert len(names) == CONVS[50] and all(name.startswith("bottom_up.") for name in names)
 
 
-def test_all_filters_of_an_fpn_are_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_backbone(bit_config())
+@pytest.mark.parametrize("name, convs", [("resnet", CONVS[50]), ("resnet_fpn", CONVS[50] + 8)])
+def test_all_filters_are_one_part(monkeypatch: pytest.MonkeyPatch, name: str, convs: int) -> None:
+    model = build_backbone(bit_config(name=f"build_bit_{name}_backbone"))
     found: list[int] = []
     together = ws_conv.standardize_weights
 
@@ -165,7 +166,7 @@ def test_all_filters_of_an_fpn_are_one_part(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ws_conv, "standardize_weights", counting)
     monkeypatch.setattr(ws_conv, "standardize_weight", None)  # no conv by itself
     model(torch.randn(1, 3, 64, 64))
-    assert found == [CONVS[50] + 8]
+    assert found == [convs]
 
 
 def test_scripted_fpn_equals_eager() -> None:
