@@ -67,9 +67,12 @@ def _norm(cfg: CfgNode) -> dict[str, str]:
 def _weights(cfg: CfgNode) -> dict[str, str]:
     resnets, divided = cfg.MODEL.RESNETS, cfg.MODEL.PIXEL_STD != [1.0, 1.0, 1.0]
     groups, width = resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP
+    resnet = f"X-{resnets.DEPTH}-{groups}x{width}d" if groups > 1 else f"R-{resnets.DEPTH}"
+    if cfg.MODEL.BACKBONE.NAME.startswith("build_bit_"):
+        resnet = f"BiT R-{resnets.DEPTH}x{width // 64}"
     return {
         "`MODEL.WEIGHTS`": f"`{cfg.MODEL.WEIGHTS}`" if cfg.MODEL.WEIGHTS else "random",
-        "ResNet": f"X-{resnets.DEPTH}-{groups}x{width}d" if groups > 1 else f"R-{resnets.DEPTH}",
+        "ResNet": resnet,
         "input": cfg.INPUT.FORMAT + (", divided by std" if divided else ""),
         "frozen": {0: "nothing", 2: "stem, res2"}[cfg.MODEL.BACKBONE.FREEZE_AT],
     }

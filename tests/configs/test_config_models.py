@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from detectron2.layers import FrozenBatchNorm2d
 from fvcore.nn.precise_bn import get_bn_modules
-from leaves import BACKBONES, LEAVES, VARIANTS, Name, build
+from leaves import BACKBONES, BIT, LEAVES, VARIANTS, Name, build
 from torch import nn
 
 from ws_detectron import WSConv2d
@@ -95,7 +95,8 @@ def test_norm_layers_are_those_of_the_variant(leaf: str) -> None:
         if path.rpartition(".")[2] == "norm"
     }
     in_backbone = sum(path.startswith("backbone.bottom_up.") for path in norms)
-    assert in_backbone == BACKBONES[name.backbone][3]
+    # of BiT: one before each conv of a block but for the 4 projections, and the final one
+    assert in_backbone == (3 * 16 + 1 if name.backbone == BIT else BACKBONES[name.backbone][3])
     elsewhere = HEAD_CONVS[name.detector] + FPN_CONVS[name.detector]
     elsewhere += SEM_SEG_CONVS.get(name.detector, 0)
     variant = VARIANTS[name.variant]

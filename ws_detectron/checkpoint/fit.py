@@ -13,7 +13,7 @@ from torch import nn
 from ws_detectron.errors import list_some
 from ws_detectron.modeling.parts import REGISTRATIONS
 
-from .metadata import WeightMetadata, WSForm, describe_model
+from .metadata import WeightMetadata, WSForm, describe_model, is_bit
 
 _BLOCK = re.compile(r"(?:^|\.)(res\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
@@ -85,6 +85,7 @@ def check_fit(
         _compare_ws(convs, needs.ws_convs, metadata.ws_convs, fold, fit)
         if any(_BODY.search(key) for key in state):
             fit.problems += _compare_settings(needs, metadata)
+            fit.problems += _compare_order(own, state)
     return fit
 
 
@@ -179,6 +180,16 @@ def _compare_norms(own: State, state: State, norm: str) -> Iterator[str]:
         yield (
             f"the weights were trained with GN and the model has BN at {list_some(without)}; check "
             "MODEL.RESNETS.NORM"
+        )
+
+
+def _compare_order(own: State, state: State) -> Iterator[str]:
+    """Finds a BiT ResNet on one side only; the convs of both have the same names and shapes."""
+    if is_bit(own) != is_bit(state):
+        one, other = ("model", "file") if is_bit(own) else ("file", "model")
+        yield (
+            f"the norm layers are before the convs in the {one} (BiT) and behind them in the "
+            f"{other}; check MODEL.BACKBONE.NAME (build_bit_* or build_ws_*)"
         )
 
 

@@ -4,7 +4,7 @@ Files written by this package contain it as a dict of plain values under the key
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
@@ -112,6 +112,16 @@ class WeightMetadata:
             ) from None
 
 
+def in_resnet(name: str) -> bool:
+    """Whether a module or key is of the ResNet of a model, or of a ResNet alone."""
+    return _BODY.search(name) is not None
+
+
+def is_bit(keys: Iterable[str]) -> bool:
+    """Whether the keys of a model or file are those of `build_bit_*`, or of their ResNet."""
+    return any(key.endswith("stem.out.norm.weight") for key in keys)
+
+
 def describe_model(model: nn.Module) -> WeightMetadata:
     """Reads WS, norm, preprocessing and stride style from a model.
 
@@ -126,7 +136,7 @@ def describe_model(model: nn.Module) -> WeightMetadata:
             forms[name] = WSForm(module.ws_mode, module.ws_eps)
         elif isinstance(module, nn.GroupNorm):
             groups.add(module.num_groups)
-        if not norm and _BODY.search(name):
+        if not norm and in_resnet(name):
             bn = isinstance(module, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm))
             norm = "GN" if isinstance(module, nn.GroupNorm) else "BN" if bn else ""
         if _FIRST_BLOCK.search(name) and hasattr(module, "conv3"):

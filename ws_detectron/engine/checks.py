@@ -105,13 +105,13 @@ def check_weights(cfg: CfgNode) -> None:
 
 def check_backbone(cfg: CfgNode) -> None:
     """Depth and FPN inputs are ones that detectron2's ResNet builders take, where one is used."""
-    backbone = stock_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
-    if backbone not in [row.stock for row in REGISTRATIONS]:
+    backbone = cfg.MODEL.BACKBONE.NAME
+    if backbone not in {name for row in REGISTRATIONS for name in (row.name, row.stock)}:
         return
     check_depth(cfg)
     if "fpn" in backbone and not cfg.MODEL.FPN.IN_FEATURES:
         raise ConfigError(
-            f"MODEL.FPN.IN_FEATURES is empty, but {cfg.MODEL.BACKBONE.NAME} needs some. "
+            f"MODEL.FPN.IN_FEATURES is empty, but {backbone} needs some. "
             "Files in configs/norms, weights and schedules are parts of configs: name a whole one"
         )
 

@@ -35,7 +35,8 @@ class Registration(NamedTuple):
         registry: where both are registered.
         key: the config key for their names.
         name: of the part with WS.
-        stock: name of detectron2's part, which has the same outputs with folded weights.
+        stock: name of detectron2's part, which has the same outputs with folded weights; empty if
+            detectron2 has none.
         norms: switch in MODEL.WS -> key of the norm after the convs that it standardizes.
     """
 
@@ -57,6 +58,9 @@ REGISTRATIONS = [
         *_BACKBONE,
         "build_ws_retinanet_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone", _FPN,
     ),
+    Registration(*_BACKBONE, "build_bit_resnet_backbone", "", _RESNET),
+    Registration(*_BACKBONE, "build_bit_resnet_fpn_backbone", "", _FPN),
+    Registration(*_BACKBONE, "build_bit_retinanet_resnet_fpn_backbone", "", _FPN),
     Registration(
         ROI_BOX_HEAD_REGISTRY, "MODEL.ROI_BOX_HEAD.NAME",
         "WSFastRCNNConvFCHead", "FastRCNNConvFCHead", {"BOX_HEAD": "MODEL.ROI_BOX_HEAD.NORM"},
@@ -84,9 +88,9 @@ def registrations_in(cfg: CfgNode) -> list[Registration]:
 
 
 def stock_name(key: str, name: str) -> str:
-    """detectron2's name for the part that `key` names `name`; `name` itself if it is stock."""
+    """detectron2's name for the part that `key` names `name`; `name` itself if there is none."""
     stock = [row.stock for row in REGISTRATIONS if (row.key, row.name) == (key, name)]
-    return stock[0] if stock else name
+    return (stock and stock[0]) or name
 
 
 def finish_part(
