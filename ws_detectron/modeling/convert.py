@@ -15,6 +15,7 @@ from ws_detectron.layers import (
     DEFAULT_WS_EPS,
     DEFAULT_WS_MODE,
     WSConv2d,
+    affine_of,
     check_ws_arguments,
     standardize_alone,
     standardize_together,
@@ -50,7 +51,10 @@ class ConversionReport:
 
 
 def convert_to_ws(
-    module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
+    module: nn.Module,
+    eps: float = DEFAULT_WS_EPS,
+    mode: str = DEFAULT_WS_MODE,
+    affine: bool = False,
 ) -> ConversionReport:
     """Turns every detectron2 `Conv2d` followed by a norm layer into a `WSConv2d`, in place.
 
@@ -64,10 +68,15 @@ def convert_to_ws(
     followed by a norm layer gets the new `eps` and `mode`. The filters of `module` are
     standardized together afterwards (`layers.standardize_together`).
 
+    With `affine`, a trained model keeps its outputs: the buffers gamma and beta of a `Conv2d` are
+    taken from its filters; a `WSConv2d` keeps its own, or gets 1 and 0.
+
     Args:
         module: any module tree; may be a single conv.
         eps: `eps` of `standardize_weight`.
         mode: `mode` of `standardize_weight`.
+        affine: whether the convs have gamma and beta (`WSConv2d`). mmcv's ConvAWS2d has them, and
+            mode "aws".
 
     Returns:
         The names of the convolutions that were converted, and of the others with the reason.
@@ -81,7 +90,11 @@ def convert_to_ws(
     for name, conv in module.named_modules():
         reason = _reason_to_skip(conv, id(conv) in norm_follows)
         if reason is None:
-            conv.__class__ = WSConv2d
+            if type(conv) is Conv2d:
+                conv.__class__ = WSConv2d
+                conv.set_affine(affine_of(conv.weight, eps, mode) if affine else None)
+            elif affine != (conv.affine() is not None):
+                conv.reset_affine(affine)
             conv.ws_eps, conv.ws_mode = eps, mode
             report.converted.append(name)
         elif reason:
@@ -92,14 +105,17 @@ def convert_to_ws(
 
 
 def with_ws(
-    module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
+    module: nn.Module,
+    eps: float = DEFAULT_WS_EPS,
+    mode: str = DEFAULT_WS_MODE,
+    affine: bool = False,
 ) -> nn.Module:
     """`convert_to_ws` that returns the module, as a LazyConfig needs it: `L(with_ws)(module=...)`.
 
     Args, Raises:
         as for `convert_to_ws`.
     """
-    convert_to_ws(module, eps, mode)
+    convert_to_ws(module, eps, mode, affine)
     return module
 
 
@@ -121,9 +137,9 @@ def fold_ws(module: nn.Module) -> nn.Module:
             standardize_alone(conv)
             continue
         with torch.no_grad():
-            folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode)
+            folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode, conv.affine())
         conv.weight = nn.Parameter(folded, requires_grad=conv.weight.requires_grad)
-        del conv.ws_eps, conv.ws_mode
+        del conv.ws_eps, conv.ws_mode, conv.weight_gamma, conv.weight_beta
         conv.__class__ = Conv2d
     return module
 
