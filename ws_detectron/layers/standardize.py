@@ -84,8 +84,8 @@ def standardize_weight(
     the unbiased variance of one value (0/0) counts as 0, and so does the gradient of the
     deviation, which is multiplied by W - mu = 0.
 
-    With `affine`, the result is gamma * W_hat + beta. Of the gamma and beta that `affine_of` takes
-    from a weight it is that weight.
+    With `affine`, the result is gamma * W_hat + beta, which is `weight` itself if `affine` is
+    `affine_of(weight, eps, mode)`.
 
     float16 and bfloat16 weights are standardized in float32, also under autocast, and returned in
     their own dtype. Twice differentiable and scriptable. The result keeps the memory format.
@@ -117,7 +117,8 @@ def standardize_weight(
 
 
 def affine_of(weight: torch.Tensor, eps: float, mode: str) -> Affine:
-    """gamma = d, the denominator of `mode`, and beta = mu of each filter; without a gradient."""
+    """gamma and beta with which `standardize_weight` returns `weight` itself, without a gradient:
+    the denominator of `mode` and the mean of each filter."""
     w = weight.detach()
     if w.dtype in (torch.float16, torch.bfloat16):
         w = w.float()
