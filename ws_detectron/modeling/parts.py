@@ -21,6 +21,7 @@ from torch import nn
 
 from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
+from ws_detectron.layers import WSConv2d
 
 from .convert import convert_to_ws
 from .norm import check_norm_layers
@@ -120,4 +121,10 @@ def finish_part(
             f"WS needs convs followed by a norm layer, and {part} has none; check {norm_key} "
             f'(allowed: "GN", "BN", "SyncBN", "FrozenBN") or set MODEL.WS.{switch} False'
         )
-    logger.info("WS (%s, eps %g) in %s: %s", ws.mode, ws.eps, part, report)
+    for conv in module.modules():
+        if isinstance(conv, WSConv2d):
+            # Weights fill them. Those of random filters would differ between processes, because
+            # detectron2's DistributedDataParallel does not broadcast buffers.
+            conv.reset_affine(ws.affine)
+    form = f"{ws.mode}, eps {ws.eps:g}" + ", affine" * ws.affine
+    logger.info("WS (%s) in %s: %s", form, part, report)
