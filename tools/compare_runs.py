@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.evaluation.comparison import as_csv, as_markdown
-from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
+from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves
+from ws_detectron.evaluation.figure_style import write_figure
 from ws_detectron.evaluation.runs import read_runs
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 

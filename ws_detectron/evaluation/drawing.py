@@ -19,6 +19,8 @@ from ws_detectron.data.validate import as_rle
 from ws_detectron.errors import UserError, shown
 from ws_detectron.utils.io import atomic_write
 
+from .figure_style import as_label
+
 CROWD_COLOUR = (0.6, 0.6, 0.6)
 SIDE = 448  # pixels, the longer side of a picture on a sheet
 CAPTION_HEIGHT = 30  # pixels above each picture
@@ -141,11 +143,6 @@ def separate_labels(picture: VisImage) -> None:
                 break
         else:
             text.set_visible(False)
-
-
-def as_label(text: str) -> str:
-    """Escapes a text for matplotlib, which would read text between dollar signs as a formula."""
-    return shown(text).replace("$", r"\$")
 
 
 def write_png(path: Union[str, Path], picture: np.ndarray) -> None:

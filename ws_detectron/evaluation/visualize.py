@@ -27,8 +27,8 @@ from ws_detectron.utils.io import (
 
 from .coco_eval import check_predictions, load_annotations
 from .coco_report import TITLES
-from .curves import write_figure
 from .drawing import SIDE, Pair, contact_sheet, draw_entries, write_png
+from .figure_style import write_figure
 from .image_errors import ERRORS, count_errors, draw_errors, image_ap
 from .inputs import find_inputs, is_video, output_names, read_video, write_video
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from small_study import VARIANT, write_study
 
 from ws_detectron.errors import UserError
@@ -23,7 +24,12 @@ from ws_detectron.lab.study import (
     report_study,
     run_study,
 )
-from ws_detectron.lab.study.figures import draw_batches, draw_over_batch, draw_study_curves
+from ws_detectron.lab.study.figures import (
+    draw_batches,
+    draw_over_batch,
+    draw_scores,
+    draw_study_curves,
+)
 from ws_detectron.lab.study.report import (
     as_page,
     problems_of,
@@ -146,16 +152,51 @@ def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
     assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP (%)", "mask AP (%)")
     (line, _, (bars,)) = box.containers[0]
     assert [*line.get_ydata()] == [101.5, 101.5]
-    assert [*line.get_xdata()] == pytest.approx([1, 4], rel=0.05)
+    assert [label.get_text() for label in box.get_xticklabels()] == ["1", "4"]
+    assert box.get_ylim() == mask.get_ylim()
+    assert "A study\nmean and standard deviation of 1 to 2 seeds" in ran_title(box)
     ends = [*bars.get_segments()[0][:, 1]]
     assert ends == pytest.approx([101.5 - 0.5**0.5, 101.5 + 0.5**0.5])
 
 
-def test_variants_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
-    box, _ = draw_over_batch(replace(ran, study=replace(ran.study, batches=[4]))).axes
-    low, high = box.get_xlim()
-    places = [container[0].get_xdata()[0] for container in box.containers]
-    assert len(places) == 2 and places[1] - places[0] < (high - low) / 10
+def ran_title(panel: Axes) -> str:
+    suptitle = panel.get_figure().get_suptitle()
+    return str(suptitle)
+
+
+def test_variants_stand_within_the_place_of_their_batch(ran: StudyResults) -> None:
+    """Half of the distance of two batches would read as a batch between them."""
+    box, _ = draw_over_batch(ran).axes
+    for container in box.containers:
+        places = [*container[0].get_xdata()]
+        assert [round(place) for place in places] == [0, 1]
+        assert all(abs(place - round(place)) < 0.25 for place in places)
+    bands = [patch.get_extents().intervalx for patch in box.patches]
+    inside = box.transData.inverted().transform
+    assert [[round(inside((x, 0))[0], 6) for x in band] for band in bands] == [[-0.5, 0.5]]
+
+
+def test_many_variants_are_rows_at_every_batch(ran: StudyResults) -> None:
+    """Lines of nine variants would lie over each other."""
+    variants = dict.fromkeys([f"gn_ws_{n}" for n in range(7)], ran.study.variants["gn"])
+    (seen, *_) = (run for run in ran.runs if run.status == "finished")
+    runs = [
+        replace(seen, run=replace(seen.run, variant=name, batch=batch))
+        for name in variants
+        for batch in (1, 4)
+    ]
+    many = replace(ran, study=replace(ran.study, variants=variants), runs=runs)
+    panels = draw_scores(many).axes
+    assert [panel.get_title().split("\n")[0] for panel in panels] == [
+        title for title in ("1 image per step", "4 images per step") for _ in ("box", "mask")
+    ]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [
+        f"GN+WS {n}" for n in range(7)
+    ]
+    assert len({panel.get_xlim() for panel in panels}) == 1
+    narrow = draw_scores(many, stacked=True)
+    assert narrow.get_figwidth() < 5 and len(narrow.axes) == 4
+    assert len({panel.get_position().x0 for panel in narrow.axes}) == 1
 
 
 def test_legend_of_many_variants_is_not_cut_off(ran: StudyResults) -> None:
@@ -178,7 +219,8 @@ def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResult
     np.testing.assert_array_equal(loss_1.lines[0].get_xdata(), np.arange(1, 81))
     np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
     box_4 = panels[3]
-    assert box_4.get_shared_x_axes().joined(box_4, loss_4)
+    assert len({panel.get_xlim() for panel in panels}) == 1
+    assert len({panel.get_ylim() for panel in panels[2:]}) == 1  # box and mask AP
     np.testing.assert_array_equal(box_4.lines[0].get_xdata(), [80])
     np.testing.assert_allclose(box_4.lines[0].get_ydata(), [101.5])
 
@@ -190,7 +232,7 @@ def test_curves_are_of_finished_runs_and_may_lack_a_value(ran: StudyResults) -> 
     rows = [row for row in runs[number].record.rows if row["iteration"] != 9]
     runs[number] = replace(runs[number], record=replace(runs[number].record, rows=rows))
     loss_1, loss_4 = draw_study_curves(replace(ran, runs=runs)).axes[:2]
-    (gn,) = (line for line in loss_1.lines if line.get_label() == "gn")
+    (gn,) = (line for line in loss_1.lines if line.get_label() == "GN")
     assert len(gn.get_xdata()) == 80
     np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
     assert np.isfinite(loss_4.lines[0].get_ydata()).all()
@@ -199,7 +241,7 @@ def test_curves_are_of_finished_runs_and_may_lack_a_value(ran: StudyResults) -> 
     diverged = [{"iteration": 0, "total_loss": 1000.0}]
     runs[number] = replace(runs[number], record=replace(runs[number].record, rows=diverged))
     (gn,) = (
-        x for x in draw_study_curves(replace(ran, runs=runs)).axes[0].lines if x.get_label() == "gn"
+        x for x in draw_study_curves(replace(ran, runs=runs)).axes[0].lines if x.get_label() == "GN"
     )
     assert len(gn.get_xdata()) == 80 and max(gn.get_ydata()) < 10
 
@@ -228,7 +270,9 @@ def test_one_batch_is_drawn_by_variant(ran: StudyResults) -> None:
     seeds, interval, mean = box.lines[:3]
     assert sorted(seeds.get_xdata()) == [101, 102] and list(mean.get_xdata()) == [101.5]
     assert interval.get_xdata() == pytest.approx([101.5 - half, 101.5 + half], rel=1e-4)
-    assert box.get_xlabel() == "box AP, mean and 95% interval" and "mask" in mask.get_xlabel()
+    assert box.get_xlabel() == "box AP (%)" and mask.get_xlabel() == "mask AP (%)"
+    assert box.get_xlim() == mask.get_xlim()
+    assert ran_title(box) == "A study\nsymbol: mean, bar: 95 % interval, tick: a run"
 
 
 def test_panels_of_several_studies(ran: StudyResults) -> None:
@@ -236,6 +280,8 @@ def test_panels_of_several_studies(ran: StudyResults) -> None:
     figure = draw_batches([ran, replace(ran, study=only_gn)], batches=[4])
     both, alone = figure.axes
     assert "4 images per step\n" in both.get_title() and "images" in alone.get_title()
+    other = [replace(ran, study=replace(ran.study, title=f"{n}: data, model")) for n in "ab"]
+    assert ran_title(draw_batches(other).axes[0]).startswith("Data, model\n")
     assert both.lines[3].get_color() == alone.lines[0].get_color() != both.lines[0].get_color()
 
 

@@ -147,7 +147,7 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
         UserError: the folder cannot be written to.
     """
     # these need the packages of the extra `lab`
-    from ws_detectron.evaluation.curves import write_figure
+    from ws_detectron.evaluation.figure_style import write_figure
 
     from .figures import draw_scores, draw_study_curves
     from .report import as_page, first_figure, problems_of, report_text
@@ -181,7 +181,7 @@ def draw_studies(
         UserError: the numbers of studies and folders differ, there is no such batch, or the figure
             cannot be written.
     """
-    from ws_detectron.evaluation.curves import write_figure
+    from ws_detectron.evaluation.figure_style import write_figure
 
     from .figures import draw_batches
 
