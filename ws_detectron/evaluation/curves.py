@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .coco_curves import COMPARED, draw_runs, read_curves
 from .coco_eval import TASKS
 from .coco_report import TITLES
 from .figure_style import finish_figure, line_styles, norm_of_config, same_limits, split_name
@@ -19,19 +20,26 @@ def styles_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return line_styles([run.name for run in runs], norms)
 
 
+def model_name(config: Mapping[str, Any]) -> str:
+    """For example "R-50 Mask R-CNN".
+
+    Args:
+        config: full config key -> value.
+    """
+    name = config.get("MODEL.META_ARCHITECTURE", "")
+    if name == "GeneralizedRCNN":
+        name = f"{'Mask' if config.get('MODEL.MASK_ON') else 'Faster'} R-CNN"
+    resnet = "resnet" in config.get("MODEL.BACKBONE.NAME", "")
+    depth = f"R-{config.get('MODEL.RESNETS.DEPTH')} " if resnet else ""
+    return depth + MODELS.get(name, name)
+
+
 def title_of(runs: Sequence[Run], data_key: str = "DATASETS.TEST") -> str:
     """Model and data of runs, as far as their configs agree: "R-50 Mask R-CNN, coco_2017_val"."""
-    models, data = [], []
-    for config in (run.config for run in runs if run.config):
-        name = config.get("MODEL.META_ARCHITECTURE", "")
-        if name == "GeneralizedRCNN":
-            name = f"{'Mask' if config.get('MODEL.MASK_ON') else 'Faster'} R-CNN"
-        depth = f"R-{config.get('MODEL.RESNETS.DEPTH')} "
-        resnet = "resnet" in config.get("MODEL.BACKBONE.NAME", "")
-        models.append(f"{depth if resnet else ''}{MODELS.get(name, name)}")
-        data.append("+".join(config.get(data_key, ())))
-    same = [some[0] for some in (models, data) if some and some.count(some[0]) == len(some)]
-    return ", ".join(filter(None, same))
+    configs = [run.config for run in runs if run.config]
+    models = {model_name(config) for config in configs}
+    data = {"+".join(config.get(data_key, ())) for config in configs}
+    return ", ".join(some.pop() for some in (models, data) if len(some) == 1)
 
 
 def draw_learning_curves(runs: Sequence[Run]) -> Figure:
@@ -46,6 +54,21 @@ def draw_ap_curves(runs: Sequence[Run]) -> Figure:
     drawn = [t for t in TASKS if any(series(r.rows, k)[0] for r, k in zip(runs, keys[t]))]
     rows = {f"{TITLES[task]} AP (%)": keys[task] for task in drawn or TASKS[:1]}
     return _draw(runs, rows, "DATASETS.TEST")
+
+
+def draw_evaluations(runs: Sequence[Run]) -> dict[str, Figure]:
+    """File name -> figure of what tools/evaluate_coco.py wrote, runs over each other.
+
+    Empty if no run has such files.
+    """
+    tables = {run.name: read_curves(run.evaluation) for run in runs if run.evaluation}
+    styles = [style for style, run in zip(styles_of(runs), runs) if run.evaluation]
+    figures = {}
+    for name in COMPARED:
+        rows = {run: found[name] for run, found in tables.items()}
+        if any(rows.values()):
+            figures[f"{name}.png"] = draw_runs(name, rows, styles, title_of(runs))
+    return figures
 
 
 def _draw(

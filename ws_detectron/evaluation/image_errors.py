@@ -113,6 +113,26 @@ def _average_precision(matches: list[dict[str, Any]], objects: int, recalls: np.
     return float(np.mean(values))
 
 
+def greedy_matches(ious: np.ndarray) -> np.ndarray:
+    """The object that each prediction matches; -1 for none.
+
+    It is the free object with the highest IoU, if that is at least `FOREGROUND`.
+
+    Args:
+        ious: (D, G) IoU of the predictions, highest score first, and objects.
+
+    Returns:
+        (D,) numbers of objects.
+    """
+    free, matched = np.ones(ious.shape[1], dtype=bool), np.full(len(ious), -1)
+    for number, overlaps in enumerate(ious):
+        candidates = np.where(free, overlaps, 0.0)
+        if candidates.max(initial=0.0) >= FOREGROUND:
+            matched[number] = candidates.argmax()
+            free[matched[number]] = False
+    return matched
+
+
 def classify_predictions(
     ious: np.ndarray, same_class: np.ndarray, on_crowd: np.ndarray
 ) -> tuple[list[str], list[str]]:
@@ -133,15 +153,11 @@ def classify_predictions(
         D error types, `CORRECT` and `IGNORED` included, and G states: `FOUND`, `NOT_FOUND` or
         `MISSED`.
     """
-    free = np.ones(ious.shape[1], dtype=bool)
     own, other = np.where(same_class, ious, 0.0), np.where(same_class, 0.0, ious)
-    types = []
-    for overlaps in own:
-        candidates = np.where(free, overlaps, 0.0)
-        hit = candidates.max(initial=0.0) >= FOREGROUND
-        if hit:
-            free[candidates.argmax()] = False
-        types.append(CORRECT if hit else "")
+    matched = greedy_matches(own)
+    types = [CORRECT if match >= 0 else "" for match in matched]
+    free = np.ones(ious.shape[1], dtype=bool)
+    free[matched[matched >= 0]] = False
     missed = free.copy()
     for number, error_type in enumerate(types):
         if error_type:
@@ -195,9 +211,9 @@ def match_images(
         crowds = [a for a in objects if a.get("iscrowd")]
         single = [n for n, a in enumerate(objects) if not a.get("iscrowd")]
         some = [objects[n] for n in single]
-        on_crowd = (_ious(ranked, crowds, task) > FOREGROUND) & _same_class(ranked, crowds)
+        on_crowd = (pair_ious(ranked, crowds, task) > FOREGROUND) & same_class(ranked, crowds)
         types, states = classify_predictions(
-            _ious(ranked, some, task), _same_class(ranked, some), on_crowd.any(axis=1)
+            pair_ious(ranked, some, task), same_class(ranked, some), on_crowd.any(axis=1)
         )
         type_of, state_of = dict(zip(best, types)), dict(zip(single, states))
         matches[image_id] = ImageMatches(
@@ -216,7 +232,7 @@ def count_errors(matches: Iterable[ImageMatches]) -> dict[str, int]:
     return {name: counts[name] for name in (CORRECT, *ERRORS)}
 
 
-def _ious(
+def pair_ious(
     predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]], task: str
 ) -> np.ndarray:
     """(D, G) IoU of masks or boxes; for crowds, the fraction of the prediction on the crowd."""
@@ -226,9 +242,10 @@ def _ious(
     return np.reshape(ious, (len(predictions), len(objects)))
 
 
-def _same_class(
+def same_class(
     predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]]
 ) -> np.ndarray:
+    """(D, G) bool."""
     found, true = ([entry["category_id"] for entry in group] for group in (predictions, objects))
     return np.reshape(found, (-1, 1)) == np.reshape(true, (1, -1))
 
