@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from evaluated_model import IN_PROCESS, OPTIONS, QUICKSTART
 
-from ws_detectron.evaluation.coco_curves import FILES, read_curves
+from ws_detectron.evaluation.coco_curves import FILES, MEAN, read_curves
 
 TOOL = "evaluate_coco.py"
 
@@ -31,7 +31,7 @@ def test_a_results_file_is_evaluated(run_tool, call_tool, evaluation_files, tmp_
     assert "faster-coco-eval" in result.stdout
     curves = read_curves(tmp_path / "fast")
     for task, title in (("bbox", "box"), ("segm", "mask")):
-        rows = [r for r in curves["precision_recall"] if (r["task"], r["iou"]) == (task, "mean")]
+        rows = [r for r in curves["precision_recall"] if (r["task"], r["iou"]) == (task, MEAN)]
         assert sum(r["precision"] for r in rows) / 101 == pytest.approx(fast[task]["AP"])
         assert f"best {title} F1 " in result.stdout
     assert all(str(tmp_path / "fast" / name) in result.stdout for name in FILES)

@@ -44,6 +44,7 @@ COMPARED = ("precision_recall", "f1_over_confidence", "ap_by_group")
 FILES = [f"{name}.{suffix}" for name in TABLES for suffix in ("csv", "png")]
 ALL, BACKGROUND = "(all)", "(background)"  # instead of a category; brackets, as names may be both
 IOUS = {"0.5": 0, "0.75": 5}  # of COCO's ten thresholds
+MEAN = "mean of ten IoUs"
 SCORES = np.linspace(0, 1, 101)
 SIZES = {"small": ("APs", 0, 32**2), "medium": ("APm", 32**2, 96**2), "large": ("APl", 96**2, 1e10)}
 COUNTS = {"1": (1, 1), "2 to 3": (2, 3), "4 to 7": (4, 7), "8 to 15": (8, 15), "16 +": (16, 10**9)}
@@ -156,7 +157,7 @@ def _precision_recall(task: str, names: Sequence[str], precision: np.ndarray) ->
         return []
     over_all = precision[:, :, defined].mean(axis=2)
     curves = [(ALL, iou, over_all[number]) for iou, number in IOUS.items()]
-    curves.append((ALL, "mean", over_all.mean(axis=0)))
+    curves.append((ALL, MEAN, over_all.mean(axis=0)))
     curves += [(names[k], "0.5", precision[0, :, k]) for k in np.flatnonzero(defined).tolist()]
     return [
         {"task": task, "category": name, "iou": iou, "recall": float(r), "precision": 100 * p}
@@ -289,10 +290,10 @@ def draw_precision_recall(rows: Sequence[Row], title: str = "") -> Figure:
     tasks = _tasks(rows)
     figure, grid = _grid(2, len(tasks), 3.4)
     for task, upper, lower in zip(tasks, *grid):
-        for number, iou in enumerate((*IOUS, "mean")):
+        for number, iou in enumerate((*IOUS, MEAN)):
             curve = _of(rows, task=task, category=ALL, iou=iou)
             mean = f"{np.mean([row['precision'] for row in curve]):.1f}" if curve else ""
-            text = "mean of ten IoUs" if iou == "mean" else f"IoU {iou}"
+            text = f"IoU {iou}" if iou in IOUS else iou
             style = {"color": OTHERS[number].colour, "linestyle": DASHES[number]}
             _line(upper, curve, "recall", "precision", label=f"{text}: AP {mean}", **style)
         categories = [row["category"] for row in _of(rows, task=task, iou="0.5", recall=0)][1:]
@@ -389,7 +390,7 @@ def draw_runs(
     """
     tasks = [t for t in TASKS if any(_of(rows, task=t) for rows in runs.values())] or TASKS[:1]
     if name == "precision_recall":
-        columns = [{"iou": iou} for iou in (*IOUS, "mean")]
+        columns = [{"iou": iou} for iou in (*IOUS, MEAN)]
         x, y, labels = "recall", "precision", ("recall (%)", "precision (%)")
     elif name == "f1_over_confidence":
         columns, x, y, labels = [{}], "score", "f1", ("confidence threshold", "F1 (%)")
@@ -405,7 +406,7 @@ def draw_runs(
             for rows, style in zip(runs.values(), styles):
                 look = {**style, "markevery": 20} if name != "ap_by_group" else style
                 _line(panel, _of(rows, task=task, **where), x, y, **look)
-            of = [f"IoU {v}" if k == "iou" else v for k, v in column.items()]
+            of = [f"IoU {v}" if v in IOUS else v for v in column.values()]
             panel.set_title(", ".join([TITLES[task], *of]), fontsize="medium")
             if name != "ap_by_group":
                 _percent_axes(panel, *labels)

@@ -4,10 +4,12 @@ import io
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -149,6 +151,12 @@ def same_limits(panels: Sequence[Axes], axis: str = "y") -> None:
     limits = [getattr(panel, f"get_{axis}lim")() for panel in panels]
     for panel in panels:
         getattr(panel, f"set_{axis}lim")(min(low for low, _ in limits), max(h for _, h in limits))
+
+
+def dark_mode() -> AbstractContextManager[None]:
+    """Figures that are made and written in it have light lines and text on `DARK`."""
+    background = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), DARK)
+    return matplotlib.style.context(["dark_background", background])
 
 
 def write_figure(figure: Figure, path: Union[str, Path]) -> Path:

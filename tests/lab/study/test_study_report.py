@@ -34,6 +34,7 @@ from ws_detectron.lab.study.report import (
     as_page,
     problems_of,
     report_text,
+    verdict,
 )
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
@@ -97,16 +98,83 @@ def test_search_is_listed_in_the_order_of_variants_and_upwards(make_study) -> No
 def test_page_is_sound_and_needs_nothing_else(report: Path) -> None:
     text = (report / "report.html").read_text()
     opened, closed = (Counter(re.findall(rf"<{end}(\w+)", text)) for end in ("", "/"))
-    assert {tag for tag in opened if opened[tag] != closed[tag]} == {"meta", "img"}
-    addresses = re.findall(r'(?:src|href)="(.*?)"', text)
+    assert {tag for tag in opened if opened[tag] != closed[tag]} == {"meta", "img", "source"}
+    addresses = re.findall(r'src="(.*?)"', text)
     assert len(addresses) == 2
     for address, name in zip(addresses, ("ap_over_batch.png", "learning_curves.png")):
-        kind, _, data = address.partition(",")
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data) == (report / name).read_bytes()
+        assert decoded(address) == (report / name).read_bytes()
     assert not re.search(r"url\(|@import|<script", text)
     assert "gn_1img_seed2 is diverged" in text and "101.50 ± 0.71" in text
     assert "<td>gn_1img_seed2</td>" in text and "<code>MODEL.RESNETS.NORM</code>" in text
+
+
+def decoded(address: str) -> bytes:
+    kind, _, data = address.partition(",")
+    assert kind == "data:image/png;base64"
+    return base64.b64decode(data)
+
+
+def test_page_has_figures_for_narrow_and_dark_windows(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    assert "color-scheme: light dark" in text
+    for picture in re.findall(r"<picture>.*?</picture>", text):
+        found = re.findall(r'<source media="(.*?)" srcset="(.*?)">', picture)
+        dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 45rem)"
+        # the first that holds is shown
+        assert [media for media, _ in found] == [f"{dark} and {narrow}", dark, narrow]
+        images = [cv2.imdecode(np.frombuffer(decoded(a), np.uint8), 1) for _, a in found]
+        assert [image[0, 0].max() < 60 for image in images] == [True, True, False]
+        assert [image.shape[1] < 600 for image in images] == [True, False, True]
+
+
+def test_page_starts_with_the_verdict_and_its_contents(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    places = [
+        text.index(part)
+        for part in ("<h1", "In box AP", '<div class="toc">', "2 variants (bn, gn)", "<table>")
+    ]
+    assert places == sorted(places)
+    linked, headed = re.findall(r'href="#(.*?)"', text), re.findall(r'<h2 id="(.*?)"', text)
+    assert linked == headed and len(headed) > 4
+
+
+def with_scores(ran: StudyResults, scores: dict[tuple[str, int], list[float]]) -> StudyResults:
+    """Finished runs with these values of box AP."""
+    (seen, *_) = (run for run in ran.runs if run.status == "finished")
+    runs = [
+        replace(
+            seen,
+            run=replace(seen.run, variant=variant, batch=batch, seed=seed),
+            scores={"bbox/AP": value},
+        )
+        for (variant, batch), values in scores.items()
+        for seed, value in enumerate(values, start=1)
+    ]
+    return replace(ran, runs=runs)
+
+
+def test_verdict_says_who_is_ahead_where(ran: StudyResults) -> None:
+    """t(0.975, 4) = 2.776; s = 1 of three each: the interval is +- 2.776 * sqrt(2 / 3) = 2.27."""
+    around = {value: [value - 1.0, value, value + 1.0] for value in (10, 12, 20, 30)}
+    results = with_scores(
+        ran,
+        {
+            ("gn", 1): around[30],
+            ("bn", 1): around[20],
+            ("gn", 4): around[12],
+            ("bn", 4): around[10],
+        },
+    )
+    start = "**In box AP, in points, by 95 % intervals over seeds:** "
+    assert verdict(results) == (
+        f"{start}GN is ahead of BN (+10.0 at 1 image); it is not distinguished from BN "
+        "(+2.0 at 4 images)."
+    )
+    results = with_scores(ran, {("gn", 1): around[10], ("bn", 1): around[20]})
+    assert verdict(results) == f"{start}GN is behind BN (-10.0 at 1 image)."
+    results = with_scores(ran, {("gn", 1): [10], ("bn", 1): [20]})
+    assert "GN differs, without an interval, from BN (-10.0 at 1 image)." in verdict(results)
+    assert "No difference in box AP is known yet" in verdict(with_scores(ran, {("gn", 1): [1]}))
 
 
 def test_page_is_written_on_request_alone(ran: StudyResults, tmp_path: Path) -> None:
@@ -257,7 +325,7 @@ def test_text_of_a_log_is_escaped(ran: StudyResults, tmp_path: Path) -> None:
     assert "is diverged: &lt;class 'x'&gt; &amp; a|b**" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| gn_1img_seed2"))
     assert row.rstrip(" |").endswith("FAILED: &lt;class 'x'&gt; &amp; a\\|b")
-    assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "text", tmp_path)
+    assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "# t\n\nverdict\n\ntext", {})
     assert "h|1" not in markdown_table([{"a": "h|1"}])
 
 

@@ -4,7 +4,8 @@ Needs the packages of the extra `lab`, see `runner.check_packages`.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Optional
 
 import numpy as np
@@ -16,6 +17,8 @@ from matplotlib.ticker import EngFormatter
 from ws_detectron.evaluation.figure_style import (
     add_grid,
     add_title,
+    dark_mode,
+    figure_bytes,
     finish_figure,
     line_styles,
     same_limits,
@@ -23,7 +26,7 @@ from ws_detectron.evaluation.figure_style import (
 from ws_detectron.evaluation.runs import series
 
 from .records import FINISHED, StudyResults
-from .report import LEVEL, contrast, samples, score_table, titles_of
+from .report import DARK_PAGE, LEVEL, NARROW, contrast, samples, score_table, titles_of
 from .study_file import Study
 
 MANY = 6
@@ -196,6 +199,23 @@ def draw_study_curves(results: StudyResults, *, stacked: bool = False) -> Figure
     same_limits([*grid.flat], "x")
     finish_figure(figure, grid.flat, f"{study.title}\n{_over_seeds(results, 'range')}")
     return figure
+
+
+def page_versions(draw: Callable[..., Figure], results: StudyResults) -> dict[str, bytes]:
+    """A figure for narrow and dark pages: media query, empty for all others -> PNG file.
+
+    Args:
+        draw: `draw_scores` or `draw_study_curves`.
+        results: of a study.
+    """
+    versions = {}
+    for dark in (True, False):
+        for stacked in (True, False):
+            with dark_mode() if dark else nullcontext():
+                content = figure_bytes(draw(results, stacked=stacked), "png")
+            queries = [*([DARK_PAGE] if dark else []), *([NARROW] if stacked else [])]
+            versions[" and ".join(queries)] = content
+    return versions
 
 
 def _panels(
