@@ -2,9 +2,11 @@
 
 import argparse
 
+from detectron2.config import instantiate
 from tabulate import tabulate
 
 from ws_detectron.engine import Trainer, load_config
+from ws_detectron.engine.lazy import load_lazy_config
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.modeling.summary import summarize, summary_line
 from ws_detectron.utils.command_line import add_overrides
@@ -28,20 +30,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, help="path or name of a config")
+    parser.add_argument(
+        "--config-file", required=True, help="path or name of a config, YAML or .py"
+    )
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
-        help="of the image; default: 3:4 at INPUT.MIN_SIZE_TEST",
+        help="of the image; default: 3:4 at INPUT.MIN_SIZE_TEST, or 800 for a LazyConfig",
     )  # fmt: skip
     add_overrides(parser)
     args = parser.parse_args()
     with exit_on_user_error():
-        cfg = load_config(args.config_file, args.opts)
-        cfg.MODEL.DEVICE = "cpu"
-        height, width = args.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST * 4 // 3)
+        short = 800
+        if args.config_file.endswith(".py"):
+            model = instantiate(load_lazy_config(args.config_file, args.opts).model)
+        else:
+            cfg = load_config(args.config_file, args.opts)
+            cfg.MODEL.DEVICE, short = "cpu", cfg.INPUT.MIN_SIZE_TEST
+            model = Trainer.build_model(cfg)
+        height, width = args.size or (short, short * 4 // 3)
         if min(height, width) < 1:
             raise UserError(f"--size is {height} {width}; allowed: two positive numbers")
-        model = Trainer.build_model(cfg)
         parts = summarize(model, height, width)
     columns = "part", "parameters", "frozen", "convs", "with WS", "GFLOPs", "activations, MiB"
     rows = [
