@@ -35,10 +35,9 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def visit(value: Any, key: str) -> None:
-        if isinstance(value, dict) and "ShapeSpec" in str(value.get("_target_")):
-            value = instantiate(OmegaConf.create(value, flags={"allow_objects": True}))
-        if isinstance(value, tuple):  # also a ShapeSpec, of which unset fields are None
-            value = [v for v in value if v is not None]
+        if key.endswith("input_shape"):  # a call, a tuple (0.5, 0.6) or a dataclass (main)
+            shape = value if isinstance(value, dict) else value._asdict()
+            value = {k: v for k, v in shape.items() if v is not None and k != "_target_"}
         if isinstance(value, dict):
             for name, inner in value.items():
                 visit(inner, f"{key}.{name}" if key else name)
