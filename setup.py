@@ -39,8 +39,9 @@ class BuildWithConfigs(build_py):
             return
         target = Path(self.build_lib, "ws_detectron", "configs")
         shutil.rmtree(target, ignore_errors=True)
-        for source in sorted((ROOT / "configs").rglob("*.yaml")):
-            copy = target / source.relative_to(ROOT / "configs")
+        configs = ROOT / "configs"
+        for source in sorted([*configs.rglob("*.yaml"), *configs.rglob("*.py")]):
+            copy = target / source.relative_to(configs)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
 

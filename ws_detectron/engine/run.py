@@ -1,6 +1,7 @@
 """One run: how the tools start it, and what each of its processes does."""
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ws_detectron.errors import UserError, find_disk_error, find_user_error, write_error
+from ws_detectron.modeling.summary import summary_line
 from ws_detectron.utils.io import write_text
 
 from .checks import Purpose
@@ -21,6 +23,8 @@ from .launch import start, started_by_torchrun
 from .output_dir import check_unused, delete_run, make_output_dir, reserved
 from .prepare import find_config, prepare
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> Any:
@@ -87,6 +91,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
                 written, earlier
             )  # until this start is known to work: `train` writes its own
         trainer = Trainer(cfg)
+        logger.info("Model: %s", summary_line(trainer.model))
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))
