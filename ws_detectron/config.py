@@ -80,7 +80,7 @@ def _require(name: str, value: object, holds: bool, allowed: str) -> None:
 
 
 def add_ws_config(cfg: CfgNode) -> None:
-    """Adds the node MODEL.WS, see `WSSettings`, and three training keys to a config, in place.
+    """Adds the node MODEL.WS, see `WSSettings`, and four training keys to a config, in place.
 
     ==============================  =======  ==================================================
     SOLVER.ACCUMULATE_STEPS         1        forward and backward passes per optimizer step, for
@@ -89,6 +89,7 @@ def add_ws_config(cfg: CfgNode) -> None:
     SOLVER.REFERENCE_IMS_PER_BATCH  0 (off)  batch size that LR and schedule are given for; they
                                              are scaled to IMS_PER_BATCH
                                              (`ws_detectron.engine.scaling`)
+    SOLVER.CHECKPOINT_KEEP          0 (all)  number of periodic checkpoints to keep, the newest
     DATASETS.REGISTER               []       your own data sets in COCO format
                                              (`ws_detectron.data.register_coco_sets`)
     ==============================  =======  ==================================================
@@ -102,7 +103,7 @@ def add_ws_config(cfg: CfgNode) -> None:
         cfg.MODEL.WS = CfgNode()
     for node, defaults in (
         (cfg.MODEL.WS, WSSettings().as_config()),
-        (cfg.SOLVER, {"ACCUMULATE_STEPS": 1, "REFERENCE_IMS_PER_BATCH": 0}),
+        (cfg.SOLVER, {"ACCUMULATE_STEPS": 1, "REFERENCE_IMS_PER_BATCH": 0, "CHECKPOINT_KEEP": 0}),
         (cfg.DATASETS, {"REGISTER": []}),
     ):
         for key, default in defaults.items():
