@@ -111,8 +111,7 @@ def draw_batches(
 def draw_study_curves(results: StudyResults) -> Figure:
     """Loss and scores over the images seen: a column per batch, a row per quantity.
 
-    Lines are means over finished runs (over all, if none has finished); bands show the range. A
-    run that was killed in an evaluation resumes after it and has no value there.
+    Lines are means over finished runs (over all, if none has finished); bands show the range.
     """
     study, batches = results.study, sorted(results.study.batches)
     titles = study.curves or {"total_loss": "total loss", **titles_of(study, results.runs)}
