@@ -93,7 +93,12 @@ def _require(name: str, value: object, holds: bool, allowed: str) -> None:
 
 _ADDED = {
     "MODEL.WS": WSSettings().as_config(),
-    "SOLVER": {"ACCUMULATE_STEPS": 1, "REFERENCE_IMS_PER_BATCH": 0, "EPOCHS": 0},
+    "SOLVER": {
+        "ACCUMULATE_STEPS": 1,
+        "REFERENCE_IMS_PER_BATCH": 0,
+        "EPOCHS": 0,
+        "CHECKPOINT_KEEP": 0,
+    },
     "DATASETS": {"REGISTER": []},
 }
 _FORGOTTEN = (
@@ -114,6 +119,7 @@ def add_ws_config(cfg: CfgNode) -> None:
     SOLVER.EPOCHS                   0 (off)  length of the training in passes over its images;
                                              MAX_ITER then only says which part of it milestones,
                                              warm-up and periods are (`ws_detectron.engine.scaling`)
+    SOLVER.CHECKPOINT_KEEP          0 (all)  number of periodic checkpoints to keep, the newest
     DATASETS.REGISTER               []       your own data sets in COCO format
                                              (`ws_detectron.data.register_coco_sets`)
     ==============================  =======  ==================================================

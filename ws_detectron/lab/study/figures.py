@@ -152,8 +152,7 @@ def draw_batches(
 def draw_study_curves(results: StudyResults, *, stacked: bool = False) -> Figure:
     """Loss and scores over the images seen: a column per batch, a row per quantity.
 
-    Lines are means over finished runs (over all, if none has finished); bands show the range. A
-    run that was killed in an evaluation resumes after it and has no value there.
+    Lines are means over finished runs (over all, if none has finished); bands show the range.
 
     Args:
         results: of a study.
