@@ -60,7 +60,7 @@ scores within 2e-4, masks but for 0.1 % of their pixels. Of ResNets res2 to res5
 
 Image resizing, on {resized} images at 800 pixels: mean absolute difference {mean:.2f} grey levels,
 largest {largest:.0f}; {other_size} images of another size. The rest is in
-[docs/weights.md](../../docs/weights.md).
+[docs/weights.md]({docs}).
 """
 
 Results = dict[str, dict[str, dict[str, list[Any]]]]
@@ -101,7 +101,8 @@ def main() -> None:
         **resizing_difference(RESIZED),
     }
     write_json(args.output / "parity.json", {**about, "results": results})
-    write_text(args.output / "README.md", report(results, about))
+    docs = os.path.relpath(Path(__file__).parents[1] / "docs" / "weights.md", args.output)
+    write_text(args.output / "README.md", report(results, {**about, "docs": docs}))
     print(f"wrote {args.output}/README.md")
     sys.exit(0 if holds(results) else 1)
 

@@ -1,4 +1,4 @@
-"""Compares ResNets of the WS authors, torchvision and timm with ours."""
+"""Compares ResNets of the WS authors, torchvision, timm and with mmcv's ConvAWS2d with ours."""
 
 import pickle
 import re
@@ -11,6 +11,7 @@ import timm
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from mmcv.cnn import ConvAWS2d
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50, resnet101, resnext50_32x4d
@@ -41,9 +42,26 @@ def _authors(resnet: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
+def _affine(resnet: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = resnet()
+        for module in model.modules():
+            if type(module) is nn.Conv2d:
+                module.__class__ = ConvAWS2d
+                gamma, beta = module.weight.new_zeros(2, module.out_channels, 1, 1, 1)
+                module.register_buffer("weight_gamma", gamma)
+                module.register_buffer("weight_beta", beta)
+        return model
+
+    return build
+
+
 def _save(model: nn.Module, path: Path) -> None:
-    """Saves as the source does: a training's state, Caffe2 blobs or a state dict."""
-    state = model.state_dict()
+    """Saves as the source does: a training's state, Caffe2 blobs or a state dict.
+
+    Affine WS starts from plain weights, so its buffers are left out.
+    """
+    state = {key: value for key, value in model.state_dict().items() if "weight_" not in key}
     if path.suffix == ".tar":
         state = {f"module.{key}": value for key, value in state.items()}
         torch.save({"epoch": 90, "arch": "resnet", "state_dict": state}, path)
@@ -79,6 +97,8 @@ RESNETS: dict[str, tuple[Callable[[], nn.Module], str, str, dict[str, Any]]] = {
     "WS authors' R-50 (Caffe2-style .pkl)": (_authors(resnet50), "R-50-GN-WS.pkl", "auto", {}),
     "torchvision resnet50": (resnet50, "resnet50.pth", "auto", {}),
     "torchvision resnet18": (resnet18, "resnet18.pth", "auto", _R18),
+    "mmcv ConvAWS2d in resnet50": (_affine(resnet50), "resnet50.pth", "auto", {}),
+    "mmcv ConvAWS2d in resnet18": (_affine(resnet18), "resnet18.pth", "auto", _R18),
     "timm resnet50": (partial(timm.create_model, "resnet50"), "resnet50.pth", "timm", {}),
     "timm resnet50_gn": (partial(timm.create_model, "resnet50_gn"), "r50_gn.pth", "timm", {}),
 }
@@ -89,6 +109,8 @@ def compare_resnet(
     name: str, images: list[torch.Tensor], seed: int, folder: Path
 ) -> Iterator[Measure]:
     """Builds, saves, converts and loads one ResNet, and compares the outputs of its stages.
+
+    With affine WS, also after a step that each side takes against its own gradient.
 
     Args:
         name: a key of `RESNETS`.
@@ -107,15 +129,43 @@ def compare_resnet(
     cfg = get_config("COCO-Detection/mmdet/Base-gn_ws-all.yaml")
     cfg.MODEL.RESNETS.update(keys, NORM="GN" if weights.metadata.norm == "GN" else "FrozenBN")
     builder = "build_ws_resnet_backbone" if weights.metadata.ws_convs else "build_resnet_backbone"
+    affine = any(isinstance(module, ConvAWS2d) for module in theirs.modules())
+    if affine:
+        cfg.MODEL.BACKBONE.FREEZE_AT, builder = 0, "build_ws_resnet_backbone"
+        cfg.MODEL.WS.AFFINE, cfg.MODEL.WS.MODE = True, "aws"
     ours = BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3)).eval()
-    WSCheckpointer(ours).load(str(folder / "ours.pth"))
+
+    def load() -> None:
+        """Affine WS takes its buffers from the filters, in the dtype of the models."""
+        WSCheckpointer(ours).load(str(folder / "ours.pth"))
+        if affine:
+            theirs.load_state_dict(torch.load(folder / file))
+
+    load()
 
     preprocessing = weights.metadata.preprocessing
     if preprocessing is None:
         raise AssertionError(f"{name} has no preprocessing")
     for image in images:
         yield from _stages(theirs, ours, image, preprocessing)
-    yield from _stages(theirs.double(), ours.double(), images[0], preprocessing)
+    theirs.double(), ours.double()
+    load()
+    yield from _stages(theirs, ours, images[0], preprocessing)
+    if affine:
+        x, theirs.fc = images[0][None].double() / 255 - 0.5, nn.Identity()
+        _step(theirs, theirs(x))
+        _step(ours, ours(x)["res5"].mean((2, 3)))
+        for group, what, value, limit in _stages(theirs, ours, images[0], preprocessing):
+            yield group, f"{what} after a step", value, limit
+
+
+def _step(model: nn.Module, output: torch.Tensor) -> None:
+    """Changes the filters of each conv by a tenth of their length."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    gradients = torch.autograd.grad(output.square().sum(), weights)
+    with torch.no_grad():
+        for weight, gradient in zip(weights, gradients):
+            weight -= 0.1 * weight.norm() / gradient.norm() * gradient
 
 
 @torch.no_grad()
