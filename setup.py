@@ -73,7 +73,9 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "dev": [
+            *("mypy", "pre-commit", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff")
+        ],
         "fast-eval": ["faster-coco-eval>=1.6.8"],
         "lab": ["markdown", "matplotlib", "omegaconf", "pandas", "scipy"],
         "plots": ["matplotlib"],

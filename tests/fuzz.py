@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from hostile_weights import all_files, saved
+from hostile_weights import all_files, safetensors, saved
 from limited import Outcome, run_limited
 from torch import nn
 
@@ -216,6 +216,11 @@ def weight_files() -> dict[str, bytes]:
     # legacy files with one storage only, as their order is that of their addresses
     one = {"model": {"stem.conv1.weight": state["stem.conv1.weight"]}, "iteration": 3}
     files |= {"legacy": saved(one, zipped=False), "state": saved(state)}
+    entry = {"dtype": "F32", "shape": [2, 2, 1, 1], "data_offsets": [0, 16]}
+    files["safetensors"] = safetensors({"stem.conv.weight": entry}, bytes(16))
+    kernel, stored = "resnet/root_block/standardized_conv2d/kernel", io.BytesIO()
+    np.savez(stored, **{kernel: np.ones((1, 1, 2, 2), "f4")})
+    files["npz"] = stored.getvalue()
     for name, content in all_files().items():
         if len(content) < 5000 and "legacy" not in name:
             files[name] = content

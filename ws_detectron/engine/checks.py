@@ -12,7 +12,7 @@ from typing import Union
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.utils.file_io import PathManager
 
@@ -30,6 +30,8 @@ REFERENCE_LR, REFERENCE_BATCH = 0.02, 16
 # ratio of the batches, usually 4 or more.
 MAX_LR_RATIO = 3.0
 SMALL_BATCH = 2
+# What suits most data sets, and the factor by which a schedule must be longer to be an oversight.
+USUAL_EPOCHS, MANY_TIMES = 100, 10
 SYNC_BN = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 # Node of NUM_CLASSES by architecture; those of custom architectures are not known.
@@ -116,13 +118,13 @@ def check_weights(cfg: CfgNode) -> None:
 
 def check_backbone(cfg: CfgNode) -> None:
     """Depth and FPN inputs are ones that detectron2's ResNet builders take, where one is used."""
-    backbone = stock_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
-    if backbone not in [row.stock for row in REGISTRATIONS]:
+    backbone = cfg.MODEL.BACKBONE.NAME
+    if backbone not in {name for row in REGISTRATIONS for name in (row.name, row.stock)}:
         return
     check_depth(cfg)
     if "fpn" in backbone and not cfg.MODEL.FPN.IN_FEATURES:
         raise ConfigError(
-            f"MODEL.FPN.IN_FEATURES is empty, but {cfg.MODEL.BACKBONE.NAME} needs some. "
+            f"MODEL.FPN.IN_FEATURES is empty, but {backbone} needs some. "
             "Files in configs/norms, weights and schedules are parts of configs: name a whole one"
         )
 
@@ -250,6 +252,24 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
     return copies
 
 
+def count_images(cfg: CfgNode) -> int:
+    """The number of images to train on, without those that detectron2 skips; it loads them.
+
+    Skipped are images without objects (DATALOADER.FILTER_EMPTY_ANNOTATIONS) or with too few
+    keypoints.
+    """
+    if not cfg.DATASETS.TRAIN:  # the training loader, if it is detectron2's, refuses it
+        return 0
+    fewest = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    return len(
+        get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=fewest if cfg.MODEL.KEYPOINT_ON else 0,
+        )
+    )
+
+
 def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
     """With MODEL.KEYPOINT_ON, checks that model, data sets and OKS sigmas have the same keypoints.
 
@@ -321,19 +341,55 @@ def _warn_of_flips(name: str) -> None:
         )
 
 
-def find_warnings(cfg: CfgNode, world_size: int) -> list[str]:
+def find_warnings(cfg: CfgNode, world_size: int, images: int = 0) -> list[str]:
     """One sentence for each setting of a training config that looks wrong, with its remedy.
 
     Args:
         cfg: scaled to the batch and to `world_size`, see `scaling`.
         world_size: processes in the job.
+        images: as returned by `count_images`; 0 if unknown.
     """
     return [
+        *_unused_classes(cfg),
+        *_length(cfg, images),
         *_small_batch_norm(cfg, world_size),
         *_frozen_random_layers(cfg),
         *_far_off_lr(cfg),
         *_settings_without_effect(cfg),
     ]
+
+
+def _unused_classes(cfg: CfgNode) -> list[str]:
+    """Classes of the model that the training data, which must be loaded, do not have."""
+    part, found = CLASSES_IN.get(stock_architecture(cfg)), []
+    for name in cfg.DATASETS.TRAIN if part else ():
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes and len(classes) < cfg.MODEL[part].NUM_CLASSES:
+            found.append(
+                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
+                f"{len(classes)} classes; set MODEL.{part}.NUM_CLASSES {len(classes)}: evaluation "
+                "on these classes fails if the model predicts another"
+            )
+    return found
+
+
+def _length(cfg: CfgNode, images: int) -> list[str]:
+    """A schedule for many more images, or one that ends before its first evaluation."""
+    steps, period, found = cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, []
+    epochs = steps * cfg.SOLVER.IMS_PER_BATCH / images if images else 0
+    if epochs > MANY_TIMES * USUAL_EPOCHS:
+        found.append(
+            f"SOLVER.MAX_ITER {steps:,} is {epochs:,.0f} epochs of the {images:,} training images; "
+            f"to train for {USUAL_EPOCHS} epochs, which is enough for most data, set SOLVER.EPOCHS "
+            f"{USUAL_EPOCHS}: milestones, warm-up and periods follow"
+        )
+    if cfg.DATASETS.TEST and period > steps:
+        found.append(
+            f"TEST.EVAL_PERIOD is {period:,}, more than SOLVER.MAX_ITER, {steps:,}: the model is "
+            "evaluated once, at the end; lower TEST.EVAL_PERIOD to follow the training, or set it "
+            "to 0 to evaluate at the end alone"
+        )
+    return found
 
 
 def _small_batch_norm(cfg: CfgNode, world_size: int) -> list[str]:

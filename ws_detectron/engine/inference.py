@@ -56,7 +56,8 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
         A config with detectron2's own keys.
 
     Raises:
-        ConfigError: GN has not the 32 groups that detectron2 fixes, or a norm is not detectron2's.
+        ConfigError: GN has not the 32 groups that detectron2 fixes, a norm is not detectron2's, or
+            detectron2 has no such part.
     """
     cfg = cfg.clone()
     groups = WSSettings.from_config(cfg).gn_groups
@@ -66,6 +67,11 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
             "groups only, so this model needs ws_detectron"
         )
     for row in registrations_in(cfg):
+        if not row.stock:
+            raise ConfigError(
+                f"{row.key} is {row.name}, which stock detectron2 has no counterpart of, so this "
+                "model needs ws_detectron, whose tools fold its filters when they load it"
+            )
         for key in row.norms.values():
             norm = attrgetter(key)(cfg)
             if not is_stock_norm(norm):

@@ -48,8 +48,8 @@ from .loaders import NamingMapper
 from .output_dir import (
     METRICS,
     check_unused,
+    cut_metrics,
     delete_run,
-    end_last_line,
     make_output_dir,
     reserved,
     warn_of_start,
@@ -178,7 +178,7 @@ def run_lazy(args: argparse.Namespace) -> Optional[dict[str, Any]]:
         if comm.is_main_process():
             if getattr(args, "overwrite", False):
                 delete_run(output_dir, keep=cfg.train.init_checkpoint)
-            end_last_line(Path(output_dir, METRICS))
+            cut_metrics(Path(output_dir, METRICS))
         with user_errors_unlogged():
             return _train(cfg, args)
 

@@ -21,8 +21,8 @@ _CONVS = nn.modules.conv._ConvNd
 def summary_line(model: nn.Module) -> str:
     """For logs: `46.02 M parameters, 69 WS convs (official, eps 1e-05), frozen: none`."""
     convs = [module for module in model.modules() if isinstance(module, WSConv2d)]
-    settings = Counter((conv.ws_mode, conv.ws_eps) for conv in convs)
-    how = ", ".join(f"{mode}, eps {eps:g}" for mode, eps in settings)
+    settings = Counter((conv.ws_mode, conv.ws_eps, conv.affine() is not None) for conv in convs)
+    how = ", ".join(f"{mode}, eps {eps:g}{', affine' * affine}" for mode, eps, affine in settings)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{parameters / 1e6:.2f} M parameters, {len(convs)} WS convs"
