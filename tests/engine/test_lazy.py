@@ -91,15 +91,31 @@ def test_run_is_trained_evaluated_and_resumed(
     assert [row["iteration"] for row in metrics(run)] == [0]
 
 
-def test_evaluation_runs_on_folded_weights(
-    small: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
+OF_MY_OWN = """
+from detectron2.config import LazyCall as L, LazyConfig
+from detectron2.evaluation import COCOEvaluator
+from ws_detectron.model_zoo import get_config_file
+
+globals().update(LazyConfig.load(get_config_file({name!r})))
+dataloader.evaluator = [L(COCOEvaluator)(dataset_name={data!r}, tasks=["bbox"]) for _ in range(2)]
+"""
+
+
+def test_training_evaluates_folded_weights_by_every_evaluator(
+    small: Callable[..., argparse.Namespace],
+    coco_set: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tested = []
-    monkeypatch.setattr(
-        lazy, "inference_on_dataset", lambda model, loader, evaluator: tested.append(model) or {}
-    )
-    start_lazy_run(small("train.max_iter=1"))
-    assert len(tested) == 1 and not any(isinstance(m, WSConv2d) for m in tested[0].modules())
+    config = tmp_path / "config.py"
+    config.write_text(OF_MY_OWN.format(name=NAME, data=coco_set))
+    calls: list[tuple] = []
+    monkeypatch.setattr(lazy, "inference_on_dataset", lambda *args: calls.append(args) or {})
+    start_lazy_run(small("train.max_iter=1", config_file=str(config)))
+    ((model, loader, evaluators),) = calls
+    assert not any(isinstance(module, WSConv2d) for module in model.modules())
+    assert len(loader) == 4 and len(evaluators) == 2
+    assert all(isinstance(evaluator, COCOEvaluator) for evaluator in evaluators)
 
 
 def test_divergence_is_one_message(small: Callable[..., argparse.Namespace]) -> None:

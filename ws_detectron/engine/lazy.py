@@ -9,7 +9,7 @@ import copy
 import difflib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Optional
@@ -31,7 +31,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.registry import locate
 from fvcore.nn.precise_bn import get_bn_modules
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
@@ -236,14 +236,14 @@ def _build_model(cfg: DictConfig) -> nn.Module:
 def _check_data(cfg: DictConfig, model: nn.Module, train: bool) -> None:
     """Checks annotation files, of which the main process reads all; every process must call it."""
     classes = getattr(getattr(model, "roi_heads", model), "num_classes", 0)
-    mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
+    mapper = _mapper(cfg.dataloader.train)
     masks = mapper.get("use_instance_mask", False)
     copies = {}
     if comm.is_main_process():
         for key in (_TRAIN_DATA, _TEST_DATA) if train else (_TEST_DATA,):
             for name in _names(cfg, key):
                 of_training = key == _TRAIN_DATA
-                copy = check_coco_set(
+                fixed = check_coco_set(
                     name,
                     cfg.train.output_dir,
                     train=of_training,
@@ -255,8 +255,8 @@ def _check_data(cfg: DictConfig, model: nn.Module, train: bool) -> None:
                     if masks and of_training
                     else "",
                 )
-                if copy:
-                    copies[name] = copy
+                if fixed:
+                    copies[name] = fixed
     use_annotations(comm.all_gather(copies)[0])
 
 
@@ -271,11 +271,17 @@ def _check_classes(cfg: DictConfig, model: nn.Module) -> None:
             )
 
 
+def _mapper(loader: DictConfig) -> Mapping[str, Any]:
+    """The arguments of a loader's mapper; empty if it has none, or a function."""
+    mapper = loader.get("mapper")
+    return mapper if isinstance(mapper, DictConfig) else {}
+
+
 def _build_loader(node: DictConfig) -> Any:
     """A data loader whose errors name the image file, if it has a mapper."""
-    if "mapper" not in node:
+    if node.get("mapper") is None:
         return instantiate(node)
-    masks = node.mapper.get("use_instance_mask", False)
+    masks = _mapper(node).get("use_instance_mask", False)
     return instantiate({**node, "mapper": NamingMapper(instantiate(node.mapper), masks)})
 
 
@@ -369,7 +375,7 @@ def _hooks(
         found.append(hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer))
     found.append(hooks.EvalHook(train.eval_period, test))
     if comm.is_main_process():
-        masks = OmegaConf.select(cfg, "dataloader.train.mapper.use_instance_mask")
+        masks = _mapper(cfg.dataloader.train).get("use_instance_mask")
         metric = "segm/AP" if masks else "bbox/AP"
         writers = default_writers(train.output_dir, train.max_iter)
         found += [
@@ -397,21 +403,23 @@ def _evaluate(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, A
 
 
 def _test(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """Evaluates a folded model on the test set, if the config has an evaluator."""
-    evaluator = OmegaConf.select(cfg, "dataloader.evaluator")
-    if evaluator is None:
+    """Evaluates a folded model on the test set, if the config has evaluators."""
+    nodes = OmegaConf.select(cfg, "dataloader.evaluator")
+    if nodes is None:
         return {}
-    target = evaluator._target_
-    if (locate(target) if isinstance(target, str) else target) is COCOEvaluator:
-        defaults = {
-            "output_dir": os.path.join(cfg.train.output_dir, "inference"),
-            "use_fast_impl": has_compiled_ops(),
-        }
-        evaluator = {**defaults, **evaluator}
+    nodes = nodes if isinstance(nodes, ListConfig) else [nodes]
+    evaluators = [_build_evaluator(node, cfg.train.output_dir) for node in nodes]
     with torch.no_grad():
-        results = inference_on_dataset(
-            model, _build_loader(cfg.dataloader.test), instantiate(evaluator)
-        )
+        results = inference_on_dataset(model, _build_loader(cfg.dataloader.test), evaluators)
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+def _build_evaluator(node: DictConfig, output_dir: str) -> Any:
+    """An evaluator; COCO's writes predictions, and runs without compiled ops."""
+    target = node._target_
+    if (locate(target) if isinstance(target, str) else target) is not COCOEvaluator:
+        return instantiate(node)
+    folder = os.path.join(output_dir, "inference")
+    return instantiate({"output_dir": folder, "use_fast_impl": has_compiled_ops(), **node})
