@@ -73,6 +73,7 @@ setup(
     ],
     extras_require={
         "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "export": ["onnx", "onnxruntime"],
         "fast-eval": ["faster-coco-eval>=1.6.8"],
         "lab": ["markdown", "matplotlib", "omegaconf", "pandas", "scipy"],
         "plots": ["matplotlib"],
