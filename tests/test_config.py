@@ -25,12 +25,14 @@ def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None
         "GN_GROUPS": 32,
     }
     assert (cfg.SOLVER.ACCUMULATE_STEPS, cfg.SOLVER.REFERENCE_IMS_PER_BATCH) == (1, 0)
+    assert cfg.SOLVER.CHECKPOINT_KEEP == 0
     assert cfg.DATASETS.REGISTER == []
     del (
         cfg.DATASETS["REGISTER"],
         cfg.MODEL["WS"],
         cfg.SOLVER["ACCUMULATE_STEPS"],
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
+        cfg.SOLVER["CHECKPOINT_KEEP"],
     )
     assert cfg == stock
 
