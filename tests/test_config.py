@@ -30,6 +30,7 @@ def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None
     }
     assert (cfg.SOLVER.ACCUMULATE_STEPS, cfg.SOLVER.REFERENCE_IMS_PER_BATCH) == (1, 0)
     assert cfg.SOLVER.EPOCHS == 0
+    assert cfg.SOLVER.CHECKPOINT_KEEP == 0
     assert cfg.DATASETS.REGISTER == []
     del (
         cfg.DATASETS["REGISTER"],
@@ -37,6 +38,7 @@ def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None
         cfg.SOLVER["ACCUMULATE_STEPS"],
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
         cfg.SOLVER["EPOCHS"],
+        cfg.SOLVER["CHECKPOINT_KEEP"],
     )
     assert cfg == stock
 
