@@ -29,8 +29,8 @@ from ws_detectron.utils.io import atomic_write
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = [f"3.{minor}" for minor in range(9, 15)]
 TORCH = ("2.11.0", "2.14.1")
-# What torch brings in versions of its own.
-TORCH_FAMILY = re.compile(r"(torch|torchvision|triton|cuda-\w+|nvidia-[\w-]+)==")
+# What torch requires in versions of its own; 2.11 wants setuptools before 82.
+TORCH_FAMILY = re.compile(r"(torch|torchvision|triton|setuptools|cuda-\w+|nvidia-[\w-]+)==")
 CELL = ["python", "torch", "detectron2", "tests"]
 HEAD = """\
 # Tested versions

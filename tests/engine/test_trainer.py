@@ -499,6 +499,38 @@ def test_a_resumed_run_follows_the_config(
     assert {group["weight_decay"] for group in saved} == {0.01, 0.02, 0.03}
 
 
+@pytest.mark.parametrize("by_parameter", [False, True])
+def test_momentum_stays_with_its_parameter_when_groups_change(
+    tmp_path: Path, by_parameter: bool
+) -> None:
+    """By the config, or because detectron2 0.5 wrote the checkpoint, with a group of each."""
+    cfg = small_cfg(tmp_path)
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.5
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = cfg.SOLVER.WEIGHT_DECAY  # that of `weight`, not of its norm
+    first = SmallTrainer(cfg)
+    first.train()
+    for number, parameter in enumerate(first.model.parameters()):
+        momentum = torch.full_like(parameter, number)
+        first.optimizer.state[parameter] = {"momentum_buffer": momentum}
+    first.checkpointer.save("model_final")
+    if by_parameter:
+        path = tmp_path / "model_final.pth"
+        content = torch.load(path)
+        states = [first.optimizer.state[parameter] for parameter in first.model.parameters()]
+        content["trainer"]["_trainer"]["optimizer"] = {
+            "state": dict(enumerate(states)),
+            "param_groups": [{**first.optimizer.defaults, "params": [i]} for i in range(3)],
+        }
+        torch.save(content, path)
+    cfg.SOLVER.WEIGHT_DECAY_BIAS, cfg.SOLVER.MAX_ITER = 0.25, 4
+    trainer = SmallTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    for number, parameter in enumerate(trainer.model.parameters()):
+        assert (trainer.optimizer.state[parameter]["momentum_buffer"] == number).all()
+        (group,) = (g for g in trainer.optimizer.param_groups if parameter in set(g["params"]))
+        assert group["weight_decay"] == (cfg.SOLVER.WEIGHT_DECAY, 0.5, 0.25)[number]
+
+
 def test_a_resumed_run_without_changes_says_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
@@ -65,6 +65,10 @@ logger = logging.getLogger(__name__)
 # RuntimeError is not among them: torch and CUDA raise it, for example when memory runs out.
 _FETCHING_ERRORS: tuple[type[Exception], ...] = (AssertionError, OSError)
 _STATE_ERRORS = (*_FETCHING_ERRORS, AttributeError, LookupError, TypeError, ValueError)
+# The keys of SOLVER by which detectron2 makes parameter groups.
+_GROUPING = (
+    *("BASE_LR", "BIAS_LR_FACTOR", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"),
+)
 
 _WINDOW = 20
 """Values of a metric over which detectron2's writers take the median."""
@@ -196,6 +200,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.load_state_dict(self, state_dict)
         self._checkpoint = {key: state_dict[key] for key in state_dict if key[:7] == "metrics"}
         if "_trainer" in state_dict:
+            self._group_parameters(state_dict["_trainer"]["optimizer"]["param_groups"], earlier)
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:  # as in checkpoints of DefaultTrainer in 0.5 and 0.6
             logger.warning(
@@ -203,23 +208,44 @@ class Trainer(DefaultTrainer):
                 "zero, and the loss scale of AMP at its initial value"
             )
 
+    def _group_parameters(self, saved: list[Any], config: Mapping[str, Any]) -> None:
+        """Gives the optimizer the parameter groups of a checkpoint, so that it can load its state.
+
+        detectron2 0.5 makes a group of each parameter; later versions one of all parameters with
+        the same LR and weight decay, which depend on the config.
+
+        Args:
+            saved: the groups in the checkpoint.
+            config: the flat config of the run that wrote it.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if len(saved) == len(parameters) != len(self.optimizer.param_groups):
+            self.optimizer.param_groups = [
+                {**self.optimizer.defaults, "params": [parameter]} for parameter in parameters
+            ]
+            return
+        cfg = self.cfg.clone()
+        for key in _GROUPING:
+            cfg.SOLVER[key] = config.get(f"SOLVER.{key}", cfg.SOLVER[key])
+        self.optimizer.param_groups = self.build_optimizer(cfg, self.model).param_groups
+
     def _follow_config(self, configured: list[dict[str, Any]]) -> None:
         """Resets optimizer and scheduler of a resumed run to the values of its config.
 
         Args:
             configured: the parameter groups of the optimizer before the checkpoint was loaded.
         """
-        scheduler, groups = self.scheduler, self.optimizer.param_groups
-        kept = {"params"}
+        scheduler, loaded = self.scheduler, self.optimizer.param_groups
+        self.optimizer.param_groups = groups = [dict(group) for group in configured]
         if not isinstance(scheduler, LRMultiplier):
-            kept |= {"lr", "initial_lr"}
             logger.warning(
                 "LR and schedule are those of the checkpoint, not of the config: %s keeps them",
                 type(scheduler).__name__,
             )
-        for group, values in zip(groups, configured):
-            group.update({key: value for key, value in values.items() if key not in kept})
-        if not isinstance(scheduler, LRMultiplier):
+            before = {parameter: group for group in loaded for parameter in group["params"]}
+            for group in groups:
+                kept = before[group["params"][0]]
+                group.update({key: kept[key] for key in ("lr", "initial_lr") if key in kept})
             return
         scheduler.base_lrs = [values["initial_lr"] for values in configured]
         if self.start_iter < self.max_iter:  # the schedule has no LR after its end
