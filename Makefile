@@ -28,7 +28,7 @@ $(STAMP): constraints.txt setup.py tools/install_detectron2.py $(wildcard tools/
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint $(CONSTRAINTS) torch torchvision setuptools wheel
 	$(BIN)/python tools/install_detectron2.py --release $(DETECTRON2) --constraint $(CONSTRAINTS)
-	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev,fast-eval,lab,plots,slurm]'
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev,export,fast-eval,lab,plots,slurm]'
 	@touch $@
 
 test: $(STAMP)

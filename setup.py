@@ -76,6 +76,7 @@ setup(
         "dev": [
             *("mypy", "pre-commit", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff")
         ],
+        "export": ["onnx", "onnxruntime"],
         "fast-eval": ["faster-coco-eval>=1.6.8"],
         "lab": ["markdown", "matplotlib", "omegaconf", "pandas", "scipy"],
         "plots": ["matplotlib"],

@@ -31,7 +31,15 @@ from hostile_weights import all_files, safetensors, saved
 from limited import Outcome, run_limited
 from torch import nn
 
-from ws_detectron.checkpoint import WSCheckpointer, convert_file, read_weight_file
+from ws_detectron.checkpoint import (
+    METADATA_KEY,
+    WeightMetadata,
+    WSCheckpointer,
+    WSForm,
+    convert_file,
+    describe_file,
+    read_weight_file,
+)
 from ws_detectron.checkpoint.reading import check_finite, unwrap_state
 from ws_detectron.engine import load_config
 from ws_detectron.errors import UserError
@@ -215,6 +223,8 @@ def weight_files() -> dict[str, bytes]:
     files |= {"caffe2": pickle.dumps({"blobs": blobs}, 2), "zip": saved(full)}
     # legacy files with one storage only, as their order is that of their addresses
     one = {"model": {"stem.conv1.weight": state["stem.conv1.weight"]}, "iteration": 3}
+    metadata = WeightMetadata("timm-bit", ws_convs={"stem.conv1": WSForm("bit", 1e-8)}).as_dict()
+    files["converted"] = saved({"model": state, METADATA_KEY: metadata})
     files |= {"legacy": saved(one, zipped=False), "state": saved(state)}
     entry = {"dtype": "F32", "shape": [2, 2, 1, 1], "data_offsets": [0, 16]}
     files["safetensors"] = safetensors({"stem.conv.weight": entry}, bytes(16))
@@ -235,6 +245,7 @@ def read_weights(path: Path) -> None:
         lambda: check_finite(unwrap_state(read_weight_file(path), str(path))[0], str(path)),
         lambda: convert_file(path, ws=True),
         lambda: convert_file(path, "detectron2", ws=True),
+        lambda: describe_file(path),
         lambda: WSCheckpointer(model).load(str(path)),
     )
     for way in ways:

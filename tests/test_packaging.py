@@ -108,7 +108,9 @@ def test_metadata(metadata: Message) -> None:
     assert canonicalize_name(metadata["Name"]) == "ws-detectron"
     assert metadata["Version"] == ws_detectron.__version__
     assert metadata["Requires-Python"] == ">=3.9"
-    assert {"dev", "fast-eval", "lab", "plots", "slurm"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"dev", "export", "fast-eval", "lab", "plots", "slurm"} <= set(
+        metadata.get_all("Provides-Extra")
+    )
 
 
 def test_dependencies_leave_the_users_choices_alone(metadata: Message) -> None:

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,17 @@ def test_groups_worked_out_by_hand() -> None:
     # 400 square pixels are small, 1600 are medium
     sizes = [(row["value"], row["objects"], row["AP"]) for row in where(rows, group="size")]
     assert sizes == [("small", 2, pytest.approx(100)), ("medium", 1, 0), ("large", 0, None)]
+
+
+def test_groups_are_evaluated_by_the_library_of_the_result(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the fast one, each group would warn again."""
+    truth, found = annotations([(1, 1, FIRST)]), [prediction(1, 1, FIRST, 0.9)]
+    result = evaluate(truth, found, ["bbox"], reference=True)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert curve_tables(truth, found, result)["ap_by_group"][3]["AP"] == pytest.approx(100)
+    assert "faster-coco-eval" not in caplog.text
 
 
 def test_files_are_read_back_as_they_were(perturbed: tuple, tmp_path: Path) -> None:

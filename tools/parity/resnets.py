@@ -1,4 +1,4 @@
-"""Compares ResNets of the WS authors, torchvision, timm and Google (BiT) with ours."""
+"""Compares ResNets of the WS authors, torchvision, timm, Google (BiT) and mmcv with ours."""
 
 import pickle
 import re
@@ -12,6 +12,7 @@ import timm
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
+from mmcv.cnn import ConvAWS2d
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -56,9 +57,26 @@ def _bit(name: str, eps: float = 1e-8) -> Callable[[], nn.Module]:
     return build
 
 
+def _affine(resnet: Callable[..., nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = resnet()
+        for module in model.modules():
+            if type(module) is nn.Conv2d:
+                module.__class__ = ConvAWS2d
+                gamma, beta = module.weight.new_zeros(2, module.out_channels, 1, 1, 1)
+                module.register_buffer("weight_gamma", gamma)
+                module.register_buffer("weight_beta", beta)
+        return model
+
+    return build
+
+
 def _save(model: nn.Module, path: Path) -> None:
-    """Saves as the source does: a training's state, Caffe2 blobs, arrays or a state dict."""
-    state = model.state_dict()
+    """Saves as the source does: a training's state, Caffe2 blobs, arrays or a state dict.
+
+    Affine WS starts from plain weights, so its buffers are left out.
+    """
+    state = {key: value for key, value in model.state_dict().items() if "weight_" not in key}
     if path.suffix == ".safetensors":
         save_file(state, path)
         return
@@ -124,6 +142,8 @@ RESNETS: dict[str, tuple[Callable[[], nn.Module], str, str, dict[str, Any]]] = {
     "WS authors' R-50 (Caffe2-style .pkl)": (_authors(resnet50), "R-50-GN-WS.pkl", "auto", {}),
     "torchvision resnet50": (resnet50, "resnet50.pth", "auto", {}),
     "torchvision resnet18": (resnet18, "resnet18.pth", "auto", _R18),
+    "mmcv ConvAWS2d in resnet50": (_affine(resnet50), "resnet50.pth", "auto", {}),
+    "mmcv ConvAWS2d in resnet18": (_affine(resnet18), "resnet18.pth", "auto", _R18),
     "timm resnet50": (partial(timm.create_model, "resnet50"), "resnet50.pth", "timm", {}),
     "timm resnet50_gn": (partial(timm.create_model, "resnet50_gn"), "r50_gn.pth", "timm", {}),
     "BiT R-50x1 of timm (.safetensors)": (
@@ -147,6 +167,8 @@ def compare_resnet(
 ) -> Iterator[Measure]:
     """Builds, saves, converts and loads one ResNet, and compares the outputs of its stages.
 
+    With affine WS, also after a step that each side takes against its own gradient.
+
     Args:
         name: a key of `RESNETS`.
         images: RGB (3, H, W); in float64 only the first is used.
@@ -168,8 +190,19 @@ def compare_resnet(
         builder = "build_bit_resnet_backbone"
     for form in set(weights.metadata.ws_convs.values()):
         cfg.MODEL.WS.MODE, cfg.MODEL.WS.EPS = form.mode, form.eps
+    affine = any(isinstance(module, ConvAWS2d) for module in theirs.modules())
+    if affine:
+        cfg.MODEL.BACKBONE.FREEZE_AT, builder = 0, "build_ws_resnet_backbone"
+        cfg.MODEL.WS.AFFINE, cfg.MODEL.WS.MODE = True, "aws"
     ours = BACKBONE_REGISTRY.get(builder)(cfg, ShapeSpec(channels=3)).eval()
-    WSCheckpointer(ours).load(str(folder / "ours.pth"))
+
+    def load() -> None:
+        """Affine WS takes its buffers from the filters, in the dtype of the models."""
+        WSCheckpointer(ours).load(str(folder / "ours.pth"))
+        if affine:
+            theirs.load_state_dict(torch.load(folder / file))
+
+    load()
 
     preprocessing = weights.metadata.preprocessing
     del weights  # R-50x3 takes 2 GB in float64, on each side and standardized
@@ -177,7 +210,24 @@ def compare_resnet(
         raise AssertionError(f"{name} has no preprocessing")
     for image in images:
         yield from _stages(theirs, ours, image, preprocessing)
-    yield from _stages(theirs.double(), ours.double(), images[0], preprocessing)
+    theirs.double(), ours.double()
+    load()
+    yield from _stages(theirs, ours, images[0], preprocessing)
+    if affine:
+        x, theirs.fc = images[0][None].double() / 255 - 0.5, nn.Identity()
+        _step(theirs, theirs(x))
+        _step(ours, ours(x)["res5"].mean((2, 3)))
+        for group, what, value, limit in _stages(theirs, ours, images[0], preprocessing):
+            yield group, f"{what} after a step", value, limit
+
+
+def _step(model: nn.Module, output: torch.Tensor) -> None:
+    """Changes the filters of each conv by a tenth of their length."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    gradients = torch.autograd.grad(output.square().sum(), weights)
+    with torch.no_grad():
+        for weight, gradient in zip(weights, gradients):
+            weight -= 0.1 * weight.norm() / gradient.norm() * gradient
 
 
 @torch.no_grad()

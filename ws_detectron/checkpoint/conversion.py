@@ -189,12 +189,12 @@ def describe_file(
     else:
         converted, unstated = _convert(path, tensors, extras, known, ws, allow)
         title = known.title
-    sha256, count = sha256_of(path), len(converted.state)
+    sha256, tensors = sha256_of(path), converted.state
     name = published_name(sha256)
     if converted.resnet:
-        whole = f"whole: all {count} tensors of {converted.metadata.architecture}"
+        whole = f"whole: all {len(tensors)} tensors of {converted.metadata.architecture}"
     else:
-        whole = f"{count} tensors; whether a model is whole is checked when they are loaded"
+        whole = f"{len(tensors)} tensors; whether a model is whole is checked when they are loaded"
     left_out = [entry.note for entry in converted.record.entries if entry.target is None]
     lines = [
         f"{path}: {title}",
@@ -214,9 +214,9 @@ def _converted_before(
     check_finite(tensors, path)
     metadata = WeightMetadata.from_dict(extras[METADATA_KEY], path)
     resnet: dict[str, Any] = {}
-    part = SOURCES[metadata.source].part if metadata.source in SOURCES else ""
-    if part:
-        _, resnet = _check_architecture(tensors, part, path)
+    known = SOURCES.get(str(metadata.source))
+    if known and known.part:
+        _, resnet = _check_architecture(tensors, known.part, path)
     heuristics = bool(extras.get("matching_heuristics", False))
     return ConvertedWeights(tensors, metadata, heuristics, ConversionRecord(), resnet)
 
@@ -396,7 +396,7 @@ def _set_resnet(
         The name of the ResNet, and the keys with their values.
     """
     body = [key[len(prefix) :].split(".") for key in state if key.startswith(f"{prefix}res")]
-    blocks = {tuple(parts[:2]) for parts in body if parts[1] != "out"}
+    blocks = {tuple(parts[:2]) for parts in body if parts[1:2] != ["out"]}
     bottleneck = any("conv3" in parts for parts in body)
     depth = 2 + len(blocks) * (3 if bottleneck else 2)
     if depth not in ((50, 101, 152) if bottleneck else (18, 34)):

@@ -79,6 +79,7 @@ def check_fit(
     needs = describe_model(model)
     norm = metadata.norm if metadata else ""
     fit = Fit([*_compare_tensors(own, state), *_compare_norms(own, state, norm)])
+    fit.problems += _compare_order(own, state)
     if norm != "GN" and (without := _norms_without_statistics(own, state)):
         fit.warnings.append(
             f"the file has no BN statistics for {list_some(without)}; only FrozenBN works without "
@@ -95,7 +96,6 @@ def check_fit(
         _compare_ws(convs, needs.ws_convs, given, fold, fit)
         if any(_BODY.search(key) for key in state):
             fit.problems += _compare_settings(needs, metadata)
-            fit.problems += _compare_order(own, state)
     if broken := [conv for conv in convs if buffers[conv] != 2 * (conv in affine)]:
         fit.problems.append(
             f"affine WS is incomplete at {list_some(broken, 3)}: a conv has both of "
@@ -200,7 +200,7 @@ def _compare_norms(own: State, state: State, norm: str) -> Iterator[str]:
 
 def _compare_order(own: State, state: State) -> Iterator[str]:
     """Finds a BiT ResNet on one side only; the convs of both have the same names and shapes."""
-    if is_bit(own) != is_bit(state):
+    if any(_BODY.search(key) for key in state) and is_bit(own) != is_bit(state):
         one, other = ("model", "file") if is_bit(own) else ("file", "model")
         yield (
             f"the norm layers are before the convs in the {one} (BiT) and behind them in the "

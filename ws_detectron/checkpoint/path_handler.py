@@ -36,7 +36,8 @@ class WSPathHandler(PathHandler):
 
     `ws://<name>` resolves to a file in detectron2's format in iopath's cache (`$FVCORE_CACHE`, by
     default `~/.torch/iopath_cache`). If `WS_DETECTRON_WEIGHTS` is set, published files are read
-    from that folder and nothing is downloaded.
+    from that folder and nothing is downloaded. A file whose hash is not known is whole if its
+    format, keys and shapes are.
     """
 
     def _get_supported_prefixes(self) -> list[str]:

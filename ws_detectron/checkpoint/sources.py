@@ -434,11 +434,9 @@ PUBLISHED = {
         for name, digits in _RESNETS.items()
     },
     **{
-        f"mmdet/{name}": _openmmlab(
-            "mmdetection/v2.0/gn%2Bws/{0}/{0}_{1}".format(name, *ending.split("-")),
-            ending.split("-")[1],
-        )
+        f"mmdet/{name}": _openmmlab(f"mmdetection/v2.0/gn%2Bws/{name}/{name}_{date}", digits)
         for name, ending in _DETECTORS.items()
+        for date, digits in [ending.split("-")]
     },
     **{
         f"bit/{name}": PublishedFile(

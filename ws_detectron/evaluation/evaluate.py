@@ -16,6 +16,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from ws_detectron.data import register_coco_sets
 from ws_detectron.data.validate import read_json
@@ -93,7 +94,7 @@ class ImagePredictor:
     def __init__(self, cfg: CfgNode) -> None:
         check_device(cfg)
         check_weights(cfg)
-        self._model = load_model_for_inference(cfg)
+        self.model: nn.Module = load_model_for_inference(cfg)
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
@@ -105,6 +106,19 @@ class ImagePredictor:
 
         Their category ids are the model's class numbers, their image id is 0.
         """
+        output = self.model([self.prepare(image)])[0]
+        return instances_to_coco_json(output["instances"].to("cpu"), 0)
+
+    def prepare(self, image: np.ndarray) -> dict[str, Any]:
+        """The model's input for an image of (H, W, 3) uint8, RGB.
+
+        Returns:
+            "image", (3, h, w) uint8, resized and in the channel order of the model; "height" and
+            "width" of the image.
+
+        Raises:
+            DataError: the image is too narrow to be resized.
+        """
         height, width = image.shape[:2]
         image = image[:, :, ::-1] if self._bgr else image
         try:
@@ -115,8 +129,7 @@ class ImagePredictor:
                 f"and INPUT.MAX_SIZE_TEST say: {error}"
             ) from error
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        output = self._model([{"image": tensor, "height": height, "width": width}])[0]
-        return instances_to_coco_json(output["instances"].to("cpu"), 0)
+        return {"image": tensor, "height": height, "width": width}
 
 
 def set_up_logging() -> None:
