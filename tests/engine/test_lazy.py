@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,13 @@ from ws_detectron.errors import ConfigError, DivergedError, UserError
 
 NAME = "lazy/mask_rcnn_R_18_FPN_shapes_gn_ws.py"
 SMALL = """
+model.module.backbone.bottom_up.out_features=[res2,res3] model.module.backbone.top_block=null
+model.module.proposal_generator.in_features=[p2,p3]
+model.module.proposal_generator.anchor_generator.sizes=[[24],[40]]
+model.module.proposal_generator.anchor_generator.strides=[4,8]
+model.module.roi_heads.box_in_features=[p2,p3] model.module.roi_heads.box_pooler.scales=[0.25,0.125]
+model.module.roi_heads.mask_in_features=[p2,p3]
+model.module.roi_heads.mask_pooler.scales=[0.25,0.125]
 model.module.roi_heads.num_classes=1 model.module.roi_heads.batch_size_per_image=8
 model.module.proposal_generator.post_nms_topk=[10,10]
 model.module.roi_heads.box_predictor.test_score_thresh=0.001
@@ -60,7 +69,9 @@ def test_run_is_trained_evaluated_and_resumed(
     assert first is not None and {"bbox", "segm"} <= set(first)
     for name in ("config.yaml", "log.txt", "model_final.pth", "model_best.pth", "run_record.json"):
         assert (run / name).is_file(), name
-    assert "Model: 12.39 M parameters, 32 WS convs" in capsys.readouterr().out
+    assert (
+        " M parameters, 18 WS convs (official, eps 1e-05), frozen: none" in capsys.readouterr().out
+    )
     config, predictions = (run / "config.yaml").read_text(), json.loads(results.read_text())
     assert len(predictions) == 4 * 3
     results.unlink()
@@ -123,6 +134,19 @@ def test_divergence_is_one_message(small: Callable[..., argparse.Namespace]) -> 
     options += ["lr_multiplier.warmup_factor=1.0"]
     with pytest.raises(DivergedError, match=r"diverged at iteration \d: .*; lower optimizer.lr"):
         start_lazy_run(small(*options))
+
+
+def test_signal_ends_the_training_with_a_checkpoint(
+    small: Callable[..., argparse.Namespace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(hook: lazy.RunRecord) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(lazy.RunRecord, "after_step", signalled)
+    with pytest.raises(SystemExit) as caught:
+        start_lazy_run(small("train.max_iter=9", "dataloader.evaluator=null"))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
 def test_what_trains_badly_is_warned_of(

@@ -51,10 +51,12 @@ from .output_dir import (
     cut_metrics,
     delete_run,
     make_output_dir,
+    remove_partial_files,
     reserved,
     warn_of_start,
 )
 from .prepare import find_config
+from .signals import StopOnSignal, Stopped, on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +170,7 @@ def run_lazy(args: argparse.Namespace) -> Optional[dict[str, Any]]:
     Raises:
         UserError: config, weights or data cannot work, training diverged, the output folder holds
             a run and neither `resume` nor `overwrite` is set, or another process trains there.
+        Stopped: a signal has ended the training.
     """
     cfg = load_lazy_config(args.config_file, args.opts or [])
     _check(cfg, args, comm.get_world_size())
@@ -178,6 +181,7 @@ def run_lazy(args: argparse.Namespace) -> Optional[dict[str, Any]]:
         if comm.is_main_process():
             if getattr(args, "overwrite", False):
                 delete_run(output_dir, keep=cfg.train.init_checkpoint)
+            remove_partial_files(output_dir)
             cut_metrics(Path(output_dir, METRICS))
         with user_errors_unlogged():
             return _train(cfg, args)
@@ -328,7 +332,8 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, Any]
         results[:] = [_test(cfg, folded_copy(model))]
         return results[0]
 
-    trainer.register_hooks(_hooks(cfg, model, checkpointer, test))
+    stop = StopOnSignal(checkpointer, cfg.train.checkpointer.period, cfg.train.device)
+    trainer.register_hooks(_hooks(cfg, model, checkpointer, stop, test))
     configured = [dict(group) for group in optimizer.param_groups]
     resumes = args.resume and checkpointer.has_checkpoint()
     if args.resume and not resumes and comm.is_main_process():
@@ -349,7 +354,11 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, Any]
         logger.info("The run in %s is finished; to continue, raise train.max_iter", output_dir)
         return None
     try:
-        trainer.train(start, max_iter)
+        with on_signals(stop.request):
+            trainer.train(start, max_iter)
+    except Stopped:
+        comm.synchronize()  # the end of one process ends the others
+        raise
     except FloatingPointError as error:
         if not is_divergence(error):
             raise
@@ -364,6 +373,7 @@ def _hooks(
     cfg: DictConfig,
     model: nn.Module,
     checkpointer: WSCheckpointer,
+    stop: HookBase,
     test: Callable[[], dict[str, Any]],
 ) -> list[Optional[HookBase]]:
     train = cfg.train
@@ -373,7 +383,7 @@ def _hooks(
     ]
     if comm.is_main_process():
         found.append(hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer))
-    found.append(hooks.EvalHook(train.eval_period, test))
+    found += [stop, hooks.EvalHook(train.eval_period, test)]
     if comm.is_main_process():
         masks = _mapper(cfg.dataloader.train).get("use_instance_mask")
         metric = "segm/AP" if masks else "bbox/AP"
