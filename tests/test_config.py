@@ -1,9 +1,12 @@
 """MODEL.WS: defaults, and errors that name the key of a wrong value."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import logger
 
 from ws_detectron import add_ws_config
 from ws_detectron.config import WSSettings
@@ -21,16 +24,19 @@ def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None
         "RETINANET_HEAD": True,
         "SEM_SEG_HEAD": True,
         "MODE": "official",
+        "AFFINE": False,
         "EPS": 1e-5,
         "GN_GROUPS": 32,
     }
     assert (cfg.SOLVER.ACCUMULATE_STEPS, cfg.SOLVER.REFERENCE_IMS_PER_BATCH) == (1, 0)
+    assert cfg.SOLVER.EPOCHS == 0
     assert cfg.DATASETS.REGISTER == []
     del (
         cfg.DATASETS["REGISTER"],
         cfg.MODEL["WS"],
         cfg.SOLVER["ACCUMULATE_STEPS"],
         cfg.SOLVER["REFERENCE_IMS_PER_BATCH"],
+        cfg.SOLVER["EPOCHS"],
     )
     assert cfg == stock
 
@@ -62,8 +68,29 @@ def test_settings_carry_every_key() -> None:
     assert expected != WSSettings()
 
 
-def test_config_without_the_node_means_the_defaults() -> None:
-    assert WSSettings.from_config(get_cfg()) == WSSettings()
+def test_config_without_the_node_means_the_defaults_and_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "_LOG_COUNTER", Counter())  # as in a new process
+    for _ in range(2):
+        assert WSSettings.from_config(get_cfg()) == WSSettings()
+    assert caplog.text.count("call ws_detectron.add_ws_config(cfg)") == 1
+
+
+@pytest.mark.parametrize("key", ["MODEL.WS.MODE", "SOLVER.EPOCHS", "DATASETS.REGISTER"])
+def test_a_forgotten_call_is_named_where_a_key_of_ours_is_unknown(key: str, tmp_path: Path) -> None:
+    node, name, *rest = key.split(".")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{node}: {{{name}: {{{rest[0]}: 1}}}}" if rest else f"{node}: {{{name}: 1}}")
+    for merge in (
+        lambda cfg: cfg.merge_from_file(str(path), allow_unsafe=False),
+        lambda cfg: cfg.merge_from_list([key, "1"]),
+    ):
+        with pytest.raises((KeyError, AssertionError), match=r"call ws_detectron.add_ws_config"):
+            merge(get_cfg())
+    with pytest.raises(AssertionError) as caught:
+        get_cfg().merge_from_list(["SOLVER.EPOCHES", "1"])
+    assert "ws_detectron" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,9 @@ def test_wheel_holds_the_package_and_its_configs_and_nothing_else(wheel: Path) -
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
     files = (p for p in (ROOT / "ws_detectron").rglob("*") if p.is_file())
     package = {p.relative_to(ROOT).as_posix() for p in files if "__pycache__" not in p.parts}
-    configs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
-    assert len(configs) > 10
+    files = [p for kind in ("yaml", "py") for p in (ROOT / "configs").rglob(f"*.{kind}")]
+    configs = {p.relative_to(ROOT).as_posix() for p in files}
+    assert len(configs) > 10 and "configs/lazy/mask_rcnn_R_18_FPN_shapes_gn_ws.py" in configs
     assert "ws_detectron/py.typed" in package
     assert names == package | {"ws_doctor.py"} | {f"ws_detectron/{name}" for name in configs}
 

@@ -1,13 +1,16 @@
 """The code of README and docs/own_project.md runs as it stands, and what pages name exists."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Union
 
 import pytest
 
 from ws_detectron import model_zoo
+from ws_detectron.lab.scenes import builtin_scenes, ensure_scenes
 from ws_detectron.modeling import REGISTRATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,43 +24,78 @@ MY_CONFIG = """
 _BASE_: "{base}"
 MODEL:
   BACKBONE: {{NAME: build_resnet_fpn_backbone}}
-  ROI_BOX_HEAD: {{NAME: FastRCNNConvFCHead}}
+  ROI_BOX_HEAD: {{NAME: FastRCNNConvFCHead, NUM_CONV: 0}}
   ROI_MASK_HEAD: {{NAME: MaskRCNNConvUpsampleHead}}
-DATASETS: {{TRAIN: ["scenes_shapes_128_val"], TEST: []}}
+DATASETS: {{TEST: []}}
 TEST: {{EXPECTED_RESULTS: []}}
-SOLVER: {{MAX_ITER: 1, IMS_PER_BATCH: 1, REFERENCE_IMS_PER_BATCH: 0, STEPS: []}}
+SOLVER: {{IMS_PER_BATCH: 1, REFERENCE_IMS_PER_BATCH: 0, STEPS: [], CHECKPOINT_PERIOD: 1000000}}
 DATALOADER: {{NUM_WORKERS: 0}}
-OUTPUT_DIR: "{output}"
+OUTPUT_DIR: "./output"
+"""
+REPORT = """
+model = trainer.model
+ws = sum(isinstance(m, ws_detectron.WSConv2d) for m in model.modules())
+"""
+RESULTS = """
+print("WS convs:", ws, "then", len(report.converted))
+print("folded:", not any(isinstance(m, ws_detectron.WSConv2d) for m in model.modules()))
 """
 
 
-def test_use_in_an_own_project(tmp_path: Path) -> None:
-    """Both blocks in one script of a project that is not this one, started from its own folder."""
+SCORES = "print('scores:', *(f'{s:.3f}' for s in instances.scores.tolist()))"
+BATCH_SCORES = """
+for i, output in enumerate(outputs):
+    print(f"scores {i}:", *(f"{s:.3f}" for s in output["instances"].scores.tolist()))
+"""
+
+
+def run(script: Union[str, list[str]], folder: Path) -> str:
+    command = ["-c", script] if isinstance(script, str) else script
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def scores_in(printed: str, image: object = "") -> str:
+    (found,) = re.findall(rf"^scores ?{image}: (.*)$", printed, re.MULTILINE)
+    return found
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+def test_from_training_to_inference_in_an_own_project(tmp_path: Path) -> None:
+    """All blocks, run in a folder that is not this one's, on one image for one epoch."""
+    scenes = ensure_scenes(builtin_scenes()["scenes_shapes_128_val"])
+    content = json.loads((scenes / "annotations.json").read_text())
+    content["images"] = content["images"][:1]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    (tmp_path / "train").symlink_to(scenes / "images")
+    for name in ("photo.jpg", "photo2.jpg"):
+        (tmp_path / name).symlink_to(scenes / "images" / content["images"][0]["file_name"])
     base = model_zoo.get_config_file("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
-    (tmp_path / "my_config.yaml").write_text(MY_CONFIG.format(base=base, output=tmp_path / "new"))
-    (training,), (conversion,) = (
-        re.findall(r"```python\n(.*?)```", page, re.DOTALL) for page in (README, OWN_PROJECT)
-    )
-    script = tmp_path / "train.py"
-    script.write_text(
-        "\n".join(
-            [
-                "import ws_detectron.lab.scenes",
-                training,
-                "model = trainer.model",
-                "ws = sum(isinstance(m, ws_detectron.WSConv2d) for m in model.modules())",
-                conversion,
-                "print('WS convs:', ws, 'then', len(report.converted))",
-                "print(any(isinstance(m, ws_detectron.WSConv2d) for m in model.modules()))",
-            ]
-        )
-    )
-    result = subprocess.run(
-        [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr
-    # 20 in R-18 and 8 in the FPN; the heads' 4 convs are followed by GN as well
-    assert "WS convs: 28 then 32" in result.stdout and result.stdout.strip().endswith("False")
+    (tmp_path / "my_config.yaml").write_text(MY_CONFIG.format(base=base))
+
+    training, inference = blocks(README)
+    batch, folded, conversion = blocks(OWN_PROJECT)
+    training = training.replace("/data/", f"{tmp_path}/").replace("6, 100", "6, 1")
+    scores = "cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.01\ninstances ="  # after one iteration
+    inference, folded = (text.replace("instances =", scores) for text in (inference, folded))
+    script = [training, REPORT, conversion, RESULTS, inference, SCORES, batch, BATCH_SCORES]
+    printed = run("\n".join(script), tmp_path)
+    # 20 in R-18, 8 in the FPN, 4 and 2 in the heads
+    assert "WS convs: 34 then 34" in printed and "folded: True" in printed
+    assert (tmp_path / "output" / "log.txt").is_file()
+    for image in (0, 1):
+        assert scores_in(printed, image) == scores_in(printed) != ""
+    tool = [str(ROOT / "tools" / "fold_checkpoint.py"), "--config-file", "output/config.yaml"]
+    run(tool + ["--output", "folded.pth", "MODEL.WEIGHTS", "output/model_final.pth"], tmp_path)
+    alone = "import sys; sys.modules['ws_detectron'] = None"
+    assert scores_in(run("\n".join([alone, folded, SCORES]), tmp_path)) == scores_in(printed)
 
 
 def test_table_of_names_is_the_table_of_registrations() -> None:

@@ -1,12 +1,19 @@
 """Trains and evaluates a small GN+WS Mask R-CNN on drawn shapes, and draws its predictions.
 
-Needs no download and no GPU; takes five to ten minutes on two cores.
+Needs no download and no GPU; takes some minutes on two cores.
 """
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Optional
+
+from detectron2.utils.events import get_event_storage
+from tqdm import tqdm
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, run
@@ -18,6 +25,7 @@ from ws_detectron.model_zoo import get_config_file
 from ws_detectron.utils.command_line import add_overrides
 
 CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
+BN = "quickstart/mask_rcnn_R_18_FPN_shapes_bn_1img.yaml"
 EXAMPLES = r"""
 examples:
   python tools/quickstart.py
@@ -43,9 +51,11 @@ def main() -> None:
         output = Path(args.output)
         status = 0
         try:
-            run(cfg, args)
+            with Progress(cfg.SOLVER.MAX_ITER).instead_of_the_log():
+                run(cfg, args)
         except SystemExit as end:  # misses TEST.EXPECTED_RESULTS; pictures may show why
             status = int(end.code or 0)
+        print("drawing what it found beside the truth")
         predictions = output / "inference" / "coco_instances_results.json"
         pictures = output / "pictures"
         visualize_dataset(cfg.DATASETS.TEST[0], load_predictions(predictions), pictures)
@@ -58,10 +68,66 @@ def main() -> None:
         sys.exit(status)
 
 
+class Progress(logging.Handler):
+    """Says on the screen what a training does, while its log goes to log.txt alone.
+
+    Args:
+        steps: SOLVER.MAX_ITER.
+    """
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(logging.INFO)
+        self._steps = steps
+        self._screen = sys.stdout
+        self._bar: Optional[tqdm] = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("ws_detectron.lab.scenes"):
+            self._say(record.getMessage())
+        elif record.name == "detectron2.engine.train_loop" and record.levelno == logging.INFO:
+            self._say("training a Mask R-CNN with GN and WS to find shapes, from random weights")
+            self._bar = tqdm(
+                total=self._steps,
+                file=self._screen,
+                bar_format="  {percentage:3.0f} % |{bar:30}| {remaining} left, {desc}",
+                mininterval=5,
+            )
+        elif record.name == "detectron2.utils.events" and self._bar is not None:
+            storage = get_event_storage()
+            loss = storage.history("total_loss").median(20)
+            self._bar.set_description_str(f"loss {loss:.2f} (falls as it learns)", refresh=False)
+            self._bar.update(storage.iter + 1 - self._bar.n)
+        elif record.name == "detectron2.evaluation.evaluator" and "Start" in record.getMessage():
+            self._say("testing it on pictures that it has not seen")
+        elif record.levelno >= logging.WARNING:
+            self._say(record.getMessage())
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        print(text, file=self._screen, flush=True)
+
+    @contextmanager
+    def instead_of_the_log(self) -> Iterator[None]:
+        """Within it, loggers that detectron2 sets up write to files, and this on the screen."""
+        loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "ws_detectron")]
+        for logger in loggers:
+            logger.addHandler(self)
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            try:
+                yield
+            finally:
+                for logger in loggers:
+                    logger.handlers.clear()  # also those that write to `nowhere`
+
+
 def summary(output: Path, pictures: Path) -> str:
     """Final AP and the paths of all outputs."""
     python = os.path.relpath(sys.executable)
     final = [row for row in read_run(output, "quickstart").rows if "bbox/AP" in row][-1]
+    trained = f"--config-file {output / 'config.yaml'}"
+    weights = f"MODEL.WEIGHTS {output / 'model_final.pth'}"
     return f"""
 GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} on the val scenes
   predictions beside ground truth  {pictures / "first.png"} (and best.png, worst.png)
@@ -69,9 +135,15 @@ GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} 
   config                           {output / "config.yaml"}
   losses and AP                    {output / "metrics.json"} (or: tensorboard --logdir {output})
   log                              {output / "log.txt"}
-evaluate again:
-  {python} tools/train_net.py --eval-only --config-file {output / "config.yaml"} \\
-      MODEL.WEIGHTS {output / "model_final.pth"}"""
+next, draw what it finds in pictures of yours with such shapes, files or a folder:
+  {python} tools/visualize.py {trained} --output {output / "mine"} \\
+      --input <pictures> --opts {weights}
+see what BN makes of one image per step, and GN+WS beside it (each takes longer than this):
+  {python} tools/train_net.py --config-file {BN} OUTPUT_DIR output/bn
+  {python} tools/train_net.py --config-file {CONFIG} OUTPUT_DIR output/gn_ws \\
+      SOLVER.IMS_PER_BATCH 1 TEST.EXPECTED_RESULTS "[]"
+  {python} tools/compare_runs.py output/bn output/gn_ws --output output/comparison
+train on your own data: docs/data.md"""
 
 
 if __name__ == "__main__":

@@ -56,10 +56,11 @@ def _published() -> list[dict[str, str]]:
 
 def _norm(cfg: CfgNode) -> dict[str, str]:
     ws = cfg.MODEL.BACKBONE.NAME.startswith("build_ws_")
+    kind = "affine" if cfg.MODEL.WS.AFFINE else "yes"
     return {
         "backbone": cfg.MODEL.RESNETS.NORM,
         "FPN, box and mask head": cfg.MODEL.FPN.NORM or "none",
-        "WS": "yes" if ws and cfg.MODEL.WS.BACKBONE else "no",
+        "WS": kind if ws and cfg.MODEL.WS.BACKBONE else "no",
         "builders": "of this package" if ws else "stock detectron2",
     }
 

@@ -27,11 +27,13 @@ if _backend and "matplotlib" not in sys.modules:
         pass
 
 from .checkpoint import register_weight_names
-from .config import add_ws_config
+from .config import add_ws_config, name_forgotten_call
 from .layers import WSConv2d, standardize_together, standardize_weight
 from .modeling import convert_to_ws, fold_ws, with_ws
+from .utils.compat import extend_key_errors
 
 register_weight_names()
+extend_key_errors(name_forgotten_call)
 
 __all__ = [
     "WSConv2d",

@@ -73,6 +73,13 @@ def warn_of_ignored_settings(cfg: CfgNode) -> None:
             solver.REFERENCE_IMS_PER_BATCH,
             solver.IMS_PER_BATCH,
         )
+    if solver.EPOCHS:
+        logger.warning(
+            "SOLVER.EPOCHS is %d, but this trainer counts SOLVER.MAX_ITER, %d iterations; "
+            "tools/train_net.py of ws_detectron counts epochs",
+            solver.EPOCHS,
+            solver.MAX_ITER,
+        )
     unknown = [name for name, *_ in cfg.DATASETS.REGISTER if name not in DatasetCatalog.list()]
     if unknown:
         logger.warning(

@@ -336,6 +336,7 @@ def test_metadata_of_another_form_names_the_file(values: Any) -> None:
         ("ws_convs", {"a": {"mode": "wrong", "eps": 1e-5}}, "mode must be one of"),
         ("ws_convs", {"a": {"mode": "bit", "eps": -1}}, "eps must be a number > 0"),
         ("ws_convs", {"a": {"mode": "bit"}}, "eps"),
+        ("ws_convs", {"a": {"mode": "bit", "eps": 1e-5, "affine": "yes"}}, "affine is .yes"),
         ("preprocessing", {"input_format": "RGB"}, "pixel_mean"),
         ("surplus", 1, "surplus"),
     ],

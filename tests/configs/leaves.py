@@ -27,7 +27,7 @@ class Variant:
     backbone: str
     elsewhere: str  # in FPN and heads
     weights: str
-    ws: bool = False
+    ws: bool = False  # behind each norm layer
     keys: dict[str, Any] = field(default_factory=dict)
 
 
@@ -36,6 +36,10 @@ FAIR_GN = "catalog://ImageNetPretrained/FAIR/R-50-GN"
 VARIANTS = {
     "bn": Variant("BN", "BN", TORCHVISION),
     "frozen_bn": Variant("FrozenBN", "", TORCHVISION),
+    "frozen_bn_aws": Variant(
+        *("FrozenBN", "", TORCHVISION, True),
+        keys={"MODEL.WS.AFFINE": True, "MODEL.WS.MODE": "aws", "MODEL.WS.FPN": False},
+    ),
     "sync_bn": Variant("SyncBN", "SyncBN", TORCHVISION),
     "gn": Variant("GN", "GN", FAIR_GN),
     "bn_ws": Variant("BN", "BN", "", ws=True),
@@ -114,7 +118,8 @@ class Name:
         }
 
     def _model(self) -> dict[str, Any]:
-        variant, ws = VARIANTS[self.variant], "WS" if self.ws else ""
+        variant = VARIANTS[self.variant]
+        ws = "WS" if self.ws and variant.elsewhere else ""  # WS needs a norm layer
         depth, groups, width, *_ = BACKBONES[self.backbone]
         retinanet, panoptic = self.detector == "retinanet", self.detector == "panoptic"
         builder = "build_{}{}resnet_fpn_backbone"

@@ -1,5 +1,6 @@
 """Each config is what its name says, and two of them differ in nothing else."""
 
+import math
 import re
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from leaves import (
 )
 
 from ws_detectron import add_ws_config, model_zoo
+from ws_detectron.engine import load_config
+from ws_detectron.engine.scaling import resolve_epochs, scale_config
 
+OWN_DATA = "own_data/mask_rcnn_R_50_FPN_gn_ws.yaml"
 # studies/ holds files of tools/run_study.py, which name configs and are none
 FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
 
@@ -98,3 +102,30 @@ def test_model_zoo_finds_every_leaf() -> None:
         path = path_of(leaf)
         found = Path(model_zoo.get_config_file(path.relative_to(CONFIGS).as_posix()))
         assert found.read_text() == path.read_text()
+
+
+def test_the_base_for_own_data_is_the_coco_config_with_a_schedule_of_its_own() -> None:
+    own, coco = model_zoo.get_config(OWN_DATA), load("mask_rcnn_R_50_FPN_1x_gn_ws_2img")
+    schedule = {
+        *("EPOCHS", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD", "BASE_LR"),
+        *("IMS_PER_BATCH", "REFERENCE_IMS_PER_BATCH", "REFERENCE_WORLD_SIZE"),
+    }
+    expected = {f"SOLVER.{key}" for key in schedule} | {"TEST.EVAL_PERIOD"}
+    assert differing_keys(own, coco) == expected
+
+
+@pytest.mark.parametrize("images, iterations", [(100, 5000), (10_000, 500_000)])
+@pytest.mark.parametrize("batch, processes", [(2, 1), (1, 1), (2, 4)])
+def test_own_data_are_trained_for_100_epochs_at_every_batch(
+    images: int, iterations: int, batch: int, processes: int
+) -> None:
+    """At 2 images per step: 100 epochs, LR 0.0025, 20 evaluations, the LR falls after 67 and 89."""
+    cfg = load_config(OWN_DATA, ["SOLVER.IMS_PER_BATCH", str(batch)])
+    cfg = scale_config(resolve_epochs(cfg, images), processes)
+    solver, per_step = cfg.SOLVER, batch * processes
+    assert (solver.IMS_PER_BATCH, solver.MAX_ITER) == (per_step, iterations * 2 // per_step)
+    assert solver.BASE_LR == pytest.approx(0.00125 * per_step)
+    falls = [step / solver.MAX_ITER for step in solver.STEPS]
+    assert falls == pytest.approx([0.67, 0.89], rel=0.01)
+    # one more where detectron2, which scales to the processes, rounds the period down
+    assert math.ceil(solver.MAX_ITER / cfg.TEST.EVAL_PERIOD) in (20, 21)

@@ -109,6 +109,32 @@ def test_ws_settings_that_nothing_reads() -> None:
         assert warned(COCO.format("gn_1img"), *changed, *of_somebody) == []
 
 
+def test_a_model_with_more_classes_than_the_data() -> None:
+    name = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"  # six classes
+    (text,) = warned(name, "MODEL.ROI_HEADS.NUM_CLASSES", 80)
+    for part in ("is 80", "scenes_shapes_128_train has 6", "set MODEL.ROI_HEADS.NUM_CLASSES 6"):
+        assert part in text, text
+    of_somebody = ["MODEL.META_ARCHITECTURE", "Mine"]
+    assert warned(name, "MODEL.ROI_HEADS.NUM_CLASSES", 80, *of_somebody) == []
+
+
+@pytest.mark.parametrize(
+    "iterations, period, part",
+    [
+        (60 * 1000 // 4, 100, ""),  # a thousand epochs
+        (60 * 1000 // 4 + 1, 100, "set SOLVER.EPOCHS 100"),
+        (1000, 1000, ""),
+        (1000, 0, ""),
+        (1000, 1001, "lower TEST.EVAL_PERIOD"),
+    ],
+)
+def test_a_schedule_of_another_data_set(iterations: int, period: int, part: str) -> None:
+    opts = ["SOLVER.MAX_ITER", iterations, "TEST.EVAL_PERIOD", period]
+    cfg = load_config("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml", [*map(str, opts)])
+    found = find_warnings(cfg, world_size=1, images=60)
+    assert len(found) == bool(part) and part in "".join(found)
+
+
 def test_every_coco_config_but_small_bn_is_quiet() -> None:
     for name in config_names():
         if name.startswith("COCO-"):

@@ -3,18 +3,28 @@
 import argparse
 import errno
 import json
+import logging
+import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils.logger import setup_logger
 from small_trainer import SmallTrainer, small_cfg
 
 from ws_detectron.engine import run
-from ws_detectron.engine.output_dir import end_last_line, reserved
+from ws_detectron.engine.output_dir import (
+    cut_metrics,
+    log_to,
+    remove_old_checkpoints,
+    remove_partial_files,
+    reserved,
+)
 from ws_detectron.errors import ConfigError, UserError, WriteError
 from ws_detectron.utils.io import AlreadyLocked, locked
 
@@ -71,6 +81,25 @@ def test_a_new_run_in_a_used_folder_is_refused(tmp_path: Path, small_run: None, 
     assert {path: files(tmp_path)[path] for path in before} == before
 
 
+def test_a_trainer_of_a_script_leaves_the_config_and_its_log(tmp_path: Path) -> None:
+    for log in map(logging.getLogger, ("detectron2", "fvcore", "ws_detectron")):
+        log.setLevel(logging.NOTSET)
+    for name in ("first", "second"):
+        cfg = small_cfg(tmp_path / name)
+        train(cfg)
+        assert (tmp_path / name / "config.yaml").read_text() == cfg.dump()
+        log = (tmp_path / name / "log.txt").read_text()
+        assert log.count("train_loop INFO: Starting training from iteration 0") == 1
+        assert "fvcore.common.checkpoint INFO" in log
+
+
+def test_a_log_that_detectron2_writes_is_not_written_twice(tmp_path: Path) -> None:
+    log = setup_logger(str(tmp_path), name="ws_detectron")
+    log_to(str(tmp_path))
+    log.info("a message")
+    assert (tmp_path / "log.txt").read_text().count("a message") == 1
+
+
 def test_what_is_no_run_is_not_in_the_way(tmp_path: Path, small_run: None) -> None:
     """A folder in which a `Trainer` was made and an evaluation has run, with files of the user."""
     SmallTrainer(small_cfg(tmp_path))
@@ -89,8 +118,9 @@ def test_resume_goes_on_also_before_the_first_checkpoint(
     (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
     assert train(small_cfg(tmp_path), resume=True) == 0
     assert "holds a run (metrics.json) without last_checkpoint: it starts at it" in caplog.text
+    assert iterations(tmp_path) == [1]
     assert train(small_cfg(tmp_path, iterations=3), resume=True) == 2
-    assert iterations(tmp_path) == [0, 1, 2]
+    assert iterations(tmp_path) == [2]  # as a run of 3 iterations
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path, small_run: None) -> None:
@@ -172,18 +202,85 @@ def test_a_run_that_has_ended_reserves_nothing(tmp_path: Path, small_run: None) 
         pass
 
 
-def test_a_broken_last_line_of_metrics_stays_alone(
+def test_metrics_are_cut_back_to_the_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(small_cfg(tmp_path))
     path = tmp_path / "metrics.json"
-    whole = path.read_text()
-    path.write_text(whole + '{"iteration": 2, "total_l')
-    train(small_cfg(tmp_path, iterations=5), resume=True)
-    lines = path.read_text().splitlines()
-    assert lines[0] == whole.strip() and lines[1] == '{"iteration": 2, "total_l'
-    assert json.loads(lines[2])["iteration"] == 4 and len(lines) == 3
+    assert cut_metrics(path, 0) == -1 and not path.exists()
+    rows = [{"iteration": 19}, {"iteration": 15, "bbox/AP": 1.0}, {"iteration": 39}]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    for content in ("", lines[0]):
+        path.write_text(content)
+        assert cut_metrics(path, len(content)) == (19 if content else -1)
+        assert path.read_text() == content
+    path.write_text("".join(lines) + '{"iteration": 59, "total_l')
+    size = len(lines[0] + lines[1])
+    with path.open("a") as writer:  # opened before, as writers are
+        assert cut_metrics(path, size) == 19
+        writer.write(lines[2])
+    assert path.read_text() == "".join(lines)
+    assert "broken" not in caplog.text
+
+
+def test_a_broken_line_of_metrics_stays_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a crash of the machine the file may be shorter than it was at the checkpoint."""
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 1}\n{"iteration": 2, "total_l')
+    assert cut_metrics(path, 1000) == 1
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2, "total_l\n'
     assert f"{path} ends in a broken line" in caplog.text
+
+
+def test_files_that_were_not_written_completely_are_removed_at_resume(tmp_path: Path) -> None:
+    train(small_cfg(tmp_path))
+    partial = [".model_0000004.pth.kfw9y7uu", ".last_checkpoint.abcdefgh", ".config.yaml._0000000"]
+    mine = [".model.pth.kfw9y7uu", ".model_0000004.pth.backup.1", "model_x.pth", ".vimrc.abcdefgh"]
+    for name in (*partial, *mine):
+        (tmp_path / name).touch()
+    train(small_cfg(tmp_path, iterations=3), resume=True)
+    assert [name for name in partial if (tmp_path / name).exists()] == []
+    assert [name for name in mine if not (tmp_path / name).exists()] == []
+    assert {path.name for path in tmp_path.glob(".*")} >= {".lock"}
+    remove_partial_files(tmp_path / "not_there")
+
+
+def test_as_many_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
+    def checkpoints() -> list[str]:
+        return sorted(path.name[6:-4] for path in tmp_path.glob("model_*.pth"))
+
+    cfg = small_cfg(tmp_path, iterations=5)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    train(cfg)
+    assert checkpoints() == [*(f"000000{n}" for n in range(5)), "final"]
+    cfg.SOLVER.CHECKPOINT_KEEP = 2
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    cfg.SOLVER.MAX_ITER = 4  # model_0000004 is not of this run, and no older one
+    train(cfg, resume=True)
+    assert checkpoints() == ["0000002", "0000003", "0000004", "final"]
+    cfg.SOLVER.CHECKPOINT_KEEP = -1
+    with pytest.raises(ConfigError, match="SOLVER.CHECKPOINT_KEEP is -1; allowed: "):
+        SmallTrainer(cfg)
+    remove_old_checkpoints(tmp_path, keep=1, iteration=10)
+    assert checkpoints() == ["0000004", "final"]
+
+
+def test_a_child_of_a_killed_training_does_not_hold_its_lock(tmp_path: Path) -> None:
+    """As data workers, which live on for seconds."""
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    with reserved(tmp_path):
+        child = context.Process(target=lambda: started.set() or time.sleep(60))
+        child.start()
+        started.wait()
+    try:
+        with locked(tmp_path / ".lock", "busy"):
+            pass
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_the_config_as_it_runs_and_the_given_file_are_written(
@@ -200,16 +297,6 @@ def test_the_config_as_it_runs_and_the_given_file_are_written(
     assert "Base-R-18-FPN-scenes.yaml" in (tmp_path / "log.txt").read_text()
 
 
-def test_whole_lines_are_left_as_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
-    end_last_line(path)
-    assert not path.exists()
-    for content in ("", "{}\n"):
-        path.write_text(content)
-        end_last_line(path)
-        assert path.read_text() == content
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which root cannot write")
 def test_a_folder_that_cannot_be_written_to(small_run: None) -> None:
     with pytest.raises(ConfigError, match="OUTPUT_DIR '/sys/kernel' cannot be written to: "):
@@ -220,7 +307,7 @@ def test_a_folder_that_cannot_be_written_to(small_run: None) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the size of files")
 def test_a_disk_that_becomes_full_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    """Simulated by a limit on file sizes that is below the size of a checkpoint."""
+    """Simulated by a limit on file sizes between those of config.yaml and a checkpoint."""
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
         "from small_trainer import SmallTrainer, small_cfg\n"
@@ -228,7 +315,7 @@ def test_a_disk_that_becomes_full_leaves_the_last_checkpoint(tmp_path: Path) -> 
         "SmallTrainer(small_cfg(Path(sys.argv[1]))).train()\n"
         "trainer = SmallTrainer(small_cfg(Path(sys.argv[1]), iterations=4))\n"
         "trainer.resume_or_load(resume=True)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "with exit_on_user_error():\n"
         "    trainer.train()\n"
     )

@@ -214,6 +214,42 @@ def test_each_run_reads_its_own_fixed_copy(keypoint_cfg: CfgNode, tmp_path: Path
         MetadataCatalog.remove("mine")
 
 
+def test_epochs_count_the_images_that_have_objects(
+    tiny_cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of four images one has no object: 3 images in steps of 2, 5 epochs: 8 steps."""
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    content["annotations"].pop()
+    path.write_text(json.dumps(content))
+    tiny_cfg.SOLVER.EPOCHS, tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.STEPS = 5, 100, (50,)
+    with caplog.at_level(logging.INFO, logger="ws_detectron"):
+        cfg = prepare(tiny_cfg)
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (0, 8, (4,))
+    assert "training on 3 images" in caplog.text
+    tiny_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert prepare(tiny_cfg).SOLVER.MAX_ITER == 10
+    assert prepare(tiny_cfg, Purpose.EVALUATE).SOLVER.EPOCHS == 5
+
+
+def test_a_run_in_epochs_resumes_from_its_own_config(tiny_cfg: CfgNode) -> None:
+    """Also with more images than before: the schedule stays."""
+    tiny_cfg.SOLVER.EPOCHS, tiny_cfg.DATASETS.TEST = 1, ()
+    args = argparse.Namespace(eval_only=False, resume=True, config_file="")
+    run(tiny_cfg, args)
+    written = load_config(f"{tiny_cfg.OUTPUT_DIR}/config.yaml")
+    assert (written.SOLVER.EPOCHS, written.SOLVER.MAX_ITER) == (0, 2)
+    written.DATASETS.TRAIN *= 2
+    assert prepare(written).SOLVER.MAX_ITER == 2
+
+
+def test_iterations_that_epochs_would_replace_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "SOLVER: {EPOCHS: 7}\n")
+    with pytest.raises(ConfigError, match="SOLVER.MAX_ITER 9 .* add SOLVER.EPOCHS 0"):
+        load_config(path, ["SOLVER.MAX_ITER", "9"])
+    assert load_config(path, ["SOLVER.MAX_ITER", "9", "SOLVER.EPOCHS", "0"]).SOLVER.MAX_ITER == 9
+
+
 def test_a_depth_that_detectron2_does_not_have_is_refused(tiny_cfg: CfgNode) -> None:
     tiny_cfg.MODEL.RESNETS.DEPTH = 99
     with pytest.raises(

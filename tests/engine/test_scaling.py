@@ -1,4 +1,4 @@
-"""The linear rule, computed by hand from 16 images at LR 0.02."""
+"""Epochs, and the linear rule, computed by hand from 16 images at LR 0.02."""
 
 import logging
 
@@ -6,7 +6,13 @@ import pytest
 from detectron2.config import CfgNode
 
 from ws_detectron.engine import load_config
-from ws_detectron.engine.scaling import scale_config, scale_to_batch
+from ws_detectron.engine.scaling import (
+    describe_schedule,
+    resolve_epochs,
+    scale_config,
+    scale_to_batch,
+)
+from ws_detectron.errors import ConfigError
 
 SCHEDULE = """
 SOLVER.BASE_LR 0.02 SOLVER.MAX_ITER 90000 SOLVER.STEPS (60000,80000) SOLVER.WARMUP_ITERS 1000
@@ -108,3 +114,58 @@ def test_frozen_stays_frozen() -> None:
     cfg = config(4, 16)
     cfg.freeze()
     assert scale_config(cfg, 1).is_frozen()
+
+
+def in_epochs(epochs: int, batch: int, reference: int = 0) -> CfgNode:
+    cfg = config(batch, reference)
+    cfg.merge_from_list(["SOLVER.EPOCHS", epochs])
+    return cfg
+
+
+def test_epochs_keep_the_fractions_of_the_schedule() -> None:
+    """60 images of which 4 make a step: 15 steps in an epoch, 180 in 12, of 90,000 before."""
+    cfg = in_epochs(12, batch=4)
+    resolved = resolve_epochs(cfg, images=60)
+    # 2/3 and 8/9 of 180; 1/90; 1/12
+    expected = ((4, 0.02, 180, (120, 160), 2), (15, 15, 200))
+    assert schedule(resolved) == expected and resolved.SOLVER.EPOCHS == 0
+    assert schedule(resolve_epochs(resolved, images=99)) == expected  # as after a resume
+    assert schedule(cfg)[0][2] == 90000  # the given config is left alone
+
+
+def test_epochs_are_scaled_from_the_batch_that_the_lr_is_for() -> None:
+    """100 images: 62.5 steps of 16 images, 63 that 16 times as many steps of 1 image replace."""
+    scaled = scale_config(resolve_epochs(in_epochs(10, batch=1, reference=16), images=100), 1)
+    assert schedule(scaled)[0] == (1, 0.00125, 63 * 16, (42 * 16, 56 * 16), 16)
+
+
+def test_no_event_is_lost_in_a_short_training() -> None:
+    """One image: 1/16 of a step is one step, and so is each period; 0 stays 0."""
+    cfg = in_epochs(1, batch=16)
+    cfg.SOLVER.WARMUP_ITERS = cfg.TEST.EVAL_PERIOD = 0
+    assert schedule(resolve_epochs(cfg, images=1)) == ((16, 0.02, 1, (), 0), (1, 0, 200))
+
+
+@pytest.mark.parametrize("epochs, images, iterations", [(-1, 60, 9), (1, 0, 9), (1, 60, 0)])
+def test_epochs_of_nothing(epochs: int, images: int, iterations: int) -> None:
+    cfg = in_epochs(epochs, batch=4)
+    cfg.SOLVER.MAX_ITER = iterations
+    with pytest.raises(ConfigError, match=f"EPOCHS is {epochs}, .* has {images} images; allowed"):
+        resolve_epochs(cfg, images)
+
+
+def test_a_schedule_in_words() -> None:
+    cfg = resolve_epochs(in_epochs(12, batch=4), images=60)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("mine", "ours"), ("held_out",)
+    text = describe_schedule(cfg, images=60)
+    for part in (
+        "60 images of mine, ours",
+        "12 epochs of 15 steps, which are 180 steps of 4 images",
+        "evaluated on held_out 12 times, every 15 steps (1 epochs)",
+        "saved every 15 steps",
+    ):
+        assert part in text, text
+    cfg.TEST.EVAL_PERIOD = 0
+    assert "evaluated on held_out once, at the end" in describe_schedule(cfg, images=60)
+    cfg.DATASETS.TEST = ()
+    assert "evaluated" not in describe_schedule(cfg, images=60)

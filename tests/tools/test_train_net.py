@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,8 @@ def test_two_cpu_processes_train_and_evaluate_as_one_job(tmp_path: Path) -> None
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "IMS_PER_BATCH: 2" in config and "MAX_ITER: 4" in config
     assert "World size: 2" in result.stdout
+    assert re.search(r"Model: [\d.]+ M parameters, 32 WS convs .*, frozen: none", result.stdout)
+    assert "left:" not in result.stdout  # a conv without WS is no fault
     assert metrics(tmp_path / "out")[-1]["iteration"] >= 3  # the evaluation may count one more
 
 

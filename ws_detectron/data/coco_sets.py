@@ -176,8 +176,9 @@ def check_coco_set(
     if len(content["categories"]) < classes:
         raise DataError(
             f"annotations {path} have {len(content['categories'])} categories, but the model "
-            f"predicts {classes}, and evaluation fails on unknown classes; set NUM_CLASSES (of "
-            "MODEL.ROI_HEADS or MODEL.RETINANET) to the number of categories"
+            f"predicts {classes}, and evaluation fails on classes that the file does not have; set "
+            f"MODEL.ROI_HEADS.NUM_CLASSES (RetinaNet: MODEL.RETINANET.NUM_CLASSES) "
+            f"{len(content['categories'])}, or list in the file all categories of the training"
         )
     if keypoints:
         metadata.keypoint_names = _keypoints_in(content)

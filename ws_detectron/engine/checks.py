@@ -12,7 +12,7 @@ from typing import Union
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.utils.file_io import PathManager
 
@@ -30,6 +30,8 @@ REFERENCE_LR, REFERENCE_BATCH = 0.02, 16
 # ratio of the batches, usually 4 or more.
 MAX_LR_RATIO = 3.0
 SMALL_BATCH = 2
+# What suits most data sets, and the factor by which a schedule must be longer to be an oversight.
+USUAL_EPOCHS, MANY_TIMES = 100, 10
 SYNC_BN = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 # Node of NUM_CLASSES by architecture; those of custom architectures are not known.
@@ -46,17 +48,8 @@ class Purpose(Enum):
 
 def check_device(cfg: CfgNode, num_gpus: int = 1) -> None:
     """Checks MODEL.DEVICE, the number of GPUs, and settings that need a GPU."""
-    device = cfg.MODEL.DEVICE
-    if device.startswith("cuda"):
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not found:
-            raise ConfigError(
-                f"MODEL.DEVICE is {device!r}, but no CUDA device was found; "
-                "to run on the CPU add: MODEL.DEVICE cpu"
-            )
-        if num_gpus > found:
-            raise UserError(f"--num-gpus is {num_gpus}, but this machine has {found}")
-    elif device == "cpu":
+    check_machine(cfg.MODEL.DEVICE, num_gpus)
+    if cfg.MODEL.DEVICE == "cpu":
         if cfg.SOLVER.AMP.ENABLED:
             raise ConfigError("SOLVER.AMP.ENABLED is True, which needs MODEL.DEVICE cuda")
         for key, norm in norm_keys(cfg).items():
@@ -65,9 +58,31 @@ def check_device(cfg: CfgNode, num_gpus: int = 1) -> None:
                     f'{key} is "{norm}", which torch runs on GPUs only; on the CPU use "GN", which '
                     'needs no other images, "BN", or MODEL.DEVICE cuda'
                 )
+
+
+def check_machine(
+    device: str, num_gpus: int, key: str = "MODEL.DEVICE", remedy: str = "MODEL.DEVICE cpu"
+) -> None:
+    """Checks that this machine has the device and the number of GPUs that are asked for.
+
+    Args:
+        device: such as "cuda" or "cpu".
+        num_gpus: --num-gpus.
+        key: the config key of `device`, for messages.
+        remedy: the override that sets the CPU, for messages.
+    """
+    if device.startswith("cuda"):
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not found:
+            raise ConfigError(
+                f"{key} is {device!r}, but no CUDA device was found; "
+                f"to run on the CPU add: {remedy}"
+            )
+        if num_gpus > found:
+            raise UserError(f"--num-gpus is {num_gpus}, but this machine has {found}")
     if num_gpus < 1:
         raise UserError(
-            f"--num-gpus is {num_gpus}; allowed: 1 or more (with MODEL.DEVICE cpu it is the number "
+            f"--num-gpus is {num_gpus}; allowed: 1 or more (with {remedy} it is the number "
             "of CPU processes)"
         )
 
@@ -237,6 +252,24 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
     return copies
 
 
+def count_images(cfg: CfgNode) -> int:
+    """The number of images to train on, without those that detectron2 skips; it loads them.
+
+    Skipped are images without objects (DATALOADER.FILTER_EMPTY_ANNOTATIONS) or with too few
+    keypoints.
+    """
+    if not cfg.DATASETS.TRAIN:  # the training loader, if it is detectron2's, refuses it
+        return 0
+    fewest = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    return len(
+        get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=fewest if cfg.MODEL.KEYPOINT_ON else 0,
+        )
+    )
+
+
 def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
     """With MODEL.KEYPOINT_ON, checks that model, data sets and OKS sigmas have the same keypoints.
 
@@ -308,19 +341,55 @@ def _warn_of_flips(name: str) -> None:
         )
 
 
-def find_warnings(cfg: CfgNode, world_size: int) -> list[str]:
+def find_warnings(cfg: CfgNode, world_size: int, images: int = 0) -> list[str]:
     """One sentence for each setting of a training config that looks wrong, with its remedy.
 
     Args:
         cfg: scaled to the batch and to `world_size`, see `scaling`.
         world_size: processes in the job.
+        images: as returned by `count_images`; 0 if unknown.
     """
     return [
+        *_unused_classes(cfg),
+        *_length(cfg, images),
         *_small_batch_norm(cfg, world_size),
         *_frozen_random_layers(cfg),
         *_far_off_lr(cfg),
         *_settings_without_effect(cfg),
     ]
+
+
+def _unused_classes(cfg: CfgNode) -> list[str]:
+    """Classes of the model that the training data, which must be loaded, do not have."""
+    part, found = CLASSES_IN.get(stock_architecture(cfg)), []
+    for name in cfg.DATASETS.TRAIN if part else ():
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes and len(classes) < cfg.MODEL[part].NUM_CLASSES:
+            found.append(
+                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
+                f"{len(classes)} classes; set MODEL.{part}.NUM_CLASSES {len(classes)}: evaluation "
+                "on these classes fails if the model predicts another"
+            )
+    return found
+
+
+def _length(cfg: CfgNode, images: int) -> list[str]:
+    """A schedule for many more images, or one that ends before its first evaluation."""
+    steps, period, found = cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, []
+    epochs = steps * cfg.SOLVER.IMS_PER_BATCH / images if images else 0
+    if epochs > MANY_TIMES * USUAL_EPOCHS:
+        found.append(
+            f"SOLVER.MAX_ITER {steps:,} is {epochs:,.0f} epochs of the {images:,} training images; "
+            f"to train for {USUAL_EPOCHS} epochs, which is enough for most data, set SOLVER.EPOCHS "
+            f"{USUAL_EPOCHS}: milestones, warm-up and periods follow"
+        )
+    if cfg.DATASETS.TEST and period > steps:
+        found.append(
+            f"TEST.EVAL_PERIOD is {period:,}, more than SOLVER.MAX_ITER, {steps:,}: the model is "
+            "evaluated once, at the end; lower TEST.EVAL_PERIOD to follow the training, or set it "
+            "to 0 to evaluate at the end alone"
+        )
+    return found
 
 
 def _small_batch_norm(cfg: CfgNode, world_size: int) -> list[str]:

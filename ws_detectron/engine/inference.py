@@ -1,5 +1,6 @@
 """Models for inference: with folded weights, or written for stock detectron2."""
 
+import logging
 from operator import attrgetter
 from pathlib import Path
 from typing import Union
@@ -12,9 +13,12 @@ from ws_detectron.checkpoint import METADATA_KEY, WSCheckpointer, describe_model
 from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
 from ws_detectron.modeling import fold_ws, is_stock_norm, registrations_in
+from ws_detectron.modeling.summary import summary_line
 from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
 
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 _STOCK_GN_GROUPS = 32
 
@@ -31,6 +35,7 @@ def load_model_for_inference(cfg: CfgNode, resume: bool = False) -> nn.Module:
         WeightsError: the weights cannot be read, do not fit the model, or lack a part of it.
     """
     model = Trainer.build_model(cfg)
+    logger.info("Model: %s", summary_line(model))
     checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False, fold=True, whole=True)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         raise ConfigError(

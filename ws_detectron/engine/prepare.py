@@ -1,4 +1,4 @@
-"""Reads a config with its overrides, checks it and scales it, once.
+"""Reads a config with its overrides, checks it, resolves its epochs and scales it, once.
 
 `load_config` reads it. `prepare` checks and scales it: the tools call it before they start
 processes, `Trainer` calls it for everybody else; a prepared config is not prepared again.
@@ -31,10 +31,11 @@ from .checks import (
     check_keypoints,
     check_registered,
     check_weights,
+    count_images,
     find_warnings,
 )
 from .output_dir import make_output_dir
-from .scaling import scale_config
+from .scaling import describe_schedule, resolve_epochs, scale_config
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Raises:
         UserError: the file is missing or not YAML.
         ConfigError: the file would run code (see `yaml_files`), a key is unknown, a value has the
-            wrong type, or an entry of DATASETS.REGISTER is not valid.
+            wrong type, an entry of DATASETS.REGISTER is not valid, or SOLVER.MAX_ITER is
+            overridden where SOLVER.EPOCHS counts.
     """
     cfg = get_cfg()
     add_ws_config(cfg)
@@ -82,6 +84,12 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         except (KeyError, ValueError, AssertionError, *_MERGE_ERRORS) as error:
             raise ConfigError(_explain(cfg, error, f"override {key} {value}")) from error
     check_integers(cfg, "the config")  # again, as yacs evaluates text
+    if cfg.SOLVER.EPOCHS and "SOLVER.MAX_ITER" in opts[::2] and "SOLVER.EPOCHS" not in opts[::2]:
+        raise ConfigError(
+            f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} would have no effect, as SOLVER.EPOCHS is "
+            f"{cfg.SOLVER.EPOCHS}; add SOLVER.EPOCHS 0 to train for so many iterations, or set "
+            "SOLVER.EPOCHS alone"
+        )
     if cfg.SOLVER.IMS_PER_BATCH != batch and os.environ.get("RANK", "0") == "0":
         _warn_of_other_batch(cfg, batch, opts[::2])
     cfg.DATASETS.REGISTER = register_coco_sets(cfg.DATASETS.REGISTER)
@@ -172,9 +180,10 @@ def prepare(
 ) -> CfgNode:
     """Registers the data sets of a config, checks it and scales it; every process must call it.
 
-    The main process reads annotation files. A prepared config, also one that was pickled, is not
-    checked again; only its data sets are registered in this process. If it was changed since, it
-    is prepared again.
+    For a training, SOLVER.EPOCHS is turned into iterations first, and its images and schedule are
+    logged. The main process reads annotation files. A prepared config, also one that was pickled,
+    is not checked again; only its data sets are registered in this process. If it was changed
+    since, it is prepared again.
 
     Args:
         cfg: not modified.
@@ -216,18 +225,23 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
         check_batch(cfg, world_size)
     check_registered(cfg)
-    # An evaluation does not read the batch, which need not suit its processes.
-    cfg = (scale_config(cfg, world_size) if train else cfg).clone()
-    cfg.__dict__.pop(PREPARED, None)
-    annotations, keypoints = {}, {}
+    annotations, keypoints, images = {}, {}, 0
     if comm.is_main_process():
         if train:
             make_output_dir(cfg.OUTPUT_DIR)
-            for warning in find_warnings(cfg, world_size):
-                logger.warning(warning)
         annotations = check_annotations(cfg, purpose)
         if purpose is not Purpose.REPORT:
             use_annotations(annotations)
             keypoints = check_keypoints(cfg, train=train)
-    annotations, keypoints = comm.all_gather((annotations, keypoints))[0]
+        if train:
+            images = count_images(cfg)
+    annotations, keypoints, images = comm.all_gather((annotations, keypoints, images))[0]
+    # An evaluation does not read the batch, which need not suit its processes.
+    cfg = scale_config(resolve_epochs(cfg, images), world_size) if train else cfg.clone()
+    cfg.__dict__.pop(PREPARED, None)
+    if train and comm.is_main_process():
+        if images:
+            logger.info(describe_schedule(cfg, images))
+        for warning in find_warnings(cfg, world_size, images):
+            logger.warning(warning)
     return Prepared(cfg, purpose, world_size, annotations, keypoints)

@@ -1,22 +1,105 @@
-"""Scales LR and schedule to the batch and to the number of processes, by the linear rule.
+"""Turns epochs into iterations, and scales LR and schedule to the batch and to the number of
+processes, by the linear rule.
 
 Source: Goyal et al., "Accurate, Large Minibatch SGD" (arXiv:1706.02677): k times the images per
 step need k times the LR and 1/k of the iterations, so that a run sees as many images as before.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from ws_detectron.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 # numbers of iterations, which decrease with a larger batch
 ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD")
 PERIODS = ("TEST.EVAL_PERIOD", "TEST.PRECISE_BN.NUM_ITER")
+
+
+def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
+    """Replaces SOLVER.EPOCHS by iterations.
+
+    With E epochs of N images and B images per step (SOLVER.REFERENCE_IMS_PER_BATCH, from which
+    `scale_config` scales, or else SOLVER.IMS_PER_BATCH), a schedule of M iterations becomes one of
+    M' = ceil(E N / B), with all its other events at the same fractions of it:
+
+    ==============================================  ======================
+    SOLVER.MAX_ITER                                 M'
+    SOLVER.STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD,  x M' / M, rounded up
+    TEST.EVAL_PERIOD
+    ==============================================  ======================
+
+    SOLVER.EPOCHS becomes 0: a run's `config.yaml` keeps its length when its data change.
+
+    Args:
+        cfg: not modified; returned as it is if SOLVER.EPOCHS is 0.
+        images: number of images to train on, N.
+
+    Raises:
+        ConfigError: SOLVER.EPOCHS is negative, or there is no image or no iteration.
+    """
+    solver = cfg.SOLVER
+    if solver.EPOCHS == 0:
+        return cfg
+    if solver.EPOCHS < 0 or solver.MAX_ITER < 1 or not images:
+        raise ConfigError(
+            f"SOLVER.EPOCHS is {solver.EPOCHS}, SOLVER.MAX_ITER {solver.MAX_ITER}, and "
+            f"DATASETS.TRAIN has {images} images; allowed: an EPOCHS of 1 or more with images and "
+            "a MAX_ITER above 0, of which milestones, warm-up and periods are fractions, or 0 to "
+            "train for MAX_ITER iterations"
+        )
+    length = math.ceil(
+        solver.EPOCHS * images / (solver.REFERENCE_IMS_PER_BATCH or solver.IMS_PER_BATCH)
+    )
+
+    def same_fraction(iterations: int) -> int:
+        return -(-iterations * length // solver.MAX_ITER)  # exact, unlike a product of floats
+
+    keys = ("SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+    return _changed(
+        cfg,
+        {
+            **{key: same_fraction(attrgetter(key)(cfg)) for key in keys},
+            "SOLVER.STEPS": before_end(map(same_fraction, solver.STEPS), length),
+            "SOLVER.MAX_ITER": length,
+            "SOLVER.EPOCHS": 0,
+        },
+    )
+
+
+def describe_schedule(cfg: CfgNode, images: int) -> str:
+    """One line on a training: its images, epochs, steps, evaluations and checkpoints.
+
+    Args:
+        cfg: scaled to the batch and to the processes.
+        images: number of images to train on.
+    """
+    solver, sets = cfg.SOLVER, cfg.DATASETS
+    steps, period, per_epoch = solver.MAX_ITER, cfg.TEST.EVAL_PERIOD, images / solver.IMS_PER_BATCH
+    parts = [
+        f"training on {images:,} images of {', '.join(sets.TRAIN)}",
+        f"{_amount(steps / per_epoch)} epochs of {_amount(per_epoch)} steps, which are {steps:,} "
+        f"steps of {solver.IMS_PER_BATCH} images",
+    ]
+    if sets.TEST:
+        often = "once, at the end"
+        if 0 < period < steps:
+            often = f"{math.ceil(steps / period)} times, every {period:,} steps "
+            often += f"({_amount(period / per_epoch)} epochs)"
+        parts.append(f"evaluated on {', '.join(sets.TEST)} {often}")
+    parts.append(f"saved every {solver.CHECKPOINT_PERIOD:,} steps")
+    return "; ".join([*parts, "from step 20 on, the log has the time left (eta)"])
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def scale_config(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -98,7 +181,7 @@ def list_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     ]
 
 
-def before_end(steps: Sequence[int], iterations: int) -> tuple[int, ...]:
+def before_end(steps: Iterable[int], iterations: int) -> tuple[int, ...]:
     """The milestones before the end of a schedule; detectron2 refuses others, which rounding can
     produce."""
     return tuple(step for step in steps if step < iterations)

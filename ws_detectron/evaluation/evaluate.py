@@ -19,15 +19,17 @@ from detectron2.utils.logger import setup_logger
 
 from ws_detectron.data import register_coco_sets
 from ws_detectron.data.validate import read_json
-from ws_detectron.engine import Trainer
+from ws_detectron.engine import Trainer, as_flat_dict
 from ws_detectron.engine.checks import Purpose, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, DataError
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
+from .coco_curves import FILES, best_text, curve_tables, write_curves
 from .coco_eval import CocoResult, check_predictions, evaluate
 from .coco_report import KEYPOINTS, as_text, check_reports, write_reports
+from .curves import model_name
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +169,7 @@ def evaluate_checkpoint(
         if comm.is_main_process():
             inputs = metadata.json_file, cfg.MODEL.WEIGHTS
             check_reports(folder, *inputs)
-            refuse_overwrite(folder / RESULTS, inputs)
+            refuse_overwrite([folder / RESULTS, *(folder / file for file in FILES)], inputs)
     if cfg.MODEL.KEYPOINT_ON:
         logger.warning(KEYPOINTS)
     cfg = prepare(cfg, Purpose.REPORT)
@@ -200,5 +202,7 @@ def evaluate_checkpoint(
             annotations_file=path,
             predictions_file=str(folder / RESULTS),
         )
-        logger.info("%s\n%s", name, as_text(results[name]))
+        tables = curve_tables(annotations, predictions, results[name])
+        write_curves(tables, folder, f"{model_name(as_flat_dict(cfg))}, {name}")
+        logger.info("%s\n%s\n%s", name, as_text(results[name]), best_text(tables))
     return results

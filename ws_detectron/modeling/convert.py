@@ -4,6 +4,8 @@ Converting after building reuses detectron2's builders, and with them all their 
 """
 
 import copy
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -15,11 +17,14 @@ from ws_detectron.layers import (
     DEFAULT_WS_EPS,
     DEFAULT_WS_MODE,
     WSConv2d,
+    affine_of,
     check_ws_arguments,
     standardize_alone,
     standardize_together,
     standardize_weight,
 )
+
+logger = logging.getLogger(__name__)
 
 _NORM_TYPES = (
     FrozenBatchNorm2d,
@@ -50,7 +55,10 @@ class ConversionReport:
 
 
 def convert_to_ws(
-    module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
+    module: nn.Module,
+    eps: float = DEFAULT_WS_EPS,
+    mode: str = DEFAULT_WS_MODE,
+    affine: bool = False,
 ) -> ConversionReport:
     """Turns every detectron2 `Conv2d` followed by a norm layer into a `WSConv2d`, in place.
 
@@ -62,12 +70,18 @@ def convert_to_ws(
     Only the class of a conv changes. Parameters, `requires_grad`, hooks and other references to
     the conv (detectron2's FPN also keeps its convs in plain lists) stay valid. A `WSConv2d`
     followed by a norm layer gets the new `eps` and `mode`. The filters of `module` are
-    standardized together afterwards (`layers.standardize_together`).
+    standardized together afterwards (`layers.standardize_together`). If there is no such conv, a
+    warning says why.
+
+    With `affine`, a trained model keeps its outputs: the buffers gamma and beta of a `Conv2d` are
+    taken from its filters; a `WSConv2d` keeps its own, or gets 1 and 0.
 
     Args:
         module: any module tree; may be a single conv.
         eps: `eps` of `standardize_weight`.
         mode: `mode` of `standardize_weight`.
+        affine: whether the convs have gamma and beta (`WSConv2d`). mmcv's ConvAWS2d has them, and
+            mode "aws".
 
     Returns:
         The names of the convolutions that were converted, and of the others with the reason.
@@ -81,25 +95,40 @@ def convert_to_ws(
     for name, conv in module.named_modules():
         reason = _reason_to_skip(conv, id(conv) in norm_follows)
         if reason is None:
-            conv.__class__ = WSConv2d
+            if type(conv) is Conv2d:
+                conv.__class__ = WSConv2d
+                conv.set_affine(affine_of(conv.weight, eps, mode) if affine else None)
+            elif affine != (conv.affine() is not None):
+                conv.reset_affine(affine)
             conv.ws_eps, conv.ws_mode = eps, mode
             report.converted.append(name)
         elif reason:
             report.skipped[name] = reason
     if report.converted:
         standardize_together(module)
+    else:
+        reasons = Counter(report.skipped.values()).most_common()
+        logger.warning(
+            "convert_to_ws has standardized no convolution: %s; WS is for a "
+            "detectron2.layers.Conv2d with `norm` set, or directly before a norm layer in an "
+            "nn.Sequential",
+            ", ".join(f"{reason} ({count})" for reason, count in reasons) or "there is none",
+        )
     return report
 
 
 def with_ws(
-    module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
+    module: nn.Module,
+    eps: float = DEFAULT_WS_EPS,
+    mode: str = DEFAULT_WS_MODE,
+    affine: bool = False,
 ) -> nn.Module:
     """`convert_to_ws` that returns the module, as a LazyConfig needs it: `L(with_ws)(module=...)`.
 
     Args, Raises:
         as for `convert_to_ws`.
     """
-    convert_to_ws(module, eps, mode)
+    convert_to_ws(module, eps, mode, affine)
     return module
 
 
@@ -121,9 +150,9 @@ def fold_ws(module: nn.Module) -> nn.Module:
             standardize_alone(conv)
             continue
         with torch.no_grad():
-            folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode)
+            folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode, conv.affine())
         conv.weight = nn.Parameter(folded, requires_grad=conv.weight.requires_grad)
-        del conv.ws_eps, conv.ws_mode
+        del conv.ws_eps, conv.ws_mode, conv.weight_gamma, conv.weight_beta
         conv.__class__ = Conv2d
     return module
 
@@ -168,7 +197,7 @@ def _reason_to_skip(module: nn.Module, norm_follows: bool) -> Optional[str]:
     if isinstance(module, (Conv2d, WSConv2d)):
         return f"{type(module).__name__} may override the forward"
     if isinstance(module, nn.modules.conv._ConvNd):
-        return f"{type(module).__name__} is not a detectron2 Conv2d"
+        return f"torch's {type(module).__name__} is not a detectron2 Conv2d"
     if "Deform" in type(module).__name__ and hasattr(module, "weight"):
         return "deformable convolutions are not supported"
     return ""

@@ -3,7 +3,6 @@
 Only `REGISTRATIONS` lists the names; folding, checks and warnings read it.
 """
 
-import logging
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
@@ -21,11 +20,10 @@ from torch import nn
 
 from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
+from ws_detectron.layers import WSConv2d
 
 from .convert import convert_to_ws
 from .norm import check_norm_layers
-
-logger = logging.getLogger(__name__)
 
 
 class Registration(NamedTuple):
@@ -98,8 +96,6 @@ def finish_part(
 ) -> None:
     """Checks the norm layers of a part built by detectron2, and converts its convs to WS.
 
-    Logs which convs were converted and which were not.
-
     Args:
         module: the part, built with norms from `get_norm`.
         ws: which parts are standardized, and how.
@@ -114,10 +110,13 @@ def finish_part(
     check_norm_layers(module, part)
     if not getattr(ws, switch.lower()):
         return
-    report = convert_to_ws(module, ws.eps, ws.mode)
-    if not report.converted:
+    if not convert_to_ws(module, ws.eps, ws.mode).converted:
         raise ConfigError(
             f"WS needs convs followed by a norm layer, and {part} has none; check {norm_key} "
             f'(allowed: "GN", "BN", "SyncBN", "FrozenBN") or set MODEL.WS.{switch} False'
         )
-    logger.info("WS (%s, eps %g) in %s: %s", ws.mode, ws.eps, part, report)
+    for conv in module.modules():
+        if isinstance(conv, WSConv2d):
+            # Weights fill them. Those of random filters would differ between processes, because
+            # detectron2's DistributedDataParallel does not broadcast buffers.
+            conv.reset_affine(ws.affine)

@@ -1,0 +1,33 @@
+"""tools/quickstart.py: what it says on the screen, and where the rest is."""
+
+import json
+from pathlib import Path
+
+from ws_detectron.lab.scenes import SceneSpec, ensure_scenes
+
+SMALL = """
+SOLVER.MAX_ITER 21 SOLVER.IMS_PER_BATCH 1 SOLVER.REFERENCE_IMS_PER_BATCH 1 SOLVER.BASE_LR 0.02
+INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 64 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 64
+MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.001 TEST.DETECTIONS_PER_IMAGE 3 DATALOADER.NUM_WORKERS 0
+DATASETS.TRAIN ('quickstart_test',) DATASETS.TEST ('quickstart_test',)
+""".split()
+
+
+def test_it_says_what_it_does_and_what_comes_next(call_tool, tmp_path: Path) -> None:
+    spec = SceneSpec(image_size=64, num_images=3, object_scale=(0.2, 0.5))
+    scenes = ensure_scenes(spec, tmp_path)
+    mine = ["quickstart_test", str(scenes / "annotations.json"), str(scenes / "images")]
+    output = tmp_path / "run"
+    options = [*SMALL, "DATASETS.REGISTER", [mine]]
+    expected = ["TEST.EXPECTED_RESULTS", [["bbox", "AP", 200.0, 1.0]]]
+    status, said, errors = call_tool("quickstart.py", "--output", output, *options, *expected)
+    assert status == 1 and "error: expected (task, metric, value, tolerance)" in errors
+    steps = ("training a Mask R-CNN", "95 %", "testing it", "drawing", "box AP", "next, draw")
+    places = [said.find(step) for step in steps]
+    assert -1 not in places and places == sorted(places), said
+    assert "total_loss" not in said and "INFO" not in said  # the log is in its file
+    log = (output / "log.txt").read_text()
+    assert "Starting training" in log and "total_loss" in log
+    final = json.loads((output / "metrics.json").read_text().splitlines()[-1])
+    assert f"box AP {final['bbox/AP']:.1f}" in said
+    assert (output / "pictures" / "first.png").is_file()
