@@ -148,6 +148,7 @@ def test_bit_has_ws(files: dict[str, Path]) -> None:
     [
         (["MODEL.WS.MODE", "official"], "MODEL.WS.MODE and MODEL.WS.EPS"),
         (["MODEL.WS.EPS", 1e-5], "MODEL.WS.MODE and MODEL.WS.EPS"),
+        (["MODEL.WS.AFFINE", True], "MODEL.WS.AFFINE False"),
         (["MODEL.WS.GN_GROUPS", 16], "MODEL.WS.GN_GROUPS"),
         (["MODEL.PIXEL_STD", [58.395, 57.12, 57.375]], "MODEL.PIXEL_STD"),
         (["MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]], "MODEL.PIXEL_MEAN"),

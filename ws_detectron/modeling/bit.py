@@ -110,7 +110,7 @@ def _build_resnet(cfg: CfgNode, input_shape: ShapeSpec, ws: WSSettings, part: st
     norm = get_ws_norm(keys.NORM, ws)
     conv: ConvType = Conv2d
     if ws.backbone:
-        conv = partial(WSConv2d, ws_eps=ws.eps, ws_mode=ws.mode)
+        conv = partial(WSConv2d, ws_eps=ws.eps, ws_mode=ws.mode, ws_affine=ws.affine)
     stem = BiTStem(input_shape.channels, keys.STEM_OUT_CHANNELS, norm=norm, conv=conv)
     stages, channels = [], stem.out_channels
     for index, blocks in enumerate(_BLOCKS[keys.DEPTH]):
