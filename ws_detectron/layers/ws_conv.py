@@ -131,7 +131,7 @@ class WSConv2d(Conv2d):
         if in_graph_capture() or not _running.calls or _saved_tensors_hooks(True) is not None:
             return None
         for call in _running.calls:
-            found = call.filters().get(_key(self, weight, affine))
+            found = call.filters().get((id(weight), self.ws_eps, self.ws_mode))
             if found is not None and found.state == _state(weight, affine):
                 standardized = found.standardized
                 if standardized.requires_grad or not (
@@ -201,7 +201,7 @@ def standardize_alone(part: nn.Module) -> nn.Module:
 
 
 class _Standardized(NamedTuple):
-    tensors: tuple[torch.Tensor, Optional[Affine]]  # keeps them alive: their ids are in the key
+    tensors: tuple[torch.Tensor, Optional[Affine]]  # kept alive: key and state name their memory
     state: tuple
     standardized: torch.Tensor
 
@@ -211,10 +211,10 @@ class _Call:
 
     def __init__(self, part: nn.Module) -> None:
         self._part, self._grad = part, torch.is_grad_enabled()
-        self._filters: Optional[dict[tuple, _Standardized]] = None
+        self._filters: Optional[dict[tuple[int, float, str], _Standardized]] = None
 
-    def filters(self) -> dict[tuple, _Standardized]:
-        """The standardized filters of the part, by `_key`.
+    def filters(self) -> dict[tuple[int, float, str], _Standardized]:
+        """The standardized filters of the part, by `id` of the weight, `ws_eps` and `ws_mode`.
 
         Computed on first use, because a compiled forward never uses them.
         """
@@ -223,19 +223,20 @@ class _Call:
                 self._filters = self._standardize()
         return self._filters
 
-    def _standardize(self) -> dict[tuple, _Standardized]:
-        by_settings: dict[tuple[float, str, bool], dict[tuple, Any]] = {}
+    def _standardize(self) -> dict[tuple[int, float, str], _Standardized]:
+        by_settings: dict[tuple[float, str, bool], dict[int, Any]] = {}
         for conv in self._part.modules():
             if isinstance(conv, WSConv2d) and _can_share(conv):
                 tensors = conv.weight, conv.affine()
                 settings = conv.ws_eps, conv.ws_mode, tensors[1] is not None
-                by_settings.setdefault(settings, {})[_key(conv, *tensors)] = tensors
+                by_settings.setdefault(settings, {})[id(conv.weight)] = tensors
         filters = {}
         for (eps, mode, has_affine), convs in by_settings.items():
             weights, affines = zip(*convs.values())
             results = standardize_weights(weights, eps, mode, affines if has_affine else ())
             for (key, tensors), standardized in zip(convs.items(), results):
-                filters[key] = _Standardized(tensors, _state(*tensors), standardized)
+                found = _Standardized(tensors, _state(*tensors), standardized)
+                filters[key, eps, mode] = found
         return filters
 
 
@@ -291,11 +292,6 @@ def _can_share(conv: WSConv2d) -> bool:
         and not weight._backward_hooks
         and not conv._forward_pre_hooks
     )
-
-
-def _key(conv: WSConv2d, weight: torch.Tensor, affine: Optional[Affine]) -> tuple:
-    """What the filters depend on, but for the values of tensors."""
-    return (id(weight), *map(id, affine or ()), conv.ws_eps, conv.ws_mode)
 
 
 def _state(weight: torch.Tensor, affine: Optional[Affine]) -> tuple:
