@@ -37,7 +37,7 @@ from .checks import check_backbone
 from .hooks import RECORD, BestCheckpoint, RunRecord, SharedStatistics, read_record
 from .loaders import build_test_loader, build_train_loader
 from .output_dir import METRICS, check_unused, end_last_line, log_to, reserved, warn_of_start
-from .prepare import as_flat_dict, prepare
+from .prepare import PREPARED, as_flat_dict, prepare
 from .scaling import list_changes
 
 logger = logging.getLogger(__name__)
@@ -223,6 +223,7 @@ class Trainer(DefaultTrainer):
                     (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
                 end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
                 write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
+                logger.info(self.cfg.__dict__[PREPARED].schedule)
                 super().train()
         # detectron2 returns it only with TEST.EXPECTED_RESULTS
         return getattr(self, "_last_eval_results", None)
