@@ -1,5 +1,8 @@
 # The interpreter that makes the virtual environment.
 PYTHON ?= python3
+# The detectron2 that is built where none is installed, and the versions of everything else.
+DETECTRON2 ?= 0.6
+CONSTRAINTS ?= constraints.txt
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,9 +26,9 @@ set-up: $(STAMP)
 # The stamp is made last, so an interrupted set-up is completed by the next call.
 $(STAMP): constraints.txt setup.py tools/install_detectron2.py $(wildcard tools/detectron2_patches/*)
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt torch torchvision setuptools wheel
-	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[dev,fast-eval,lab,plots,slurm]'
+	$(PIP) install --constraint $(CONSTRAINTS) torch torchvision setuptools wheel
+	$(BIN)/python tools/install_detectron2.py --release $(DETECTRON2) --constraint $(CONSTRAINTS)
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev,export,fast-eval,lab,plots,slurm]'
 	@touch $@
 
 test: $(STAMP)

@@ -39,8 +39,9 @@ class BuildWithConfigs(build_py):
             return
         target = Path(self.build_lib, "ws_detectron", "configs")
         shutil.rmtree(target, ignore_errors=True)
-        for source in sorted((ROOT / "configs").rglob("*.yaml")):
-            copy = target / source.relative_to(ROOT / "configs")
+        configs = ROOT / "configs"
+        for source in sorted([*configs.rglob("*.yaml"), *configs.rglob("*.py")]):
+            copy = target / source.relative_to(configs)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
 
@@ -72,7 +73,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "dev": ["mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "dev": [
+            *("mypy", "pre-commit", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff")
+        ],
+        "export": ["onnx", "onnxruntime"],
         "fast-eval": ["faster-coco-eval>=1.6.8"],
         "lab": ["markdown", "matplotlib", "omegaconf", "pandas", "scipy"],
         "plots": ["matplotlib"],

@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
+import logging
 import os
+import platform
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -22,6 +26,9 @@ INSTALL_DETECTRON2 = (
     "run `python tools/install_detectron2.py` from the repository, or install it as "
     "https://detectron2.readthedocs.io/en/latest/tutorials/install.html says"
 )
+BUILD_DETECTRON2 = (
+    "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+)
 INSTALL_TORCH = "install matching torch and torchvision as https://pytorch.org/get-started says"
 NEEDED = {
     "numpy": "pip install numpy",
@@ -31,10 +38,20 @@ NEEDED = {
     "pycocotools": "pip install pycocotools",
     "cv2": "pip install opencv-python-headless (or opencv-python, never both)",
 }
+NEWEST_TORCH = (2, 14)  # with which the tests ran, see results/matrix
 OPTIONAL = {
     "tensorboard": "without it, training writes no TensorBoard events: pip install tensorboard",
     "matplotlib": "pictures and plots need it: pip install matplotlib",
+    "psutil": "detectron2's benchmark.py needs it: pip install psutil",
+    "onnx": "detectron2's export_model.py --format onnx needs it: pip install onnx",
 }
+# What is kept there, the variable that moves it, and where it is without the variable.
+CACHES = (
+    ("downloaded weights", "FVCORE_CACHE", "~/.torch/iopath_cache"),
+    ("generated data sets", "WS_DETECTRON_CACHE", "~/.cache/ws_detectron"),
+    ("compiled kernels", "TRITON_CACHE_DIR", "~/.triton/cache"),
+)
+LITTLE_SPACE = 2 * 2**30  # bytes; a converted detector has 0.2 GB
 
 
 class Finding(NamedTuple):
@@ -55,7 +72,10 @@ def check_torch() -> Iterator[Finding]:
     if numbers(torch.__version__) < (2, 1):
         yield Finding("torch", f"{torch.__version__}, needs 2.1 or newer", INSTALL_TORCH)
     else:
-        yield Finding("torch", torch.__version__)
+        newest = ".".join(map(str, NEWEST_TORCH))
+        note = f"newer than {newest}, the newest tested; if something fails, install torch {newest}"
+        newer = numbers(torch.__version__) > NEWEST_TORCH
+        yield Finding("torch", torch.__version__, note=note if newer else "")
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for device in devices:
         properties = torch.cuda.get_device_properties(device)
@@ -74,6 +94,13 @@ def check_torch() -> Iterator[Finding]:
     yield Finding("torchvision", load("torchvision", INSTALL_TORCH).__version__)
     for device in ["cpu", *devices]:
         yield check_ops(device)
+    if torch.backends.mps.is_available():
+        finding = check_ops("mps")
+        advice = (
+            "MODEL.DEVICE mps: no training was tested on it; PYTORCH_ENABLE_MPS_FALLBACK=1 runs "
+            "ops that it lacks on the CPU, and MODEL.DEVICE cpu always works"
+        )
+        yield finding._replace(remedy="", note=advice)
 
 
 def check_ops(device: str) -> Finding:
@@ -108,10 +135,33 @@ def check_detectron2() -> Iterator[Finding]:
     spec = importlib.util.find_spec("detectron2._C")
     if spec is None or str(spec.origin).endswith(".py"):  # of a pure-Python build
         missing = "none: rotated boxes, deformable convs and the fast COCO evaluator are missing"
-        yield Finding("detectron2's compiled ops", missing)
+        note = f"who needs them builds detectron2's main branch (C++ compiler): {BUILD_DETECTRON2}"
+        yield Finding("detectron2's compiled ops", missing, note=note)
     else:
         load("detectron2._C", f"build detectron2 for this torch: {INSTALL_DETECTRON2}")
         yield Finding("detectron2's compiled ops", "load")
+
+
+def check_scripts() -> Iterator[Finding]:
+    """What detectron2's own scripts need, and the training of this package does not."""
+    try:
+        load("detectron2.model_zoo", "")
+    except Problem as problem:
+        found = problem.args[0].found
+        remedy = "pip install 'setuptools<82'" if "pkg_resources" in found else INSTALL_DETECTRON2
+        note = f"demo.py and scripts that name detectron2's configs need it: {remedy}"
+        yield Finding("detectron2.model_zoo", found, note=note)
+    else:
+        yield Finding("detectron2.model_zoo", "loads")
+    scripts = Path(sys.prefix, "share", "detectron2", "tools")
+    clone = "they are tools/ of a clone of https://github.com/facebookresearch/detectron2"
+    there = scripts.is_dir()
+    found = str(scripts) if there else f"not in {scripts}"
+    yield Finding("detectron2's scripts", found, note="" if there else clone)
+    module = os.environ.get("DETECTRON2_ENV_MODULE")
+    note = "detectron2's scripts need it for our configs: export DETECTRON2_ENV_MODULE="
+    note = "" if module else f"{note}ws_detectron.env"
+    yield Finding("DETECTRON2_ENV_MODULE", module or "not set", note=note)
 
 
 def check_libraries() -> Iterator[Finding]:
@@ -129,6 +179,47 @@ def check_package() -> Iterator[Finding]:
     configs = len(load("ws_detectron.model_zoo", remedy).config_names())
     found = f"{package.__version__} at {os.path.dirname(str(package.__file__))}, {configs} configs"
     yield Finding("ws_detectron", found, "" if configs else remedy)
+
+
+def check_triton() -> Iterator[Finding]:
+    """Has a filter standardized on the GPU; the package logs why it cannot use Triton."""
+    try:
+        torch, package = load("torch", ""), load("ws_detectron", "")
+    except Problem:  # found by the checks of these two
+        return
+    if not torch.cuda.is_available():
+        return
+    reasons: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: reasons.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ws_detectron")
+    logger.addHandler(handler)
+    package.standardize_weight(torch.rand(2, 4, 1, 1, device="cuda"))
+    logger.removeHandler(handler)
+    note = (
+        "training works without it, with more kernel launches; Triton needs the version that torch "
+        "was built with, a C compiler (gcc, or another in CC) and Python's headers"
+    )
+    found = reasons[0].splitlines()[0] if reasons else "works"
+    yield Finding("Triton", found, note=note if reasons else "")
+
+
+def check_system() -> Iterator[Finding]:
+    if sys.platform == "win32":
+        yield Finding(
+            "Windows",
+            platform.version(),
+            note="not tested; NCCL does not exist for it, so train with --num-gpus 1; write paths "
+            "with / in configs and KEY VALUE pairs",
+        )
+    for content, variable, default in CACHES:
+        folder = Path(os.path.expanduser(os.environ.get(variable) or default)).absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        problem = "" if os.access(there, os.W_OK) else ", not writable"
+        note = f"set {variable} to a folder on a disk with space"
+        note = note if problem or free < LITTLE_SPACE else ""
+        yield Finding(content, f"{folder}, {free / 2**30:.1f} GiB free{problem}", note=note)
 
 
 def check_datasets() -> Iterator[Finding]:
@@ -152,7 +243,16 @@ def check_datasets() -> Iterator[Finding]:
     yield Finding("Fashion-MNIST", f"{files or 'no'} files in {folder}", note=note)
 
 
-CHECKS = (check_torch, check_detectron2, check_libraries, check_package, check_datasets)
+CHECKS = (
+    check_torch,
+    check_detectron2,
+    check_scripts,
+    check_libraries,
+    check_package,
+    check_triton,
+    check_system,
+    check_datasets,
+)
 
 
 def examine() -> Iterator[Finding]:
@@ -177,20 +277,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 if training cannot work, 0 otherwise.
     """
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description="Reports what is installed, what is missing or broken, and how to fix it. "
         "The exit status is 1 if training cannot work.",
         epilog="example: DETECTRON2_DATASETS=~/datasets python -m ws_doctor",
-    ).parse_args(arguments)
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for bug reports")
+    as_json = parser.parse_args(arguments).json
     findings = []
     for finding in examine():
-        print(f"{finding.subject:<26} {finding.found}", flush=True)
+        if not as_json:
+            print(f"{finding.subject:<26} {finding.found}", flush=True)
         findings.append(finding)
+    problems = [finding for finding in findings if finding.remedy]
+    if as_json:
+        entries = [finding._asdict() for finding in findings]
+        print(json.dumps({"training_can_work": not problems, "findings": entries}, indent=1))
+        return 1 if problems else 0
     print()
     for finding in findings:
         if finding.note:
             print(f"note: {finding.subject}: {finding.note}")
-    problems = [finding for finding in findings if finding.remedy]
     for finding in problems:
         print(f"problem: {finding.subject}: {finding.found}; {finding.remedy}")
     print(f"training cannot work, problems: {len(problems)}" if problems else "training can work")

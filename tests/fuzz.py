@@ -27,11 +27,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from hostile_weights import all_files, saved
+from hostile_weights import all_files, safetensors, saved
 from limited import Outcome, run_limited
 from torch import nn
 
-from ws_detectron.checkpoint import WSCheckpointer, convert_file, read_weight_file
+from ws_detectron.checkpoint import (
+    METADATA_KEY,
+    WeightMetadata,
+    WSCheckpointer,
+    WSForm,
+    convert_file,
+    describe_file,
+    read_weight_file,
+)
 from ws_detectron.checkpoint.reading import check_finite, unwrap_state
 from ws_detectron.engine import load_config
 from ws_detectron.errors import UserError
@@ -215,7 +223,14 @@ def weight_files() -> dict[str, bytes]:
     files |= {"caffe2": pickle.dumps({"blobs": blobs}, 2), "zip": saved(full)}
     # legacy files with one storage only, as their order is that of their addresses
     one = {"model": {"stem.conv1.weight": state["stem.conv1.weight"]}, "iteration": 3}
+    metadata = WeightMetadata("timm-bit", ws_convs={"stem.conv1": WSForm("bit", 1e-8)}).as_dict()
+    files["converted"] = saved({"model": state, METADATA_KEY: metadata})
     files |= {"legacy": saved(one, zipped=False), "state": saved(state)}
+    entry = {"dtype": "F32", "shape": [2, 2, 1, 1], "data_offsets": [0, 16]}
+    files["safetensors"] = safetensors({"stem.conv.weight": entry}, bytes(16))
+    kernel, stored = "resnet/root_block/standardized_conv2d/kernel", io.BytesIO()
+    np.savez(stored, **{kernel: np.ones((1, 1, 2, 2), "f4")})
+    files["npz"] = stored.getvalue()
     for name, content in all_files().items():
         if len(content) < 5000 and "legacy" not in name:
             files[name] = content
@@ -230,6 +245,7 @@ def read_weights(path: Path) -> None:
         lambda: check_finite(unwrap_state(read_weight_file(path), str(path))[0], str(path)),
         lambda: convert_file(path, ws=True),
         lambda: convert_file(path, "detectron2", ws=True),
+        lambda: describe_file(path),
         lambda: WSCheckpointer(model).load(str(path)),
     )
     for way in ways:

@@ -1,6 +1,7 @@
 """Weight files that once took hours, gigabytes or the process; most are a few bytes."""
 
 import io
+import json
 import pickle
 import re
 import struct
@@ -253,12 +254,81 @@ ZIPS = {
 }
 
 
+def safetensors(entries: dict[str, Any], data: bytes = b"", header: bytes = b"") -> bytes:
+    """A `.safetensors` file with this header and these bytes."""
+    header = header or json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def _entry(shape: list[Any], offsets: list[Any], dtype: Any = "F32") -> dict[str, Any]:
+    return {"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+SAFETENSORS = {
+    "ends early": safetensors(_entry([4], [0, 16]), bytes(8)),
+    "terabyte": safetensors(_entry([10**12], [0, 4 * 10**12]), bytes(16)),
+    "other shape": safetensors(_entry([5], [0, 16]), bytes(16)),
+    "negative shape": safetensors(_entry([-2, -2], [0, 16]), bytes(16)),
+    "fractional shape": safetensors(_entry([4.0], [0, 16]), bytes(16)),
+    "gap": safetensors(_entry([2], [8, 16]), bytes(16)),
+    "overlap": safetensors({**_entry([4], [0, 16]), "v": _entry([2], [8, 16])["w"]}, bytes(16)),
+    "bytes of no tensor": safetensors(_entry([2], [0, 8]), bytes(16)),
+    "unknown type": safetensors(_entry([4], [0, 16], "F8_E4M3"), bytes(16)),
+    "huge empty shape": safetensors(_entry([0, 10**30], [0, 0])),
+    "product of many": safetensors(_entry([2**62] * 100_000, [0, 16]), bytes(16)),
+    "same name twice": safetensors(
+        {}, bytes(16), b"{" + 2 * b'"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},' + b"}"
+    ).replace(b",}", b"} "),
+    "deep header": safetensors({}, header=b'{"w":' + b"[" * _NEST + b"]" * _NEST + b"}"),
+    "no JSON": safetensors({}, header=b"{" + bytes(20)),
+    "entry without offsets": safetensors({"w": {"dtype": "F32", "shape": [4]}}, bytes(16)),
+    "entry of another kind": safetensors({"w": [1, 2]}),
+}
+
+
+def npy(header: str, data: bytes = bytes(16), version: bytes = b"\x01\x00") -> bytes:
+    """A `.npy` entry with this header."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text + data
+
+
+def npz(entries: dict[str, bytes], compression: int = 0) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(zipfile.ZipInfo(name), content, compression)
+    return file.getvalue()
+
+
+def _header(shape: str, dtype: str = "<f4") -> str:
+    return f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}"
+
+
+_OBJECTS = pickle.dumps([1, 2])
+NPZS = {
+    "objects": npz({"w.npy": npy(_header("(2,)", "|O"), _OBJECTS)}),
+    "text": npz({"w.npy": npy(_header("(4,)", "<U1"))}),
+    "records": npz({"w.npy": npy("{'descr': [('a', '<f4')], 'fortran_order': 0, 'shape': (4,)}")}),
+    "terabyte": npz({"w.npy": npy(_header("(1000000000000,)"))}),
+    "other shape": npz({"w.npy": npy(_header("(5,)"))}),
+    "negative shape": npz({"w.npy": npy(_header("(-2, -2)"))}),
+    "huge empty shape": npz({"w.npy": npy(_header("(0, 10000000000000000000)"), b"")}),
+    "deep header": npz({"w.npy": npy("(" * 9000 + ")" * 9000)}),
+    "version 3": npz({"w.npy": npy(_header("(4,)"), version=b"\x03\x00")}),
+    "expands": npz({"w.npy": npy(_header("(5000000,)"), bytes(20_000_000))}, zipfile.ZIP_DEFLATED),
+    "other entry": npz({"w.npy": npy(_header("(4,)")), "readme.txt": b"hello"}),
+    "flipped bit": flipped(npz({"w.npy": npy(_header("(4,)"), FOUR)}), FOUR),
+}
+
+
 def all_files() -> dict[str, bytes]:
     """Every file of this module."""
     files = {f"pickle, {name}": content for name, content in PICKLES.items()}
     files |= {f"zip, {name}": torch_zip(content) for name, content in PICKLES.items()}
     files |= {f"tensor, {name}": content for name, content in TENSORS.items()}
     files |= {f"archive, {name}": content for name, content in ZIPS.items()}
+    files |= {f"safetensors, {name}": content for name, content in SAFETENSORS.items()}
+    files |= {f"npz, {name}": content for name, content in NPZS.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # several of these kinds are prototypes
         for name, tensor in special_tensors().items():

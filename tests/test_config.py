@@ -24,6 +24,7 @@ def test_add_ws_config_adds_its_keys_with_their_defaults_and_no_others() -> None
         "RETINANET_HEAD": True,
         "SEM_SEG_HEAD": True,
         "MODE": "official",
+        "AFFINE": False,
         "EPS": 1e-5,
         "GN_GROUPS": 32,
     }

@@ -2,6 +2,9 @@
 
 import importlib
 import importlib.util
+import json
+import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ import pytest
 import torch
 import torchvision
 
+import ws_detectron
 import ws_doctor
 from ws_doctor import Finding, Problem
 
@@ -151,6 +155,14 @@ def test_old_torch_is_a_problem(monkeypatch: pytest.MonkeyPatch, version: str, o
     assert bool(finding.remedy) is old
 
 
+@pytest.mark.parametrize(("version", "newer"), [("2.14.1+cu130", False), ("2.15.0", True)])
+def test_torch_newer_than_tested_is_a_note(monkeypatch, version: str, newer: bool) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    finding = by_subject(ws_doctor.check_torch())["torch"]
+    assert (finding.found, finding.remedy) == (version, "")
+    assert ("install torch 2.14" in finding.note) is newer
+
+
 def missing_op(*arguments: object) -> None:
     raise RuntimeError("operator torchvision::nms does not exist")
 
@@ -196,6 +208,19 @@ def test_cuda_device_is_named_and_tried(monkeypatch: pytest.MonkeyPatch, works: 
     assert (finding.remedy == "") is works
 
 
+@pytest.mark.parametrize("available", [True, False])
+def test_ops_are_tried_on_mps_and_never_stop_a_training(monkeypatch, available: bool) -> None:
+    ops = {"cpu": Finding("cpu", "work"), "mps": Finding("mps", "NotImplementedError", "remedy")}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available)
+    monkeypatch.setattr(ws_doctor, "check_ops", ops.get)
+    findings = by_subject(ws_doctor.check_torch())
+    assert ("mps" in findings) is available
+    if available:
+        assert findings["mps"].found == "NotImplementedError" and not findings["mps"].remedy
+        assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in findings["mps"].note
+
+
 def test_no_cuda_device_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     finding = by_subject(ws_doctor.check_torch())["CUDA devices"]
@@ -228,6 +253,70 @@ def test_compiled_ops(
     *_, finding = by_subject(ws_doctor.check_detectron2()).values()
     assert expected in finding.found
     assert bool(finding.remedy) is problem
+    assert ("pip install --no-build-isolation" in finding.note) is not problem
+
+
+def test_what_stops_scripts_of_detectron2_is_named(tmp_path: Path, monkeypatch) -> None:
+    def load(name: str, remedy: str) -> ModuleType:
+        raise Problem(Finding(name, "needs pkg_resources, not installed", remedy))
+
+    monkeypatch.setattr(ws_doctor, "load", load)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("DETECTRON2_ENV_MODULE", raising=False)
+    zoo, scripts, module = ws_doctor.check_scripts()
+    assert zoo.note.endswith("need it: pip install 'setuptools<82'")
+    assert scripts.found.startswith("not in ") and "clone" in scripts.note
+    assert module.note.endswith(": export DETECTRON2_ENV_MODULE=ws_detectron.env")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("DETECTRON2_ENV_MODULE", "my_module")
+    folder = tmp_path / "share" / "detectron2" / "tools"
+    folder.mkdir(parents=True)
+    found = {finding.found: finding.note + finding.remedy for finding in ws_doctor.check_scripts()}
+    assert found == {"loads": "", str(folder): "", "my_module": ""}
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_why_triton_cannot_be_used_is_said(monkeypatch, works: bool) -> None:
+    def standardize_weight(weight: torch.Tensor) -> None:
+        if not works:
+            logging.getLogger("ws_detectron.layers.standardize").warning("no compiler (%s)", "gcc")
+
+    assert list(ws_doctor.check_triton()) == [] or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.ones(shape))
+    monkeypatch.setattr(ws_detectron, "standardize_weight", standardize_weight)
+    (finding,) = ws_doctor.check_triton()
+    assert finding.found == ("works" if works else "no compiler (gcc)")
+    assert ("a C compiler" in finding.note) is not works
+    assert not finding.remedy
+
+
+@pytest.mark.parametrize(("free", "little"), [(2**30, True), (2**40, False)])
+def test_caches_on_a_full_disk_name_the_variable(
+    tmp_path: Path, monkeypatch, free: int, little: bool
+) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "weights"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    finding = by_subject(ws_doctor.check_system())["downloaded weights"]
+    assert finding.found == f"{tmp_path / 'weights'}, {free / 2**30:.1f} GiB free"
+    assert ("set FVCORE_CACHE" in finding.note) is little
+
+
+def test_windows_has_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Windows" not in by_subject(ws_doctor.check_system())
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "--num-gpus 1" in by_subject(ws_doctor.check_system())["Windows"].note
+
+
+@pytest.mark.parametrize("remedy", ["", "fix it"])
+def test_json_has_all_findings(monkeypatch, capsys, remedy: str) -> None:
+    findings = [Finding("Python", "3.11", note="new"), Finding("torch", "2.0", remedy)]
+    monkeypatch.setattr(ws_doctor, "examine", lambda: iter(findings))
+    assert ws_doctor.main(["--json"]) == bool(remedy)
+    found = json.loads(capsys.readouterr().out)
+    assert found["training_can_work"] is not bool(remedy)
+    assert [Finding(**entry) for entry in found["findings"]] == findings
 
 
 def test_data_sets_are_counted_or_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,9 @@ def test_wheel_holds_the_package_and_its_configs_and_nothing_else(wheel: Path) -
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
     files = (p for p in (ROOT / "ws_detectron").rglob("*") if p.is_file())
     package = {p.relative_to(ROOT).as_posix() for p in files if "__pycache__" not in p.parts}
-    configs = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml")}
-    assert len(configs) > 10
+    files = [p for kind in ("yaml", "py") for p in (ROOT / "configs").rglob(f"*.{kind}")]
+    configs = {p.relative_to(ROOT).as_posix() for p in files}
+    assert len(configs) > 10 and "configs/lazy/mask_rcnn_R_18_FPN_shapes_gn_ws.py" in configs
     assert "ws_detectron/py.typed" in package
     assert names == package | {"ws_doctor.py"} | {f"ws_detectron/{name}" for name in configs}
 
@@ -107,7 +108,9 @@ def test_metadata(metadata: Message) -> None:
     assert canonicalize_name(metadata["Name"]) == "ws-detectron"
     assert metadata["Version"] == ws_detectron.__version__
     assert metadata["Requires-Python"] == ">=3.9"
-    assert {"dev", "fast-eval", "lab", "plots", "slurm"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"dev", "export", "fast-eval", "lab", "plots", "slurm"} <= set(
+        metadata.get_all("Provides-Extra")
+    )
 
 
 def test_dependencies_leave_the_users_choices_alone(metadata: Message) -> None:

@@ -5,8 +5,14 @@ import sys
 from pathlib import Path
 
 from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.evaluation.coco_curves import COMPARED
 from ws_detectron.evaluation.comparison import as_csv, as_markdown
-from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
+from ws_detectron.evaluation.curves import (
+    draw_ap_curves,
+    draw_evaluations,
+    draw_learning_curves,
+)
+from ws_detectron.evaluation.figure_style import write_figure
 from ws_detectron.evaluation.runs import read_runs
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 
@@ -21,8 +27,9 @@ examples:
   python tools/compare_runs.py "BN=bn/coco_evaluation.json" "GN+WS=gn_ws/coco_evaluation.json"
 
 The first run is the baseline. Written: comparison.md, comparison.csv,
-learning_curves.png and ap_curves.png. Exit status 1 where a run is missing or broken; it is
-named, and the others are compared.
+learning_curves.png and ap_curves.png; of runs that tools/evaluate_coco.py evaluated also
+precision_recall.png, f1_over_confidence.png and ap_by_group.png. Exit status 1 where a run is
+missing or broken; it is named, and the others are compared.
 """
 
 
@@ -51,7 +58,8 @@ def compare(arguments: list[str], output: Path) -> list[str]:
     """Writes tables and curves; returns what is missing or broken."""
     runs = read_runs(arguments)
     check_folder(output)
-    outputs = [output / name for name in (*TABLES, *CURVES)]
+    names = (*TABLES, *CURVES, *(f"{name}.png" for name in COMPARED))
+    outputs = [output / name for name in names]
     refuse_overwrite(outputs, [run.path for run in runs if run.path.is_file()])
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     if not any(run.rows or run.metrics for run in runs):
@@ -62,6 +70,8 @@ def compare(arguments: list[str], output: Path) -> list[str]:
     if any(run.rows for run in runs):
         for name, draw in CURVES.items():
             write_figure(draw(runs), output / name)
+    for name, figure in draw_evaluations(runs).items():
+        write_figure(figure, output / name)
     print(text)
     return problems
 

@@ -1,4 +1,4 @@
-"""Converts weights of mmdetection, the WS authors, torchvision and timm to detectron2, and back.
+"""Converts weights of mmdetection, the WS authors, torchvision, timm and BiT for detectron2.
 
 Nothing in the input file is executed, and unexpected keys are errors.
 """
@@ -6,7 +6,13 @@ Nothing in the input file is executed, and unexpected keys are errors.
 import argparse
 from pathlib import Path
 
-from ws_detectron.checkpoint import SOURCES, convert_file, write_detectron2, write_mmdet
+from ws_detectron.checkpoint import (
+    SOURCES,
+    convert_file,
+    describe_file,
+    write_detectron2,
+    write_mmdet,
+)
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 
@@ -20,6 +26,15 @@ EXAMPLES = """examples:
   # the WS authors' ImageNet weights
   python tools/convert_weights.py R-50-GN-WS.pth.tar R-50-GN-WS.pth
 
+  # BiT, from timm's file of huggingface.co/timm/resnetv2_50x1_bit.goog_in21k, then a training
+  python tools/convert_weights.py model.safetensors bit.pth
+  python tools/train_net.py --num-gpus 8 --config-file \\
+      configs/COCO-InstanceSegmentation/mask_rcnn_BiT_R_50x1_FPN_1x_gn_ws_2img.yaml \\
+      MODEL.WEIGHTS bit.pth
+
+  # what a file is, whether it is whole, and what it needs; nothing is written
+  python tools/convert_weights.py model.safetensors --check
+
   # a detector trained here, for mmdetection
   python tools/convert_weights.py output/model_final.pth for_mmdet.pth --to mmdet
 """
@@ -30,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("input", help="the file to convert")
-    parser.add_argument("output", help="the file to write; .pth, or .pkl for detectron2")
+    parser.add_argument("output", nargs="?", help="the file to write; .pth, or .pkl for detectron2")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print what the input is, whether it is whole and what it needs, and write nothing",
+    )
     parser.add_argument(
         "--source",
         choices=["auto", *SOURCES],
@@ -57,7 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.check:
+        if args.output or args.report or args.to != "detectron2":
+            parser.error("--check writes nothing; leave out the output, --to and --report")
+        print(describe_file(args.input, args.source, args.ws, args.allow))
+        return
+    if not args.output:
+        parser.error("name the output, or pass --check")
     outputs = [Path(path) for path in (args.output, args.report) if path]
     refuse_overwrite(outputs, [args.input])
     for path in outputs:

@@ -7,10 +7,12 @@ import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start
 from ws_detectron.engine.checks import Purpose
 from ws_detectron.errors import exit_on_user_error
+from ws_detectron.evaluation.coco_curves import FILES, best_text, curve_tables, write_curves
 from ws_detectron.evaluation.coco_eval import TASKS, evaluate, load_annotations, load_predictions
 from ws_detectron.evaluation.coco_report import KEYPOINTS, as_text, check_reports, write_reports
 from ws_detectron.evaluation.evaluate import evaluate_in_process
 from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.utils.io import refuse_overwrite
 
 EXAMPLES = """
 examples:
@@ -22,8 +24,9 @@ examples:
   python tools/evaluate_coco.py --config-file output/config.yaml --num-gpus 2 \\
       MODEL.WEIGHTS output/model_final.pth
 
-Writes coco_evaluation.json and coco_evaluation.csv beside the results file, or for a checkpoint to
-OUTPUT_DIR/inference. For keypoints use tools/train_net.py --eval-only.
+Writes coco_evaluation.json and coco_evaluation.csv, and as PNG and CSV precision_recall,
+f1_over_confidence, confusion_matrix and ap_by_group, beside the results file, or for a checkpoint
+to OUTPUT_DIR/inference. For keypoints use tools/train_net.py --eval-only.
 """
 
 
@@ -55,9 +58,13 @@ def main() -> None:
 def evaluate_files(args: argparse.Namespace) -> None:
     folder = args.output or Path(args.predictions).parent
     check_reports(folder, args.predictions, args.annotations)
-    predictions = load_predictions(args.predictions)
-    result = evaluate(
+    refuse_overwrite([Path(folder, name) for name in FILES], [args.predictions, args.annotations])
+    predictions, annotations = (
+        load_predictions(args.predictions),
         load_annotations(args.annotations),
+    )
+    result = evaluate(
+        annotations,
         predictions,
         args.task,
         reference=args.reference,
@@ -66,7 +73,9 @@ def evaluate_files(args: argparse.Namespace) -> None:
     )
     files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
     written = write_reports(result, folder, **files)
-    print(as_text(result), *written, sep="\n")
+    tables = curve_tables(annotations, predictions, result)
+    curves = write_curves(tables, Path(folder), Path(args.annotations).stem)
+    print(as_text(result), best_text(tables), *written, *curves, sep="\n")
     if any("keypoints" in entry for entry in predictions):
         print(f"note: {KEYPOINTS}")
 

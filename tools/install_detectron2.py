@@ -1,10 +1,10 @@
-"""Installs a pure-Python build of detectron2 0.5 if no detectron2 is installed.
+"""Installs a pure-Python build of detectron2 0.6 if no detectron2 is installed.
 
-An importable detectron2 >= 0.5 is left unchanged. Otherwise the source distribution
-`detectron2-cdo==0.5` is downloaded by pip (with your index settings) and its SHA-256 is checked.
-It contains the Python files of detectron2 but not the C++ ones. So the patches in
-`detectron2_patches/` are applied, and a wheel of version 0.5+purepy is built and installed.
-Install torch, torchvision, setuptools and wheel first.
+An importable detectron2 >= 0.5 is left unchanged. Otherwise a source distribution of the release
+is downloaded by pip (with your index settings) and its SHA-256 is checked. It contains the Python
+files of detectron2 but not the C++ ones. So the patches in `detectron2_patches/` are applied, and a
+wheel of version 0.6+purepy (or 0.5+purepy) is built and installed, with detectron2's own scripts in
+`share/detectron2/tools` of the environment. Install torch, torchvision, setuptools and wheel first.
 """
 
 import argparse
@@ -30,29 +30,45 @@ class InstallError(Exception):
 class Release(NamedTuple):
     """Where the Python files of a version come from, and `detectron2_patches/<number>-*.patch`."""
 
+    number: str
     sdist: str
     sha256: str
     patches: tuple[str, ...]
     requirements: tuple[str, ...]
 
+    @property
+    def version(self) -> str:
+        return f"{self.number}+purepy"
 
+
+# Those of setup.py without `future` and `pydot` (caffe2 export only) and `black` (LazyConfig.to_py
+# only), and with numpy, which it does not list.
+REQUIREMENTS = (
+    *("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8"),
+    *("tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore<0.1.6,>=0.1.5"),
+    *("iopath<0.1.10,>=0.1.7", "omegaconf>=2.1", "hydra-core>=1.1", "numpy"),
+)
+NAMES = ("compiled-ops", "libraries", "numpy", "torch")
 RELEASES = {
-    "0.5": Release(
-        "detectron2-cdo==0.5",
-        "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18",
-        ("compiled-ops", "libraries", "numpy", "torch"),
-        # those of setup.py without `future` and `pydot` (caffe2 export only) and `black`
-        # (LazyConfig.to_py only), and with numpy, which it does not list
-        (
-            *("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.6"),
-            *("tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore<0.1.6,>=0.1.5"),
-            *("iopath<0.1.10,>=0.1.7", "omegaconf>=2.1", "hydra-core>=1.1", "numpy"),
+    release.number: release
+    for release in (
+        Release(
+            "0.5",
+            "detectron2-cdo==0.5",
+            "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18",
+            NAMES,
+            REQUIREMENTS,
         ),
-    ),
+        Release(
+            "0.6",
+            "pb1-detectron2==0.6",
+            "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29",
+            NAMES,
+            REQUIREMENTS,
+        ),
+    )
 }
-NUMBER = "0.5"
-VERSION = f"{NUMBER}+purepy"
-RELEASE = RELEASES[NUMBER]
+DEFAULT = RELEASES["0.6"]
 TORCH = ("torch>=2.1", "torchvision>=0.16")
 PROJECTS = {
     "PointRend/point_rend": "point_rend",
@@ -72,8 +88,9 @@ Requires-Python: >=3.9
 {requires}
 
 The Python files of detectron2 v{number} without its compiled ops: rotated boxes, deformable
-convolution and the fast COCO evaluator are missing. Built by tools/install_detectron2.py of
-ws_detectron with these patches ({fingerprint}):
+convolution and the fast COCO evaluator are missing. Its scripts are in share/detectron2/tools of
+the environment. Built by tools/install_detectron2.py of ws_detectron with these patches
+({fingerprint}):
 
 {reasons}
 """
@@ -85,18 +102,18 @@ Tag: py3-none-any
 """
 
 
-def patches() -> list[Path]:
-    return [PATCHES / f"{NUMBER}-{name}.patch" for name in RELEASE.patches]
+def patches(release: Release) -> list[Path]:
+    return [PATCHES / f"{release.number}-{name}.patch" for name in release.patches]
 
 
-def metadata() -> str:
+def metadata(release: Release) -> str:
     """METADATA of the wheel; a build with another source or other patches has another one."""
-    texts = [path.read_text("utf-8") for path in patches()]
+    texts = [path.read_text("utf-8") for path in patches(release)]
     return METADATA.format(
-        number=NUMBER,
-        version=VERSION,
-        requires="\n".join(f"Requires-Dist: {name}" for name in (*TORCH, *RELEASE.requirements)),
-        fingerprint=hashlib.sha256("".join([RELEASE.sha256, *texts]).encode()).hexdigest()[:16],
+        number=release.number,
+        version=release.version,
+        requires="\n".join(f"Requires-Dist: {name}" for name in (*TORCH, *release.requirements)),
+        fingerprint=hashlib.sha256("".join([release.sha256, *texts]).encode()).hexdigest()[:16],
         reasons="\n\n".join(text.partition("\n--- ")[0].strip() for text in texts),
     )
 
@@ -128,26 +145,29 @@ def apply_patch(patch: Path, tree: Path) -> None:
         path.write_bytes("".join(new + old[done:]).encode())
 
 
-def build_tree(sdist: Path, folder: Path) -> Path:
+def build_tree(sdist: Path, folder: Path, release: Release) -> Path:
     """Unpacks and patches the source distribution; returns the file tree of the wheel.
 
     Raises:
         InstallError: it is another file than the patches are for, or one does not fit.
     """
     digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    if digest != RELEASE.sha256:
-        raise InstallError(f"{sdist.name} has sha256 {digest}, expected {RELEASE.sha256}")
+    if digest != release.sha256:
+        raise InstallError(f"{sdist.name} has sha256 {digest}, expected {release.sha256}")
     shutil.unpack_archive(sdist, folder)  # its content is known by its hash
     source, tree = folder / sdist.name.removesuffix(".tar.gz"), folder / "tree"
     shutil.move(source / "detectron2", tree / "detectron2")
     for origin, name in PROJECTS.items():
         shutil.move(source / "projects" / origin, tree / "detectron2" / "projects" / name)
-    for patch in patches():
+    for patch in patches(release):
         apply_patch(patch, tree)
-    info = tree / f"detectron2-{VERSION}.dist-info"
+    # A wheel's data folder is unpacked into the environment, and removed with the package.
+    data = tree / f"detectron2-{release.version}.data" / "data"
+    shutil.move(source / "tools", data / "share" / "detectron2" / "tools")
+    info = tree / f"detectron2-{release.version}.dist-info"
     info.mkdir()
     shutil.copy(source / "LICENSE", info)
-    (info / "METADATA").write_text(metadata(), encoding="utf-8")
+    (info / "METADATA").write_text(metadata(release), encoding="utf-8")
     (info / "WHEEL").write_text(WHEEL)
     (info / "top_level.txt").write_text("detectron2\n")
     return tree
@@ -159,10 +179,11 @@ print(detectron2.__version__)
 """
 
 
-def usable_detectron2() -> Optional[str]:
-    """Version and folder of the installed detectron2, None if one must be built.
+def usable_detectron2(release: Release) -> Optional[str]:
+    """Version and folder of the installed detectron2, None if `release` must be built.
 
-    That is where there is none, or one of this script that is broken or has other patches.
+    That is where there is none, or one of this script that is broken, of another release or has
+    other patches.
 
     Raises:
         InstallError: another one cannot be imported or is older than 0.5.
@@ -176,8 +197,8 @@ def usable_detectron2() -> Optional[str]:
     except importlib.metadata.PackageNotFoundError:  # a clone on PYTHONPATH
         built = None
     own = built is not None and built.version.endswith("+purepy")
-    if built is not None and own and built.read_text("METADATA") != metadata():
-        print(f"detectron2 {built.version} was built with other patches: building it again")
+    if built is not None and own and built.read_text("METADATA") != metadata(release):
+        print(f"detectron2 {built.version} is of another release or patches: building it again")
         return None
     # In a folder without a clone of detectron2, which would be imported instead.
     command = [sys.executable, "-c", PROBE]
@@ -236,12 +257,12 @@ def run(*arguments: str) -> None:
         raise InstallError(f"`python {' '.join(arguments)}` failed, its output is above")
 
 
-def download(folder: Path) -> Path:
+def download(folder: Path, release: Release) -> Path:
     """Downloads the source distribution into `folder` and returns its path."""
     # `pip download` runs setup.py to read the metadata; with a hash in the requirement, it checks
     # the file first. setup.py imports torch, so build isolation is off.
     requirement = folder / "requirement.txt"
-    requirement.write_text(f"{RELEASE.sdist} --hash=sha256:{RELEASE.sha256}\n")
+    requirement.write_text(f"{release.sdist} --hash=sha256:{release.sha256}\n")
     pip = ["-m", "pip"]
     if version_number(importlib.metadata.version("pip")) >= (26, 3):
         # From 26.3 on, pip refuses this file because an optional extra in it is a URL.
@@ -257,21 +278,24 @@ def download(folder: Path) -> Path:
     return found[0]
 
 
-def build_and_install(wheel_dir: Optional[Path], constraint: Optional[Path]) -> None:
+def build_and_install(
+    release: Release, wheel_dir: Optional[Path], constraint: Optional[Path]
+) -> None:
     """Builds the wheel, keeps it in `wheel_dir` if given, and installs it.
 
     Args:
+        release: a row of `RELEASES`.
         wheel_dir: folder to keep the wheel in, None to discard it.
         constraint: pip constraints file for the dependencies.
     """
     check_prerequisites()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tree = build_tree(download(folder), folder)
+        tree = build_tree(download(folder, release), folder, release)
         output = wheel_dir or folder / "wheel"
         output.mkdir(parents=True, exist_ok=True)
         run("-m", "wheel", "pack", "--dest-dir", str(output), str(tree))
-        requirements = list(RELEASE.requirements)
+        requirements = list(release.requirements)
         if importlib.util.find_spec("cv2") is None:
             # Of the four distributions with cv2, this one works without libGL, as on servers.
             requirements.append("opencv-python-headless")
@@ -280,7 +304,7 @@ def build_and_install(wheel_dir: Optional[Path], constraint: Optional[Path]) -> 
         # Never from an index, where anyone could register the name detectron2.
         run(
             *("-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall"),
-            *("--find-links", str(output), f"detectron2=={VERSION}"),
+            *("--find-links", str(output), f"detectron2=={release.version}"),
         )
 
 
@@ -292,16 +316,23 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         "  python -m pip install torch torchvision setuptools wheel\n"
         "  python tools/install_detectron2.py",
     )
+    parser.add_argument(
+        "--release",
+        choices=sorted(RELEASES),
+        default=DEFAULT.number,
+        help="detectron2 release to build where none is installed (default: %(default)s)",
+    )
     parser.add_argument("--constraint", type=Path, help="pip constraints file for dependencies")
     parser.add_argument("--wheel-dir", type=Path, help="keep the wheel in this folder")
     options = parser.parse_args(arguments)
+    release = RELEASES[options.release]
     try:
-        found = usable_detectron2()
+        found = usable_detectron2(release)
         if found is not None:
             print(f"using {found}, unchanged")
         else:
-            build_and_install(options.wheel_dir, options.constraint)
-            print(f"installed {VERSION}: {usable_detectron2()}")
+            build_and_install(release, options.wheel_dir, options.constraint)
+            print(f"installed {release.version}: {usable_detectron2(release)}")
     except InstallError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -56,10 +56,11 @@ def _published() -> list[dict[str, str]]:
 
 def _norm(cfg: CfgNode) -> dict[str, str]:
     ws = cfg.MODEL.BACKBONE.NAME.startswith("build_ws_")
+    kind = "affine" if cfg.MODEL.WS.AFFINE else "yes"
     return {
         "backbone": cfg.MODEL.RESNETS.NORM,
         "FPN, box and mask head": cfg.MODEL.FPN.NORM or "none",
-        "WS": "yes" if ws and cfg.MODEL.WS.BACKBONE else "no",
+        "WS": kind if ws and cfg.MODEL.WS.BACKBONE else "no",
         "builders": "of this package" if ws else "stock detectron2",
     }
 
@@ -67,9 +68,12 @@ def _norm(cfg: CfgNode) -> dict[str, str]:
 def _weights(cfg: CfgNode) -> dict[str, str]:
     resnets, divided = cfg.MODEL.RESNETS, cfg.MODEL.PIXEL_STD != [1.0, 1.0, 1.0]
     groups, width = resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP
+    resnet = f"X-{resnets.DEPTH}-{groups}x{width}d" if groups > 1 else f"R-{resnets.DEPTH}"
+    if cfg.MODEL.BACKBONE.NAME.startswith("build_bit_"):
+        resnet = f"BiT R-{resnets.DEPTH}x{width // 64}"
     return {
         "`MODEL.WEIGHTS`": f"`{cfg.MODEL.WEIGHTS}`" if cfg.MODEL.WEIGHTS else "random",
-        "ResNet": f"X-{resnets.DEPTH}-{groups}x{width}d" if groups > 1 else f"R-{resnets.DEPTH}",
+        "ResNet": resnet,
         "input": cfg.INPUT.FORMAT + (", divided by std" if divided else ""),
         "frozen": {0: "nothing", 2: "stem, res2"}[cfg.MODEL.BACKBONE.FREEZE_AT],
     }

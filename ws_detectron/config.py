@@ -28,6 +28,9 @@ class WSSettings:
         sem_seg_head: standardize the semantic head of Panoptic FPN.
         mode: `mode` of `standardize_weight`; weights from BiT or timm need "bit", and "paper" is
             the formula of the paper.
+        affine: start from a network that was trained without WS: each filter keeps the mean and
+            scale that it has in the plain weights (arXiv:2006.02334). mmcv's ConvAWS2d has mode
+            "aws".
         eps: `eps` of `standardize_weight`; timm has 1e-6 (its BiT models 1e-8).
         gn_groups: number of groups where one of these parts has NORM "GN"; 32 in detectron2
             (arXiv:1803.08494, table 3). Change it for channel counts that 32 does not divide.
@@ -43,12 +46,13 @@ class WSSettings:
     retinanet_head: bool = True
     sem_seg_head: bool = True
     mode: str = DEFAULT_WS_MODE
+    affine: bool = False
     eps: float = DEFAULT_WS_EPS
     gn_groups: int = 32
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(getattr(type(self), name), bool):  # a switch has a boolean default
+            if isinstance(getattr(type(self), name), bool):  # a switch, or AFFINE
                 _require(name, value, value in (True, False), "a boolean")
         _require("mode", self.mode, self.mode in WS_MODES, f"one of {', '.join(WS_MODES)}")
         is_number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
@@ -89,7 +93,12 @@ def _require(name: str, value: object, holds: bool, allowed: str) -> None:
 
 _ADDED = {
     "MODEL.WS": WSSettings().as_config(),
-    "SOLVER": {"ACCUMULATE_STEPS": 1, "REFERENCE_IMS_PER_BATCH": 0, "EPOCHS": 0},
+    "SOLVER": {
+        "ACCUMULATE_STEPS": 1,
+        "REFERENCE_IMS_PER_BATCH": 0,
+        "EPOCHS": 0,
+        "CHECKPOINT_KEEP": 0,
+    },
     "DATASETS": {"REGISTER": []},
 }
 _FORGOTTEN = (
@@ -110,6 +119,7 @@ def add_ws_config(cfg: CfgNode) -> None:
     SOLVER.EPOCHS                   0 (off)  length of the training in passes over its images;
                                              MAX_ITER then only says which part of it milestones,
                                              warm-up and periods are (`ws_detectron.engine.scaling`)
+    SOLVER.CHECKPOINT_KEEP          0 (all)  number of periodic checkpoints to keep, the newest
     DATASETS.REGISTER               []       your own data sets in COCO format
                                              (`ws_detectron.data.register_coco_sets`)
     ==============================  =======  ==================================================

@@ -1,12 +1,15 @@
 """The configs that come with this package, found by name.
 
-They are in `configs/` of the repository, and in `ws_detectron/configs/` of a wheel.
+They are in `configs/` of the repository, and in `ws_detectron/configs/` of a wheel: YAML files, and
+LazyConfigs in `lazy/`.
 """
 
 import difflib
 from pathlib import Path
+from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
+import detectron2
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 
 from ws_detectron.utils.yaml_files import merge_config_file
 
@@ -23,6 +26,12 @@ def config_names() -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
 
 
+def lazy_config_names() -> list[str]:
+    """All LazyConfigs, as the names that `get_config_file` takes, sorted."""
+    root = _root()
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+
+
 def get_config_file(name: str) -> str:
     """Returns the path of a config of this package.
 
@@ -35,7 +44,8 @@ def get_config_file(name: str) -> str:
     """
     path = _root() / name
     if not path.is_file():
-        near = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.7)
+        names = config_names() + lazy_config_names()
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(
             f"no config {name!r}: neither {Path(name).absolute()} nor {path} exists{hint}"
@@ -57,6 +67,19 @@ def get_config(name: str) -> CfgNode:
     add_ws_config(cfg)
     merge_config_file(cfg, path)
     return cfg
+
+
+def get_stock_lazy_config(name: str) -> Any:
+    """A LazyConfig in the model zoo of the installed detectron2, as a DictConfig.
+
+    `detectron2.model_zoo.get_config` does the same, but cannot be imported with setuptools 82, in
+    which `pkg_resources` is missing.
+
+    Args:
+        name: such as `"common/models/mask_rcnn_fpn.py"`.
+    """
+    zoo = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    return LazyConfig.load(str(zoo / name))
 
 
 def _root() -> Path:

@@ -36,8 +36,8 @@ def test_published_detector_gets_every_tensor_and_its_settings(
     state = as_state(keys)
     path = save(state, "mask.pth")
     name = "mmdet/mask_rcnn_r50_fpn_gn_ws-all_2x_coco"
-    url = PUBLISHED[name].replace("16acb762", sha256_of(path)[:8])
-    monkeypatch.setitem(PUBLISHED, name, url)
+    file = PUBLISHED[name]._replace(sha256=sha256_of(path)[:8])
+    monkeypatch.setitem(PUBLISHED, name, file)
     converted = convert_file(path)
     assert len(converted.state) == len(keys)
     for key, value in state.items():
@@ -247,8 +247,17 @@ def test_allowed_key_is_left_out(save: Save) -> None:
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        (["stem.conv.weight", "stages.0.blocks.0.norm1.weight"], "pre-activation"),
-        (["root.conv.weight", "block1.unit01.conv1.weight"], "pre-activation"),
+        (["root.conv.weight", "body.block1.unit01.conv1.weight"], "layout of bit_pytorch"),
+        (
+            ["stem.conv.weight"]
+            + [f"stages.0.blocks.0.norm1.{name}" for name in ("weight", "running_mean")],
+            "ResNetV2 that is not BiT",
+        ),
+        (["stem.conv1.weight", "stages.0.blocks.0.norm1.weight"], "ResNetV2 that is not BiT"),
+        (
+            ["stem.conv.weight", "stem.norm.weight", "stages.0.blocks.0.norm1.weight"],
+            "ResNetV2 that is not BiT",
+        ),
         (["conv1.0.weight", "layer1.0.conv1.weight"], "three 3x3 convs"),
         (["bbox_head.shared_fcs.0.weight", "rpn_head.rpn_conv.weight"], "1.x"),
         (["encoder.weight"], "has an unknown format"),
@@ -327,6 +336,7 @@ def test_metadata_of_another_form_names_the_file(values: Any) -> None:
         ("ws_convs", {"a": {"mode": "wrong", "eps": 1e-5}}, "mode must be one of"),
         ("ws_convs", {"a": {"mode": "bit", "eps": -1}}, "eps must be a number > 0"),
         ("ws_convs", {"a": {"mode": "bit"}}, "eps"),
+        ("ws_convs", {"a": {"mode": "bit", "eps": 1e-5, "affine": "yes"}}, "affine is .yes"),
         ("preprocessing", {"input_format": "RGB"}, "pixel_mean"),
         ("surplus", 1, "surplus"),
     ],

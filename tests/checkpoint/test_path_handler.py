@@ -6,8 +6,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from bit_reference import as_google, random_timm_state
 from detectron2.utils.file_io import PathManager
 from weight_samples import as_state, torchvision_keys
 
@@ -19,7 +21,7 @@ from ws_detectron.checkpoint import (
     read_weight_file,
     register_weight_names,
 )
-from ws_detectron.checkpoint.sources import sha256_digits
+from ws_detectron.checkpoint.sources import PublishedFile
 
 NAME = "ws://jhu/resnet50_gn_ws"
 
@@ -44,7 +46,8 @@ def published(save: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mon
     path = save(as_state(torchvision_keys("resnet18", "gn")), "raw.pth")
     digits = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     name = f"resnet50_gn_ws-{digits}.pth"
-    monkeypatch.setitem(PUBLISHED, "jhu/resnet50_gn_ws", f"https://example.org/{name}")
+    file = PublishedFile(f"https://example.org/{name}", name, digits)
+    monkeypatch.setitem(PUBLISHED, "jhu/resnet50_gn_ws", file)
     (tmp_path / "folder").mkdir()
     return path.rename(tmp_path / "folder" / name)
 
@@ -82,7 +85,7 @@ def test_download(
         else:
             with pytest.raises(WeightsError, match="could not be downloaded .*invalid hash value"):
                 PathManager.get_local_path(NAME)
-    assert asked == [PUBLISHED["jhu/resnet50_gn_ws"]] * (1 if whole else 2)
+    assert asked == [PUBLISHED["jhu/resnet50_gn_ws"].url] * (1 if whole else 2)
     assert len(list((tmp_path / "cache").rglob("*resnet50*.pth"))) == (2 if whole else 0)
 
 
@@ -118,6 +121,42 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_names_are_consistent() -> None:
-    assert len(PUBLISHED) == 16
-    for name, url in PUBLISHED.items():
-        assert name.split("/")[1] in url and int(sha256_digits(url), 16) >= 0
+    assert len(PUBLISHED) == 4 + 12 + 12 + 12
+    for name, (url, file, sha256) in PUBLISHED.items():
+        assert name.split("/")[1] in url and name.split("/")[1] in file
+        assert not sha256 or int(sha256, 16) >= 0
+        if not name.startswith("bit/"):  # mmdetection's file names end in the digits
+            assert url.endswith(f"/{file}") and file.endswith(f"-{sha256}.pth")
+    files = [file for _, file, _ in PUBLISHED.values()]
+    assert len({file.partition(".pth")[0] for file in files}) == len(files)
+    assert (
+        PUBLISHED["mmdet/mask_rcnn_r50_fpn_gn_ws-all_2x_coco"].url
+        == "https://download.openmmlab.com/mmdetection/v2.0/gn%2Bws/"
+        "mask_rcnn_r50_fpn_gn_ws-all_2x_coco/"
+        "mask_rcnn_r50_fpn_gn_ws-all_2x_coco_20200226-16acb762.pth"
+    )
+
+
+def test_bit_from_the_folder_under_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(WeightsError) as caught:
+        PathManager.get_local_path("ws://bit/resnetv2_50x1_bit.goog_in21k")
+    message = str(caught.value)
+    assert "has no file resnetv2_50x1_bit.goog_in21k.safetensors" in message
+    url = "https://huggingface.co/timm/resnetv2_50x1_bit.goog_in21k/resolve/main/model.safetensors"
+    assert f"{url} under this name" in message
+
+    # without a known hash, the format and the keys say whether the file is whole
+    arrays = as_google(random_timm_state())
+    np.savez(tmp_path / "BiT-M-R50x1.npz", **arrays)
+    content = read_weight_file(PathManager.get_local_path("ws://bit/BiT-M-R50x1"))
+    assert content[METADATA_KEY]["architecture"] == "BiT R-50x0.5"
+    (tmp_path / "resnetv2_101x1_bit.goog_in21k.safetensors").write_bytes(b"x")
+    with pytest.raises(WeightsError, match="is not the published file.* expected 89c645b9"):
+        PathManager.get_local_path("ws://bit/resnetv2_101x1_bit.goog_in21k")
+    del arrays["resnet/block4/unit03/c/standardized_conv2d/kernel"]
+    np.savez(tmp_path / "BiT-M-R50x3.npz", **arrays)
+    with pytest.raises(WeightsError, match="not a whole BiT R-50x0.5; missing: res5.2.conv3"):
+        PathManager.get_local_path("ws://bit/BiT-M-R50x3")

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hostile_weights import FOUR, all_files, saved, tensor_pickle, torch_zip
+from hostile_weights import FOUR, all_files, safetensors, saved, tensor_pickle, torch_zip
 from limited import run_limited
 
 from ws_detectron.checkpoint import (
@@ -143,6 +143,15 @@ def test_a_storage_is_not_reserved_before_its_size_is_checked(tmp_path: Path, na
         ("pickle, deep list", "nested too deeply"),
         ("pickle, doubled list", "expands to"),
         ("pickle, one bytes object in 200 arrays", "copies its values many times"),
+        ("safetensors, ends early", "it ends within 'w'"),
+        ("safetensors, overlap", "the offsets of 'v' do not fit its shape"),
+        ("safetensors, bytes of no tensor", "it has 8 bytes of no tensor"),
+        ("safetensors, same name twice", "two of its tensors have the same name"),
+        ("safetensors, unknown type", "asks for a tensor of F8_E4M3"),
+        ("npz, objects", "asks for an array of object"),
+        ("npz, other shape", r"'w.npy' should hold (5,) of float32 and has 16 bytes"),
+        ("npz, expands", "expand to more than 8 times its size"),
+        ("npz, flipped bit", "Bad CRC-32"),
     ],
 )
 def test_the_message_says_why(tmp_path: Path, name: str, reason: str) -> None:
@@ -322,6 +331,47 @@ def test_zip_that_is_no_torch_file(tmp_path: Path) -> None:
     assert "no torch file" in refused(path)
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_npz_as_numpy_writes_it(tmp_path: Path, write: Any) -> None:
+    arrays = {
+        "a/kernel": np.random.randn(3, 2, 4, 5).astype("f4"),
+        "a/fortran": np.asfortranarray(np.random.randn(3, 2)),
+        "big endian": np.arange(6, dtype=">i8").reshape(2, 3),
+        "scalar": np.float16(0.5),
+        "empty": np.zeros((0, 3), "f4"),
+    }
+    path = tmp_path / "weights.npz"
+    write(path, **arrays)
+    content = read_weight_file(path)
+    assert content.keys() == arrays.keys()
+    for key, value in arrays.items():
+        np.testing.assert_array_equal(content[key], value)
+        assert content[key].dtype.isnative and content[key].flags.c_contiguous
+    assert all(isinstance(value, torch.Tensor) for value in unwrap_state(content, "x")[0].values())
+
+
+def test_safetensors_as_its_readme_describes_it(tmp_path: Path) -> None:
+    one, two = np.arange(6, dtype="<f4"), np.array([-1, 2**40], "<i8")
+    # 1.0 and -2.0 of bfloat16 are the upper halves of the float32 numbers
+    half = np.array([0x3F80, 0xC000], "<u2")
+    entries = {
+        "__metadata__": {"format": "pt"},
+        "b": {"dtype": "I64", "shape": [2], "data_offsets": [24, 40]},
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "c": {"dtype": "BF16", "shape": [2, 1], "data_offsets": [40, 44]},
+        "d": {"dtype": "F32", "shape": [], "data_offsets": [44, 48]},
+    }
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(
+        safetensors(entries, b"".join(v.tobytes() for v in (one, two, half, one[1:2])))
+    )
+    content = read_weight_file(path)
+    assert content.keys() == {"a", "b", "c", "d"}
+    torch.testing.assert_close(content["a"], torch.from_numpy(one).view(2, 3), rtol=0, atol=0)
+    assert content["b"].tolist() == [-1, 2**40] and content["d"].item() == 1.0
+    assert content["c"].dtype == torch.bfloat16 and content["c"].tolist() == [[1.0], [-2.0]]
+
+
 def test_tar_archive(tmp_path: Path) -> None:
     member, path = tmp_path / "inside.txt", tmp_path / "weights.pth.tar"
     member.write_text("hello")
@@ -348,7 +398,7 @@ def test_truncated_file(tmp_path: Path, form: str, kept: float) -> None:
     ("content", "hint"),
     [
         (b"", "is empty"),
-        (b"These are my weights.\n", "neither a torch file nor a pickle"),
+        (b"These are my weights.\n", "neither a torch, safetensors or .npz file nor a pickle"),
         (b"<!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS"),
         (bytes(range(256)) * 4, "neither"),

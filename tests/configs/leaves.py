@@ -27,7 +27,7 @@ class Variant:
     backbone: str
     elsewhere: str  # in FPN and heads
     weights: str
-    ws: bool = False
+    ws: bool = False  # behind each norm layer
     keys: dict[str, Any] = field(default_factory=dict)
 
 
@@ -36,13 +36,20 @@ FAIR_GN = "catalog://ImageNetPretrained/FAIR/R-50-GN"
 VARIANTS = {
     "bn": Variant("BN", "BN", TORCHVISION),
     "frozen_bn": Variant("FrozenBN", "", TORCHVISION),
+    "frozen_bn_aws": Variant(
+        *("FrozenBN", "", TORCHVISION, True),
+        keys={"MODEL.WS.AFFINE": True, "MODEL.WS.MODE": "aws", "MODEL.WS.FPN": False},
+    ),
     "sync_bn": Variant("SyncBN", "SyncBN", TORCHVISION),
     "gn": Variant("GN", "GN", FAIR_GN),
     "bn_ws": Variant("BN", "BN", "", ws=True),
     "gn_ws": Variant("GN", "GN", "ws://jhu/{backbone}_gn_ws", ws=True),
 }
+BIT = "BiT_R_50x1"
+BIT_WEIGHTS = "ws://bit/resnetv2_50x1_bit.goog_in21k"
 # depth, groups, width per group, convs (stem, three per block, one shortcut per stage), weights
 BACKBONES = {
+    BIT: (50, 1, 64, 53, ""),
     "R_50": (50, 1, 64, 53, "resnet50"),
     "R_101": (101, 1, 64, 104, "resnet101"),
     "X_50_32x4d": (50, 32, 4, 53, "resnext50_32x4d"),
@@ -57,6 +64,7 @@ SCHEDULES = {
 IMAGES_PER_GPU = (1, 2, 8)
 LR_OF_16_IMAGES = {"mask_rcnn": 0.02, "faster_rcnn": 0.02, "retinanet": 0.01, "panoptic": 0.02}
 RGB_INPUT = ("RGB", [123.675, 116.280, 103.530], [58.395, 57.120, 57.375])
+BIT_INPUT = ("RGB", [127.5] * 3, [127.5] * 3)
 BGR_INPUT = ("BGR", [103.530, 116.280, 123.675], [1.0, 1.0, 1.0])
 
 
@@ -89,6 +97,8 @@ class Name:
 
     @property
     def weights(self) -> str:
+        if self.backbone == BIT:
+            return BIT_WEIGHTS
         backbone = BACKBONES[self.backbone][4]
         return "" if self.scratch else VARIANTS[self.variant].weights.format(backbone=backbone)
 
@@ -97,7 +107,8 @@ class Name:
         return {**self._start(), **self._model(), **self._schedule()}
 
     def _start(self) -> dict[str, Any]:
-        image, mean, std = BGR_INPUT if self.weights == FAIR_GN else RGB_INPUT
+        inputs = {FAIR_GN: BGR_INPUT, BIT_WEIGHTS: BIT_INPUT}
+        image, mean, std = inputs.get(self.weights, RGB_INPUT)
         return {
             "MODEL.WEIGHTS": self.weights,
             "MODEL.BACKBONE.FREEZE_AT": 2 if self.weights else 0,
@@ -107,10 +118,12 @@ class Name:
         }
 
     def _model(self) -> dict[str, Any]:
-        variant, ws = VARIANTS[self.variant], "WS" if self.ws else ""
+        variant = VARIANTS[self.variant]
+        ws = "WS" if self.ws and variant.elsewhere else ""  # WS needs a norm layer
         depth, groups, width, *_ = BACKBONES[self.backbone]
         retinanet, panoptic = self.detector == "retinanet", self.detector == "panoptic"
         builder = "build_{}{}resnet_fpn_backbone"
+        prefix = "bit_" if self.backbone == BIT else "ws_" * self.ws
         keys = {
             "MODEL.RESNETS.DEPTH": depth,
             "MODEL.RESNETS.NUM_GROUPS": groups,
@@ -118,9 +131,9 @@ class Name:
             "MODEL.RESNETS.STRIDE_IN_1X1": False,
             "MODEL.RESNETS.NORM": variant.backbone,
             "MODEL.FPN.NORM": variant.elsewhere,
-            "MODEL.BACKBONE.NAME": builder.format(
-                "ws_" * self.ws, "retinanet_" if retinanet else ""
-            ),
+            "MODEL.BACKBONE.NAME": builder.format(prefix, "retinanet_" if retinanet else ""),
+            "MODEL.WS.MODE": "bit" if self.backbone == BIT else "official",
+            "MODEL.WS.EPS": 1e-8 if self.backbone == BIT else 1e-5,
             **variant.keys,
         }
         if retinanet:

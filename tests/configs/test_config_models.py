@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 from detectron2.layers import FrozenBatchNorm2d
 from fvcore.nn.precise_bn import get_bn_modules
-from leaves import BACKBONES, LEAVES, VARIANTS, Name, build
+from leaves import BACKBONES, BIT, LEAVES, VARIANTS, Name, build
 from torch import nn
 
 from ws_detectron import WSConv2d
@@ -33,6 +33,11 @@ PLAIN_CONVS = {
 TOWER_CONVS_WITHOUT_NORM = {
     f"head.{subnet}_subnet.{i}" for subnet in ("cls", "bbox") for i in (0, 2, 4, 6)
 }
+CONVS_OF_FPN_AND_HEADS = {
+    *(f"backbone.fpn_{kind}{level}" for kind in ("lateral", "output") for level in (2, 3, 4, 5)),
+    *(f"roi_heads.box_head.conv{i}" for i in (1, 2, 3, 4)),
+    *(f"roi_heads.mask_head.mask_fcn{i}" for i in (1, 2, 3, 4)),
+}
 HEAD_CONVS = {"mask_rcnn": 4 + 4, "faster_rcnn": 4, "retinanet": 0, "panoptic": 4 + 4}
 SEM_SEG_CONVS = {"panoptic": 1 + 1 + 2 + 3}
 FPN_CONVS = {"mask_rcnn": 2 * 4, "faster_rcnn": 2 * 4, "retinanet": 2 * 3, "panoptic": 2 * 4}
@@ -50,16 +55,21 @@ def convs_of(model: nn.Module, *, standardized: bool) -> set[str]:
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if Name.parse(leaf).ws])
 def test_ws_is_on_every_conv_before_a_norm_and_on_no_other(leaf: str) -> None:
     name, model = Name.parse(leaf), build(leaf)
+    elsewhere = bool(VARIANTS[name.variant].elsewhere)
     part = Counter(conv.partition(".")[0] for conv in convs_of(model, standardized=True))
-    assert part["backbone"] == BACKBONES[name.backbone][3] + FPN_CONVS[name.detector]
-    assert part["roi_heads"] == HEAD_CONVS[name.detector]
+    assert part["backbone"] == BACKBONES[name.backbone][3] + FPN_CONVS[name.detector] * elsewhere
+    assert part["roi_heads"] == HEAD_CONVS[name.detector] * elsewhere
     assert part["sem_seg_head"] == SEM_SEG_CONVS.get(name.detector, 0)
     assert part["head"] == (8 if name.towers else 0)
     assert set(part) <= {"backbone", "roi_heads", "sem_seg_head", "head"}
     plain = PLAIN_CONVS[name.detector]
     if name.detector == "retinanet" and not name.towers:
         plain = plain | TOWER_CONVS_WITHOUT_NORM
+    if not elsewhere:
+        plain = plain | CONVS_OF_FPN_AND_HEADS
     assert convs_of(model, standardized=False) == plain
+    affine = {conv.affine() is not None for conv in model.modules() if isinstance(conv, WSConv2d)}
+    assert affine == {name.variant == "frozen_bn_aws"}
 
 
 @pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if not Name.parse(leaf).ws])
@@ -95,7 +105,8 @@ def test_norm_layers_are_those_of_the_variant(leaf: str) -> None:
         if path.rpartition(".")[2] == "norm"
     }
     in_backbone = sum(path.startswith("backbone.bottom_up.") for path in norms)
-    assert in_backbone == BACKBONES[name.backbone][3]
+    # of BiT: one before each conv of a block but for the 4 projections, and the final one
+    assert in_backbone == (3 * 16 + 1 if name.backbone == BIT else BACKBONES[name.backbone][3])
     elsewhere = HEAD_CONVS[name.detector] + FPN_CONVS[name.detector]
     elsewhere += SEM_SEG_CONVS.get(name.detector, 0)
     variant = VARIANTS[name.variant]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Optional
 
 import exhaustive
-import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -192,7 +191,6 @@ def file_names(accumulate: int, batches: int) -> list[str]:
     cfg.SOLVER.IMS_PER_BATCH = cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 4
     cfg.SOLVER.ACCUMULATE_STEPS = accumulate
     cfg.freeze()
-    np.random.seed(0)  # detectron2 draws the seed of the sampler from it
     loader = iter(build_train_loader(cfg))
     parts = [[image["file_name"] for image in next(loader)] for _ in range(batches)]
     assert {len(part) for part in parts} == {4 // accumulate}
@@ -217,7 +215,7 @@ def test_a_loader_that_gives_whole_batches_is_refused(tiny_cfg: CfgNode) -> None
             return [[{}] * 4] * 10
 
     tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.ACCUMULATE_STEPS = 4, 2
-    with pytest.raises(ConfigError, match="gives 4 images at once, not 2; build it from"):
+    with pytest.raises(ConfigError, match="gives 4 images at once, not 2; build it with"):
         Own(tiny_cfg).train()
 
 

@@ -1,6 +1,8 @@
 """BestCheckpoint: keeps the best, also after a resume, and a run never resumes from it."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Optional
 
@@ -10,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, TrainerBase
 from torch import nn
 
+from ws_detectron.engine import hooks
 from ws_detectron.engine.hooks import BestCheckpoint, RunRecord, read_record
 from ws_detectron.utils.environment import package_version
 
@@ -135,3 +138,8 @@ def test_best_weights_of_an_unknown_value_are_kept(tmp_path: Path, content: Opti
     assert best(tmp_path) == (8.0, 20.0)
     kept = torch.load(tmp_path / "model_best_before_resume.pth")["model"]["weight"].item()
     assert kept == 2.0
+
+
+def test_hooks_import_without_the_module_that_windows_lacks(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert "RunRecord" in runpy.run_path(hooks.__file__)

@@ -4,9 +4,11 @@ import argparse
 import errno
 import json
 import logging
+import multiprocessing
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,13 @@ from detectron2.utils.logger import setup_logger
 from small_trainer import SmallTrainer, small_cfg
 
 from ws_detectron.engine import run
-from ws_detectron.engine.output_dir import end_last_line, log_to, reserved
+from ws_detectron.engine.output_dir import (
+    cut_metrics,
+    log_to,
+    remove_old_checkpoints,
+    remove_partial_files,
+    reserved,
+)
 from ws_detectron.errors import ConfigError, UserError, WriteError
 from ws_detectron.utils.io import AlreadyLocked, locked
 
@@ -110,8 +118,9 @@ def test_resume_goes_on_also_before_the_first_checkpoint(
     (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
     assert train(small_cfg(tmp_path), resume=True) == 0
     assert "holds a run (metrics.json) without last_checkpoint: it starts at it" in caplog.text
+    assert iterations(tmp_path) == [1]
     assert train(small_cfg(tmp_path, iterations=3), resume=True) == 2
-    assert iterations(tmp_path) == [0, 1, 2]
+    assert iterations(tmp_path) == [2]  # as a run of 3 iterations
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path: Path, small_run: None) -> None:
@@ -193,18 +202,85 @@ def test_a_run_that_has_ended_reserves_nothing(tmp_path: Path, small_run: None) 
         pass
 
 
-def test_a_broken_last_line_of_metrics_stays_alone(
+def test_metrics_are_cut_back_to_the_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(small_cfg(tmp_path))
     path = tmp_path / "metrics.json"
-    whole = path.read_text()
-    path.write_text(whole + '{"iteration": 2, "total_l')
-    train(small_cfg(tmp_path, iterations=5), resume=True)
-    lines = path.read_text().splitlines()
-    assert lines[0] == whole.strip() and lines[1] == '{"iteration": 2, "total_l'
-    assert json.loads(lines[2])["iteration"] == 4 and len(lines) == 3
+    assert cut_metrics(path, 0) == -1 and not path.exists()
+    rows = [{"iteration": 19}, {"iteration": 15, "bbox/AP": 1.0}, {"iteration": 39}]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    for content in ("", lines[0]):
+        path.write_text(content)
+        assert cut_metrics(path, len(content)) == (19 if content else -1)
+        assert path.read_text() == content
+    path.write_text("".join(lines) + '{"iteration": 59, "total_l')
+    size = len(lines[0] + lines[1])
+    with path.open("a") as writer:  # opened before, as writers are
+        assert cut_metrics(path, size) == 19
+        writer.write(lines[2])
+    assert path.read_text() == "".join(lines)
+    assert "broken" not in caplog.text
+
+
+def test_a_broken_line_of_metrics_stays_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a crash of the machine the file may be shorter than it was at the checkpoint."""
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 1}\n{"iteration": 2, "total_l')
+    assert cut_metrics(path, 1000) == 1
+    assert path.read_text() == '{"iteration": 1}\n{"iteration": 2, "total_l\n'
     assert f"{path} ends in a broken line" in caplog.text
+
+
+def test_files_that_were_not_written_completely_are_removed_at_resume(tmp_path: Path) -> None:
+    train(small_cfg(tmp_path))
+    partial = [".model_0000004.pth.kfw9y7uu", ".last_checkpoint.abcdefgh", ".config.yaml._0000000"]
+    mine = [".model.pth.kfw9y7uu", ".model_0000004.pth.backup.1", "model_x.pth", ".vimrc.abcdefgh"]
+    for name in (*partial, *mine):
+        (tmp_path / name).touch()
+    train(small_cfg(tmp_path, iterations=3), resume=True)
+    assert [name for name in partial if (tmp_path / name).exists()] == []
+    assert [name for name in mine if not (tmp_path / name).exists()] == []
+    assert {path.name for path in tmp_path.glob(".*")} >= {".lock"}
+    remove_partial_files(tmp_path / "not_there")
+
+
+def test_as_many_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
+    def checkpoints() -> list[str]:
+        return sorted(path.name[6:-4] for path in tmp_path.glob("model_*.pth"))
+
+    cfg = small_cfg(tmp_path, iterations=5)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    train(cfg)
+    assert checkpoints() == [*(f"000000{n}" for n in range(5)), "final"]
+    cfg.SOLVER.CHECKPOINT_KEEP = 2
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    cfg.SOLVER.MAX_ITER = 4  # model_0000004 is not of this run, and no older one
+    train(cfg, resume=True)
+    assert checkpoints() == ["0000002", "0000003", "0000004", "final"]
+    cfg.SOLVER.CHECKPOINT_KEEP = -1
+    with pytest.raises(ConfigError, match="SOLVER.CHECKPOINT_KEEP is -1; allowed: "):
+        SmallTrainer(cfg)
+    remove_old_checkpoints(tmp_path, keep=1, iteration=10)
+    assert checkpoints() == ["0000004", "final"]
+
+
+def test_a_child_of_a_killed_training_does_not_hold_its_lock(tmp_path: Path) -> None:
+    """As data workers, which live on for seconds."""
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    with reserved(tmp_path):
+        child = context.Process(target=lambda: started.set() or time.sleep(60))
+        child.start()
+        started.wait()
+    try:
+        with locked(tmp_path / ".lock", "busy"):
+            pass
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_the_config_as_it_runs_and_the_given_file_are_written(
@@ -219,16 +295,6 @@ def test_the_config_as_it_runs_and_the_given_file_are_written(
     ran = CfgNode.load_cfg((tmp_path / "config.yaml").read_text()).SOLVER
     assert (ran.IMS_PER_BATCH, ran.BASE_LR, ran.MAX_ITER) == (1, pytest.approx(0.001), 4)
     assert "Base-R-18-FPN-scenes.yaml" in (tmp_path / "log.txt").read_text()
-
-
-def test_whole_lines_are_left_as_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
-    end_last_line(path)
-    assert not path.exists()
-    for content in ("", "{}\n"):
-        path.write_text(content)
-        end_last_line(path)
-        assert path.read_text() == content
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which root cannot write")

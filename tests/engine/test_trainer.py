@@ -16,7 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.structures import Boxes, Instances
@@ -29,6 +29,7 @@ from ws_detectron.engine import Trainer, run
 from ws_detectron.engine.checks import Purpose
 from ws_detectron.engine.hooks import RunRecord
 from ws_detectron.engine.prepare import prepare
+from ws_detectron.engine.signals import StopOnSignal
 from ws_detectron.errors import ConfigError, DataError, DivergedError, UserError
 
 
@@ -78,7 +79,10 @@ def test_has_all_that_detectron2s_own_trainer_has(tmp_path: Path) -> None:
     for name in ("_trainer", "scheduler"):
         assert type(vars(own)[name]) is type(vars(stock)[name])
     mine = [type(hook) for hook in own._hooks]
-    assert [hook for hook in mine if hook is not RunRecord] == [type(h) for h in stock._hooks]
+    ours = (RunRecord, StopOnSignal)
+    assert [hook for hook in mine if hook not in ours] == [type(h) for h in stock._hooks]
+    first = mine.index(PeriodicCheckpointer)
+    assert mine[first : first + 3] == [PeriodicCheckpointer, StopOnSignal, EvalHook]
     savers = [hook for hook in own._hooks if isinstance(hook, PeriodicCheckpointer)]
     assert [saver.checkpointer for saver in savers] == [own.checkpointer]
 

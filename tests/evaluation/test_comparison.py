@@ -10,6 +10,7 @@ from ws_detectron.evaluation.comparison import (
     difference,
     differing_keys,
     duration,
+    settings_table,
 )
 from ws_detectron.evaluation.runs import Run, read_runs
 
@@ -56,6 +57,18 @@ def test_differing_keys_are_shown_and_no_others(runs: list[Run]) -> None:
     assert "same data" not in text
     runs[0].config["DATASETS.TEST"] = ["other"]
     assert "Not all runs were evaluated on the same data" in as_markdown(runs)
+
+
+def test_switches_of_ws_are_undefined_where_no_part_has_ws() -> None:
+    """They are on by default, also in a config of detectron2's own parts."""
+    head = {"MODEL.ROI_BOX_HEAD.NAME": "WSFastRCNNConvFCHead", "MODEL.WS.BOX_HEAD": False}
+    bn = {"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone", "MODEL.WS.FPN": True, **head}
+    ws = {**bn, "MODEL.BACKBONE.NAME": "build_ws_resnet_fpn_backbone", "MODEL.WS.MODE": "paper"}
+    lines = settings_table({"a": bn, "b": ws}, [*ws]).splitlines()
+    rows = {row[0]: row[1:] for row in map(cells, lines)}
+    assert rows["`MODEL.WS.FPN`"] == ["–", "`True`"]
+    assert rows["`MODEL.WS.BOX_HEAD`"] == ["`False`", "`False`"]
+    assert rows["`MODEL.WS.MODE`"] == ["–", "`paper`"]
 
 
 def test_csv_has_a_line_per_run_with_full_precision(runs: list[Run]) -> None:

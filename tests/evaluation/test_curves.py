@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from written_runs import write_run
 
-from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves, write_figure
+from ws_detectron.evaluation.curves import draw_ap_curves, draw_learning_curves
+from ws_detectron.evaluation.figure_style import write_figure
 from ws_detectron.evaluation.runs import Run, read_runs
 
 
@@ -20,7 +21,7 @@ def runs(tmp_path: Path) -> list[Run]:
 
 def test_losses_are_drawn_over_iterations_and_time(runs: list[Run]) -> None:
     left, right = draw_learning_curves(runs).axes
-    assert [line.get_label() for line in left.lines] == ["bn", "gn", "unfinished"]
+    assert [line.get_label() for line in left.lines] == ["BN", "GN", "unfinished"]
     np.testing.assert_array_equal(left.lines[0].get_xdata(), [20, 40, 60, 80, 100])
     losses = [row["total_loss"] for row in runs[0].rows if "total_loss" in row]
     np.testing.assert_array_equal(left.lines[0].get_ydata(), losses)
@@ -36,12 +37,13 @@ def test_ap_of_both_tasks_is_drawn(runs: list[Run]) -> None:
         "box AP (%)",
         "mask AP (%)",
     ]
-    assert [line.get_label() for line in box.lines] == ["bn", "gn"]  # the third has none
+    assert [line.get_label() for line in box.lines] == ["BN", "GN"]  # the third has none
     np.testing.assert_allclose(box.lines[1].get_ydata(), [30, 60])
     np.testing.assert_allclose(mask.lines[1].get_ydata(), [15, 30])
     np.testing.assert_allclose(mask_time.lines[1].get_xdata(), [1.25, 2.5])
     assert all(panel.get_xlabel() for panel in (box, box_time, mask, mask_time))
-    assert all(panel.get_ylim()[0] == 0 for panel in (box, mask))
+    assert box.get_ylim()[0] == 0 and box.get_ylim() == mask.get_ylim()
+    assert box.get_figure().get_suptitle() == "R-18 Mask R-CNN, scenes_shapes_128_val"
 
 
 def test_runs_can_be_distinguished_without_colour(tmp_path: Path) -> None:

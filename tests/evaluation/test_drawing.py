@@ -5,20 +5,29 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.colors import to_rgb
+from matplotlib.transforms import Bbox
 from small_coco import HEIGHT, WIDTH, annotations, prediction
 
 from ws_detectron.errors import UserError
 from ws_detectron.evaluation import drawing
 from ws_detectron.evaluation.drawing import (
     CAPTION_HEIGHT,
-    CROWD_COLOUR,
+    FALSE,
+    HEAD_HEIGHT,
     MARGIN,
+    MARKS,
+    MISSED_OBJECT,
+    NOT_EVALUATED,
     PAIR_MARGIN,
     SIDE,
+    TRUE,
+    Mark,
     class_colour,
     contact_sheet,
     draw_entries,
-    separate_labels,
+    draw_objects,
+    place_labels,
     write_png,
 )
 
@@ -39,7 +48,8 @@ def test_annotations_have_classes_masks_and_crowds(drawn: dict) -> None:
     truth = annotations([(1, 1, (10, 10, 30, 20)), (1, 2, BOX)], crowds=[(1, 1, (80, 70, 30, 25))])
     draw_entries(IMAGE, SIDE, truth["annotations"], CLASSES)
     assert drawn["labels"] == ["one", "two", "one (crowd)"]
-    assert drawn["colours"] == [class_colour(0), class_colour(1), CROWD_COLOUR]
+    assert drawn["colours"] == [class_colour(0), class_colour(1), NOT_EVALUATED.colour]
+    assert drawn["marks"] == [Mark("", colour, "-") for colour in drawn["colours"]]
     np.testing.assert_array_equal(drawn["boxes"][1], [60, 20, 100, 60])
     for mask, area in zip(drawn["masks"], (600, 1600, 750)):
         assert mask.shape == (HEIGHT, WIDTH) and mask.sum() == area
@@ -51,7 +61,7 @@ def test_predictions_have_classes_scores_and_the_colours_of_annotations(drawn: d
     ]
     del entries[0]["bbox"], entries[1]["segmentation"]
     draw_entries(IMAGE, SIDE, entries, CLASSES)
-    assert drawn["labels"] == ["three 46", "one 90", "class 9 100"]
+    assert drawn["labels"] == ["three 46 %", "one 90 %", "class 9 100 %"]
     assert drawn["colours"][:2] == [class_colour(2), class_colour(0)]
     np.testing.assert_array_equal(drawn["boxes"], [[60, 20, 100, 60]] * 3)
     assert drawn["masks"][0].sum() == 1600 and drawn["masks"][1] is None
@@ -78,20 +88,62 @@ def test_class_colours_are_bright_and_differ() -> None:
         ([(100, 60, 180, 140)] * 6, 6),  # at one place
         ([(-40, -30, 60, 70), (250, 130, 330, 230), (-9, 150, 9, 199), (280, 1, 299, 9)], 4),
         ([(x, y, x + 20, y + 20) for x in (90, 110) for y in (60, 75, 90)], 6),
-        ([(100, 60, 180, 140)] * 40, 9),  # further ones would be too far away
+        # 80 pixels wide and high, labels 73 and 17: above, below, four rows within
+        ([(100, 60, 180, 140)] * 40, 6),
     ],
 )
-def test_labels_are_inside_and_do_not_overlap(boxes: list, visible: int) -> None:
+def test_labels_are_inside_do_not_overlap_and_stay_at_their_box(boxes: list, visible: int) -> None:
     artist = Visualizer(np.zeros((200, 300, 3), np.uint8))
-    artist.overlay_instances(boxes=np.array(boxes, float), labels=["cross 68"] * len(boxes))
-    separate_labels(artist.output)
+    for _ in boxes:
+        artist.draw_text("cross 68 %", (0, 0), font_size=9, horizontal_alignment="left")
+    place_labels(artist.output, np.array(boxes, float))
     renderer = artist.output.canvas.get_renderer()
-    shown = [text for text in artist.output.ax.texts if text.get_visible()]
-    extents = [text.get_window_extent(renderer) for text in shown]
+    placed = [(t, b) for t, b in zip(artist.output.ax.texts, boxes) if t.get_visible()]
+    extents = [text.get_window_extent(renderer) for text, _ in placed]
     assert len(extents) == visible
     for number, one in enumerate(extents):
         assert one.x0 >= 0 and one.y0 >= 0 and one.x1 <= 300 and one.y1 <= 200
         assert not one.count_overlaps(extents[number + 1 :])
+        x0, y0, x1, y1 = placed[number][1]
+        near = Bbox([[x0, 200 - y1], [x1, 200 - y0]]).padded(20)  # y points up
+        assert near.count_overlaps([one])
+
+
+def drawn_boxes(
+    image: np.ndarray, side: int, mark: Mark, box: tuple = (20, 20, 100, 80)
+) -> np.ndarray:
+    """A picture with one box without a label."""
+    return draw_objects(
+        image, side, boxes=[box], masks=[None], labels=[""], colours=["red"], marks=[mark]
+    )
+
+
+@pytest.mark.parametrize("background", [0, 128, 255])
+def test_marks_differ_by_colour_and_by_how_much_of_the_line_is_drawn(background: int) -> None:
+    image = np.full((HEIGHT, WIDTH, 3), background, np.uint8)
+    covered = {}
+    for mark in MARKS:
+        side = drawn_boxes(image, 480, mark)[80:84, 120:360].astype(int)  # the upper side
+        colour = 255 * np.array(to_rgb(mark.colour))
+        lit = (np.abs(side - colour).max(axis=2) < 60).any(axis=0)
+        covered[mark] = lit.mean()
+        assert (side.max(axis=2) < 60).any(), "no dark edge"
+    assert covered[TRUE] == 1
+    assert 0.85 > covered[FALSE] > 0.55 and 0.75 > covered[MISSED_OBJECT] > 0.35
+    assert len({mark.colour for mark in MARKS}) == len(MARKS)
+
+
+def test_labels_and_lines_grow_with_the_picture() -> None:
+    heights, widths = [], []
+    for side in (SIDE, 4 * SIDE):
+        image = np.full((side, side, 3), 90, np.uint8)
+        entry = {"category_id": 1, "bbox": [side // 4, side // 2, side // 2, side // 4]}
+        picture = draw_entries(image, side, [entry], CLASSES)
+        column = np.abs(picture[:, side // 4 + 4].astype(int) - 90).max(axis=1) > 40
+        heights.append(column[: side // 2 - side // 200].sum())  # of the label above the box
+        row = np.abs(picture[side * 5 // 8].astype(int) - 90).max(axis=1) > 40
+        widths.append(row[: side // 2].sum())
+    assert heights[0] >= 12 and heights[1] > 1.8 * heights[0] and widths[1] > 1.8 * widths[0]
 
 
 def test_a_sheet_has_two_pairs_in_a_row_and_captions_cut_where_too_long() -> None:
@@ -102,9 +154,13 @@ def test_a_sheet_has_two_pairs_in_a_row_and_captions_cut_where_too_long() -> Non
         )
 
     width, head = 2 * (SIDE + MARGIN) + PAIR_MARGIN, CAPTION_HEIGHT
-    sheet = contact_sheet([pair("a", 90), pair("W" * 300, 80), pair("\udcff\n$", 70)])
+    whole = contact_sheet([pair("a", 90), pair("W" * 300, 80), pair("\udcff\n$", 70)], "title")
+    sheet = whole[HEAD_HEIGHT:]
     assert sheet.shape == (90 + 70 + 2 * (head + MARGIN), 2 * width, 3)
-    assert contact_sheet([pair("a", 90)]).shape == (90 + head + MARGIN, width, 3)
+    one = contact_sheet([pair("a", 90)], "title")
+    assert one.shape == (HEAD_HEIGHT + 90 + head + MARGIN, width, 3)
+    two = contact_sheet([pair("a", 90), pair("b", 90)], "title")
+    assert two.shape == (HEAD_HEIGHT + 2 * (90 + head + MARGIN), width, 3)
     for top, left, height in ((0, 0, 90), (0, width, 80), (90 + head + MARGIN, 0, 70)):
         cell = sheet[top:, left:]
         assert (cell[head : head + height, MARGIN : MARGIN + SIDE] == 7).all()
@@ -114,11 +170,22 @@ def test_a_sheet_has_two_pairs_in_a_row_and_captions_cut_where_too_long() -> Non
     assert (sheet[90 + head + MARGIN :, width:] == 255).all()
     captions = sheet[:head] < 128
     assert captions[:, width:].sum() > 20 * captions[:, :width].sum()
+    lower = sheet[90 + head + MARGIN :][head // 2 : head, : MARGIN + SIDE] < 128
+    assert lower.any()  # the second line
+
+
+def test_a_sheet_says_what_boxes_mean() -> None:
+    sheet = contact_sheet([((np.zeros((9, SIDE, 3), np.uint8), "a"),) * 2], "title " * 99)
+    head = sheet[:HEAD_HEIGHT].astype(int)
+    assert (head[: HEAD_HEIGHT // 2] < 128).any() and (head[:, -2:] == 255).all()
+    for mark in MARKS:
+        colour = 255 * np.array(to_rgb(mark.colour))
+        assert (np.abs(head[HEAD_HEIGHT // 2 :] - colour).max(axis=2) < 30).any()
 
 
 def test_small_images_are_enlarged_without_smoothing_and_large_ones_scaled_down() -> None:
     image = np.random.default_rng(0).integers(0, 255, (4, 8, 3), np.uint8)
-    nothing: dict[str, Any] = {"boxes": [], "masks": [], "labels": [], "colours": []}
+    nothing: dict[str, Any] = dict.fromkeys(("boxes", "masks", "labels", "colours", "marks"), [])
     large = drawing.draw_objects(image, 32, **nothing)
     np.testing.assert_array_equal(large, image.repeat(4, axis=0).repeat(4, axis=1))
     small = drawing.draw_objects(image, 4, **nothing)

@@ -10,15 +10,18 @@ from ws_detectron.evaluation.image_errors import (
     CORRECT,
     DUPLICATE,
     ERRORS,
+    FOUND,
     IGNORED,
     LOCALIZATION,
     MISSED,
+    NOT_FOUND,
     ON_BACKGROUND,
     WRONG_CLASS,
     classify_predictions,
     count_errors,
     draw_errors,
     image_ap,
+    match_images,
 )
 
 BOX, SECOND = (10, 10, 20, 20), (60, 50, 40, 40)
@@ -26,6 +29,10 @@ TRUTH = annotations([(1, 1, BOX), (1, 2, SECOND), (2, 1, BOX)], images=3)
 # the right part of BOX, as wide as the name says of 20 pixels: IoU width / 20
 NEARLY, POOR, BARELY = (12, 10, 18, 20), (24, 10, 6, 20), (29, 10, 1, 20)
 FAR = (80, 60, 20, 20)
+
+
+def counted(truth: dict, found: list, task: str, threshold: float) -> dict[str, int]:
+    return count_errors(match_images(truth, found, task, threshold).values())
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
@@ -50,7 +57,7 @@ FAR = (80, 60, 20, 20)
 )
 def test_every_error_type_is_recognized(task: str, found: list, expected: dict) -> None:
     truth = annotations([(1, 1, BOX)], images=1)
-    counts = count_errors(truth, [prediction(1, *entry) for entry in found], task, 0.5)
+    counts = counted(truth, [prediction(1, *entry) for entry in found], task, 0.5)
     assert list(counts) == [CORRECT, *ERRORS]
     assert {name: count for name, count in counts.items() if count} == expected
 
@@ -58,21 +65,40 @@ def test_every_error_type_is_recognized(task: str, found: list, expected: dict) 
 def test_images_are_kept_apart_and_added_up() -> None:
     truth = annotations([(1, 1, BOX), (2, 1, BOX), (2, 2, FAR)], images=3)
     found = [prediction(n, 1, BOX, 0.9) for n in (1, 2, 3)]
-    counts = count_errors(truth, found, "segm", 0.5)
+    counts = counted(truth, found, "segm", 0.5)
     assert (counts[CORRECT], counts[MISSED], counts[ON_BACKGROUND]) == (2, 1, 1)
 
 
 def test_crowds_are_neither_missed_nor_errors() -> None:
     truth = annotations([], crowds=[(1, 1, (0, 0, 60, 60))], images=1)
-    assert sum(count_errors(truth, [prediction(1, 1, BOX, 0.9)], "segm", 0.5).values()) == 0
-    other = count_errors(truth, [prediction(1, 2, BOX, 0.9)], "segm", 0.5)
+    assert sum(counted(truth, [prediction(1, 1, BOX, 0.9)], "segm", 0.5).values()) == 0
+    other = counted(truth, [prediction(1, 2, BOX, 0.9)], "segm", 0.5)
     assert other[ON_BACKGROUND] == 1
 
 
 def test_a_prediction_takes_the_free_object_with_the_highest_iou() -> None:
     ious = np.array([[0.6, 0.9], [0.7, 0.8], [0.6, 0.6]])
-    types, missed = classify_predictions(ious, np.ones((3, 2), bool), np.zeros(3, bool))
-    assert types == [CORRECT, CORRECT, DUPLICATE] and not missed.any()
+    types, states = classify_predictions(ious, np.ones((3, 2), bool), np.zeros(3, bool))
+    assert types == [CORRECT, CORRECT, DUPLICATE] and states == [FOUND, FOUND]
+
+
+def test_matches_are_in_the_order_of_the_files() -> None:
+    """The second prediction has the higher score and takes the object; the crowd comes second."""
+    truth = annotations(
+        [(1, 1, BOX), (1, 2, SECOND), (1, 3, FAR)], crowds=[(1, 1, (0, 60, 40, 40))]
+    )
+    truth["annotations"].insert(1, truth["annotations"].pop())
+    found = [
+        prediction(1, 1, NEARLY, 0.6),
+        prediction(1, 1, BOX, 0.9),
+        prediction(1, 2, BOX, 0.4),  # below the threshold
+        prediction(1, 2, (60, 50, 40, 12), 0.7),
+        prediction(1, 1, (5, 65, 10, 10), 0.8),  # on the crowd
+    ]
+    matches = match_images(truth, found, "bbox", 0.5)
+    assert matches[1].predictions == [DUPLICATE, CORRECT, LOCALIZATION, IGNORED]
+    assert matches[1].objects == [FOUND, IGNORED, NOT_FOUND, MISSED]
+    assert matches[2] == ([], [])
 
 
 def test_thresholds_are_met_from_above() -> None:
@@ -90,13 +116,13 @@ def test_made_predictions_have_errors_of_every_type() -> None:
     truth = annotations(boxes, crowds=[(1, 1, (60, 60, 30, 30))], images=100)
     found = perturbed_predictions(truth, 0, jitter=0.15)
     assert check_predictions(truth, found) == ("bbox", "segm")
-    assert min(count_errors(truth, found, "segm", 0.0).values()) > 0
+    assert min(counted(truth, found, "segm", 0.0).values()) > 0
 
 
 def test_at_most_100_predictions_of_an_image_are_taken() -> None:
     truth = annotations([(1, 1, BOX)], images=1)
     found = [prediction(1, 1, FAR, 0.9)] * 100 + [prediction(1, 1, BOX, 0.8)]
-    counts = count_errors(truth, found, "bbox", 0.5)
+    counts = counted(truth, found, "bbox", 0.5)
     assert (counts[ON_BACKGROUND], counts[CORRECT], counts[MISSED]) == (100, 0, 1)
 
 
@@ -107,7 +133,7 @@ def test_the_chart_shows_every_count() -> None:
     assert [bar.get_width() for bar in axes.patches] == list(counts.values())
     assert [label.get_text() for label in axes.get_yticklabels()] == list(counts)
     assert {text.get_text() for text in axes.texts} == {str(n) for n in counts.values()}
-    assert axes.get_xlabel() and axes.get_title() == "title"
+    assert axes.get_xlabel() and figure.get_suptitle() == "title"
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])

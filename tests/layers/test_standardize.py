@@ -1,6 +1,7 @@
 """The WS operation, compared with plain Python loops in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from ws_detectron.layers import WS_MODES, standardize, standardize_weight
+from ws_detectron.layers import WS_MODES, affine_of, standardize_weight
 
 
 def reference(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
@@ -25,6 +26,8 @@ def reference(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
             denominator = (math.sqrt(squares / (n - 1)) if n > 1 else 0.0) + eps
         elif mode == "bit":
             denominator = math.sqrt(squares / n + eps)
+        elif mode == "aws":
+            denominator = math.sqrt((squares / (n - 1) if n > 1 else 0.0) + eps)
         else:
             raise ValueError(f"no formula for {mode!r} here")
         standardized = [(v - mean) / denominator for v in values]
@@ -56,19 +59,7 @@ def test_modes_are_the_variants_of_the_literature() -> None:
     assert largest["paper"] == pytest.approx(0.003 / 0.00301)
     assert largest["official"] == pytest.approx(0.003 / (0.003 * math.sqrt(4 / 3) + 1e-5))
     assert largest["bit"] == pytest.approx(0.003 / math.sqrt(9e-6 + 1e-5))
-
-
-def test_a_new_mode_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unbiased variance with eps under the root, in the fused form and the formula."""
-    table = {**standardize.ws_modes(), "new": (True, True)}
-    monkeypatch.setattr(standardize, "ws_modes", lambda: table)
-    monkeypatch.setattr(standardize, "WS_MODES", tuple(table))
-    weight = (0.003 * torch.randn(3, 2, 3, 3, dtype=torch.float64)).requires_grad_()
-    deviation = torch.sqrt(weight.var((1, 2, 3), keepdim=True) + 1e-5)
-    expected = (weight - weight.mean((1, 2, 3), keepdim=True)) / deviation
-    torch.testing.assert_close(standardize_weight(weight, 1e-5, "new"), expected)
-    torch.testing.assert_close(standardize._by_formula(weight, 1e-5, "new"), expected)
-    assert gradcheck(lambda w: standardize_weight(w, 1e-5, "new"), weight)
+    assert largest["aws"] == pytest.approx(0.003 / math.sqrt(9e-6 * 4 / 3 + 1e-5))
 
 
 def test_defaults_are_the_paper_with_eps_1e_5() -> None:
@@ -200,7 +191,7 @@ def test_refuses_an_eps_that_is_not_positive(eps: float) -> None:
 
 
 def test_refuses_an_unknown_mode() -> None:
-    with pytest.raises(ValueError, match="one of paper, official, bit; got 'biased'"):
+    with pytest.raises(ValueError, match="one of paper, official, bit, aws; got 'biased'"):
         standardize_weight(torch.randn(2, 3), 1e-5, "biased")
 
 
@@ -238,3 +229,82 @@ def test_gradient_in_channels_last(mode: str) -> None:
     for w, g in ((first, upstream), (second, upstream)):
         (standardize_weight(w, 1e-5, mode) * g).sum().backward()
     torch.testing.assert_close(second.grad, first.grad)
+
+
+def random_affine(filters: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    gamma, beta = torch.randn(2, filters, 1, 1, 1, dtype=torch.float64).to(dtype)
+    return gamma, beta
+
+
+@pytest.mark.parametrize("mode", WS_MODES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_affine_is_scale_and_shift_of_the_formula(mode: str, shape: tuple) -> None:
+    weight = 0.01 * torch.randn(shape, dtype=torch.float64)
+    gamma, beta = random_affine(shape[0])
+    expected = gamma * reference(weight, 1e-5, mode) + beta
+    found = standardize_weight(weight, 1e-5, mode, (gamma, beta))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+    single = standardize_weight(weight.float(), 1e-5, mode, (gamma.float(), beta.float()))
+    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=1e-5)
+    half = standardize_weight(weight.bfloat16(), 1e-5, mode, random_affine(shape[0], torch.half))
+    assert half.dtype == torch.bfloat16 and half.shape == shape
+
+
+def test_affine_of_a_weight_is_what_mmcv_takes_from_it() -> None:
+    """mmcv 2.1, ConvAWS2d: the mean, and the root of torch's (unbiased) variance + eps."""
+    weight = 0.01 * torch.randn(5, 3, 2, 2, dtype=torch.float64) + 0.3
+    gamma, beta = affine_of(weight, 1e-5, "aws")
+    torch.testing.assert_close(gamma.flatten(), torch.sqrt(weight.flatten(1).var(1) + 1e-5))
+    torch.testing.assert_close(beta.flatten(), weight.flatten(1).mean(1))
+
+
+@pytest.mark.parametrize("mode", WS_MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_affine_of_a_weight_gives_it_back(mode: str, dtype: torch.dtype) -> None:
+    """To two roundings, constant and one-element filters included."""
+    weight = 0.01 * torch.randn(6, 4, 3, 3) + 0.03 * torch.randn(6, 1, 1, 1)
+    weight[0] = 0.3
+    for each in (weight.to(dtype), weight[:, :1, :1, :1].to(dtype)):
+        found = standardize_weight(each, 1e-5, mode, affine_of(each, 1e-5, mode))
+        torch.testing.assert_close(found, each, rtol=0, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mode", WS_MODES)
+def test_affine_gradients(mode: str) -> None:
+    """Also that a filter scaled and shifted is the same filter, to which it is orthogonal."""
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    affine = random_affine(3)
+    assert gradcheck(lambda w: standardize_weight(w, 1e-5, mode, affine), weight)
+    assert gradgradcheck(lambda w: standardize_weight(w, 1e-5, mode, affine), weight)
+    first, second = (weight.detach().clone().requires_grad_() for _ in range(2))
+    upstream = torch.randn_like(weight)
+    standardize_weight(first, 1e-5, mode, affine).backward(upstream)
+    scripted = torch.jit.script(standardize_weight)  # takes the formula
+    scripted(second, 1e-5, mode, affine).backward(upstream)
+    torch.testing.assert_close(first.grad, second.grad)
+    along_weight = (first.grad * weight.detach()).flatten(1).sum(1)
+    torch.testing.assert_close(along_weight, torch.zeros_like(along_weight), atol=1e-3, rtol=0)
+
+
+def test_affine_in_channels_last_and_strided() -> None:
+    weight, affine = torch.randn(4, 8, 3, 3), random_affine(4, torch.float32)
+    expected = standardize_weight(weight, 1e-5, "aws", affine)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    strided = torch.stack([weight, weight], -1)[..., 0]
+    assert not strided.is_contiguous()
+    for other in (last, strided):
+        torch.testing.assert_close(standardize_weight(other, 1e-5, "aws", affine), expected)
+
+
+def test_affine_saves_no_further_filters_for_the_backward() -> None:
+    """What WS saves in addition to a plain conv, affine WS does not save again."""
+
+    def saved(affine: Any) -> int:
+        sizes = []
+        pack = lambda t: sizes.append(t.numel()) or t  # noqa: E731
+        weight = torch.randn(4, 8, 3, 3, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            standardize_weight(weight, 1e-5, "aws", affine)
+        return sum(sizes)
+
+    assert saved(random_affine(4, torch.float32)) - saved(None) == 2 * 4

@@ -42,21 +42,24 @@ class StandIn:
 
     @staticmethod
     def standardize(
-        weights: Sequence[torch.Tensor], eps: float, *form: bool
+        weights: Sequence[torch.Tensor], eps: float, unbiased: bool, root: bool, affines: Any
     ) -> tuple[torch.Tensor, Any]:
-        (mode,) = (name for name, row in standardize.ws_modes().items() if row == form)
-        results = [standardize._by_formula(weight, eps, mode) for weight in weights]
-        return torch.cat([flat(result) for result in results]), (eps, mode)
+        rows = standardize.ws_modes().items()
+        (mode,) = (name for name, row in rows if row == (unbiased, root))
+        forms = [(eps, mode, pair) for pair in affines or [None] * len(weights)]
+        results = [standardize._by_formula(w, *form) for w, form in zip(weights, forms)]
+        return torch.cat([flat(result) for result in results]), forms
 
     @staticmethod
     def standardize_backward(
         weights: Sequence[torch.Tensor], gradient: torch.Tensor, statistics: Any
     ) -> torch.Tensor:
         parts = []
-        for weight, part in zip(weights, gradient.split([w.numel() for w in weights])):
+        sizes = [weight.numel() for weight in weights]
+        for weight, part, form in zip(weights, gradient.split(sizes), statistics):
             with torch.enable_grad():
                 leaf = weight.detach().requires_grad_()
-                result = flat(standardize._by_formula(leaf, *statistics))
+                result = flat(standardize._by_formula(leaf, *form))
             parts.append(flat(torch.autograd.grad(result, leaf, part)[0]))
         return torch.cat(parts)
 
@@ -350,9 +353,18 @@ def moved_to_double(conv: WSConv2d) -> None:
     data_in_place(conv)
 
 
+def affine_set(conv: WSConv2d) -> None:
+    gamma = conv.weight.detach()[:, :1, :1, :1] + 3
+    conv.set_affine((gamma, gamma**2))
+
+
+def affine_edited(conv: WSConv2d) -> None:
+    conv.weight_gamma.mul_(2)
+
+
 CHANGES = [
     in_place, data_in_place, data_replaced, weight_replaced, eps_changed, mode_changed,
-    checkpoint_loaded, state_dict_edited, moved_to_double,
+    checkpoint_loaded, state_dict_edited, moved_to_double, affine_set,
 ]  # fmt: skip
 
 
@@ -385,11 +397,13 @@ def test_changes_of_a_shared_conv_within_a_call(net: Net, device: str) -> None:
             self.change(self.a)
             return self.a(x)
 
-    for change in CHANGES:
+    for change in (*CHANGES, affine_edited):
         if change in (data_in_place, state_dict_edited, moved_to_double):
             continue
         part = Twice().to(device)
         part.change = change
+        if change is affine_edited:
+            give_affine(part.a)
         standardize_together(part)
         other = alone(part)
         (x,) = inputs(device, 1)
@@ -447,6 +461,32 @@ def test_other_settings_and_tied_weights(net: Net, device: str) -> None:
     train(net, images)
     train(other, images)
     same(net, other)
+
+
+def give_affine(conv: WSConv2d) -> None:
+    gamma, beta = torch.randn(2, conv.out_channels, 1, 1, 1, device=conv.weight.device)
+    conv.set_affine((gamma.to(conv.weight.dtype), beta.to(conv.weight.dtype)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_affine_settings_and_tied_weights(net: Net, device: str, count: int) -> None:
+    net.c.weight = net.a.weight
+    for conv in (net.a, net.b, net.c)[:count]:
+        give_affine(conv)
+    other = alone(net)
+    images = inputs(device, 3)
+    train(net, images)
+    train(other, images)
+    same(net, other)
+
+
+def test_affine_convs_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = use_stand_in(monkeypatch)
+    net = standardize_together(Net())
+    give_affine(net.a)
+    give_affine(net.c)
+    train(net, inputs("cpu", 1))
+    assert launches == [2, 1]
 
 
 def test_views_of_one_memory(net: Net, device: str) -> None:
@@ -596,6 +636,7 @@ def test_any_default_dtype(net: Net, device: str) -> None:
     ids=["channels_last", "float64"],
 )
 def test_other_formats(net: Net, device: str, change: Any) -> None:
+    give_affine(net.b)
     change(net)
     other = alone(net)
     images = [x.to(net.a.weight.dtype) for x in inputs(device, 3)]
@@ -608,6 +649,7 @@ def test_inference_mode(device: str) -> None:
     """Also for a model created in inference mode."""
     with torch.inference_mode():
         net = standardize_together(Net().to(device))
+        give_affine(net.b)
         (x,) = inputs(device, 1)
         torch.testing.assert_close(net(x), alone(net)(x))
 
@@ -647,6 +689,7 @@ def test_activation_checkpointing(
 
 
 def test_twice_differentiable(net: Net, device: str) -> None:
+    give_affine(net.b)
     other = alone(net)
     (x,) = inputs(device, 1)
     for model in (net, other):
@@ -658,6 +701,7 @@ def test_twice_differentiable(net: Net, device: str) -> None:
 
 def test_copies(net: Net, device: str) -> None:
     """Also between forward and backward, and during a call, as evaluation may do it."""
+    give_affine(net.b)
     images = inputs(device, 2)
     copies = [net]
     handle = net.b.norm.register_forward_hook(lambda *_: copies.append(copy.deepcopy(net)))
@@ -759,6 +803,7 @@ def test_keeps_name_and_docs_of_its_class(net: Net, device: str) -> None:
 
 
 def test_scripted_traced_and_compiled(net: Net, device: str) -> None:
+    give_affine(net.b)
     net.forward(inputs(device, 1)[0])
     part = standardize_together(nn.Sequential(net.a, net.b, net.c).to(device))
     (x,) = inputs(device, 1)

@@ -16,7 +16,6 @@ pytest.importorskip("triton", reason="Triton is installed with torch on Linux on
 # The interpreter is chosen when Triton is imported, so this runs in a separate process.
 SCRIPT = """
 import json, torch
-from ws_detectron.layers import standardize
 from ws_detectron.layers.standardize import _by_formula, ws_modes
 from ws_detectron.layers.triton_kernels import standardize_backward, standardize as forward
 
@@ -33,30 +32,33 @@ weights = {
 upstreams = {name: torch.randn_like(weight) for name, weight in weights.items()}
 report = {}
 
-def compare(names, mode, form):
+def compare(names, mode, form, affine):
     chosen = [weights[name] for name in names]
-    flat, statistics = forward(chosen, 1e-5, *form)
+    affines = [tuple(torch.randn(2, len(weight), 1)) for weight in chosen] if affine else []
+    flat, statistics = forward(chosen, 1e-5, *form, affines)
     upstream = torch.cat([upstreams[name].flatten() for name in names])
     gradients = standardize_backward(chosen, upstream, statistics)
     sizes = [weight.numel() for weight in chosen]
-    for name, result, gradient in zip(names, flat.split(sizes), gradients.split(sizes)):
+    pairs = affines or [None] * len(names)
+    for name, result, gradient, pair in zip(
+        names, flat.split(sizes), gradients.split(sizes), pairs
+    ):
         exact = weights[name].double().requires_grad_()
-        expected = _by_formula(exact, 1e-5, mode)
+        expected = _by_formula(exact, 1e-5, mode, pair and tuple(t.double() for t in pair))
         (expected * upstreams[name]).sum().backward()
         scale = max(1.0, exact.grad.abs().max().item())
         errors = (
             (result.view_as(exact) - expected.detach()).abs(),
             (gradient.view_as(exact) - exact.grad).abs() / scale,
         )
-        report[f"{name} of {len(names)}, {mode}"] = [float(e.nan_to_num(1e9).max()) for e in errors]
+        case = f"{name} of {len(names)}, {mode}, {affine}"
+        report[case] = [float(e.nan_to_num(1e9).max()) for e in errors]
 
-# a row that no mode has yet
-plain_table = ws_modes()
-standardize.ws_modes = lambda: {**plain_table, "unbiased, eps under the root": (True, True)}
-for mode, form in standardize.ws_modes().items():
-    compare([*weights], mode, form)
+for mode, form in ws_modes().items():
+    compare([*weights], mode, form, affine=mode == "aws")
     for name in weights:
-        compare([name], mode, form)
+        compare([name], mode, form, affine=False)
+compare(["3x3 of res5"], "official", ws_modes()["official"], affine=True)
 print(json.dumps(report))
 """
 
@@ -71,10 +73,10 @@ def test_kernels_equal_the_formula_in_the_interpreter() -> None:
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert len(report) == 7 * 4 * 2
+    assert len(report) == 7 * 4 * 2 + 1
     for case, (value, gradient) in report.items():
         # the mean 0.5 of float32 is rounded by up to 3e-8, which is 3e-6 of the deviation 0.01
-        if case.startswith("constant"):
+        if case.startswith("constant") and case.endswith("False"):  # without affine
             assert value == 0, case
         assert value < 1e-5 and gradient < 1e-5, (case, value, gradient)
 

@@ -148,10 +148,104 @@ def test_deepcopy_and_pickle() -> None:
         torch.testing.assert_close(twin(x), conv(x))
 
 
+def plain_and_affine(**kwargs: Any) -> tuple[Conv2d, WSConv2d]:
+    plain = Conv2d(4, 8, 3, norm=nn.GroupNorm(4, 8), **kwargs)
+    with torch.no_grad():
+        plain.weight.copy_(0.1 * torch.randn_like(plain.weight) + 0.05 * torch.randn(8, 1, 1, 1))
+    norm = copy.deepcopy(plain.norm)
+    return plain, WSConv2d(4, 8, 3, norm=norm, ws_mode="aws", ws_affine=True, **kwargs)
+
+
+def test_affine_conv_has_mmcvs_buffers_and_starts_as_a_ws_conv() -> None:
+    plain, conv = plain_and_affine()
+    assert {name: tuple(value.shape) for name, value in conv.named_buffers()} == {
+        "weight_gamma": (8, 1, 1, 1),
+        "weight_beta": (8, 1, 1, 1),
+    }
+    assert not any(buffer.requires_grad for buffer in conv.buffers())
+    assert set(conv.state_dict()) - set(plain.state_dict()) == {"weight_gamma", "weight_beta"}
+    other = WSConv2d(4, 8, 3, norm=conv.norm, ws_mode="aws")
+    other.load_state_dict(plain.state_dict())
+    assert not list(other.buffers())
+    conv.weight, conv.bias = other.weight, other.bias
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(conv(x), other(x))
+
+
+def test_plain_weights_fill_the_buffers_and_a_checkpoint_brings_its_own() -> None:
+    plain, conv = plain_and_affine()
+    x = torch.randn(2, 4, 9, 9)
+    assert conv.load_state_dict(plain.state_dict()) == ([], [])  # none is missing
+    torch.testing.assert_close(conv(x), plain(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        conv.weight += torch.randn_like(conv.weight)  # as by training
+    assert not torch.allclose(conv(x), plain(x), atol=0.1)
+    again = plain_and_affine()[1]
+    again.load_state_dict(conv.state_dict())
+    torch.testing.assert_close(again(x), conv(x), rtol=0, atol=0)
+    torch.testing.assert_close(again.weight_beta, plain.weight.mean((1, 2, 3), keepdim=True))
+
+
+def test_half_of_the_buffers_is_not_filled() -> None:
+    plain, conv = plain_and_affine()
+    state = {**plain.state_dict(), "weight_gamma": torch.ones(8, 1, 1, 1)}
+    with pytest.raises(RuntimeError, match="Missing key.*weight_beta"):
+        conv.load_state_dict(state)
+    wrong = {**plain.state_dict(), "weight": torch.ones(8, 4, 1, 1)}
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        conv.load_state_dict(wrong)
+
+
+def test_training_changes_an_affine_conv_as_the_formula_says() -> None:
+    """Three steps of SGD, by the formula written out, with autograd through all of it."""
+    plain, conv = plain_and_affine(bias=False)
+    conv.load_state_dict(plain.state_dict())
+    weight = plain.weight.detach().clone().requires_grad_()
+    flat = weight.detach().flatten(1)
+    gamma, beta = torch.sqrt(flat.var(1) + 1e-5), flat.mean(1)
+    for _ in range(3):
+        x = torch.randn(2, 4, 9, 9)
+        rows = weight.flatten(1)
+        standardized = (rows - rows.mean(1, keepdim=True)) / torch.sqrt(
+            rows.var(1, keepdim=True) + 1e-5
+        )
+        filters = (gamma[:, None] * standardized + beta[:, None]).view_as(weight)
+        expected = plain.norm(F.conv2d(x, filters))
+        torch.testing.assert_close(conv(x), expected, rtol=1e-4, atol=1e-5)
+        for result, each in ((expected, weight), (conv(x), conv.weight)):
+            (gradient,) = torch.autograd.grad(result.pow(3).mean(), each)
+            with torch.no_grad():
+                each -= 0.1 * gradient
+    assert (weight - plain.weight).abs().max() > 0.01
+    torch.testing.assert_close(conv.weight, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_affine_conv_scripted_traced_compiled_copied_and_in_bfloat16() -> None:
+    plain, conv = plain_and_affine()
+    conv.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        conv.weight += 0.1 * torch.randn_like(conv.weight)
+    x = torch.randn(2, 4, 9, 9)
+    expected = conv(x)
+    for other in (
+        torch.jit.script(conv),
+        torch.jit.trace(conv, x),
+        torch.compile(conv, fullgraph=True, backend="aot_eager"),
+        copy.deepcopy(conv),
+        pickle.loads(pickle.dumps(conv)),
+    ):
+        torch.testing.assert_close(other(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = conv(x)
+    # 8 bits of mantissa; GN divides by a deviation below 1
+    torch.testing.assert_close(result.float(), expected, rtol=5e-2, atol=5e-2)
+
+
 def test_is_a_detectron2_conv_that_shows_its_mode() -> None:
     conv = WSConv2d(4, 8, 3, ws_mode="paper", ws_eps=1e-3)
     assert isinstance(conv, Conv2d)
-    assert "ws_eps=0.001, ws_mode=paper" in repr(conv)
+    assert "ws_eps=0.001, ws_mode=paper)" in repr(conv)
+    assert "ws_mode=aws, ws_affine=True" in repr(WSConv2d(4, 8, 3, ws_mode="aws", ws_affine=True))
 
 
 def test_refuses_wrong_arguments() -> None:

@@ -143,6 +143,16 @@ def test_mode_and_eps_reach_every_conv() -> None:
     assert {(conv.ws_mode, conv.ws_eps) for conv in convs} == {("bit", 1e-6)}
 
 
+def test_affine_reaches_every_conv_and_starts_alike_in_every_process() -> None:
+    """Filters are initialized by other seeds there; detectron2's DDP does not broadcast buffers."""
+    backbone = build_backbone(ws_config("MODEL.WS.AFFINE", True))
+    convs = [m for m in backbone.modules() if isinstance(m, WSConv2d)]
+    assert len(convs) == CONVS_OF_DEPTH[18] + 8
+    for conv in convs:
+        gamma, beta = conv.affine()
+        assert (gamma == 1).all() and not beta.any()
+
+
 def test_group_count_reaches_every_group_norm() -> None:
     for groups in (32, 16):
         backbone = build_backbone(ws_config("MODEL.WS.GN_GROUPS", groups))
@@ -168,9 +178,9 @@ def test_all_filters_of_an_fpn_are_one_part(monkeypatch: pytest.MonkeyPatch) -> 
     found: list[int] = []
     together = ws_conv.standardize_weights
 
-    def counting(weights: list[torch.Tensor], eps: float, mode: str) -> list[torch.Tensor]:
+    def counting(weights: list[torch.Tensor], *args: Any) -> list[torch.Tensor]:
         found.append(len(weights))
-        return together(weights, eps, mode)
+        return together(weights, *args)
 
     monkeypatch.setattr(ws_conv, "standardize_weights", counting)
     monkeypatch.setattr(ws_conv, "standardize_weight", None)  # no conv by itself

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from ws_detectron import convert_to_ws, fold_ws, with_ws
-from ws_detectron.layers import WSConv2d
+from ws_detectron.layers import WS_MODES, WSConv2d
 from ws_detectron.modeling import folded_copy
 
 
@@ -103,6 +103,39 @@ def test_a_model_in_which_nothing_is_converted_is_warned_of(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("mode", WS_MODES)
+def test_affine_keeps_the_outputs_of_a_trained_model_and_standardizes_from_then_on(
+    mode: str,
+) -> None:
+    block = Block().eval()
+    x = torch.randn(2, 4, 6, 6)
+    expected = block(x)
+    convert_to_ws(block, mode=mode, affine=True)
+    torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # mean and scale of a filter no longer matter
+        block.with_norm.weight.mul_(3).add_(1)
+    # but for eps, which was 1e-4 of a deviation
+    torch.testing.assert_close(block(x), expected, rtol=1e-2, atol=1e-3)
+    copied = copy.deepcopy(block)
+    torch.testing.assert_close(fold_ws(copied)(x), block(x), rtol=1e-5, atol=1e-5)
+    assert list(copied.state_dict()) == list(Block().state_dict())
+
+
+def test_affine_of_a_ws_conv_keeps_its_outputs_and_its_buffers() -> None:
+    conv = Conv2d(4, 8, 3, norm=nn.GroupNorm(4, 8))
+    x = torch.randn(1, 4, 6, 6)
+    convert_to_ws(conv)
+    expected = conv(x)
+    convert_to_ws(conv, affine=True)  # the filters of a WS conv have any mean and scale
+    torch.testing.assert_close(conv(x), expected)
+    conv.weight_gamma.copy_(torch.rand(8, 1, 1, 1))
+    convert_to_ws(conv, affine=True)
+    assert conv.weight_gamma.max() < 1
+    convert_to_ws(conv)
+    torch.testing.assert_close(conv(x), expected)
+    assert not [name for name in conv.state_dict() if name.startswith("weight_")]
+
+
 def test_converting_again_sets_the_new_mode() -> None:
     conv = Conv2d(4, 8, 1, norm=nn.GroupNorm(2, 8))
     convert_to_ws(conv, mode="paper")
@@ -128,7 +161,7 @@ def test_refuses_wrong_arguments_before_it_changes_anything() -> None:
     assert type(block.with_norm) is Conv2d
 
 
-@pytest.mark.parametrize("mode", ["paper", "official", "bit"])
+@pytest.mark.parametrize("mode", WS_MODES)
 def test_fold_keeps_the_outputs(mode: str) -> None:
     block = Block().eval()
     convert_to_ws(block, mode=mode)

@@ -7,6 +7,9 @@ from pathlib import Path
 import cv2
 
 from ws_detectron.engine import load_config
+from ws_detectron.evaluation.coco_curves import COMPARED, curve_tables, write_curves
+from ws_detectron.evaluation.coco_eval import evaluate
+from ws_detectron.evaluation.coco_report import write_reports
 
 TOOL = "compare_runs.py"
 QUICKSTART = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
@@ -46,6 +49,22 @@ def test_runs_are_compared_and_broken_ones_named(run_tool, tmp_path: Path) -> No
     for name in ("learning_curves", "ap_curves"):
         assert cv2.imread(str(output / f"{name}.png")) is not None
     assert not list(output.glob("*.svg"))
+
+
+def test_curves_of_evaluated_runs_lie_over_each_other(
+    call_tool, evaluation_files, tmp_path: Path
+) -> None:
+    truth = json.loads(evaluation_files.annotations.read_text())
+    found = json.loads(evaluation_files.predictions.read_text())
+    for name, some in (("a", found), ("b", found[::2])):
+        result = evaluate(truth, some, ["bbox"])
+        write_reports(result, tmp_path / name)
+        write_curves(curve_tables(truth, some, result), tmp_path / name)
+    runs = [f"GN={tmp_path}/a/coco_evaluation.json", f"BN={tmp_path}/b/coco_evaluation.json"]
+    status, _, errors = call_tool(TOOL, *runs, "--output", tmp_path / "out")
+    assert status == 0, errors
+    for name in COMPARED:
+        assert cv2.imread(str(tmp_path / "out" / f"{name}.png")).std() > 5
 
 
 def test_exit_status_of_valid_runs_and_of_nothing_to_compare(call_tool, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line of tools/convert_weights.py."""
 
+import hashlib
 import runpy
 import sys
 from collections.abc import Callable
@@ -111,3 +112,36 @@ def test_inputs_are_not_written_over(
     with pytest.raises(UserError, match="is an input"):
         write_mmdet(resnet18, resnet18)
     assert resnet18.read_bytes() == before and not Path(out).exists()
+
+
+def test_check_describes_and_writes_nothing(
+    run: Run, resnet18: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.parent.rglob("*"))
+    printed = run(str(resnet18), "--check").splitlines()
+    assert printed[0] == f"{resnet18}: a torchvision ResNet"
+    assert printed[1] == "whole: all 100 tensors of R-18, no NaN"
+    assert printed[2].startswith("left out: 20 of BN's step counter")
+    sha256 = hashlib.sha256(resnet18.read_bytes()).hexdigest()
+    assert f"SHA-256 {sha256}: not one known here" in printed
+    assert "needs: MODEL.RESNETS.DEPTH 18" in printed and "needs: INPUT.FORMAT RGB" in printed
+    assert not any("WS" in line for line in printed)
+
+    half = tmp_path / "half.pth"
+    half.write_bytes(resnet18.read_bytes()[: resnet18.stat().st_size // 2])
+    state = torch.load(resnet18, weights_only=True)
+    del state["layer4.1.conv2.weight"]
+    torch.save(state, tmp_path / "part.pth")
+    cases = {
+        "is damaged": [str(half)],
+        "missing: res5.1.conv2.weight": [str(tmp_path / "part.pth")],
+        "--check writes nothing": [str(resnet18), str(tmp_path / "out.pth")],
+    }
+    for words, command in cases.items():
+        with pytest.raises(SystemExit) as ended:
+            run(*command, "--check")
+        assert ended.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(str(resnet18))
+    assert "name the output, or pass --check" in capsys.readouterr().err
+    assert sorted(tmp_path.parent.rglob("*")) == sorted([*before, half, tmp_path / "part.pth"])

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from evaluated_model import IN_PROCESS, OPTIONS, QUICKSTART
 
+from ws_detectron.evaluation.coco_curves import FILES, MEAN, read_curves
+
 TOOL = "evaluate_coco.py"
 
 
@@ -27,6 +29,12 @@ def test_a_results_file_is_evaluated(run_tool, call_tool, evaluation_files, tmp_
         assert line[1] == f"{fast[task]['AP']:.2f}" and line[6] == "–"
     assert str(tmp_path / "fast" / "coco_evaluation.csv") in result.stdout
     assert "faster-coco-eval" in result.stdout
+    curves = read_curves(tmp_path / "fast")
+    for task, title in (("bbox", "box"), ("segm", "mask")):
+        rows = [r for r in curves["precision_recall"] if (r["task"], r["iou"]) == (task, MEAN)]
+        assert sum(r["precision"] for r in rows) / 101 == pytest.approx(fast[task]["AP"])
+        assert f"best {title} F1 " in result.stdout
+    assert all(str(tmp_path / "fast" / name) in result.stdout for name in FILES)
 
     status, _, _ = call_tool(TOOL, *files, "--output", tmp_path / "slow", "--reference")
     assert status == 0
@@ -117,6 +125,12 @@ def test_wrong_commands_and_help(call_tool, evaluation_files) -> None:
 
 
 def test_inputs_are_not_written_over(call_tool, evaluation_files, tmp_path: Path) -> None:
+    curve = tmp_path / "ap_by_group.csv"
+    curve.write_bytes(evaluation_files.predictions.read_bytes())
+    annotations = ["--annotations", evaluation_files.annotations]
+    status, _, errors = call_tool(TOOL, "--predictions", curve, *annotations)
+    assert status == 2 and "ap_by_group.csv is an input" in errors
+    curve.unlink()
     mine = tmp_path / "coco_evaluation.json"
     for source, other in (
         (evaluation_files.predictions, ["--annotations", evaluation_files.annotations]),

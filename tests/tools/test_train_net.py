@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bit_reference import NARROW, random_timm_state
 
 from ws_detectron.lab.scenes import builtin_scenes, ensure_scenes
 
@@ -77,6 +79,41 @@ def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
     assert evaluated and evaluated == trained
 
 
+def test_from_a_timm_file_to_a_training_in_two_commands(coco_root: Path, tmp_path: Path) -> None:
+    """BiT of half the width with random weights in timm's format, as timm's users download it."""
+    torch.manual_seed(0)
+    state = random_timm_state()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    converted = subprocess.run(
+        [
+            *[sys.executable, str(ROOT / "tools" / "convert_weights.py")],
+            *[str(tmp_path / "pytorch_model.bin"), str(tmp_path / "bit.pth")],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert converted.returncode == 0, converted.stderr
+    assert "timm-bit, BiT R-50x0.5" in converted.stdout
+
+    options = [*SMALL, *NARROW, "SOLVER.MAX_ITER", 2, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32]
+    options += ["MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ROI_BOX_HEAD.CONV_DIM", 32]
+    options += ["MODEL.WEIGHTS", tmp_path / "bit.pth", "OUTPUT_DIR", tmp_path / "out"]
+    config = CONFIGS / "mask_rcnn_BiT_R_50x1_FPN_1x_gn_ws_1img.yaml"
+    trained = train_net("--config-file", config, *options)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "Total training time" in trained.stdout and "copypaste: " in trained.stdout
+
+    final = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    body = "backbone.bottom_up"
+    frozen, learned = final[f"{body}.stem.conv1.weight"], final[f"{body}.res3.0.conv1.weight"]
+    assert torch.equal(frozen, state["stem.conv.weight"])
+    start = state["stages.1.blocks.0.conv1.weight"]
+    assert not torch.equal(learned, start)
+    torch.testing.assert_close(learned, start, rtol=0, atol=0.1)  # two small steps away
+    assert torch.equal(final[f"{body}.res2.out.norm.bias"], state["stages.1.blocks.0.norm1.bias"])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("variant", ["gn_ws", "bn", "sync_bn"])
 def test_coco_config_trains_with_amp_on_a_gpu(
@@ -110,6 +147,8 @@ def test_two_cpu_processes_train_and_evaluate_as_one_job(tmp_path: Path) -> None
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "IMS_PER_BATCH: 2" in config and "MAX_ITER: 4" in config
     assert "World size: 2" in result.stdout
+    assert re.search(r"Model: [\d.]+ M parameters, 32 WS convs .*, frozen: none", result.stdout)
+    assert "left:" not in result.stdout  # a conv without WS is no fault
     assert metrics(tmp_path / "out")[-1]["iteration"] >= 3  # the evaluation may count one more
 
 

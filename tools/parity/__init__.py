@@ -35,7 +35,7 @@ def perturb(model: Any, seed: int) -> None:
     Each filter gets its own mean and scale, which WS must remove; norm layers get random affine
     parameters, and BN random statistics. The last norm layer of each residual branch, initialized
     with 0 in mmdetection, gets 0.1: with 1, a random ResNet is chaotic, and mmdetection's float32
-    output differs from its float64 output by 8e-5.
+    output differs from its float64 output by 8e-5, that of timm's BiT R-50x1 by 2e-5.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -48,7 +48,7 @@ def perturb(model: Any, seed: int) -> None:
             module.weight += 0.5 * module.weight.std() * noise(per_filter)
             module.weight *= torch.exp(0.5 * noise(per_filter))
         elif isinstance(module, (nn.GroupNorm, nn.BatchNorm2d)):
-            scale = 0.1 if re.search(r"layer\d\.\d+\.(gn3|bn3)$", name) else 1.0
+            scale = 0.1 if re.search(r"layer\d\.\d+\.(gn3|bn3)$|blocks\.\d+\.norm3$", name) else 1.0
             module.weight.copy_(scale * (1 + 0.2 * noise(module.weight)))
             module.bias.copy_(0.2 * scale * noise(module.bias))
             statistics = dict(module.named_buffers())

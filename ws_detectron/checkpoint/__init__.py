@@ -3,7 +3,7 @@
 from ws_detectron.errors import WeightsError
 
 from .checkpointer import WSCheckpointer
-from .conversion import convert_file, write_detectron2, write_mmdet
+from .conversion import convert_file, describe_file, write_detectron2, write_mmdet
 from .fit import check_fit
 from .metadata import METADATA_KEY, Preprocessing, WeightMetadata, WSForm, describe_model
 from .path_handler import FOLDER_VARIABLE, register_weight_names
@@ -22,6 +22,7 @@ __all__ = [
     "WeightsError",
     "check_fit",
     "convert_file",
+    "describe_file",
     "describe_model",
     "read_weight_file",
     "register_weight_names",

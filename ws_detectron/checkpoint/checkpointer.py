@@ -17,7 +17,7 @@ from ws_detectron.errors import WeightsError, list_some, shown
 from ws_detectron.layers import standardize_weight
 from ws_detectron.utils.io import atomic_write
 
-from .fit import check_fit, missing_weights, parts_of
+from .fit import AFFINE_BUFFERS, check_fit, missing_weights, parts_of
 from .metadata import METADATA_KEY, WeightMetadata, describe_model
 from .reading import check_finite, read_weight_file, unwrap_state
 
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class WSCheckpointer(DetectionCheckpointer):
-    """Saves and loads checkpoints like `DetectionCheckpointer`, with five differences.
+    """Saves and loads checkpoints like `DetectionCheckpointer`, with six differences.
 
     - Reading a file never runs code in it (`read_weight_file`), also when a training is resumed.
     - Weights that do not fit the model are refused, as far as this can be known (`check_fit`).
+    - Plain weights set the affine WS of a model (MODEL.WS.AFFINE) that has it.
     - A checkpoint to resume from must contain the whole model; with `whole`, so must every file.
     - Saved files contain metadata (WS convs, preprocessing, ...) for these checks.
     - Files in `save_dir`, including `last_checkpoint`, are written atomically: killing the process
@@ -168,8 +169,14 @@ class WSCheckpointer(DetectionCheckpointer):
         if self._fold and fit.foldable:
             for conv, form in fit.foldable.items():
                 key = f"{conv}.weight"
-                state[key] = standardize_weight(state[key], form.eps, form.mode)
+                gamma_beta = [state.pop(f"{conv}.{n}") for n in AFFINE_BUFFERS if form.affine]
+                affine = (gamma_beta[0], gamma_beta[1]) if form.affine else None
+                state[key] = standardize_weight(state[key], form.eps, form.mode, affine)
             logger.info("%s: folded the WS of %d convs", self._path, len(fit.foldable))
+        if fit.filled:
+            logger.info(
+                "%s: plain filters give the affine WS of %d convs", self._path, len(fit.filled)
+            )
         incompatible = super()._load_model(checkpoint)
         missing = missing_weights(self.model, incompatible) if self._whole else []
         if missing:

@@ -15,33 +15,34 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 
 from ws_detectron.errors import WeightsError, list_some
-from ws_detectron.layers import DEFAULT_WS_EPS, DEFAULT_WS_MODE
 from ws_detectron.model_zoo import get_config
 from ws_detectron.utils.io import atomic_write, refuse_overwrite
 
 from .fit import outputs_differ
-from .metadata import METADATA_KEY, WeightMetadata, WSForm
+from .metadata import METADATA_KEY, WeightMetadata, in_resnet, is_bit
 from .reading import check_finite, read_weight_file, unwrap_state
 from .sources import (
     BODY_PREFIX,
     IMAGENET,
+    OFFICIAL_WS,
+    SOURCES,
     TENSORS,
     KeyMap,
     Source,
     find_source,
-    is_published,
+    published_name,
     to_mmdet_key,
     to_torchvision_key,
 )
 
 State = Mapping[str, torch.Tensor]
 
-OFFICIAL_WS = WSForm(DEFAULT_WS_MODE, DEFAULT_WS_EPS)
-
 # Keys without a counterpart that are left out.
 _LEFT_OUT = {
     r".*num_batches_tracked": "BN's step counter, which no output depends on",
-    r"fc\.(weight|bias)|pred_[wb]": "ImageNet classifier, which a detector does not have",
+    r"(head\.)?fc\.(weight|bias)|pred_[wb]|resnet/head/conv2d/(kernel|bias)": (
+        "ImageNet classifier, which a detector does not have"
+    ),
     # Buffers in some versions of detectron2.
     r"pixel_(mean|std)|proposal_generator\.anchor_generator\..*": "in mmdetection's config",
 }
@@ -96,12 +97,37 @@ class ConvertedWeights:
         metadata: what a model needs to use them.
         matching_heuristics: whether detectron2 must match keys by suffix.
         record: what became of each key.
+        resnet: config key -> value of the ResNet that they are for; empty if it is not known.
     """
 
     state: dict[str, torch.Tensor]
     metadata: WeightMetadata
     matching_heuristics: bool
     record: ConversionRecord
+    resnet: dict[str, Any] = field(default_factory=dict)
+
+    def needs(self) -> dict[str, Any]:
+        """Config key -> value that a model needs for them, of the keys that are known."""
+        metadata = self.metadata
+        forms = set(metadata.ws_convs.values())
+        needs: dict[str, Any] = {}
+        if forms:
+            needs["MODEL.BACKBONE.NAME"] = "build_bit_*" if is_bit(self.state) else "build_ws_*"
+        needs.update(self.resnet)
+        if metadata.norm:
+            needs["MODEL.RESNETS.NORM"] = metadata.norm
+        if metadata.stride_in_1x1 is not None:
+            needs["MODEL.RESNETS.STRIDE_IN_1X1"] = metadata.stride_in_1x1
+        if len(forms) == 1:
+            (form,) = forms
+            needs.update({"MODEL.WS.MODE": form.mode, "MODEL.WS.EPS": form.eps})
+        if metadata.gn_groups and forms:
+            needs["MODEL.WS.GN_GROUPS"] = metadata.gn_groups
+        if metadata.preprocessing:
+            needs["INPUT.FORMAT"] = metadata.preprocessing.input_format
+            needs["MODEL.PIXEL_MEAN"] = list(metadata.preprocessing.pixel_mean)
+            needs["MODEL.PIXEL_STD"] = list(metadata.preprocessing.pixel_std)
+        return needs
 
 
 def convert_file(
@@ -129,35 +155,117 @@ def convert_file(
     known = find_source(tensors, str(path), source)
     if not known.part and METADATA_KEY in extras:
         raise WeightsError(f"{path} has detectron2's keys and metadata and needs no conversion")
-    state, record = _rename(tensors, known.key_map, str(path), known.title, allow)
+    converted, unstated = _convert(path, tensors, extras, known, ws, allow)
+    if unstated:
+        raise WeightsError(f"{path} {unstated}")
+    return converted
+
+
+def describe_file(
+    path: Union[str, Path],
+    source: str = "auto",
+    ws: Optional[bool] = None,
+    allow: Sequence[str] = (),
+) -> str:
+    """What a file is, whether it is whole, and what it needs, without converting it.
+
+    Args:
+        path: a local file, of another framework or with our metadata.
+        source, ws, allow: as for `convert_file`; a file that does not say whether its convs were
+            trained with WS is described without `ws` as well.
+
+    Raises:
+        WeightsError: the file is damaged or not whole, or cannot be used; see `convert_file`.
+    """
+    path = Path(path)
+    tensors, extras = unwrap_state(read_weight_file(path), str(path))
+    known = find_source(tensors, str(path), source)
+    unstated = ""
+    if METADATA_KEY in extras and not known.part:
+        converted = _converted_before(tensors, extras, str(path))
+        title = f"detectron2's layout, {converted.metadata.source}"
+        if converted.metadata.origin:
+            title += f", converted from {converted.metadata.origin}"
+    else:
+        converted, unstated = _convert(path, tensors, extras, known, ws, allow)
+        title = known.title
+    sha256, tensors = sha256_of(path), converted.state
+    name = published_name(sha256)
+    if converted.resnet:
+        whole = f"whole: all {len(tensors)} tensors of {converted.metadata.architecture}"
+    else:
+        whole = f"{len(tensors)} tensors; whether a model is whole is checked when they are loaded"
+    left_out = [entry.note for entry in converted.record.entries if entry.target is None]
+    lines = [
+        f"{path}: {title}",
+        f"{whole}, no NaN",
+        *(f"left out: {count} of {note}" for note, count in Counter(left_out).items()),
+        f"SHA-256 {sha256}: " + (f"published as ws://{name}" if name else "not one known here"),
+        *(f"needs: {key} {value}" for key, value in converted.needs().items()),
+        *(f"to check: {setting}" for setting in converted.record.to_check),
+    ]
+    return "\n".join([*lines, f"The file {unstated}"] if unstated else lines)
+
+
+def _converted_before(
+    tensors: dict[str, torch.Tensor], extras: Mapping[str, Any], path: str
+) -> ConvertedWeights:
+    """A file of this package, whose ResNet is checked if it was converted from another source."""
+    check_finite(tensors, path)
+    metadata = WeightMetadata.from_dict(extras[METADATA_KEY], path)
+    resnet: dict[str, Any] = {}
+    known = SOURCES.get(str(metadata.source))
+    if known and known.part:
+        _, resnet = _check_architecture(tensors, known.part, path)
+    heuristics = bool(extras.get("matching_heuristics", False))
+    return ConvertedWeights(tensors, metadata, heuristics, ConversionRecord(), resnet)
+
+
+def _convert(
+    path: Path,
+    tensors: State,
+    extras: Mapping[str, Any],
+    known: Source,
+    ws: Optional[bool],
+    allow: Sequence[str],
+) -> tuple[ConvertedWeights, str]:
+    """The converted weights, and what to say if nothing tells whether WS was used."""
+    state, record = _rename(tensors, known.key_map, str(path), known.title, allow, known.hwio)
     check_finite(state, str(path))
     architecture = norm = ""
+    resnet: dict[str, Any] = {}
     if known.part:
-        architecture = _check_architecture(state, known.part == "detector", str(path))
+        architecture, resnet = _check_architecture(state, known.part, str(path))
         norm = "BN" if any(key.endswith(".running_mean") for key in state) else "GN"
     sha256 = sha256_of(path)
-    published = is_published(sha256)
-    preprocessing = IMAGENET if published else known.preprocessing
+    published = published_name(sha256) is not None
+    preprocessing = known.preprocessing or (IMAGENET if published else None)
     if not published:
         record.to_check += known.to_check
-    convs = _normed_convs(state) if _has_ws(known, published, ws, norm, str(path)) else []
+    stated = _has_ws(known, published, ws, norm, str(path))
     metadata = WeightMetadata(
         source=known.name,
         origin=path.name,
         sha256=sha256,
         architecture=architecture,
-        ws_convs=dict.fromkeys(convs, OFFICIAL_WS),
+        ws_convs=dict.fromkeys(_normed_convs(state) if stated else [], known.ws_form),
         norm=norm,
         gn_groups=32 if preprocessing and norm == "GN" else None,
         preprocessing=preprocessing,
         stride_in_1x1=False if preprocessing else None,
     )
-    heuristics = known.part == "ResNet" or bool(extras.get("matching_heuristics", False))
-    return ConvertedWeights(state, metadata, heuristics, record)
+    heuristics = known.part in ("ResNet", "BiT") or bool(extras.get("matching_heuristics", False))
+    converted = ConvertedWeights(state, metadata, heuristics, record, resnet)
+    return converted, _WS_UNSTATED if stated is None else ""
 
 
 def _rename(
-    tensors: State, key_map: KeyMap, path: str, model: str, allow: Sequence[str]
+    tensors: State,
+    key_map: KeyMap,
+    path: str,
+    model: str,
+    allow: Sequence[str],
+    hwio: bool = False,
 ) -> tuple[dict[str, torch.Tensor], ConversionRecord]:
     """The tensors under other keys, and what became of each key."""
     state: dict[str, torch.Tensor] = {}
@@ -177,6 +285,8 @@ def _rename(
         else:
             if value.dtype in (torch.float16, torch.bfloat16):
                 value, note = value.float(), f"from {value.dtype} to float32"
+            if hwio and value.dim() == 4:
+                value, note = value.permute(3, 2, 0, 1).contiguous(), "from HWIO to OIHW"
             state[target] = value
         record.entries.append(KeyEntry(key, target, note))
     if unexpected:
@@ -187,28 +297,33 @@ def _rename(
     return state, record
 
 
-def _has_ws(known: Source, published: bool, ws: Optional[bool], norm: str, path: str) -> bool:
-    stated = True if published else known.ws
-    if stated is None and norm == "BN":
-        stated = False
+_WS_UNSTATED = (
+    "does not say whether its convs were trained with WS, and its keys are the same either way. "
+    "Pass --ws (every conv before a norm layer, official form; gn+ws configs) or --no-ws (gn "
+    "configs)"
+)
+
+
+def _has_ws(
+    known: Source, published: bool, ws: Optional[bool], norm: str, path: str
+) -> Optional[bool]:
+    """Whether the convs were trained with WS; None if nothing tells."""
+    stated = known.ws
+    if stated is None and (published or norm == "BN"):
+        stated = published
     if None not in (stated, ws) and stated != ws:
         raise WeightsError(
             f"{path} says {'with' if stated else 'without'} WS, you say the opposite; leave out "
             "--ws or --no-ws, or pass the right --source"
         )
-    stated = ws if stated is None else stated
-    if stated is None:
-        raise WeightsError(
-            f"{path} does not say whether its convs were trained with WS, and its keys are the "
-            "same either way. Pass --ws (every conv before a norm layer, official form; gn+ws "
-            "configs) or --no-ws (gn configs)"
-        )
-    return stated
+    return ws if stated is None else stated
 
 
 def _normed_convs(state: State) -> list[str]:
+    """The convs that have WS in a model with it: those before a norm, and all of a BiT ResNet."""
     convs = [key[: -len(".weight")] for key, value in state.items() if value.dim() == 4]
-    return [conv for conv in convs if f"{conv}.norm.weight" in state]
+    bit = is_bit(state)
+    return [c for c in convs if f"{c}.norm.weight" in state or (bit and in_resnet(c))]
 
 
 def sha256_of(path: Path) -> str:
@@ -216,37 +331,39 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _check_architecture(state: State, detector: bool, path: str) -> str:
+def _check_architecture(state: State, part: str, path: str) -> tuple[str, dict[str, Any]]:
     """Builds the model that the weights are for on the meta device; compares all keys and shapes.
 
     Args:
         state: the tensors under detectron2's keys; of a ResNet only, relative to it
             (`stem.conv1.weight`).
-        detector: whether they are of a Faster or Mask R-CNN with FPN instead: three anchors per
+        part: "ResNet" or "BiT"; or "detector", a Faster or Mask R-CNN with FPN: three anchors per
             position, RoI features of 7 x 7, K + 1 class scores, background last, and K or 1 boxes
             and masks.
         path: the file, for messages.
 
     Returns:
-        The architecture of the ResNet, such as "R-50" or "X-101-32x4d".
+        The architecture of the ResNet, such as "R-50", "X-101-32x4d" or "BiT R-50x1", and its
+        config keys with their values.
 
     Raises:
-        WeightsError: detectron2 has no such ResNet; or a key is missing, unexpected, or of the
+        WeightsError: there is no such ResNet; or a key is missing, unexpected, or of the
             wrong shape.
     """
     cfg = get_config("Base-RCNN-FPN.yaml")
     cfg.MODEL.DEVICE = "meta"
     cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT = "BN", 0
-    name = _set_resnet(cfg, state, BODY_PREFIX if detector else "", path)
+    detector, bit = part == "detector", part == "BiT"
+    name, keys = _set_resnet(cfg, state, BODY_PREFIX if detector else "", bit, path)
     if detector:
         _set_detector(cfg, state)
     else:
-        cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+        cfg.MODEL.BACKBONE.NAME = "build_bit_resnet_backbone" if bit else "build_resnet_backbone"
     try:
         with torch.device("meta"):
             model = build_model(cfg) if detector else build_backbone(cfg)
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is not a {name} of detectron2: {error}") from None
+        raise WeightsError(f"{path} is not a {name}: {error}") from None
     tensors = TENSORS if any(key.endswith(".running_mean") for key in state) else TENSORS[:2]
     expected = {
         key: value.shape
@@ -267,13 +384,19 @@ def _check_architecture(state: State, detector: bool, path: str) -> str:
             f"{path} is not a whole {'R-CNN with ' if detector else ''}{name}; "
             + "; ".join(f"{kind}: {list_some(keys)}" for kind, keys in problems.items() if keys)
         )
-    return name
+    return name, keys
 
 
-def _set_resnet(cfg: CfgNode, state: State, prefix: str, path: str) -> str:
-    """Sets MODEL.RESNETS from the number of blocks and the first 3x3 conv; returns its name."""
+def _set_resnet(
+    cfg: CfgNode, state: State, prefix: str, bit: bool, path: str
+) -> tuple[str, dict[str, Any]]:
+    """Sets MODEL.RESNETS from the number of blocks and the first 3x3 conv.
+
+    Returns:
+        The name of the ResNet, and the keys with their values.
+    """
     body = [key[len(prefix) :].split(".") for key in state if key.startswith(f"{prefix}res")]
-    blocks = {tuple(parts[:2]) for parts in body}
+    blocks = {tuple(parts[:2]) for parts in body if parts[1:2] != ["out"]}
     bottleneck = any("conv3" in parts for parts in body)
     depth = 2 + len(blocks) * (3 if bottleneck else 2)
     if depth not in ((50, 101, 152) if bottleneck else (18, 34)):
@@ -287,12 +410,17 @@ def _set_resnet(cfg: CfgNode, state: State, prefix: str, path: str) -> str:
     if bottleneck and second is not None and second.dim() == 4 and second.size(1) > 0:
         groups = max(second.size(0) // second.size(1), 1)
         width = second.size(0) // groups
-    resnets = cfg.MODEL.RESNETS
-    resnets.DEPTH, resnets.NUM_GROUPS, resnets.WIDTH_PER_GROUP = depth, groups, width
-    resnets.RES2_OUT_CHANNELS = 256 if bottleneck else 64
-    if groups > 1:
-        return f"X-{depth}-{groups}x{width}d"
-    return f"R-{depth}" if width == 64 else f"R-{depth}-width{width}"
+    values = {"DEPTH": depth, "NUM_GROUPS": groups, "WIDTH_PER_GROUP": width}
+    values["RES2_OUT_CHANNELS"] = 256 if bottleneck else 64
+    if bit:
+        values.update(STEM_OUT_CHANNELS=width, RES2_OUT_CHANNELS=4 * width)
+    cfg.MODEL.RESNETS.update(values)
+    name = f"R-{depth}" if width == 64 else f"R-{depth}-width{width}"
+    if bit:
+        name = f"BiT R-{depth}x{width / 64:g}"
+    elif groups > 1:
+        name = f"X-{depth}-{groups}x{width}d"
+    return name, {f"MODEL.RESNETS.{key}": value for key, value in values.items()}
 
 
 def _set_detector(cfg: CfgNode, state: State) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from ws_detectron.errors import list_some
 from ws_detectron.modeling.parts import REGISTRATIONS
 
-from .metadata import WeightMetadata, WSForm, describe_model
+from .metadata import WeightMetadata, WSForm, describe_model, is_bit
 
 _BLOCK = re.compile(r"(?:^|\.)(res\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
@@ -24,6 +24,9 @@ _CLASSES = (
     (r"sem_seg_head\.predictor\.", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
 )
 
+AFFINE_BUFFERS = "weight_gamma", "weight_beta"  # of WSConv2d
+_TRAINED_BUFFERS = "running_mean", "running_var", *AFFINE_BUFFERS
+_FROM_PLAIN = "set MODEL.WS.AFFINE True, which starts from plain weights"
 _CONVERT = "tools/convert_weights.py converts weights of other projects, or says why it cannot"
 
 State = Mapping[str, torch.Tensor]
@@ -36,13 +39,16 @@ class Fit:
     Attributes:
         problems: reasons why the model would compute something else than it was trained to.
         warnings: what the file does not tell.
-        foldable: name of each conv that is plain in the model and WS in the file -> its WS mode
-            and eps; no problem if the filters are folded.
+        foldable: name of each conv that is plain in the model and WS in the file -> its WS form;
+            no problem if the filters are folded.
+        filled: convs with affine WS in the model that are plain in the file: loading it takes
+            their gamma and beta from its filters.
     """
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     foldable: dict[str, WSForm] = field(default_factory=dict)
+    filled: list[str] = field(default_factory=list)
 
 
 def check_fit(
@@ -73,18 +79,28 @@ def check_fit(
     needs = describe_model(model)
     norm = metadata.norm if metadata else ""
     fit = Fit([*_compare_tensors(own, state), *_compare_norms(own, state, norm)])
+    fit.problems += _compare_order(own, state)
     if norm != "GN" and (without := _norms_without_statistics(own, state)):
         fit.warnings.append(
             f"the file has no BN statistics for {list_some(without)}; only FrozenBN works without "
             "them"
         )
     convs = [key[: -len(".weight")] for key in own if key in state and key.endswith(".weight")]
+    buffers = {conv: sum(f"{conv}.{name}" in state for name in AFFINE_BUFFERS) for conv in convs}
+    affine = [conv for conv, number in buffers.items() if number]
     if metadata is None:
-        _judge_unknown_ws(needs, convs, author, fit)
+        _judge_unknown_ws(needs, convs, affine, author, fit)
     else:
-        _compare_ws(convs, needs.ws_convs, metadata.ws_convs, fold, fit)
+        given = {conv: form for conv in convs if (form := _form(conv, metadata.ws_convs))}
+        affine = [conv for conv, form in given.items() if form.affine]
+        _compare_ws(convs, needs.ws_convs, given, fold, fit)
         if any(_BODY.search(key) for key in state):
             fit.problems += _compare_settings(needs, metadata)
+    if broken := [conv for conv in convs if buffers[conv] != 2 * (conv in affine)]:
+        fit.problems.append(
+            f"affine WS is incomplete at {list_some(broken, 3)}: a conv has both of "
+            f"{' and '.join(AFFINE_BUFFERS)}, and metadata that say so, or none of them"
+        )
     return fit
 
 
@@ -104,7 +120,7 @@ def missing_weights(model: nn.Module, incompatible: Any) -> list[str]:
     tensors = {
         key: value
         for key, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, nn.Parameter) or key.endswith((".running_mean", ".running_var"))
+        if isinstance(value, nn.Parameter) or key.rpartition(".")[2] in _TRAINED_BUFFERS
     }
     # A shared tensor may be loaded under another name.
     missing = set(incompatible.missing_keys) - {key for key, *_ in incompatible.incorrect_shapes}
@@ -182,6 +198,16 @@ def _compare_norms(own: State, state: State, norm: str) -> Iterator[str]:
         )
 
 
+def _compare_order(own: State, state: State) -> Iterator[str]:
+    """Finds a BiT ResNet on one side only; the convs of both have the same names and shapes."""
+    if any(_BODY.search(key) for key in state) and is_bit(own) != is_bit(state):
+        one, other = ("model", "file") if is_bit(own) else ("file", "model")
+        yield (
+            f"the norm layers are before the convs in the {one} (BiT) and behind them in the "
+            f"{other}; check MODEL.BACKBONE.NAME (build_bit_* or build_ws_*)"
+        )
+
+
 def _compare_ws(
     convs: Iterable[str],
     needed: Mapping[str, WSForm],
@@ -189,17 +215,20 @@ def _compare_ws(
     fold: bool,
     fit: Fit,
 ) -> None:
-    plain, other = [], []
+    plain: list[str] = []
+    affine, other = [], []
     factors: dict[str, None] = {}
     for conv in convs:
-        here, there = needed.get(conv), _form(conv, given)
+        here, there = needed.get(conv), given.get(conv)
         if here and not there:
-            plain.append(conv)
+            (fit.filled if here.affine else plain).append(conv)
         elif there and not here:
             fit.foldable[conv] = there
         elif here and there and here != there:
             forms = f"({there}) in the file and ({here}) in the model"
-            if outputs_differ(here, there):
+            if here.affine != there.affine:
+                affine.append(f"{conv} is {forms}; set MODEL.WS.AFFINE {there.affine}")
+            elif outputs_differ(here, there):
                 other.append(f"{conv} is {forms}")
             else:
                 factors[f"WS is {forms}, which differ by a constant factor only"] = None
@@ -210,8 +239,10 @@ def _compare_ws(
         fit.problems.append(
             f"{len(plain)} convs are WS in the model and were trained without it "
             f"({list_some(plain, 3)}): use weights trained with WS, or turn WS off in this part "
-            f"(MODEL.WS.*; {keys})"
+            f"(MODEL.WS.*; {keys}), or {_FROM_PLAIN}"
         )
+    if affine:
+        fit.problems.append(f"affine WS differs in {len(affine)} convs: {affine[0]}")
     if other:
         fit.problems.append(
             f"{len(other)} convs have another form of WS: {other[0]}; check MODEL.WS.MODE and "
@@ -234,28 +265,41 @@ def _form(conv: str, given: Mapping[str, WSForm]) -> Optional[WSForm]:
 
 def outputs_differ(one: WSForm, other: WSForm) -> bool:
     """Whether a conv and its norm layer compute something else with another form of WS."""
-    # "paper" and "official" differ by a factor sqrt(n / (n - 1)), which the norm layer removes.
-    same_mode = one.mode == other.mode or {one.mode, other.mode} == {"paper", "official"}
-    return one.eps != other.eps or not same_mode
+    # "paper" and "official" differ by a factor sqrt(n / (n - 1)), which the norm layer removes
+    # where no beta is added.
+    factor_only = {one.mode, other.mode} == {"paper", "official"} and not one.affine
+    same_mode = one.mode == other.mode or factor_only
+    return (one.eps, one.affine) != (other.eps, other.affine) or not same_mode
 
 
-def _judge_unknown_ws(needs: WeightMetadata, convs: list[str], author: str, fit: Fit) -> None:
-    ws_convs = [conv for conv in convs if conv in needs.ws_convs]
+def _judge_unknown_ws(
+    needs: WeightMetadata, convs: list[str], affine: list[str], author: str, fit: Fit
+) -> None:
+    forms = {conv: needs.ws_convs.get(conv) for conv in convs}
+    fit.filled += [c for c, form in forms.items() if form and form.affine and c not in affine]
+    if unread := [c for c in affine if not (form := forms[c]) or not form.affine]:
+        fit.problems.append(
+            f"{len(unread)} convs have affine WS in the file only ({list_some(unread, 3)}); set "
+            "MODEL.WS.AFFINE True, and MODEL.WS.MODE and .EPS as in their training"
+        )
+    ws_convs = [conv for conv, form in forms.items() if form and conv not in fit.filled]
     if ws_convs and author == "Caffe2":
         fit.problems.append(
             "the model has WS, and a Caffe2-style file does not say whether its weights were "
             "trained with WS; convert those of the WS authors first: "
-            "tools/convert_weights.py --source ws-authors-caffe2"
+            f"tools/convert_weights.py --source ws-authors-caffe2; for plain ones {_FROM_PLAIN}"
         )
     elif ws_convs and author.lower() in ("torchvision", "pycls", "detectron2 model zoo"):
         fit.problems.append(
             f"the model has WS ({list_some(ws_convs, 3)}), and the weights of {author} were "
-            "trained without it: use weights trained with WS, or a model without WS"
+            "trained without it: use weights trained with WS, or a model without WS, or "
+            f"{_FROM_PLAIN}"
         )
-    elif ws_convs or (needs.norm == "GN" and not author):
+    elif ws_convs or ((needs.norm == "GN" or fit.filled) and not author):
+        here = "affine WS, which takes them as plain" if fit.filled else "WS"
         fit.warnings.append(
             "the file does not say whether its convs were trained with WS, and the model has "
-            + ("WS" if needs.ws_convs else "no WS")
+            + (here if needs.ws_convs else "no WS")
             + ". If they differ, the results will be wrong; the weights themselves do not tell"
         )
 

@@ -4,7 +4,7 @@ Files written by this package contain it as a dict of plain values under the key
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Optional
 
@@ -24,13 +24,15 @@ _STRIDES = {((2, 2), (1, 1)): True, ((1, 1), (2, 2)): False}
 
 @dataclass(frozen=True)
 class WSForm:
-    """The `mode` and `eps` of `standardize_weight` with which a conv was trained."""
+    """The `mode` and `eps` of `standardize_weight` with which a conv was trained, and whether it
+    has the buffers of affine WS."""
 
     mode: str
     eps: float
+    affine: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mode}, eps {self.eps:g}"
+        return f"{self.mode}, eps {self.eps:g}" + ", affine" * self.affine
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class WeightMetadata:
         origin: name of the file that was converted; empty for weights trained here.
         sha256: of that file.
         architecture: of the ResNet, such as "R-50"; empty if unknown.
-        ws_convs: name of each conv trained with WS -> its mode and eps. In a file of a ResNet
+        ws_convs: name of each conv trained with WS -> its form. In a file of a ResNet
             only, names are relative to the ResNet, like the keys.
         norm: "GN" or "BN" after the convs of the ResNet; empty if unknown or none.
         gn_groups: number of groups of the GN layers.
@@ -99,6 +101,8 @@ class WeightMetadata:
             forms = {str(name): WSForm(**form) for name, form in values.pop("ws_convs").items()}
             for form in set(forms.values()):
                 check_ws_arguments(form.eps, form.mode)
+                if form.affine not in (True, False):
+                    raise ValueError(f"affine is {form.affine!r}")
             given = values.pop("preprocessing")
             preprocessing = given and Preprocessing(
                 given["input_format"],
@@ -112,6 +116,16 @@ class WeightMetadata:
             ) from None
 
 
+def in_resnet(name: str) -> bool:
+    """Whether a module or key is of the ResNet of a model, or of a ResNet alone."""
+    return _BODY.search(name) is not None
+
+
+def is_bit(keys: Iterable[str]) -> bool:
+    """Whether the keys of a model or file are those of `build_bit_*`, or of their ResNet."""
+    return any(key.endswith("stem.out.norm.weight") for key in keys)
+
+
 def describe_model(model: nn.Module) -> WeightMetadata:
     """Reads WS, norm, preprocessing and stride style from a model.
 
@@ -123,10 +137,10 @@ def describe_model(model: nn.Module) -> WeightMetadata:
     groups, norm, stride_in_1x1 = set(), "", None
     for name, module in model.named_modules():
         if isinstance(module, WSConv2d):
-            forms[name] = WSForm(module.ws_mode, module.ws_eps)
+            forms[name] = WSForm(module.ws_mode, module.ws_eps, module.affine() is not None)
         elif isinstance(module, nn.GroupNorm):
             groups.add(module.num_groups)
-        if not norm and _BODY.search(name):
+        if not norm and in_resnet(name):
             bn = isinstance(module, (FrozenBatchNorm2d, nn.modules.batchnorm._BatchNorm))
             norm = "GN" if isinstance(module, nn.GroupNorm) else "BN" if bn else ""
         if _FIRST_BLOCK.search(name) and hasattr(module, "conv3"):

@@ -13,7 +13,7 @@ from iopath.common.file_io import file_lock, get_cache_dir
 from ws_detectron.errors import WeightsError
 
 from .conversion import convert_file, sha256_of, write_detectron2
-from .sources import PUBLISHED, sha256_digits
+from .sources import PUBLISHED
 
 PREFIX = "ws://"
 FOLDER_VARIABLE = "WS_DETECTRON_WEIGHTS"
@@ -36,7 +36,8 @@ class WSPathHandler(PathHandler):
 
     `ws://<name>` resolves to a file in detectron2's format in iopath's cache (`$FVCORE_CACHE`, by
     default `~/.torch/iopath_cache`). If `WS_DETECTRON_WEIGHTS` is set, published files are read
-    from that folder and nothing is downloaded.
+    from that folder and nothing is downloaded. A file whose hash is not known is whole if its
+    format, keys and shapes are.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -52,8 +53,8 @@ class WSPathHandler(PathHandler):
             )
         cache = Path(get_cache_dir()) / "ws_detectron"
         cache.mkdir(parents=True, exist_ok=True)
-        published = PUBLISHED[name].rsplit("/", 1)[1]
-        converted = cache / f"{Path(published).stem}.detectron2-{_CONVERSION}.pth"
+        published = Path(PUBLISHED[name].file).stem
+        converted = cache / f"{published}.detectron2-{_CONVERSION}.pth"
         with file_lock(str(converted)):
             if force or not converted.is_file():
                 result = convert_file(_find(name, cache))
@@ -75,20 +76,20 @@ class WSPathHandler(PathHandler):
 
 def _find(name: str, cache: Path) -> Path:
     """The published file, checked: in the folder of `WS_DETECTRON_WEIGHTS`, else downloaded."""
-    url, folder = PUBLISHED[name], os.environ.get(FOLDER_VARIABLE)
-    digits = sha256_digits(url)
-    path = Path(folder or cache, url.rsplit("/", 1)[1])
+    url, file, digits = PUBLISHED[name]
+    folder = os.environ.get(FOLDER_VARIABLE)
+    path = Path(folder or cache, file)
     if folder and not path.is_file():
         raise WeightsError(
             f"{PREFIX}{name}: {FOLDER_VARIABLE} is {folder}, which has no file {path.name}; "
-            f"download it from {url}"
+            f"download it from {url} under this name"
         )
     if not path.is_file():
         logger.info("downloading %s", url)
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(STALLED)
         try:
-            torch.hub.download_url_to_file(url, str(path), digits)
+            torch.hub.download_url_to_file(url, str(path), digits or None)
         except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise WeightsError(
                 f"{PREFIX}{name} could not be downloaded from {url} ({error}). Download it "
@@ -98,9 +99,11 @@ def _find(name: str, cache: Path) -> Path:
         finally:
             socket.setdefaulttimeout(timeout)
     found = sha256_of(path)
+    if not digits:
+        logger.info("%s has the SHA-256 %s; ws_detectron knows no published one", path, found)
     if not found.startswith(digits):
         raise WeightsError(
             f"{path} is not the published file: its SHA-256 starts with {found[:8]}, expected "
-            f"{digits}. Delete it and download it again from {url}"
+            f"{digits[:8]}. Delete it and download it again from {url}"
         )
     return path

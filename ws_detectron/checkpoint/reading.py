@@ -2,10 +2,12 @@
 
 `torch.load(weights_only=True)` can run code before torch 2.6 (CVE-2025-32434). In every version it
 trusts sizes stated in the file, ignores checksums, and crashes on some keys. Formats:
-torch/serialization.py of torch 2.11.
+torch/serialization.py of torch 2.11; `numpy.lib.format`; README of huggingface/safetensors.
 """
 
 import io
+import json
+import math
 import os
 import pickle
 import stat
@@ -31,14 +33,21 @@ _TEXTS = {
     b"<": "a web page (was the download address right?)",
 }
 _LOCAL_HEADER = 30  # bytes before the name of a zip entry
+_NPZ_EXPANSION = 8  # how many times its size a compressed .npz may have; weights hardly compress
+_MAX_DIMENSIONS = 64
+_SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 _WRAPPERS = ("model", "state_dict", "model_state", "blobs")
 
 
 def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
-    """Reads a torch file (`.pth`, `.pth.tar`, `.pt`) or a pickle of numpy arrays (`.pkl`).
+    """Reads a torch file (`.pth`, `.pth.tar`, `.pt`, `.bin`), a pickle of numpy arrays (`.pkl`),
+    `.safetensors` or `.npz`.
 
-    The format is recognized by the contents, not by the name. Checksums of torch's zip files are
-    verified. Time and memory are at most a small multiple of the file's size.
+    The format is recognized by the contents, not by the name. Checksums of zip files, which torch
+    and numpy write, are verified. Time and memory are at most a small multiple of the file's size.
 
     Args:
         path: a local file.
@@ -84,16 +93,23 @@ def read_weight_file(path: Union[str, Path]) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     with open(path, "rb") as file:
         start = file.read(512)
+    size = os.path.getsize(path)
     if not start:
         raise WeightsError(f"the weight file {path} is empty")
-    if start.startswith(_ZIP):
-        try:
+    try:
+        if start.startswith(_ZIP):
             with zipfile.ZipFile(path) as archive:
-                return _read_archive(archive, os.path.getsize(path))
-        except pickle.UnpicklingError:
-            raise
-        except Exception as error:  # zipfile has no common base class
-            raise pickle.UnpicklingError(str(error) or type(error).__name__) from None
+                is_npz = any(name.endswith(".npy") for name in archive.namelist())
+                return (_read_npz if is_npz else _read_archive)(archive, size)
+        # A length and a JSON object; as a length, the first bytes of other formats are exabytes.
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+            with open(path, "rb") as file:
+                return _read_safetensors(file, size)
+    except pickle.UnpicklingError:
+        raise
+    except Exception as error:  # zipfile, numpy and json have no common base class
+        message = str(error).strip().partition("\n")[0]  # torch and numpy have longer ones
+        raise pickle.UnpicklingError(message or type(error).__name__) from None
     if start[257:262] == b"ustar":
         raise WeightsError(f"{path} is a tar archive, not a weight file; unpack it first")
     for text, meaning in _TEXTS.items():
@@ -108,7 +124,8 @@ def _read(path: Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path} is neither a torch file nor a pickle of arrays, or it is damaged "
+            f"{path} is neither a torch, safetensors or .npz file nor a pickle of arrays, or it is "
+            "damaged "
             f"({shown(error, 300)})"
         ) from None
 
@@ -142,21 +159,83 @@ def _read_archive(archive: zipfile.ZipFile, size: int) -> Any:
     return load_plain_pickle(io.BytesIO(archive.read(name)), size, read_storage)
 
 
-def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
+def _read_npz(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
+    """Reads what `numpy.savez` and `savez_compressed` write, of floats and integers."""
+    entries = archive.infolist()
+    _check_entries(entries, size, compressed=True)
+    if sum(entry.file_size for entry in entries) > _NPZ_EXPANSION * size:
+        raise pickle.UnpicklingError(
+            f"it would expand to more than {_NPZ_EXPANSION} times its size"
+        )
+    arrays = {}
+    for entry in entries:
+        with archive.open(entry) as file:  # checks the CRC-32 at the end
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):  # later ones are for structured arrays with long names
+                raise pickle.UnpicklingError(f"its entry {entry.filename!r} has version {version}")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.kind not in "fiu":
+                raise RefusedPickle(f"an array of {dtype} ({entry.filename})")
+            data = bytearray(file.read())
+        if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != len(data):
+            raise pickle.UnpicklingError(
+                f"its entry {entry.filename!r} should hold {shape} of {dtype} and has "
+                f"{len(data):,} bytes"
+            )
+        array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
+        name = entry.filename.removesuffix(".npy")
+        arrays[name] = np.array(array, dtype.newbyteorder("="), order="C")
+    return arrays
+
+
+def _read_safetensors(file: BinaryIO, size: int) -> dict[str, torch.Tensor]:
+    """Reads a header of types, shapes and offsets, then the tensors without gaps between them."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length), object_pairs_hook=_unique)
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        dtype, shape = _SAFETENSORS_TYPES.get(entry["dtype"]), entry["shape"]
+        if dtype is None:
+            raise RefusedPickle(f"a tensor of {shown(entry['dtype'], 20)}")
+        whole = all(type(number) is int and number >= 0 for number in (start, stop, *shape))
+        whole = whole and len(shape) <= _MAX_DIMENSIONS  # the product of many takes hours
+        if not whole or start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise pickle.UnpicklingError(f"the offsets of {name!r:.80} do not fit its shape")
+        if stop > size - 8 - length:
+            raise pickle.UnpicklingError(f"it ends within {name!r:.80}")
+        data = torch.empty(stop - start, dtype=torch.uint8)
+        _fill(data, file, dtype.itemsize if sys.byteorder == "big" else 1)
+        tensors[name], end = data.view(dtype).reshape(shape), stop
+    if end != size - 8 - length:
+        raise pickle.UnpicklingError(f"it has {size - 8 - length - end:,} bytes of no tensor")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise pickle.UnpicklingError("two of its tensors have the same name")
+    return dict(pairs)
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], size: int, compressed: bool = False) -> None:
     """Checks that names are unique and inside the archive, and that sizes fit into the file."""
     if len({entry.filename for entry in entries}) < len(entries):
         raise pickle.UnpicklingError("two of its entries have the same name")
     end = size
     for entry in sorted(entries, key=lambda entry: -entry.header_offset):
         parts = entry.filename.replace("\\", "/").split("/")
-        stored = entry.header_offset + _LOCAL_HEADER + len(entry.orig_filename) + entry.file_size
+        deflated = compressed and entry.compress_type == zipfile.ZIP_DEFLATED
+        stored = entry.header_offset + _LOCAL_HEADER + len(entry.orig_filename)
+        stored += entry.compress_size
         problem = None
         if ".." in parts or not parts[0] or ":" in parts[0]:
             problem = "points outside the archive"
         # torch.save does not compress, and a few kilobytes could unpack to any size.
-        elif entry.compress_type != zipfile.ZIP_STORED:
+        elif entry.compress_type != zipfile.ZIP_STORED and not deflated:
             problem = "is compressed"
-        elif stored > end or entry.file_size != entry.compress_size:
+        elif stored > end or (entry.file_size != entry.compress_size and not deflated):
             problem = "is larger than its part of the file"
         if problem:
             raise pickle.UnpicklingError(f"its entry {entry.filename!r} {problem}")

@@ -8,13 +8,14 @@ FPN (`backbone.bottom_up.stem.conv1`).
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 
 from ws_detectron.errors import WeightsError, list_some
+from ws_detectron.layers import DEFAULT_WS_EPS, DEFAULT_WS_MODE
 
-from .metadata import Preprocessing
+from .metadata import Preprocessing, WSForm
 
 BODY_PREFIX = "backbone.bottom_up."
 
@@ -86,6 +87,52 @@ to_torchvision_key, to_mmdet_key = (
 """Name of the norm layers in the file -> the inverse of `torchvision_key` and `mmdet_key`."""
 
 
+def _bit_pairs() -> Iterator[tuple[str, str]]:
+    """Modules of timm's `resnetv2_*_bit`; `build_bit_resnet_backbone` says where norms are here."""
+    yield "stem.conv", "stem.conv1"
+    yield "norm", "res5.out.norm"
+    for stage in range(4):
+        ends = f"res{stage + 1}.out.norm" if stage else "stem.out.norm"
+        for block in range(_MAX_BLOCKS):
+            theirs, ours = f"stages.{stage}.blocks.{block}", f"res{stage + 2}.{block}"
+            yield f"{theirs}.norm1", f"{ours}.preact.norm" if block else ends
+            yield f"{theirs}.norm2", f"{ours}.conv1.norm"
+            yield f"{theirs}.norm3", f"{ours}.conv2.norm"
+            for conv in ("conv1", "conv2", "conv3"):
+                yield f"{theirs}.{conv}", f"{ours}.{conv}"
+            yield f"{theirs}.downsample.conv", f"{ours}.shortcut"
+
+
+bit_key = _key_map(_bit_pairs())
+"""Key in a BiT ResNet of timm -> ours."""
+
+
+def _google_bit_keys() -> dict[str, str]:
+    """Array in a BiT `.npz` of Google -> our key; a, b and c are the convs of a block."""
+    ours = dict(_bit_pairs())
+    convs, norms = {"root_block/": "stem.conv"}, {"": "norm"}  # place in the file -> timm's module
+    for stage in range(4):
+        for block in range(_MAX_BLOCKS):
+            timm, unit = f"stages.{stage}.blocks.{block}", f"block{stage + 1}/unit{block + 1:02d}"
+            convs[f"{unit}/a/proj/"] = f"{timm}.downsample.conv"
+            for number, letter in enumerate("abc", start=1):
+                convs[f"{unit}/{letter}/"] = f"{timm}.conv{number}"
+                norms[f"{unit}/{letter}/"] = f"{timm}.norm{number}"
+    return {
+        f"resnet/{place}{array}": f"{ours[module]}.{tensor}"
+        for modules, array, tensor in (
+            (convs, "standardized_conv2d/kernel", "weight"),
+            (norms, "group_norm/gamma", "weight"),
+            (norms, "group_norm/beta", "bias"),
+        )
+        for place, module in modules.items()
+    }
+
+
+google_bit_key = _google_bit_keys().get
+"""Array in a BiT `.npz` of Google (`resnet/block1/unit01/a/group_norm/gamma`) -> our key."""
+
+
 def caffe2_key(blob: str) -> Optional[str]:
     """Blob of a Caffe2 ResNet (`res2_0_branch2a_w`) -> our key."""
     key = convert_basic_c2_names([blob])[0]
@@ -98,6 +145,10 @@ def caffe2_key(blob: str) -> Optional[str]:
 IMAGENET = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 # Of the WS authors' fork of maskrcnn-benchmark, which reads their Caffe2-style files.
 _CAFFE2 = Preprocessing("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
+# BiT's mean and std of 0.5 for values from 0 to 1.
+_BIT = Preprocessing("RGB", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
+
+OFFICIAL_WS = WSForm(DEFAULT_WS_MODE, DEFAULT_WS_EPS)
 
 
 @dataclass(frozen=True)
@@ -108,8 +159,10 @@ class Source:
         name: as `--source` takes it.
         title: for messages.
         key_map: key in the file -> key in detectron2.
-        part: what the files contain, "ResNet" or "detector"; empty if any model.
+        part: what the files contain, "ResNet", "BiT" or "detector"; empty if any model.
         ws: whether its convs were trained with WS; None if the keys do not tell.
+        ws_form: of its convs, if they were.
+        hwio: whether the filters are (kh, kw, I/g, O), as in TensorFlow, and not (O, I/g, kh, kw).
         preprocessing: what the weights were trained with; None if the keys do not tell.
         to_check: settings of the model that the keys do not tell.
     """
@@ -119,6 +172,8 @@ class Source:
     key_map: KeyMap
     part: str = "ResNet"
     ws: Optional[bool] = None
+    ws_form: WSForm = OFFICIAL_WS
+    hwio: bool = False
     preprocessing: Optional[Preprocessing] = IMAGENET
     to_check: tuple[str, ...] = ("MODEL.WS.GN_GROUPS 32, if it has GN",)
 
@@ -166,6 +221,28 @@ SOURCES = {
         ),
         Source("torchvision", "a torchvision ResNet", torchvision_key, ws=False, to_check=()),
         Source("timm", "a timm ResNet", torchvision_key, ws=False),
+        # eps of their code: models/resnetv2.py of timm, bit_pytorch/models.py of Google
+        Source(
+            "timm-bit",
+            "a BiT ResNet of timm (resnetv2_*_bit)",
+            bit_key,
+            "BiT",
+            ws=True,
+            ws_form=WSForm("bit", 1e-8),
+            preprocessing=_BIT,
+            to_check=(),
+        ),
+        Source(
+            "google-bit",
+            "a BiT ResNet of Google (.npz)",
+            google_bit_key,
+            "BiT",
+            ws=True,
+            ws_form=WSForm("bit", 1e-10),
+            hwio=True,
+            preprocessing=_BIT,
+            to_check=(),
+        ),
         Source(
             "detectron2",
             "a detectron2 checkpoint",
@@ -180,10 +257,9 @@ SOURCES = {
 # Patterns of keys, the model that has them, and why it is refused.
 _MISFITS = (
     (
-        r"stem\.conv\.weight|root\.conv\.weight|(resnet/)?root_block/.*|block1\.unit01\..*"
-        r"|stages\.0\.blocks\.0\.(norm1|pre_norm)\..*",
-        "a pre-activation ResNetV2 (BiT, timm resnetv2)",
-        "its norm layers precede the convs, and detectron2 has no such ResNet",
+        r"root\.conv\.weight|(body\.)?block1\.unit01\..*",
+        "a BiT ResNet in the layout of bit_pytorch",
+        "use Google's .npz or timm's file of the same model",
     ),
     (
         r"(backbone\.)?(conv1\.0\.weight|stem\.0\.weight)",
@@ -232,7 +308,8 @@ def find_source(keys: Collection[str], path: str, name: str = "auto") -> Source:
         WeightsError: the format is unknown, not convertible, or ambiguous; says which.
     """
     ours = r"((backbone\.)?(bottom_up\.)?stem\.conv1|proposal_generator|roi_heads)\."
-    if name == "auto" and any(re.match(ours, key) for key in keys):
+    timm = any(key.startswith("stages.") for key in keys)  # whose stem may have a conv1, too
+    if name == "auto" and not timm and any(re.match(ours, key) for key in keys):
         name = "detectron2"
     refusals = _OTHER_DETECTORS if name == "detectron2" else _OTHER_DETECTORS + _MISFITS
     for pattern, what, reason in refusals:
@@ -243,6 +320,17 @@ def find_source(keys: Collection[str], path: str, name: str = "auto") -> Source:
 
 
 def _recognize(keys: Collection[str], path: str) -> str:
+    if "resnet/root_block/standardized_conv2d/kernel" in keys:
+        return "google-bit"
+    first = "stages.0.blocks.0.norm1"
+    if f"{first}.weight" in keys:
+        plain_stem = "stem.conv.weight" in keys and "stem.norm.weight" not in keys
+        if plain_stem and f"{first}.running_mean" not in keys:
+            return "timm-bit"
+        raise WeightsError(
+            f"{path} is a timm ResNetV2 that is not BiT: it has BN, norms behind the convs, or a "
+            "stem of several convs, and only resnetv2_*_bit are supported"
+        )
     if any(re.match(r"(neck|roi_head)\.", key) for key in keys):
         return "mmdet"
     if "conv1_w" in keys:
@@ -293,22 +381,82 @@ _DETECTORS = {
     "mask_rcnn_x50_32x4d_fpn_gn_ws-all_20_23_24e_coco": "20200226-969bcb2c",
     "mask_rcnn_x101_32x4d_fpn_gn_ws-all_20_23_24e_coco": "20200316-e6cd35ef",
 }
-_OPENMMLAB = "https://download.openmmlab.com"
-PUBLISHED = {
-    f"jhu/{name}": f"{_OPENMMLAB}/pretrain/third_party/{name}-{digits}.pth"
-    for name, digits in _RESNETS.items()
-} | {
-    f"mmdet/{name}": f"{_OPENMMLAB}/mmdetection/v2.0/gn%2Bws/{name}/{name}_{ending}.pth"
-    for name, ending in _DETECTORS.items()
+# timm 1.0.31, models/resnetv2.py, in the repositories of huggingface.co/timm, which publish the
+# SHA-256 of every file; those that we know
+_TIMM_BIT = {
+    "resnetv2_50x1_bit.goog_in21k": "",
+    "resnetv2_50x1_bit.goog_in21k_ft_in1k": "",
+    "resnetv2_50x3_bit.goog_in21k": "",
+    "resnetv2_50x3_bit.goog_in21k_ft_in1k": "",
+    "resnetv2_101x1_bit.goog_in21k": (
+        "89c645b9480d6c72c3f95deefa67ab4e1c5ee3823f09af7fd68e27f6a9ab51d8"
+    ),
+    "resnetv2_101x1_bit.goog_in21k_ft_in1k": "",
+    "resnetv2_101x3_bit.goog_in21k": "",
+    "resnetv2_101x3_bit.goog_in21k_ft_in1k": "",
+    "resnetv2_152x2_bit.goog_in21k": "",
+    "resnetv2_152x2_bit.goog_in21k_ft_in1k": "",
+    "resnetv2_152x4_bit.goog_in21k": (
+        "1fa545b0ee4ba4b10278857ea06ea1e2507a5fabd7b3f0f53ff149e36f66aad9"
+    ),
+    "resnetv2_152x4_bit.goog_in21k_ft_in1k": "",
 }
-"""Name in `MODEL.WEIGHTS: "ws://<name>"` -> URL, which ends in eight digits of the SHA-256."""
+# README and bit_pytorch/models.py of google-research/big_transfer; without published hashes
+_GOOGLE_BIT = [
+    f"BiT-M-{body}{data}"
+    for body in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
+    for data in ("", "-ILSVRC2012")
+]
 
 
-def sha256_digits(url: str) -> str:
-    """The first eight hexadecimal digits of the SHA-256 of a published file."""
-    return url[-len("12345678.pth") : -len(".pth")]
+class PublishedFile(NamedTuple):
+    """A file that can be downloaded.
+
+    Attributes:
+        url: its address.
+        file: its name in a folder of downloads, which differs between all files.
+        sha256: the first digits of its SHA-256, as many as are known; may be empty.
+    """
+
+    url: str
+    file: str
+    sha256: str
 
 
-def is_published(sha256: str) -> bool:
-    """Whether the file with this SHA-256 is in `PUBLISHED`, by the digits that are known."""
-    return sha256[:8] in map(sha256_digits, PUBLISHED.values())
+def _openmmlab(path: str, digits: str) -> PublishedFile:
+    url = f"https://download.openmmlab.com/{path}-{digits}.pth"
+    return PublishedFile(url, url.rsplit("/", 1)[1], digits)
+
+
+PUBLISHED = {
+    **{
+        f"jhu/{name}": _openmmlab(f"pretrain/third_party/{name}", digits)
+        for name, digits in _RESNETS.items()
+    },
+    **{
+        f"mmdet/{name}": _openmmlab(f"mmdetection/v2.0/gn%2Bws/{name}/{name}_{date}", digits)
+        for name, ending in _DETECTORS.items()
+        for date, digits in [ending.split("-")]
+    },
+    **{
+        f"bit/{name}": PublishedFile(
+            f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors",
+            f"{name}.safetensors",
+            digits,
+        )
+        for name, digits in _TIMM_BIT.items()
+    },
+    **{
+        f"bit/{name}": PublishedFile(
+            f"https://storage.googleapis.com/bit_models/{name}.npz", f"{name}.npz", ""
+        )
+        for name in _GOOGLE_BIT
+    },
+}
+"""Name in `MODEL.WEIGHTS: "ws://<name>"` -> the file."""
+
+
+def published_name(sha256: str) -> Optional[str]:
+    """The name in `PUBLISHED` of the file with this SHA-256, by the digits that are known."""
+    known = ((name, file.sha256) for name, file in PUBLISHED.items() if file.sha256)
+    return next((name for name, digits in known if sha256.startswith(digits)), None)

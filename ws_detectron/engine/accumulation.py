@@ -36,8 +36,9 @@ from ws_detectron.errors import ConfigError
 def part_of_batch(cfg: CfgNode) -> CfgNode:
     """The config of a loader that yields parts: IMS_PER_BATCH counts one part, on all processes.
 
-    With detectron2's samplers, consecutive parts hold the images of the undivided batch, except
-    with `DATALOADER.ASPECT_RATIO_GROUPING`, which sorts them into parts of one orientation.
+    For a loader of your own; `build_train_loader` divides batches itself. With detectron2's
+    samplers, consecutive parts hold the images of the undivided batch, except with
+    `DATALOADER.ASPECT_RATIO_GROUPING`, which sorts them into parts of one orientation.
 
     Args:
         cfg: checked by `check_batch`.
@@ -87,8 +88,8 @@ def accumulated_step(loop: SimpleTrainer, steps: int, images: Optional[int] = No
         if images is not None and isinstance(batch, list) and len(batch) > images:
             raise ConfigError(
                 f"SOLVER.ACCUMULATE_STEPS is {steps}, and the training loader gives {len(batch)} "
-                f"images at once, not {images}; build it from "
-                "ws_detectron.engine.accumulation.part_of_batch(cfg)"
+                f"images at once, not {images}; build it with "
+                "ws_detectron.engine.build_train_loader(cfg, mapper)"
             )
         with ExitStack() as during_part:
             if part < steps - 1:

@@ -48,17 +48,8 @@ class Purpose(Enum):
 
 def check_device(cfg: CfgNode, num_gpus: int = 1) -> None:
     """Checks MODEL.DEVICE, the number of GPUs, and settings that need a GPU."""
-    device = cfg.MODEL.DEVICE
-    if device.startswith("cuda"):
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not found:
-            raise ConfigError(
-                f"MODEL.DEVICE is {device!r}, but no CUDA device was found; "
-                "to run on the CPU add: MODEL.DEVICE cpu"
-            )
-        if num_gpus > found:
-            raise UserError(f"--num-gpus is {num_gpus}, but this machine has {found}")
-    elif device == "cpu":
+    check_machine(cfg.MODEL.DEVICE, num_gpus)
+    if cfg.MODEL.DEVICE == "cpu":
         if cfg.SOLVER.AMP.ENABLED:
             raise ConfigError("SOLVER.AMP.ENABLED is True, which needs MODEL.DEVICE cuda")
         for key, norm in norm_keys(cfg).items():
@@ -67,9 +58,31 @@ def check_device(cfg: CfgNode, num_gpus: int = 1) -> None:
                     f'{key} is "{norm}", which torch runs on GPUs only; on the CPU use "GN", which '
                     'needs no other images, "BN", or MODEL.DEVICE cuda'
                 )
+
+
+def check_machine(
+    device: str, num_gpus: int, key: str = "MODEL.DEVICE", remedy: str = "MODEL.DEVICE cpu"
+) -> None:
+    """Checks that this machine has the device and the number of GPUs that are asked for.
+
+    Args:
+        device: such as "cuda" or "cpu".
+        num_gpus: --num-gpus.
+        key: the config key of `device`, for messages.
+        remedy: the override that sets the CPU, for messages.
+    """
+    if device.startswith("cuda"):
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not found:
+            raise ConfigError(
+                f"{key} is {device!r}, but no CUDA device was found; "
+                f"to run on the CPU add: {remedy}"
+            )
+        if num_gpus > found:
+            raise UserError(f"--num-gpus is {num_gpus}, but this machine has {found}")
     if num_gpus < 1:
         raise UserError(
-            f"--num-gpus is {num_gpus}; allowed: 1 or more (with MODEL.DEVICE cpu it is the number "
+            f"--num-gpus is {num_gpus}; allowed: 1 or more (with {remedy} it is the number "
             "of CPU processes)"
         )
 
@@ -105,13 +118,13 @@ def check_weights(cfg: CfgNode) -> None:
 
 def check_backbone(cfg: CfgNode) -> None:
     """Depth and FPN inputs are ones that detectron2's ResNet builders take, where one is used."""
-    backbone = stock_name("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME)
-    if backbone not in [row.stock for row in REGISTRATIONS]:
+    backbone = cfg.MODEL.BACKBONE.NAME
+    if backbone not in {name for row in REGISTRATIONS for name in (row.name, row.stock)}:
         return
     check_depth(cfg)
     if "fpn" in backbone and not cfg.MODEL.FPN.IN_FEATURES:
         raise ConfigError(
-            f"MODEL.FPN.IN_FEATURES is empty, but {cfg.MODEL.BACKBONE.NAME} needs some. "
+            f"MODEL.FPN.IN_FEATURES is empty, but {backbone} needs some. "
             "Files in configs/norms, weights and schedules are parts of configs: name a whole one"
         )
 

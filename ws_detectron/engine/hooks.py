@@ -2,7 +2,6 @@
 
 import json
 import logging
-import resource
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,8 @@ from torch import nn
 from ws_detectron.checkpoint import WSCheckpointer
 from ws_detectron.utils.environment import package_version, run_environment
 from ws_detectron.utils.io import write_json
+
+from .output_dir import remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class BestCheckpoint(HookBase):
     def before_train(self) -> None:
         if not self.trainer.start_iter:
             return
+        # the evaluation of the checkpoint's iteration may be repeated; those before it are done
+        self._seen_iteration = self.trainer.start_iter - 2
         record = read_record(self._record)
         if record.get("metric") == self._metric and isinstance(record.get("value"), float):
             self._best = record["value"]
@@ -76,6 +79,23 @@ class BestCheckpoint(HookBase):
         record = {"metric": self._metric, "value": value, "iteration": iteration}
         write_json(self._record, record, indent=2)
         logger.info("Best %s so far: %.3f at iteration %d", self._metric, value, iteration)
+
+
+class KeepCheckpoints(HookBase):
+    """Keeps the newest periodic checkpoints, also those of earlier starts of the run.
+
+    Args:
+        output_dir: their folder.
+        period: SOLVER.CHECKPOINT_PERIOD.
+        keep: SOLVER.CHECKPOINT_KEEP, at least 1.
+    """
+
+    def __init__(self, output_dir: str, period: int, keep: int) -> None:
+        self._output_dir, self._period, self._keep = output_dir, period, keep
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self._period == 0:
+            remove_old_checkpoints(self._output_dir, self._keep, self.trainer.iter)
 
 
 class SharedStatistics(HookBase):
@@ -187,6 +207,10 @@ class RunRecord(HookBase):
     def _peak_memory(self) -> int:
         if self._device.startswith("cuda"):
             return torch.cuda.max_memory_allocated()
+        if sys.platform == "win32":
+            return 0  # not measured
+        import resource  # Windows has none
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 

@@ -1,5 +1,6 @@
 """Models for inference: with folded weights, or written for stock detectron2."""
 
+import logging
 from operator import attrgetter
 from pathlib import Path
 from typing import Union
@@ -12,9 +13,12 @@ from ws_detectron.checkpoint import METADATA_KEY, WSCheckpointer, describe_model
 from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
 from ws_detectron.modeling import fold_ws, is_stock_norm, registrations_in
+from ws_detectron.modeling.summary import summary_line
 from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
 
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 _STOCK_GN_GROUPS = 32
 
@@ -31,6 +35,7 @@ def load_model_for_inference(cfg: CfgNode, resume: bool = False) -> nn.Module:
         WeightsError: the weights cannot be read, do not fit the model, or lack a part of it.
     """
     model = Trainer.build_model(cfg)
+    logger.info("Model: %s", summary_line(model))
     checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, save_to_disk=False, fold=True, whole=True)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         raise ConfigError(
@@ -51,7 +56,8 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
         A config with detectron2's own keys.
 
     Raises:
-        ConfigError: GN has not the 32 groups that detectron2 fixes, or a norm is not detectron2's.
+        ConfigError: GN has not the 32 groups that detectron2 fixes, a norm is not detectron2's, or
+            detectron2 has no such part.
     """
     cfg = cfg.clone()
     groups = WSSettings.from_config(cfg).gn_groups
@@ -61,6 +67,11 @@ def stock_config(cfg: CfgNode, weights: str) -> CfgNode:
             "groups only, so this model needs ws_detectron"
         )
     for row in registrations_in(cfg):
+        if not row.stock:
+            raise ConfigError(
+                f"{row.key} is {row.name}, which stock detectron2 has no counterpart of, so this "
+                "model needs ws_detectron, whose tools fold its filters when they load it"
+            )
         for key in row.norms.values():
             norm = attrgetter(key)(cfg)
             if not is_stock_norm(norm):

@@ -22,6 +22,7 @@ from ws_detectron.utils.compat import create_local_process_group, destroy_proces
 
 from .checks import Purpose, check_device
 from .prepare import prepare
+from .signals import Stopped, on_signals
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -103,7 +104,8 @@ def launch(
 
     Raises:
         UserError: `dist_url` is "auto" on several machines.
-        SystemExit: a process printed its own error message, or was killed, which is printed here.
+        SystemExit: a process printed its own error message, or was killed, which is printed here;
+            or a signal ended the training (`signals`), which is passed on to all processes.
     """
     if started_by_torchrun():
         default = torch.cuda.device_count() if device.startswith("cuda") else 1
@@ -126,9 +128,20 @@ def launch(
     context = mp.spawn(
         _run_process, (main, args, device, num_processes, first, job), num_processes, join=False
     )
+    received: list[int] = []
+
+    def pass_on(number: int) -> None:
+        received.append(number)
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
     try:
-        while not context.join():
-            pass
+        with on_signals(pass_on):
+            while not context.join():
+                pass
+        if received:  # before the training, which handles it
+            sys.exit(128 + received[0])
     except mp.ProcessExitedException as error:
         if error.signal_name is None:
             sys.exit(error.exit_code)
@@ -183,6 +196,9 @@ def _run_process(
         sys.stderr.write(f"error: {known}\n")  # the parent would add a traceback
         sys.stderr.flush()
         os._exit(known.exit_status)  # at once: other processes may wait for this one
+    except Stopped:  # on every process
+        destroy_process_groups()
+        raise
     destroy_process_groups()
 
 

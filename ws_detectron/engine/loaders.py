@@ -1,23 +1,41 @@
-"""detectron2's data loaders, with errors that name the file."""
+"""Data loaders: errors name the file, and each training batch is a function of SEED and its number.
+
+What is drawn for a batch depends on nothing before it, so that a resumed run gets the batches that
+the run without interruption gets (`ws_detectron.data.training_order`).
+"""
 
 import io
 import logging
+import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Optional
 
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetFromList,
     DatasetMapper,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from torch.utils.data import DataLoader, Dataset
 
 from ws_detectron.checkpoint.safe_pickle import RefusedPickle, load_plain_pickle
 from ws_detectron.data.images import check_image_file, read_annotated, read_rgb
+from ws_detectron.data.training_order import (
+    MappedImages,
+    TrainingBatches,
+    repeat_factors,
+    seed_step,
+)
 from ws_detectron.errors import ConfigError, DataError, shown
 
 from .accumulation import part_of_batch
@@ -60,7 +78,7 @@ class NamingMapper:
                 read_rgb(image)  # raises if the file is broken
             logger.error("the dataset mapper failed on %s", shown(name))
             raise
-        instances: Any = mapped.get("instances", ()) if self._masks else ()
+        instances: Any = mapped.get("instances", ()) if self._masks and mapped else ()
         if len(instances) and not instances.has("gt_masks"):
             raise DataError(
                 f"the objects of {name} have boxes and no masks (`segmentation`), but "
@@ -69,26 +87,140 @@ class NamingMapper:
         return mapped
 
 
-def build_train_loader(cfg: CfgNode) -> Iterable:
-    """detectron2's training loader for DATASETS.TRAIN.
+class TrainLoader:
+    """Batches of training images, without end: batch n is a function of `seed` and n.
 
-    With SOLVER.ACCUMULATE_STEPS its batches are the parts.
+    Handing out a batch seeds the global generators as well, for what the model draws in its step.
+    `seed` and `start` count when the first batch is asked for, which also starts the workers, so
+    they may be set after `iter`, as a trainer does that resumes.
 
     Args:
-        cfg: as returned by `prepare`, which registers data sets and their keypoints.
+        dataset: maps an index to a record in detectron2's format.
+        mapper: maps a record to a model input, or to None to skip it.
+        batches: of this process.
+        seed: SEED of the run.
+        workers: number of processes that load images; 0: this one does.
+
+    Attributes:
+        seed: of the sequence.
+        start: number of the first batch to hand out; with SOLVER.ACCUMULATE_STEPS each part counts.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        mapper: Callable[[dict], Any],
+        batches: TrainingBatches,
+        *,
+        seed: int,
+        workers: int,
+    ) -> None:
+        self.seed, self.start = seed, 0
+        self._dataset, self._mapper, self._batches = dataset, mapper, batches
+        self._workers = workers
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches, seed = self._batches, self.seed
+        batches.seed, batches.start = seed, self.start
+        loader = DataLoader(
+            MappedImages(self._dataset, self._mapper, seed),
+            batch_sampler=batches,
+            num_workers=self._workers,
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=end_with_parent_alone,
+        )
+        for number, batch in enumerate(loader, self.start):
+            seed_step(seed, *batches.place(number))
+            yield batch
+
+
+def end_with_parent_alone(worker: int = 0) -> None:
+    """Has a worker process ignore SIGINT, and SIGTERM unless its parent sends it.
+
+    Terminals and schedulers signal all processes of a job, and the training finishes its step then,
+    for which it needs its workers.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    parent = os.getppid()
+
+    def wait() -> None:
+        while True:
+            found = signal.sigwaitinfo(signals)
+            if found.si_signo == signal.SIGTERM and found.si_pid == parent:
+                os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def build_train_loader(
+    cfg: CfgNode, mapper: Optional[Callable[[dict], Any]] = None
+) -> Iterable[list[Any]]:
+    """The training loader for DATASETS.TRAIN.
+
+    It differs from detectron2's in the order of the images (`TrainingBatches`) and in what is
+    random about each, which depend on SEED alone. With SOLVER.ACCUMULATE_STEPS its batches are the
+    parts.
+
+    Args:
+        cfg: as returned by `prepare`, which registers data sets and their keypoints. With SEED -1,
+            a seed is drawn.
+        mapper: maps a record to a model input, or to None to skip it; None: detectron2's
+            `DatasetMapper`.
+
+    Returns:
+        A `TrainLoader`; detectron2's own loader, with a warning, for a sampler that this package
+        does not know and for data sets that are not lists.
 
     Raises:
         DataError: proposal files would run code; while iterating, an image cannot be read.
-        ConfigError: DATASETS.TRAIN is empty, or the data has more classes than the model.
+        ConfigError: DATASETS.TRAIN is empty, the data has more classes than the model, or images
+            cannot be grouped, as they have no width and height.
     """
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set to train on")
     check_proposals(cfg)
-    cfg = part_of_batch(cfg)
-    mapper = NamingMapper(DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
-    loader = build_detection_train_loader(cfg, mapper=mapper)
+    naming = NamingMapper(mapper or DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
     check_classes(cfg)
-    return loader
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    factors = repeat_factors(cfg, records, seed) if isinstance(records, list) else None
+    if factors is None:
+        logger.warning(
+            "The order of the training images does not follow SEED: DATALOADER.SAMPLER_TRAIN %s "
+            "and the data sets are loaded by detectron2's own loader",
+            cfg.DATALOADER.SAMPLER_TRAIN,
+        )
+        return build_detection_train_loader(part_of_batch(cfg), mapper=naming)
+    batches = TrainingBatches(
+        factors,
+        cfg.SOLVER.IMS_PER_BATCH,
+        parts=cfg.SOLVER.ACCUMULATE_STEPS,
+        processes=comm.get_world_size(),
+        rank=comm.get_rank(),
+        groups=_orientations(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+    )
+    dataset = DatasetFromList(records, copy=False)
+    workers = cfg.DATALOADER.NUM_WORKERS
+    return TrainLoader(dataset, naming, batches, seed=seed, workers=workers)
+
+
+def _orientations(records: Sequence[dict]) -> list[int]:
+    """1 for landscape images and 0 for others, as detectron2 groups them."""
+    try:
+        return [int(record["width"] > record["height"]) for record in records]
+    except KeyError as error:
+        raise ConfigError(
+            f"DATALOADER.ASPECT_RATIO_GROUPING is True, but records of DATASETS.TRAIN have no "
+            f"{error}; add it where they are registered, or set the key to False"
+        ) from error
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
@@ -100,6 +232,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     boxes.MODEL.KEYPOINT_ON = False
     mapper = NamingMapper(DatasetMapper(boxes, is_train=False))
     loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    loader.worker_init_fn = end_with_parent_alone
     for difference in differing_classes(cfg.DATASETS.TRAIN, dataset_name):
         logger.warning(difference)
     return loader

@@ -1,12 +1,14 @@
 """OUTPUT_DIR belongs to one run: one process at a time, and no second run in its files."""
 
+import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Union
+from typing import IO, Any, Optional, Union
 
 from detectron2.utils.file_io import PathManager
 
@@ -29,7 +31,16 @@ _RUN = (
     "events.out.tfevents.*",
 )
 _LOCK = ".lock"
-_reserved: set[Path] = set()
+_reserved: dict[Path, IO[Any]] = {}
+
+
+def _drop_locks() -> None:
+    """Data workers, which live on for seconds when the training is killed, do not hold the lock."""
+    for file in _reserved.values():
+        file.close()
+
+
+os.register_at_fork(after_in_child=_drop_locks)
 
 
 def make_output_dir(output_dir: str) -> None:
@@ -101,12 +112,12 @@ def reserved(output_dir: Union[str, Path]) -> Iterator[None]:
         f"another process is training in OUTPUT_DIR {output_dir}; wait for it, end it, or choose "
         f"another OUTPUT_DIR (fuser {folder / _LOCK} shows the process)"
     )
-    with locked(folder / _LOCK, busy):
-        _reserved.add(folder)
+    with locked(folder / _LOCK, busy) as file:
+        _reserved[folder] = file
         try:
             yield
         finally:
-            _reserved.remove(folder)
+            del _reserved[folder]
 
 
 def check_unused(output_dir: Union[str, Path]) -> None:
@@ -167,21 +178,60 @@ def delete_run(output_dir: Union[str, Path], keep: str = "") -> None:
         logger.info("Deleted the earlier run in %s: %d files", output_dir, len(paths))
 
 
-def end_last_line(path: Path) -> None:
-    """Ends a line that was cut off when the process was killed.
+def cut_metrics(path: Path, size: Optional[int] = None) -> int:
+    """Removes what was written to metrics.json after a checkpoint, which a resumed run repeats.
 
-    Otherwise the next line would be appended to it, and both would be unreadable.
+    Args:
+        path: of metrics.json; nothing is done if it does not exist.
+        size: of the file when the checkpoint was written, bytes; None keeps all that was written.
+
+    Returns:
+        The last iteration in the rest; -1 if there is none.
     """
-    if not path.is_file() or not path.stat().st_size:
-        return
-    with open(path, "rb+") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
+    if not path.is_file():
+        return -1
+    content = path.read_bytes()
+    kept = content[:size]
+    removed = content[len(kept) :]
+    if removed:
+        os.truncate(path, len(kept))
+        lines = removed.count(b"\n")
+        logger.info("%s: %d lines after the checkpoint are removed", path, lines)
+    if kept and not kept.endswith(b"\n"):
+        with open(path, "ab") as file:  # so that the next line is not appended to a broken one
             file.write(b"\n")
-            logger.warning(
-                "%s ends in a broken line, as its run was killed while writing; readers skip it",
-                path,
-            )
+        logger.warning("%s ends in a broken line, which readers skip", path)
+    last = -1
+    for line in kept.splitlines():
+        try:
+            last = max(last, int(json.loads(line)["iteration"]))
+        except (LookupError, TypeError, ValueError):  # a line that was cut off in a crash
+            continue
+    return last
+
+
+def remove_partial_files(output_dir: Union[str, Path]) -> None:
+    """Removes what `atomic_write` left when the process was killed while it wrote a file.
+
+    Call it while the folder is reserved, so that no other process writes.
+    """
+    partial = re.compile(
+        r"\.(model_\d+\.pth|model_final\.pth|model_best\.(pth|json)|last_checkpoint|"
+        r"run_record\.json|config\.yaml)\.[a-z0-9_]{8}"
+    )
+    for path in _files(output_dir, (".*",)):
+        if partial.fullmatch(path.name):
+            path.unlink()
+            logger.info("Removed %s, which was not written completely", path)
+
+
+def remove_old_checkpoints(output_dir: Union[str, Path], keep: int, iteration: int) -> None:
+    """Deletes periodic checkpoints up to an iteration, but for the `keep` newest ones."""
+    found = _files(output_dir, ("model_[0-9]*.pth",))
+    numbers = {path: int(path.stem[6:]) for path in found if path.stem[6:].isdigit()}
+    reached = sorted((n, path) for path, n in numbers.items() if n <= iteration)
+    for _, path in reached[: max(0, len(reached) - keep)]:
+        path.unlink()
 
 
 def _files(folder: Union[str, Path], patterns: tuple[str, ...]) -> list[Path]:

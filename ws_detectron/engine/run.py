@@ -1,8 +1,10 @@
 """One run: how the tools start it, and what each of its processes does."""
 
 import argparse
+import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ws_detectron.errors import UserError, find_disk_error, find_user_error, write_error
+from ws_detectron.modeling.summary import summary_line
 from ws_detectron.utils.io import write_text
+from ws_detectron.utils.yaml_files import load_yaml_with_base
 
 from .checks import Purpose
 from .inference import load_model_for_inference
@@ -21,6 +25,8 @@ from .launch import start, started_by_torchrun
 from .output_dir import check_unused, delete_run, make_output_dir, reserved
 from .prepare import find_config, prepare
 from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> Any:
@@ -71,6 +77,10 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
 
 def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     _set_up_log(cfg, args)
+    if args.resume and cfg.SEED < 0 and not args.eval_only:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SEED = _drawn_seed(cfg.OUTPUT_DIR)
     cfg = prepare(cfg, _purpose(args))
     cfg.freeze()
     if args.config_file:  # default_setup logs the file; it may be the name of a packaged one
@@ -83,16 +93,29 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     default_setup(set_up, args)
     if not args.eval_only:
         if args.resume and earlier and comm.is_main_process():
-            write_text(
-                written, earlier
-            )  # until this start is known to work: `train` writes its own
+            # restores the config of the last start until this one is known to work
+            write_text(written, earlier)
         trainer = Trainer(cfg)
+        logger.info("Model: %s", summary_line(trainer.model))
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
+
+
+def _drawn_seed(output_dir: str) -> int:
+    """The seed that an earlier start of the run has drawn, which its config.yaml has; else -1.
+
+    Every process must call it; the file may exist on the first machine only.
+    """
+    path, found = Path(output_dir, "config.yaml"), None
+    if path.is_file():
+        with suppress(UserError):  # it is written anew
+            found = load_yaml_with_base(path).get("SEED")
+    found = comm.all_gather(found)[0]
+    return found if isinstance(found, int) else -1
 
 
 def _open_folder(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import math
 import re
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,12 +13,13 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.engine.hooks import PeriodicWriter, PreciseBN
+from detectron2.engine.hooks import EvalHook, PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, JSONWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -28,17 +29,35 @@ from ws_detectron.modeling import folded_copy
 from ws_detectron.utils.compat import (
     has_compiled_ops,
     is_divergence,
+    loader_of,
+    skip_written,
     user_errors_unlogged,
 )
 from ws_detectron.utils.io import refuse_overwrite, write_text
 
 from .accumulation import accumulated_step
 from .checks import check_backbone
-from .hooks import RECORD, BestCheckpoint, RunRecord, SharedStatistics, read_record
-from .loaders import build_test_loader, build_train_loader
-from .output_dir import METRICS, check_unused, end_last_line, log_to, reserved, warn_of_start
+from .hooks import (
+    RECORD,
+    BestCheckpoint,
+    KeepCheckpoints,
+    RunRecord,
+    SharedStatistics,
+    read_record,
+)
+from .loaders import TrainLoader, build_test_loader, build_train_loader
+from .output_dir import (
+    METRICS,
+    check_unused,
+    cut_metrics,
+    log_to,
+    remove_partial_files,
+    reserved,
+    warn_of_start,
+)
 from .prepare import PREPARED, as_flat_dict, prepare
 from .scaling import list_changes
+from .signals import StopOnSignal, Stopped, on_signals
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +66,13 @@ logger = logging.getLogger(__name__)
 _FETCHING_ERRORS: tuple[type[Exception], ...] = (AssertionError, OSError)
 _STATE_ERRORS = (*_FETCHING_ERRORS, AttributeError, LookupError, TypeError, ValueError)
 
+_WINDOW = 20
+"""Values of a metric over which detectron2's writers take the median."""
+_TIMES = ("time", "eta_seconds")
+"""Metrics that are no values of the training; a resumed run measures its own."""
+_AFTER_CHECKPOINT = (EvalHook, BestCheckpoint, PeriodicWriter)
+"""Hooks of an iteration that run after its checkpoint is written."""
+
 
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detectron2 model on COCO-format data.
@@ -54,7 +80,9 @@ class Trainer(DefaultTrainer):
     Adds to `DefaultTrainer`: COCO evaluation, the best checkpoint, several CPU processes, gradient
     accumulation (SOLVER.ACCUMULATE_STEPS), and errors and warnings that say what a user can do.
 
-    An iteration is one optimizer step, whatever the number of parts.
+    An iteration is one optimizer step, whatever the number of parts. What is random in it is a
+    function of SEED, the iteration and the process; -1 draws a seed, which checkpoints keep. So a
+    resumed run is the run without interruption (docs/training.md).
 
     Args:
         cfg: a merged config; `prepare` checks it and scales it to the batch and to the number of
@@ -65,6 +93,7 @@ class Trainer(DefaultTrainer):
     """
 
     iter: int
+    _hooks: list[HookBase]
 
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
@@ -77,6 +106,10 @@ class Trainer(DefaultTrainer):
             log_to(cfg.OUTPUT_DIR)
         cfg = prepare(cfg)
         self._resumes = False
+        self._draws_seed = cfg.SEED < 0
+        if self._draws_seed:
+            cfg = _with_seed(cfg, comm.shared_random_seed())
+        seed_all_rng(cfg.SEED + comm.get_rank())  # as detectron2's default_setup, for the weights
 
         # As in DefaultTrainer's constructor, which allows no other checkpointer, and sets
         # `device_ids`, which must be None for several CPU processes.
@@ -90,6 +123,10 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = WSCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self._checkpoint: dict[str, Any] = {}  # what before_train needs of the one resumed from
+        self._precise_bn_loader: Any = None
+        self._writers: list[EventWriter] = []
+        self._stop = StopOnSignal(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.MODEL.DEVICE)
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -120,14 +157,25 @@ class Trainer(DefaultTrainer):
             self._follow_config(configured)
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration, hooks, the loop's state (momentum, AMP scale), and the config.
+        """Iteration, hooks, the loop's state (momentum, AMP scale), the config, and recent metrics.
 
         The keys are those of detectron2's main branch, whose `DefaultTrainer` saves the loop; 0.5
-        and 0.6 do not.
+        and 0.6 do not. `metrics` and `metrics_size` are ours: the last values of each metric, over
+        which writers smooth, and the bytes of metrics.json.
         """
         state = TrainerBase.state_dict(self)
-        loop = self._trainer.state_dict()
-        return {**state, "_trainer": loop, "config": as_flat_dict(self.cfg)}
+        state.update(_trainer=self._trainer.state_dict(), config=as_flat_dict(self.cfg))
+        storage: Optional[EventStorage] = getattr(self, "storage", None)
+        if storage is not None:
+            hints = storage.smoothing_hints()
+            state["metrics"] = {
+                name: {"smoothing_hint": hints[name], "values": history.values()[-_WINDOW:]}
+                for name, history in storage.histories().items()
+                if name not in _TIMES
+            }
+            path = Path(self.cfg.OUTPUT_DIR, METRICS)
+            state["metrics_size"] = path.stat().st_size if path.is_file() else 0
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, and logs how the config of its run differs; the current config stays.
@@ -136,6 +184,8 @@ class Trainer(DefaultTrainer):
         detectron2.
         """
         earlier = {**state_dict.get("config", {}), "OUTPUT_DIR": self.cfg.OUTPUT_DIR}
+        if self._draws_seed and earlier.get("SEED", -1) >= 0:
+            self.cfg = _with_seed(self.cfg, earlier["SEED"])
         changes = list_changes(earlier, as_flat_dict(self.cfg))
         if changes:  # logged first, as they may be why the rest fails
             logger.warning(
@@ -144,6 +194,7 @@ class Trainer(DefaultTrainer):
                 ", ".join(changes),
             )
         TrainerBase.load_state_dict(self, state_dict)
+        self._checkpoint = {key: state_dict[key] for key in state_dict if key[:7] == "metrics"}
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:  # as in checkpoints of DefaultTrainer in 0.5 and 0.6
@@ -214,19 +265,67 @@ class Trainer(DefaultTrainer):
                 self.max_iter,
             )
             return None
-        with user_errors_unlogged():
-            if not comm.is_main_process():
-                super().train()
-                return None
-            with reserved(self.cfg.OUTPUT_DIR):
-                if self.start_iter == 0:
-                    (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
-                end_last_line(Path(self.cfg.OUTPUT_DIR, METRICS))
-                write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
-                logger.info(self.cfg.__dict__[PREPARED].schedule)
-                super().train()
+        stoppable = on_signals(self._stop.request) if self._stop in self._hooks else nullcontext()
+        with user_errors_unlogged(), stoppable:
+            try:
+                if not comm.is_main_process():
+                    super().train()
+                    return None
+                with reserved(self.cfg.OUTPUT_DIR):
+                    if self.start_iter == 0:
+                        (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
+                    self._tidy_output_dir()
+                    write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
+                    if self.cfg.__dict__[PREPARED].schedule:
+                        logger.info(self.cfg.__dict__[PREPARED].schedule)
+                    super().train()
+            except Stopped:
+                comm.synchronize()  # the end of one process ends the others
+                raise
         # detectron2 returns it only with TEST.EXPECTED_RESULTS
         return getattr(self, "_last_eval_results", None)
+
+    def _tidy_output_dir(self) -> None:
+        """Removes what an earlier start has left that this one writes again."""
+        remove_partial_files(self.cfg.OUTPUT_DIR)
+        metrics = Path(self.cfg.OUTPUT_DIR, METRICS)
+        size = self._checkpoint.get("metrics_size") if self.start_iter else 0
+        written = cut_metrics(metrics, size)
+        if "metrics" in self._checkpoint:  # these have metrics of iterations that were written
+            skip_written(self._writers, written)
+
+    def before_train(self) -> None:
+        """Sets the loaders to the first iteration, and completes the checkpoint's iteration.
+
+        An iteration is evaluated and its metrics are written after its checkpoint. The process may
+        have ended in between, so a resumed run does this again.
+        """
+        period, passes = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.PRECISE_BN.NUM_ITER
+        for loader, start in (
+            (self.data_loader, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS),
+            (self._precise_bn_loader, self.start_iter // period * passes if period else 0),
+        ):
+            if isinstance(loader, TrainLoader):
+                loader.seed, loader.start = self.cfg.SEED, start
+        if not isinstance(self.data_loader, TrainLoader):
+            logger.warning(
+                "The training loader is a %s: its images, and what the model draws, do not follow "
+                "SEED, and a resumed run gets other ones; to follow it, build the loader with "
+                "ws_detectron.engine.build_train_loader(cfg, mapper)",
+                type(self.data_loader).__name__,
+            )
+        super().before_train()
+        metrics = self._checkpoint.get("metrics")
+        if metrics is None:
+            return
+        for name, metric in metrics.items():
+            for value, self.storage.iter in metric["values"]:
+                self.storage.put_scalar(name, value, smoothing_hint=metric["smoothing_hint"])
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks:
+            if isinstance(hook, _AFTER_CHECKPOINT):
+                hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
 
     def run_step(self) -> None:
         """One optimizer step.
@@ -255,6 +354,8 @@ class Trainer(DefaultTrainer):
     def after_train(self) -> None:
         """Runs the hooks; detectron2 counts one iteration even if there was none to do."""
         self.iter = min(self.iter, self.max_iter)
+        if self._stop.stops:  # whoever sent the signal does not wait for an evaluation
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
         super().after_train()
 
     @contextmanager
@@ -274,9 +375,25 @@ class Trainer(DefaultTrainer):
             ) from error
 
     def build_hooks(self) -> list[Optional[HookBase]]:
-        """detectron2's hooks, and `SharedStatistics`, `BestCheckpoint` and `RunRecord`."""
+        """detectron2's hooks; `SharedStatistics`, `KeepCheckpoints`, `StopOnSignal`,
+        `BestCheckpoint` and `RunRecord`.
+
+        Raises:
+            ConfigError: SOLVER.CHECKPOINT_KEEP is negative.
+        """
         cfg, hooks = self.cfg, list[Optional[HookBase]]()
+        keep = cfg.SOLVER.CHECKPOINT_KEEP
+        if keep < 0:
+            raise ConfigError(
+                f"SOLVER.CHECKPOINT_KEEP is {keep}; allowed: the number of periodic checkpoints to "
+                "keep, or 0 for all"
+            )
         for hook in super().build_hooks():
+            if isinstance(hook, EvalHook):  # after the checkpoint and before the evaluation
+                if keep and comm.is_main_process():
+                    period = cfg.SOLVER.CHECKPOINT_PERIOD
+                    hooks.append(KeepCheckpoints(cfg.OUTPUT_DIR, period, keep))
+                hooks.append(self._stop)
             if isinstance(hook, PeriodicWriter) and cfg.DATASETS.TEST:  # on the main process
                 metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
                 if len(cfg.DATASETS.TEST) > 1:
@@ -284,6 +401,7 @@ class Trainer(DefaultTrainer):
                 hooks.append(BestCheckpoint(self.model, cfg.OUTPUT_DIR, metric))
             hooks.append(hook)
             if isinstance(hook, PreciseBN):
+                self._precise_bn_loader = loader_of(hook)
                 hooks.append(SharedStatistics(self.model, cfg.TEST.EVAL_PERIOD))
         if comm.is_main_process():
             hooks.append(RunRecord(cfg.OUTPUT_DIR, cfg.MODEL.DEVICE))
@@ -299,8 +417,10 @@ class Trainer(DefaultTrainer):
                 _first_line(error),
             )
             metrics = str(Path(self.cfg.OUTPUT_DIR, METRICS))
-            return [CommonMetricPrinter(self.max_iter), JSONWriter(metrics)]
-        return super().build_writers()
+            self._writers = [CommonMetricPrinter(self.max_iter), JSONWriter(metrics)]
+        else:
+            self._writers = super().build_writers()
+        return self._writers
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -392,6 +512,17 @@ class Trainer(DefaultTrainer):
             use_fast_impl=has_compiled_ops(),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    """A copy, frozen if `cfg` is; logs the seed."""
+    logger.info("SEED is -1: the run has the seed %d", seed)
+    seeded = cfg.clone()
+    seeded.defrost()
+    seeded.SEED = seed
+    if cfg.is_frozen():
+        seeded.freeze()
+    return seeded
 
 
 def _first_line(error: Exception) -> str:

@@ -10,11 +10,12 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
+import numpy as np
 from pycocotools import mask as mask_util
 
 from ws_detectron.data.rle import check_masks
@@ -201,6 +202,8 @@ class CocoResult:
         predictions: number of predictions in the results file.
         metrics: task -> the twelve `COCO_METRICS`.
         categories: in the order of their ids.
+        precision: task -> COCO's precision, 0 to 1, of (IoU thresholds, recalls, categories), with
+            all areas and 100 detections; -1 where a category has no object.
     """
 
     backend: str
@@ -209,6 +212,7 @@ class CocoResult:
     predictions: int
     metrics: dict[str, Metrics]
     categories: tuple[CategoryResult, ...]
+    precision: dict[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
 
 def evaluate(
@@ -244,6 +248,7 @@ def evaluate(
     coco_class, eval_class, backend = _library(reference)
     metrics: dict[str, Metrics] = {}
     by_category: dict[str, list[Metrics]] = {}
+    precision: dict[str, np.ndarray] = {}
     # both libraries may print progress
     with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():
         numbered = NumberedSet(annotations, masks="segm" in tasks, coco_class=coco_class)
@@ -254,6 +259,7 @@ def evaluate(
             evaluation.summarize()
             metrics[task] = dict(zip(COCO_METRICS, map(_percent, evaluation.stats)))
             by_category[task] = _by_category(evaluation)
+            precision[task] = evaluation.eval["precision"][:, :, :, 0, -1]
     images = {image["id"] for image in annotations["images"]}
     objects = Counter(a["category_id"] for a in annotations["annotations"] if not a.get("iscrowd"))
     names = {c["id"]: str(c.get("name", c["id"])) for c in annotations["categories"]}
@@ -267,6 +273,7 @@ def evaluate(
             CategoryResult(id_, names[id_], objects[id_], {t: by_category[t][n] for t in tasks})
             for n, id_ in enumerate(numbered.category_ids)
         ),
+        precision=precision,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 from tabulate import tabulate
 
+from ws_detectron.modeling import REGISTRATIONS
 from ws_detectron.utils.io import csv_text
 
 from .coco_eval import COCO_METRICS, TASKS
@@ -93,12 +94,15 @@ def differing_keys(
 
 
 def settings_table(configs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> str:
-    """A Markdown table of config keys, a column for each config."""
+    """A Markdown table of config keys, a column for each config.
+
+    A switch of MODEL.WS is undefined where the config has no part with WS that it would turn on.
+    """
 
     def shown(config: Mapping[str, Any], key: str) -> str:
-        return (
-            UNDEFINED if key not in config else f"`{config[key]}`" if config[key] != "" else "`''`"
-        )
+        if key not in config or _without_effect(config, key):
+            return UNDEFINED
+        return f"`{config[key]}`" if config[key] != "" else "`''`"
 
     return markdown_table(
         [
@@ -106,6 +110,13 @@ def settings_table(configs: Mapping[str, Mapping[str, Any]], keys: Sequence[str]
             for key in keys
         ]
     )
+
+
+def _without_effect(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a key is a switch of MODEL.WS for parts that are all detectron2's own."""
+    node, _, switch = key.rpartition(".")
+    rows = [row for row in REGISTRATIONS if switch in row.norms and row.key in config]
+    return node == "MODEL.WS" and bool(rows) and all(config[r.key] != r.name for r in rows)
 
 
 def difference(run: Run, baseline: Run, name: str) -> Optional[float]:

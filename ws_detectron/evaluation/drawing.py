@@ -1,17 +1,23 @@
-"""Draws objects on images, and contact sheets of ground truth beside predictions."""
+"""Draws objects on images, and contact sheets of ground truth beside predictions.
+
+detectron2's Visualizer draws masks and text. Its boxes are thin and half transparent, its labels
+lie over each other and shrink with the object, so boxes and the places of labels are from here.
+"""
 
 import colorsys
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import cv2
-import matplotlib.font_manager
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib.font_manager import FontProperties, findfont
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
@@ -19,11 +25,29 @@ from ws_detectron.data.validate import as_rle
 from ws_detectron.errors import UserError, shown
 from ws_detectron.utils.io import atomic_write
 
-CROWD_COLOUR = (0.6, 0.6, 0.6)
+from .figure_style import as_label
+
 SIDE = 448  # pixels, the longer side of a picture on a sheet
-CAPTION_HEIGHT = 30  # pixels above each picture
+CAPTION_HEIGHT = 48  # pixels above each picture, for two lines
+HEAD_HEIGHT = 72  # pixels above a sheet, for its title and the key
+FONT_SIZE = 16  # pixels, of captions
 MARGIN = 6  # pixels, left of and below each picture
 PAIR_MARGIN = 24  # pixels, right of each pair of ground truth and predictions
+
+
+class Mark(NamedTuple):
+    """What a box means, by its colour and line style; "" is the colour of the class."""
+
+    meaning: str
+    colour: Any
+    line_style: Any
+
+
+TRUE = Mark("correct, found", "#35F074", "-")
+FALSE = Mark("false", "#FF5B4D", (0, (5, 2)))
+MISSED_OBJECT = Mark("not found", "#FFD028", (0, (1.5, 1.5)))
+NOT_EVALUATED = Mark("crowd or on a crowd", "#C8C8C8", (0, (5, 1.5, 1, 1.5)))
+MARKS = (TRUE, FALSE, MISSED_OBJECT, NOT_EVALUATED)
 
 Cell = tuple[np.ndarray, str]  # a picture, (h, w, 3) uint8, RGB, and its caption
 Pair = tuple[Cell, Cell]
@@ -34,14 +58,16 @@ def draw_entries(
     longer_side: int,
     entries: Sequence[dict[str, Any]],
     classes: Mapping[Any, str],
+    marks: Optional[Sequence[Mark]] = None,
 ) -> np.ndarray:
-    """Draws annotations, or predictions with their scores in %, on an image.
+    """Draws annotations, or predictions with their scores, on an image.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         longer_side: of the picture, pixels.
         entries: of this image in a COCO annotation or results file.
         classes: category id -> name; the order decides the colours.
+        marks: of the box of each entry; default: solid, in the colour of its class.
 
     Returns:
         (h, w, 3) uint8, RGB.
@@ -58,12 +84,15 @@ def draw_entries(
         box = entry.get("bbox") or mask_util.toBbox(rle).tolist()
         boxes.append(BoxMode.convert(box, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
         masks.append(mask_util.decode(rle) if mask else None)
-        score = f" {100 * entry['score']:.0f}" if "score" in entry else ""
+        score = f" {100 * entry['score']:.0f} %" if "score" in entry else ""
         name = classes.get(category, f"class {category}")
         labels.append(name + score + (" (crowd)" if crowd else ""))
-        colours.append(CROWD_COLOUR if crowd else class_colour(numbers.get(category, category)))
+        colour = class_colour(numbers.get(category, category))
+        colours.append(NOT_EVALUATED.colour if crowd else colour)
+    if marks is None:
+        marks = [Mark("", colour, "-") for colour in colours]
     return draw_objects(
-        image, longer_side, boxes=boxes, masks=masks, labels=labels, colours=colours
+        image, longer_side, boxes=boxes, masks=masks, labels=labels, colours=colours, marks=marks
     )
 
 
@@ -85,11 +114,11 @@ def draw_objects(
     masks: Sequence[Optional[np.ndarray]],
     labels: Sequence[str],
     colours: Sequence[Any],
+    marks: Sequence[Mark],
 ) -> np.ndarray:
     """Scales an image and draws boxes, masks and labels on it, largest objects first.
 
-    detectron2's `draw_instance_predictions` and `VideoVisualizer` would choose random colours,
-    other ones for ground truth and predictions of a class, and draw labels over each other.
+    Lines and text grow with the picture. Boxes have a dark edge, and are visible on any image.
 
     Args:
         image: (H, W, 3) uint8, RGB.
@@ -97,7 +126,8 @@ def draw_objects(
         boxes: (N, 4) floats, x0, y0, x1, y1 in pixels of `image`.
         masks: N masks of (H, W), non-zero inside, or None.
         labels: N texts.
-        colours: N matplotlib colours.
+        colours: N matplotlib colours, of the masks.
+        marks: N marks, of the boxes.
 
     Returns:
         (h, w, 3) uint8, RGB.
@@ -106,46 +136,62 @@ def draw_objects(
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
     artist = Visualizer(cv2.resize(image, (width, height), interpolation=smooth))
+    points = 72 / artist.output.dpi
+    font_size = points * max(12, longer_side / 60)
+    line_width = points * max(2.0, longer_side / 320)
     boxes = scale * np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    for number in np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1)):
+    largest_first = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable")
+    for number in largest_first:
         mask = masks[number]
         if mask is not None:
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
             artist.draw_binary_mask(mask, colours[number], alpha=0.35)
-    texts = [as_label(label) for label in labels]
-    artist.overlay_instances(boxes=boxes, labels=texts, assigned_colors=colours, alpha=1.0)
-    separate_labels(artist.output)
+    for number in largest_first:
+        _draw_box(artist.output, boxes[number], marks[number], line_width)
+        artist.draw_text(
+            as_label(labels[number]), (0, 0), font_size=font_size, color="white",
+            horizontal_alignment="left",
+        )  # fmt: skip
+    place_labels(artist.output, boxes[largest_first])
     return artist.output.get_image()[:height, :width]
 
 
-def separate_labels(picture: VisImage) -> None:
-    """Moves labels up or down until none overlaps another, and into the picture.
+def _draw_box(picture: VisImage, box: np.ndarray, mark: Mark, line_width: float) -> None:
+    (x0, y0), (width, height) = box[:2], box[2:] - box[:2]
+    for colour, style, wider in (("black", "-", 1.8), (mark.colour, mark.line_style, 1.0)):
+        edge: dict[str, Any] = {"edgecolor": colour, "linestyle": style}
+        edge["linewidth"] = wider * line_width
+        picture.ax.add_patch(Rectangle((x0, y0), width, height, fill=False, **edge))
 
-    Labels come in the order in which they were drawn. One that would have to move by more than
-    five times its height is not drawn, as it would stand at another object.
+
+def place_labels(picture: VisImage, boxes: np.ndarray) -> None:
+    """Moves each label to a corner of its box, into the picture, and not over another label.
+
+    Small objects come first, as their corners are close together. A label for which there is no
+    room at its object is not drawn.
+
+    Args:
+        picture: its texts are the labels, aligned left and top.
+        boxes: (N, 4) x0, y0, x1, y1 in pixels of the picture, in the order of the texts.
     """
     renderer = picture.canvas.get_renderer()
-    placed: list[Any] = []
-    for text in picture.ax.texts:
-        box = text.get_window_extent(renderer).padded(2)  # y points up here
-        dx = min(max(-box.x0, 0), picture.width - box.x1)
-        dy = max(min(picture.height - box.y1, 0), -box.y0)
-        for step in (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5):
-            shift = dy + step * box.height
-            moved = box.translated(dx, shift)
-            inside = -1 < moved.y0 and moved.y1 < picture.height + 1
-            if inside and not moved.count_overlaps(placed):
-                x, y = text.get_position()
-                text.set_position((x + dx, y - shift))
+    placed: list[Bbox] = []
+    for text, (x0, y0, x1, y1) in [*zip(picture.ax.texts, boxes)][::-1]:
+        extent = text.get_window_extent(renderer).padded(2)
+        width, height = extent.width, extent.height
+        rows = y0 - height, y0, y1, y1 - height
+        corners = [(x, y) for y in rows for x in (x0, x1 - width)]
+        corners += [(x0, y0 + step * height) for step in (1, 2, 3)]
+        for left, top in corners:
+            left = max(0.0, min(left, picture.width - width))
+            top = max(0.0, min(top, picture.height - height))
+            moved = Bbox.from_bounds(left, top, width, height)
+            if not moved.count_overlaps(placed):
+                text.set_position((left + 2, top + 2))
                 placed.append(moved)
                 break
         else:
             text.set_visible(False)
-
-
-def as_label(text: str) -> str:
-    """Escapes a text for matplotlib, which would read text between dollar signs as a formula."""
-    return shown(text).replace("$", r"\$")
 
 
 def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
@@ -166,33 +212,64 @@ def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
         file.write(packed)
 
 
-def contact_sheet(pairs: Sequence[Pair]) -> np.ndarray:
-    """Captioned pairs of pictures, two pairs in a row; (H, W, 3) uint8, RGB.
+def contact_sheet(pairs: Sequence[Pair], title: str) -> np.ndarray:
+    """Captioned pairs of pictures, two in a row or below each other, with a title and the key.
 
     Args:
-        pairs: pictures at most `SIDE` wide, captions as for `captioned`.
+        pairs: pictures at most `SIDE` wide, captions as for `captioned`; more than two are in two
+            columns.
+        title: a line.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
     """
     margins = 0, PAIR_MARGIN
     cells = [captioned(*cell, margin) for pair in pairs for cell, margin in zip(pair, margins)]
-    return tile(cells, columns=4)
+    sheet = tile(cells, columns=4 if len(pairs) > 2 else 2)
+    return np.concatenate([_head(title, sheet.shape[1]), sheet])
+
+
+def _head(title: str, width: int) -> np.ndarray:
+    """A title, and what the boxes mean; (`HEAD_HEIGHT`, width, 3) uint8."""
+    head = VisImage(np.full((HEAD_HEIGHT, width, 3), 255, np.uint8))
+    points, renderer = 72 / head.dpi, head.canvas.get_renderer()
+    upper, lower = HEAD_HEIGHT * 0.28, HEAD_HEIGHT * 0.72
+    style = {"size": points * FONT_SIZE, "va": "center", "family": "sans-serif"}
+    title = _shortened(title, width - 2 * MARGIN, _font(FONT_SIZE, "bold"))
+    head.ax.text(MARGIN, upper, as_label(title), weight="bold", **style)
+    left = float(MARGIN)
+    for mark in MARKS:
+        size = FONT_SIZE
+        box = np.array([left, lower - size / 2, left + 2.5 * size, lower + size / 2])
+        _draw_box(head, box, mark, points * 2)
+        text = head.ax.text(left + 3 * size, lower, mark.meaning, **style)
+        left = text.get_window_extent(renderer).x1 + 2 * size
+    return head.get_image()[:HEAD_HEIGHT, :width]
 
 
 def captioned(picture: np.ndarray, text: str, right: int) -> np.ndarray:
-    """A picture on white, `SIDE` wide without its margins, below a line of text.
+    """A picture on white, `SIDE` wide without its margins, below its caption.
 
     Args:
         picture: (h, w, 3) uint8, RGB.
-        text: ends in an ellipsis if it is too long.
+        text: one or two lines, which end in an ellipsis where they are too long.
         right: margin on the right, pixels.
     """
     size = MARGIN + SIDE + right, CAPTION_HEIGHT + picture.shape[0] + MARGIN
-    cell, font = Image.new("RGB", size, "white"), _font(round(CAPTION_HEIGHT * 0.55))
-    text = " ".join(shown(text).split("\n"))  # Pillow can measure single lines only
-    while font.getlength(text) > SIDE:
-        text = text.rstrip("…")[:-1] + "…"
-    ImageDraw.Draw(cell).text((MARGIN, CAPTION_HEIGHT / 2), text, "black", font, anchor="lm")
+    cell, font = Image.new("RGB", size, "white"), _font(FONT_SIZE)
+    for number, line in enumerate(text.split("\n")[:2]):
+        place = MARGIN, CAPTION_HEIGHT * (0.28 + 0.44 * number)
+        ImageDraw.Draw(cell).text(place, _shortened(line, SIDE, font), "black", font, anchor="lm")
     cell.paste(Image.fromarray(picture), (MARGIN, CAPTION_HEIGHT))
     return np.array(cell)
+
+
+def _shortened(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """A line of text that is at most `width` pixels long."""
+    line = shown(line).replace("\n", " ")  # Pillow can measure single lines only
+    while font.getlength(line) > width:
+        line = line.rstrip("…")[:-1] + "…"
+    return line
 
 
 def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -210,6 +287,7 @@ def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return np.concatenate([padded(row, row.shape[0], rows[0].shape[1]) for row in rows])
 
 
-@lru_cache(maxsize=1)
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(matplotlib.font_manager.findfont("DejaVu Sans"), size)
+@lru_cache
+def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    properties = FontProperties(family="DejaVu Sans", weight=weight)
+    return ImageFont.truetype(findfont(properties), size)

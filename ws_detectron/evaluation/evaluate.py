@@ -16,18 +16,21 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from ws_detectron.data import register_coco_sets
 from ws_detectron.data.validate import read_json
-from ws_detectron.engine import Trainer
+from ws_detectron.engine import Trainer, as_flat_dict
 from ws_detectron.engine.checks import Purpose, check_device, check_weights
 from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, DataError
 from ws_detectron.utils.io import refuse_overwrite, write_json
 
+from .coco_curves import FILES, best_text, curve_tables, write_curves
 from .coco_eval import CocoResult, check_predictions, evaluate
 from .coco_report import KEYPOINTS, as_text, check_reports, write_reports
+from .curves import model_name
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ class ImagePredictor:
     def __init__(self, cfg: CfgNode) -> None:
         check_device(cfg)
         check_weights(cfg)
-        self._model = load_model_for_inference(cfg)
+        self.model: nn.Module = load_model_for_inference(cfg)
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
@@ -103,6 +106,19 @@ class ImagePredictor:
 
         Their category ids are the model's class numbers, their image id is 0.
         """
+        output = self.model([self.prepare(image)])[0]
+        return instances_to_coco_json(output["instances"].to("cpu"), 0)
+
+    def prepare(self, image: np.ndarray) -> dict[str, Any]:
+        """The model's input for an image of (H, W, 3) uint8, RGB.
+
+        Returns:
+            "image", (3, h, w) uint8, resized and in the channel order of the model; "height" and
+            "width" of the image.
+
+        Raises:
+            DataError: the image is too narrow to be resized.
+        """
         height, width = image.shape[:2]
         image = image[:, :, ::-1] if self._bgr else image
         try:
@@ -113,8 +129,7 @@ class ImagePredictor:
                 f"and INPUT.MAX_SIZE_TEST say: {error}"
             ) from error
         tensor = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        output = self._model([{"image": tensor, "height": height, "width": width}])[0]
-        return instances_to_coco_json(output["instances"].to("cpu"), 0)
+        return {"image": tensor, "height": height, "width": width}
 
 
 def set_up_logging() -> None:
@@ -167,7 +182,7 @@ def evaluate_checkpoint(
         if comm.is_main_process():
             inputs = metadata.json_file, cfg.MODEL.WEIGHTS
             check_reports(folder, *inputs)
-            refuse_overwrite(folder / RESULTS, inputs)
+            refuse_overwrite([folder / RESULTS, *(folder / file for file in FILES)], inputs)
     if cfg.MODEL.KEYPOINT_ON:
         logger.warning(KEYPOINTS)
     cfg = prepare(cfg, Purpose.REPORT)
@@ -200,5 +215,7 @@ def evaluate_checkpoint(
             annotations_file=path,
             predictions_file=str(folder / RESULTS),
         )
-        logger.info("%s\n%s", name, as_text(results[name]))
+        tables = curve_tables(annotations, predictions, results[name])
+        write_curves(tables, folder, f"{model_name(as_flat_dict(cfg))}, {name}")
+        logger.info("%s\n%s\n%s", name, as_text(results[name]), best_text(tables))
     return results

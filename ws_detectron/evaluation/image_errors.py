@@ -9,8 +9,8 @@ errors among predictions above a score threshold.
 import contextlib
 import io
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,12 +19,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from .coco_eval import NumberedSet
+from .figure_style import add_title
 
 FOREGROUND = 0.5  # minimum IoU of a match; t_f in the paper
 BACKGROUND = 0.1  # maximum IoU of a prediction on background; t_b
 MAX_DETECTIONS = 100
 
 CORRECT, IGNORED = "correct", "ignored"
+FOUND, NOT_FOUND = "found", "not found"  # of objects; the others are `MISSED` or `IGNORED`
 MISSED, DUPLICATE, WRONG_CLASS = "missed", "duplicate", "wrong class"
 LOCALIZATION, BOTH = "poor localization", "wrong class and localization"
 ON_BACKGROUND = "background"
@@ -36,6 +38,20 @@ ERRORS = {
     BOTH: f"IoU of {BACKGROUND} to {FOREGROUND} with an object of another class",
     ON_BACKGROUND: f"IoU of at most {BACKGROUND} with any object",
 }
+
+
+class ImageMatches(NamedTuple):
+    """How predictions above a score threshold match the objects of an image.
+
+    Attributes:
+        predictions: an error type, `CORRECT` or `IGNORED` for each, in the order of the file.
+        objects: `FOUND` if a correct prediction matches it, `MISSED`, `NOT_FOUND` (a prediction is
+            poorly localized or of a wrong class there), or for crowds `IGNORED`, in the order of
+            the file.
+    """
+
+    predictions: list[str]
+    objects: list[str]
 
 
 def image_ap(
@@ -97,10 +113,30 @@ def _average_precision(matches: list[dict[str, Any]], objects: int, recalls: np.
     return float(np.mean(values))
 
 
+def greedy_matches(ious: np.ndarray) -> np.ndarray:
+    """The object that each prediction matches; -1 for none.
+
+    It is the free object with the highest IoU, if that is at least `FOREGROUND`.
+
+    Args:
+        ious: (D, G) IoU of the predictions, highest score first, and objects.
+
+    Returns:
+        (D,) numbers of objects.
+    """
+    free, matched = np.ones(ious.shape[1], dtype=bool), np.full(len(ious), -1)
+    for number, overlaps in enumerate(ious):
+        candidates = np.where(free, overlaps, 0.0)
+        if candidates.max(initial=0.0) >= FOREGROUND:
+            matched[number] = candidates.argmax()
+            free[matched[number]] = False
+    return matched
+
+
 def classify_predictions(
     ious: np.ndarray, same_class: np.ndarray, on_crowd: np.ndarray
-) -> tuple[list[str], np.ndarray]:
-    """The error type of each prediction for an image, and the missed objects.
+) -> tuple[list[str], list[str]]:
+    """The error type of each prediction for an image, and the state of each object.
 
     A prediction is correct if it has an IoU of at least `FOREGROUND` with an object of its class
     that no higher score has matched; it matches the object with the highest IoU. The others are, in
@@ -114,17 +150,14 @@ def classify_predictions(
         on_crowd: (D,) bool, whether a prediction is on a crowd of its class.
 
     Returns:
-        D error types, `CORRECT` and `IGNORED` included, and (G,) bool, true for missed objects.
+        D error types, `CORRECT` and `IGNORED` included, and G states: `FOUND`, `NOT_FOUND` or
+        `MISSED`.
     """
-    free = np.ones(ious.shape[1], dtype=bool)
     own, other = np.where(same_class, ious, 0.0), np.where(same_class, 0.0, ious)
-    types = []
-    for overlaps in own:
-        candidates = np.where(free, overlaps, 0.0)
-        hit = candidates.max(initial=0.0) >= FOREGROUND
-        if hit:
-            free[candidates.argmax()] = False
-        types.append(CORRECT if hit else "")
+    matched = greedy_matches(own)
+    types = [CORRECT if match >= 0 else "" for match in matched]
+    free = np.ones(ious.shape[1], dtype=bool)
+    free[matched[matched >= 0]] = False
     missed = free.copy()
     for number, error_type in enumerate(types):
         if error_type:
@@ -145,45 +178,61 @@ def classify_predictions(
             types[number] = ON_BACKGROUND
         else:
             types[number] = BOTH
-    return types, missed
+    states = [FOUND if not f else MISSED if m else NOT_FOUND for f, m in zip(free, missed)]
+    return types, states
 
 
-def count_errors(
+def match_images(
     annotations: dict[str, Any],
     predictions: Sequence[dict[str, Any]],
     task: str,
     score_threshold: float,
-) -> dict[str, int]:
-    """Counts correct predictions and the errors of each type.
+) -> dict[Any, ImageMatches]:
+    """Classifies the predictions and objects of each image.
 
     Args:
         annotations: as returned by `load_annotations`.
         predictions: checked by `check_predictions`.
         task: "bbox" for the IoU of boxes, "segm" for that of masks.
         score_threshold: predictions below it are skipped; of the others, the best
-            `MAX_DETECTIONS` of an image are used.
+            `MAX_DETECTIONS` of an image are used, and the rest is ignored.
 
     Returns:
-        `CORRECT`, then each of `ERRORS` in order -> count.
+        Image id -> matches.
     """
     numbered = NumberedSet(annotations, masks=task == "segm", coco_class=COCO)
     kept = [entry for entry in predictions if entry["score"] >= score_threshold]
     found, truth = numbered.results(kept, task).imgToAnns, numbered.truth.imgToAnns
-    counts: Counter[str] = Counter()
-    for number in range(1, len(numbered.image_ids) + 1):
-        best = sorted(found[number], key=lambda entry: -entry["score"])[:MAX_DETECTIONS]
-        crowds = [a for a in truth[number] if a.get("iscrowd")]
-        single = [a for a in truth[number] if not a.get("iscrowd")]
-        on_crowd = (_ious(best, crowds, task) > FOREGROUND) & _same_class(best, crowds)
-        types, missed = classify_predictions(
-            _ious(best, single, task), _same_class(best, single), on_crowd.any(axis=1)
+    matches = {}
+    for number, image_id in enumerate(numbered.image_ids, start=1):
+        entries, objects = found[number], truth[number]
+        best = sorted(range(len(entries)), key=lambda n: -entries[n]["score"])[:MAX_DETECTIONS]
+        ranked = [entries[n] for n in best]
+        crowds = [a for a in objects if a.get("iscrowd")]
+        single = [n for n, a in enumerate(objects) if not a.get("iscrowd")]
+        some = [objects[n] for n in single]
+        on_crowd = (pair_ious(ranked, crowds, task) > FOREGROUND) & same_class(ranked, crowds)
+        types, states = classify_predictions(
+            pair_ious(ranked, some, task), same_class(ranked, some), on_crowd.any(axis=1)
         )
-        counts.update(types)
-        counts[MISSED] += int(missed.sum())
+        type_of, state_of = dict(zip(best, types)), dict(zip(single, states))
+        matches[image_id] = ImageMatches(
+            [type_of.get(n, IGNORED) for n in range(len(entries))],
+            [state_of.get(n, IGNORED) for n in range(len(objects))],
+        )
+    return matches
+
+
+def count_errors(matches: Iterable[ImageMatches]) -> dict[str, int]:
+    """`CORRECT`, then each of `ERRORS` in order -> number of predictions (`MISSED`: of objects)."""
+    counts: Counter[str] = Counter()
+    for image in matches:
+        counts.update(image.predictions)
+        counts[MISSED] += image.objects.count(MISSED)
     return {name: counts[name] for name in (CORRECT, *ERRORS)}
 
 
-def _ious(
+def pair_ious(
     predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]], task: str
 ) -> np.ndarray:
     """(D, G) IoU of masks or boxes; for crowds, the fraction of the prediction on the crowd."""
@@ -193,9 +242,10 @@ def _ious(
     return np.reshape(ious, (len(predictions), len(objects)))
 
 
-def _same_class(
+def same_class(
     predictions: Sequence[dict[str, Any]], objects: Sequence[dict[str, Any]]
 ) -> np.ndarray:
+    """(D, G) bool."""
     found, true = ([entry["category_id"] for entry in group] for group in (predictions, objects))
     return np.reshape(found, (-1, 1)) == np.reshape(true, (1, -1))
 
@@ -207,7 +257,7 @@ def draw_errors(counts: dict[str, int], title: str) -> Figure:
     bars = axes.barh(
         list(counts),
         list(counts.values()),
-        color=["white" if name == CORRECT else "0.6" for name in counts],
+        color=[{CORRECT: "#009E73", MISSED: "#E6A700"}.get(name, "#D55E00") for name in counts],
         edgecolor="black",
         hatch=["//" if name == CORRECT else "" for name in counts],
         height=0.7,
@@ -216,6 +266,6 @@ def draw_errors(counts: dict[str, int], title: str) -> Figure:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel(f"predictions (for {MISSED!r}: objects)")
-    axes.set_title(title, fontsize="medium")
+    add_title(figure, title)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -34,6 +34,7 @@ class Run:
         rows: rows of metrics.json, one per iteration, in order; see `merge_rows`.
         metrics: "bbox/AP" and so on -> %, None where undefined.
         source: file that the metrics come from.
+        evaluation: folder of that file and of its curves, if tools/evaluate_coco.py wrote it.
         problems: what is missing or broken, each naming a file.
     """
 
@@ -43,6 +44,7 @@ class Run:
     rows: Rows = field(default_factory=list)
     metrics: Metrics = field(default_factory=dict)
     source: str = ""
+    evaluation: Optional[Path] = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -214,7 +216,7 @@ def _read_evaluation(run: Run, path: Path) -> None:
         return
     found = {task: content.get(task) or {} for task in TASKS}
     run.metrics = {f"{task}/{name}": value for task in TASKS for name, value in found[task].items()}
-    run.source = path.name
+    run.source, run.evaluation = path.name, path.parent
 
 
 def _take_last_evaluation(run: Run) -> None:

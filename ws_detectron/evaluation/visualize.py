@@ -27,15 +27,39 @@ from ws_detectron.utils.io import (
 
 from .coco_eval import check_predictions, load_annotations
 from .coco_report import TITLES
-from .curves import write_figure
-from .drawing import SIDE, Pair, contact_sheet, draw_entries, write_png
-from .image_errors import ERRORS, count_errors, draw_errors, image_ap
+from .drawing import (
+    FALSE,
+    MISSED_OBJECT,
+    NOT_EVALUATED,
+    SIDE,
+    TRUE,
+    Pair,
+    contact_sheet,
+    draw_entries,
+    write_png,
+)
+from .figure_style import write_figure
+from .image_errors import (
+    CORRECT,
+    ERRORS,
+    FOREGROUND,
+    FOUND,
+    IGNORED,
+    count_errors,
+    draw_errors,
+    image_ap,
+    match_images,
+)
 from .inputs import find_inputs, is_video, output_names, read_video, write_video
 
 logger = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 10
-SHEETS = ("first.png", "best.png", "worst.png")
+SHEETS = {
+    "first.png": "first images",
+    "best.png": "highest AP",
+    "worst.png": "lowest AP",
+}
 OUTPUTS = (*SHEETS, "image_ap.csv", "errors.png", "errors.json")
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
@@ -55,10 +79,11 @@ def visualize_dataset(
     """Draws predictions beside ground truth and counts their errors.
 
     Writes to `output`: `first.png`, `best.png` and `worst.png`, sheets of the first images and of
-    those with the highest and lowest AP (see `image_ap`); `image_ap.csv`; `errors.png` and
-    `errors.json`, the number of errors of each type (see `count_errors`); with `each`, a picture of
-    every image in `images/`. Images that cannot be read, or whose size differs from their
-    annotations, are skipped and named in the summary.
+    those with the highest and lowest AP (see `image_ap`), whose boxes are marked (see `MARKS` and
+    `match_images`); `image_ap.csv`; `errors.png` and `errors.json`, the number of errors of each
+    type (see `count_errors`); with `each`, a picture of every image in `images/`. Images that
+    cannot be read, or whose size differs from their annotations, are skipped and named in the
+    summary.
 
     Args:
         dataset_name: a registered data set in COCO format.
@@ -117,11 +142,12 @@ def visualize_dataset(
     worst = sorted(best, key=lambda i: (ap[i], -objects[i]))
     rows = [(i, shown(records[i]["file_name"]), f"{ap[i]:.4f}") for i in best]
     write_text(output / "image_ap.csv", csv_text([("image_id", "file_name", "AP"), *rows]))
-    counts = count_errors(annotations, predictions, task, score_threshold)
+    matches = match_images(annotations, predictions, task, score_threshold)
+    counts, every = count_errors(matches.values()), by_image(predictions)
     note = f"score ≥ {100 * score_threshold:g} %"
-    title = f"{TITLES[task].capitalize()} predictions with {note}, {len(records)} images"
+    title = f"{TITLES[task].capitalize()} predictions on {dataset_name}, {note}"
     with writing(output):
-        write_figure(draw_errors(counts, title), output / "errors.png")
+        write_figure(draw_errors(counts, f"{title}, {len(records)} images"), output / "errors.png")
     about = {"task": task, "score_threshold": score_threshold, "types": ERRORS}
     write_json(output / "errors.json", {**about, "counts": counts}, indent=2)
 
@@ -140,26 +166,45 @@ def visualize_dataset(
             skipped[image_id] = name
             logger.warning("skipped: %s", error)
             return None
-        left, right = (draw_entries(image, SIDE, group, classes) for group in entries)
-        ap_of_image = f", AP of all scores {ap[image_id]:.0f}" if image_id in ap else ""
-        return (
-            (left, f"{Path(name).name}: {len(entries[0])} annotated"),
-            (right, f"{len(entries[1])} predicted, {note}{ap_of_image}"),
+        types, states = matches[image_id]
+        found_marks = [{CORRECT: TRUE, IGNORED: NOT_EVALUATED}.get(t, FALSE) for t in types]
+        true_marks = [{FOUND: TRUE, IGNORED: NOT_EVALUATED}.get(s, MISSED_OBJECT) for s in states]
+        left, right = (
+            draw_entries(image, SIDE, group, classes, marks)
+            for group, marks in zip(entries, (true_marks, found_marks))
         )
+        file_name = shown(Path(name).name).replace("\n", " ")
+        crowds, objects = states.count(IGNORED), len(states) - states.count(IGNORED)
+        missing = true_marks.count(MISSED_OBJECT)
+        left_text = (
+            f"{file_name}: {_number(objects, 'object')}\n"
+            f"{true_marks.count(TRUE)} found, {missing} not found"
+            + (f", {_number(crowds, 'crowd')}" if crowds else "")
+        )
+        right_text = (
+            f"{len(types)} of {_number(len(every[image_id]), 'prediction')} drawn, {note}\n"
+            f"{found_marks.count(TRUE)} correct, {found_marks.count(FALSE)} false"
+            + (f"; AP of all {ap[image_id]:.0f}" if image_id in ap else "")
+        )
+        return (left, left_text), (right, right_text)
 
-    for name, image_ids in zip(SHEETS, (list(records), best, worst)):
+    plural = {"bbox": "boxes", "segm": "masks"}[task]
+    of_sheet = f"{plural} matched at IoU ≥ {FOREGROUND:g}, {note}"
+    for (name, what), image_ids in zip(SHEETS.items(), (list(records), best, worst)):
         pairs = list(itertools.islice(filter(None, map(draw, image_ids)), num_images))
         if not pairs:
             reason = "can be drawn; see the warnings above" if image_ids else "has an object"
             raise UserError(f"{name}: none of {len(records)} images {reason}")
-        write_png(output / name, contact_sheet(pairs))
+        write_png(output / name, contact_sheet(pairs, f"{dataset_name}, {what}: {of_sheet}"))
     for image_id, name in pictures.items():
         pair = draw(image_id)
         if pair is not None:
-            write_png(output / "images" / name, contact_sheet([pair]))
+            write_png(
+                output / "images" / name, contact_sheet([pair], f"{dataset_name}: {of_sheet}")
+            )
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     drawn = f"sheets, errors.png and image_ap.csv: {shown(output)}"
-    return f"{title}: {listed}\n{drawn}{_skipped(list(skipped.values()))}"
+    return f"{title}, {len(records)} images: {listed}\n{drawn}{_skipped(list(skipped.values()))}"
 
 
 def by_image(
@@ -171,6 +216,10 @@ def by_image(
         if entry.get("score", 0.0) >= score_threshold:
             grouped[entry["image_id"]].append(entry)
     return grouped
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _skipped(files: Sequence[Any]) -> str:

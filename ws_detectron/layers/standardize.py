@@ -1,12 +1,14 @@
 """Weight Standardization (WS) of convolution weights, as pure functions.
 
 Qiao, Wang, Liu, Shen, Yuille, "Weight Standardization" (arXiv:1903.10520), section 3, eq. (2)-(4).
+Affine WS: Qiao, Chen, Yuille, "DetectoRS" (arXiv:2006.02334), and mmcv's ConvAWS2d.
 
 Shape letters: O filters (output channels), I input channels, g groups, kh x kw kernel,
 n = (I/g)*kh*kw values in one filter (its fan-in).
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
@@ -17,6 +19,9 @@ import torch
 # those of the last layers should be all-reduced while the rest of the backward runs.
 LAUNCH_BYTES = 25 * 2**20
 
+Affine = tuple[torch.Tensor, torch.Tensor]
+"""gamma and beta of affine WS, each (O, 1, ..., 1) with as many dimensions as the weight."""
+
 # A deviation below its root, 1e-18, counts as 0. The reciprocal of 1e-18 does not overflow float32.
 _LEAST_SQUARE = 1e-36
 
@@ -26,7 +31,12 @@ def ws_modes() -> dict[str, tuple[bool, bool]]:
 
     A function, because TorchScript cannot read a global dict.
     """
-    return {"paper": (False, False), "official": (True, False), "bit": (False, True)}
+    return {
+        "paper": (False, False),
+        "official": (True, False),
+        "bit": (False, True),
+        "aws": (True, True),
+    }
 
 
 WS_MODES = tuple(ws_modes())
@@ -47,7 +57,10 @@ def check_ws_arguments(eps: float, mode: str) -> None:
 
 
 def standardize_weight(
-    weight: torch.Tensor, eps: float = 1e-5, mode: str = "paper"
+    weight: torch.Tensor,
+    eps: float = 1e-5,
+    mode: str = "paper",
+    affine: Optional[Affine] = None,
 ) -> torch.Tensor:
     r"""Standardizes every filter of `weight` to zero mean and unit standard deviation.
 
@@ -61,6 +74,7 @@ def standardize_weight(
     `"official"`  sqrt(v * n/(n-1)) + eps            the authors' PyTorch code, mmcv, and the
                                                      weights that they and mmdetection publish
     `"bit"`       sqrt(v + eps)                      BiT (arXiv:1912.11370), timm StdConv2d
+    `"aws"`       sqrt(v * n/(n-1) + eps)            mmcv ConvAWS2d (DetectoRS), with `affine`
     ============  =================================  =========================================
 
     The modes are not interchangeable: at usual deviations (0.003 to 0.01), the position of `eps`
@@ -70,6 +84,9 @@ def standardize_weight(
     the unbiased variance of one value (0/0) counts as 0, and so does the gradient of the
     deviation, which is multiplied by W - mu = 0.
 
+    With `affine`, the result is gamma * W_hat + beta, which is `weight` itself if `affine` is
+    `affine_of(weight, eps, mode)`.
+
     float16 and bfloat16 weights are standardized in float32, also under autocast, and returned in
     their own dtype. Twice differentiable and scriptable. The result keeps the memory format.
 
@@ -78,16 +95,17 @@ def standardize_weight(
         eps: keeps the denominator away from 0.
         mode: one of `WS_MODES`. The default is the formula of the paper; `WSConv2d` and the config
             key MODEL.WS.MODE default to "official".
+        affine: gamma and beta, which get no gradient.
 
     Returns:
-        W_hat, with the shape, dtype and device of `weight`.
+        W_hat, or its affine form, with the shape, dtype and device of `weight`.
 
     Raises:
         ValueError: `mode` or `eps` is not allowed (`check_ws_arguments`), or `weight` is not a
             floating-point tensor of at least two dimensions.
     """
     if torch.jit.is_scripting():  # which compiles neither f"{x!r}" nor autograd functions
-        return _by_formula(weight, eps, mode)
+        return _by_formula(weight, eps, mode, affine)
     else:
         check_ws_arguments(eps, mode)
         if weight.dim() < 2 or not weight.is_floating_point():
@@ -95,35 +113,62 @@ def standardize_weight(
                 "WS needs a floating-point weight (O, I/g, ...); "
                 f"got {weight.dim()} dimension(s) of type {weight.dtype}"
             )
-        return _standardize(weight, eps, mode)
+        return _standardize(weight, eps, mode, affine)
+
+
+def affine_of(weight: torch.Tensor, eps: float, mode: str) -> Affine:
+    """gamma and beta with which `standardize_weight` returns `weight` itself, without a gradient:
+    the denominator of `mode` and the mean of each filter."""
+    w = weight.detach()
+    if w.dtype in (torch.float16, torch.bfloat16):
+        w = w.float()
+    filter_dims = list(range(1, w.dim()))
+    variance, mean = torch.var_mean(w, dim=filter_dims, unbiased=False, keepdim=True)
+    denominator, _ = _denominator(variance, w[0].numel(), eps, mode)
+    return denominator.to(weight.dtype), mean.to(weight.dtype)
 
 
 def standardize_weights(
-    weights: Sequence[torch.Tensor], eps: float, mode: str
+    weights: Sequence[torch.Tensor], eps: float, mode: str, affines: Sequence[Affine] = ()
 ) -> list[torch.Tensor]:
     """`standardize_weight` of several weights; on CUDA, one kernel launch per `LAUNCH_BYTES`.
 
     Gradients equal those of separate calls. The backward of a launch visits the autograd nodes of
     all its weights, and passes None to those of unused ones.
+
+    Args:
+        weights, eps, mode: as for `standardize_weight`.
+        affines: empty, or one for each weight.
     """
-    if not weights or not all(map(_runs_in_triton, weights)) or not _triton_is_ready():
-        return [_standardize(weight, eps, mode) for weight in weights]
-    launches = (_StandardizeByTriton.apply(eps, mode, *launch) for launch in _launches(weights))
+    tensors = [*weights, *itertools.chain.from_iterable(affines)]
+    if not tensors or not all(map(_runs_in_triton, tensors)) or not _triton_is_ready():
+        each: Sequence[Optional[Affine]] = affines or [None] * len(weights)
+        return [_standardize(weight, eps, mode, affine) for weight, affine in zip(weights, each)]
+    rest = iter(affines)
+    launches = (
+        _StandardizeByTriton.apply(eps, mode, [*itertools.islice(rest, len(launch))], *launch)
+        for launch in _launches(weights)
+    )
     return [result for launch in launches for result in launch]
 
 
-def _standardize(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
+def _standardize(
+    weight: torch.Tensor, eps: float, mode: str, affine: Optional[Affine]
+) -> torch.Tensor:
     if weight.dtype in (torch.float16, torch.bfloat16):
-        return _standardize(weight.float(), eps, mode).to(weight.dtype)
+        return _standardize(weight.float(), eps, mode, affine).to(weight.dtype)
     # Tracers and compilers get the formula, which they can fuse and export.
     if in_graph_capture() or not has_contiguous_filters(weight):
-        return _by_formula(weight, eps, mode)
-    if _runs_in_triton(weight) and _triton_is_ready():
-        return _StandardizeByTriton.apply(eps, mode, weight)[0]
-    return _StandardizeByLayerNorm.apply(weight, eps, mode)
+        return _by_formula(weight, eps, mode, affine)
+    affines = [affine] if affine else []
+    if all(map(_runs_in_triton, (weight, *(affine or ())))) and _triton_is_ready():
+        return _StandardizeByTriton.apply(eps, mode, affines, weight)[0]
+    return _StandardizeByLayerNorm.apply(weight, eps, mode, *(affine or (None, None)))
 
 
-def _by_formula(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
+def _by_formula(
+    weight: torch.Tensor, eps: float, mode: str, affine: Optional[Affine] = None
+) -> torch.Tensor:
     """`standardize_weight` in plain torch operations."""
     w = weight
     if w.dtype == torch.float16 or w.dtype == torch.bfloat16:
@@ -132,7 +177,11 @@ def _by_formula(weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
     filter_dims = list(range(1, w.dim()))
     variance, mean = torch.var_mean(w, dim=filter_dims, unbiased=False, keepdim=True)
     denominator, _ = _denominator(variance, fan_in, eps, mode)
-    return ((w - mean) / denominator).to(weight.dtype)
+    result = (w - mean) / denominator
+    if affine is not None:
+        gamma, beta = affine
+        result = result * gamma + beta
+    return result.to(weight.dtype)
 
 
 def _denominator(
@@ -169,11 +218,18 @@ class _StandardizeByLayerNorm(torch.autograd.Function):
 
     Layer norm over a filter gives C/sqrt(v + floor), which is W_hat up to a factor per filter. Its
     backward computes r*(g - mean(g)) - C * mean(g*C) * r^3 for any r; with r^2 = 2d'/d, this is
-    dL/dW up to the factor 1/(r*d).
+    dL/dW up to the factor 1/(r*d). gamma is a further factor of both.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, eps: float, mode: str) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        eps: float,
+        mode: str,
+        gamma: Optional[torch.Tensor],
+        beta: Optional[torch.Tensor],
+    ) -> torch.Tensor:
         rows = _to_rows(weight, weight)
         fan_in = rows.size(1)
         # Keeps constant filters from dividing by 0; subtracted from v again below.
@@ -184,21 +240,27 @@ class _StandardizeByLayerNorm(torch.autograd.Function):
         result.div_(inverse * denominator)
         # 2d'/d is at least 1/d^2, except for constant filters, where it is 0.
         r = torch.maximum(2 * slope / denominator, denominator.pow(-2)).sqrt_()
-        ctx.save_for_backward(weight, mean, r, denominator.mul_(r).reciprocal_())
+        factor = denominator.mul_(r).reciprocal_()
+        if gamma is not None and beta is not None:
+            result.mul_(gamma.view(-1, 1)).add_(beta.view(-1, 1))
+            factor.mul_(gamma.view(-1, 1))
+        ctx.save_for_backward(weight, mean, r, factor, gamma, beta)
         ctx.eps, ctx.mode = eps, mode
         return _from_rows(result, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        weight, mean, r, factor = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
+        weight, mean, r, factor, gamma, beta = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable_gradient(weight, gradient, ctx.eps, ctx.mode), None, None
+            affine = None if gamma is None else (gamma, beta)
+            result = _differentiable_gradient(weight, gradient, ctx.eps, ctx.mode, affine)
+            return result, None, None, None, None
         rows = _to_rows(weight, weight)
         result, _, _ = torch.ops.aten.native_layer_norm_backward(
             _to_rows(gradient, weight), rows, [rows.size(1)], mean, r, None, None,
             [True, False, False],
         )  # fmt: skip
-        return _from_rows(result.mul_(factor), weight), None, None
+        return _from_rows(result.mul_(factor), weight), None, None, None, None
 
 
 class _StandardizeByTriton(torch.autograd.Function):
@@ -210,15 +272,15 @@ class _StandardizeByTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, eps: float, mode: str, *weights: torch.Tensor
+        ctx: Any, eps: float, mode: str, affines: Sequence[Affine], *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        result, ctx.statistics = _kernels().standardize(weights, eps, *ws_modes()[mode])
-        ctx.weights = weights
+        result, ctx.statistics = _kernels().standardize(weights, eps, *ws_modes()[mode], affines)
+        ctx.weights, ctx.affines = weights, affines
         ctx.versions = [0 if w.is_inference() else w._version for w in weights]
         ctx.eps, ctx.mode = eps, mode
         ctx.set_materialize_grads(False)
         results = _split(result, weights)
-        frozen = [r for r, needed in zip(results, ctx.needs_input_grad[2:]) if not needed]
+        frozen = [r for r, needed in zip(results, ctx.needs_input_grad[3:]) if not needed]
         ctx.mark_non_differentiable(*frozen)
         return tuple(results)
 
@@ -233,18 +295,20 @@ class _StandardizeByTriton(torch.autograd.Function):
                     f"{list(weight.shape)}; expected version {version}"
                 )
         if torch.is_grad_enabled():
+            form = ctx.eps, ctx.mode
+            affines = ctx.affines or [None] * len(weights)
             results = [
-                None if g is None else _differentiable_gradient(weight, g, ctx.eps, ctx.mode)
-                for g, weight in zip(gradients, weights)
+                None if g is None else _differentiable_gradient(weight, g, *form, affine)
+                for g, weight, affine in zip(gradients, weights, affines)
             ]
-            return None, None, *results
+            return None, None, None, *results
         flat = [
             weight.new_zeros(weight.numel()) if g is None else _to_rows(g, weight).view(-1)
             for g, weight in zip(gradients, weights)
         ]
         result = _kernels().standardize_backward(weights, torch.cat(flat), ctx.statistics)
         parts = zip(gradients, _split(result, weights))
-        return None, None, *(None if g is None else part for g, part in parts)
+        return None, None, None, *(None if g is None else part for g, part in parts)
 
 
 def _split(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -304,10 +368,10 @@ def _kernels() -> Any:
 
 
 def _differentiable_gradient(
-    weight: torch.Tensor, gradient: torch.Tensor, eps: float, mode: str
+    weight: torch.Tensor, gradient: torch.Tensor, eps: float, mode: str, affine: Optional[Affine]
 ) -> torch.Tensor:
     """The gradient with a graph, for a second derivative."""
-    result = _by_formula(weight, eps, mode)
+    result = _by_formula(weight, eps, mode, affine)
     (second,) = torch.autograd.grad(result, weight, gradient, create_graph=True)
     return second
 

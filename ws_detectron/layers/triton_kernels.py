@@ -37,7 +37,8 @@ def _denominator(variance, n, eps, UNBIASED: tl.constexpr, EPS_UNDER_ROOT: tl.co
 @triton.jit
 def _forward_kernel(
     filters, result, statistics, rows, eps,
-    UNBIASED: tl.constexpr, EPS_UNDER_ROOT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    UNBIASED: tl.constexpr, EPS_UNDER_ROOT: tl.constexpr, AFFINE: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     weight = tl.load(filters + row).to(tl.pointer_type(tl.float32))
@@ -63,13 +64,18 @@ def _forward_kernel(
     variance = tl.sum(squares, axis=0) / n
     denominator, slope = _denominator(variance, n, eps, UNBIASED, EPS_UNDER_ROOT)
     inverse = 1.0 / denominator
+    scale = inverse
+    shift = 0.0
+    if AFFINE:
+        scale *= tl.load(tl.load(filters + 3 * rows + row).to(tl.pointer_type(tl.float32)))
+        shift = tl.load(tl.load(filters + 4 * rows + row).to(tl.pointer_type(tl.float32)))
     for start in range(0, STEPS * BLOCK, BLOCK):
         inside = start + columns < n
         w = tl.load(weight + start + columns, mask=inside, other=0.0)
-        tl.store(target + start + columns, (w - mean) * inverse, mask=inside)
+        tl.store(target + start + columns, (w - mean) * scale + shift, mask=inside)
     tl.store(statistics + row, mean)
-    tl.store(statistics + rows + row, inverse)
-    tl.store(statistics + 2 * rows + row, 2.0 * slope * inverse * inverse / n)
+    tl.store(statistics + rows + row, scale)
+    tl.store(statistics + 2 * rows + row, 2.0 * slope * inverse * scale / n)
 
 
 @triton.jit
@@ -81,7 +87,7 @@ def _backward_kernel(
     offset = tl.load(filters + rows + row)
     n = tl.load(filters + 2 * rows + row).to(tl.int32)
     mean = tl.load(statistics + row)
-    inverse = tl.load(statistics + rows + row)
+    scale = tl.load(statistics + rows + row)
     columns = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     dots = tl.zeros([BLOCK], dtype=tl.float32)
@@ -97,37 +103,45 @@ def _backward_kernel(
         inside = start + columns < n
         g = tl.load(gradient + offset + start + columns, mask=inside, other=0.0)
         w = tl.load(weight + start + columns, mask=inside, other=0.0)
-        value = (g - g_mean) * inverse - (w - mean) * through_deviation
+        value = (g - g_mean) * scale - (w - mean) * through_deviation
         tl.store(result + offset + start + columns, value, mask=inside)
 
 
 def standardize(
-    weights: Sequence[torch.Tensor], eps: float, unbiased: bool, eps_under_root: bool
+    weights: Sequence[torch.Tensor],
+    eps: float,
+    unbiased: bool,
+    eps_under_root: bool,
+    affines: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W_hat = (W - mu)/d of every filter, with the denominator d of `standardize.ws_modes`.
+    """W_hat = gamma * (W - mu)/d + beta of every filter, with the denominator d of
+    `standardize.ws_modes`.
 
     Args:
         weights: float32, (O, ...), not empty, with contiguous filters, all on one device.
+        affines: gamma and beta of each weight, float32, O values in one piece of memory; empty for
+            1 and 0.
 
     Returns:
         W_hat of all weights, flat, concatenated, each in its memory order; and the statistics for
-        the gradient, (3, R): mu, 1/d, and 2/n * dd/dv / d^2.
+        the gradient, (3, R): mu, gamma/d, and gamma * 2/n * dd/dv / d^2.
     """
-    filters, steps = _table(weights)
+    filters, steps = _table(weights, affines)
     rows = filters.size(1)
     result = weights[0].new_empty(sum(w.numel() for w in weights))
     statistics = weights[0].new_empty(3, rows)
     with torch.cuda.device_of(filters):
         _forward_kernel[(rows,)](
-            filters, result, statistics, rows, eps, unbiased, eps_under_root, steps, _BLOCK
-        )
+            filters, result, statistics, rows, eps, unbiased, eps_under_root, bool(affines),
+            steps, _BLOCK,
+        )  # fmt: skip
     return result, statistics
 
 
 def standardize_backward(
     weights: Sequence[torch.Tensor], gradient: torch.Tensor, statistics: torch.Tensor
 ) -> torch.Tensor:
-    """dL/dW = (g - mean(g))/d - (W - mu) * sum(g*(W - mu)) * (2/n * dd/dv / d^2).
+    """dL/dW = gamma * ((g - mean(g))/d - (W - mu) * sum(g*(W - mu)) * (2/n * dd/dv / d^2)).
 
     Args:
         weights: as passed to `standardize`.
@@ -142,28 +156,36 @@ def standardize_backward(
     return result
 
 
-def _table(weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Address, offset in the result, and n of each filter, (3, R); and the steps of the longest.
+def _table(
+    weights: Sequence[torch.Tensor], affines: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+) -> tuple[torch.Tensor, int]:
+    """Address, offset in the result, n, and with `affines` the addresses of gamma and beta of each
+    filter, (3, R) or (5, R); and the steps of the longest.
 
     All programs loop over the same number of steps; the masks of short filters are empty.
     """
     device = weights[0].device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    layout = tuple((w.data_ptr(), w.size(0), w.numel()) for w in weights)
+    pointers = [[t.data_ptr() for t in affine] for affine in affines] or [[]] * len(weights)
+    layout = tuple(
+        (w.data_ptr(), w.size(0), w.numel(), *more) for w, more in zip(weights, pointers)
+    )
     return _table_of(device, stream, layout)  # written on the stream that reads it
 
 
 @functools.lru_cache(maxsize=256)
 def _table_of(
-    device: torch.device, stream: int, layout: tuple[tuple[int, int, int], ...]
+    device: torch.device, stream: int, layout: tuple[tuple[int, ...], ...]
 ) -> tuple[torch.Tensor, int]:
-    addresses, counts, sizes = torch.tensor(layout).unbind(1)
+    addresses, counts, sizes, *affine = torch.tensor(layout).unbind(1)
     fan_ins = sizes // counts
 
     def offsets(lengths: torch.Tensor) -> torch.Tensor:
         return lengths.cumsum(0) - lengths
 
     weight = torch.arange(len(layout)).repeat_interleave(counts)
-    begins = (torch.arange(len(weight)) - offsets(counts)[weight]) * fan_ins[weight]
-    columns = addresses[weight] + 4 * begins, offsets(sizes)[weight] + begins, fan_ins[weight]
+    number = torch.arange(len(weight)) - offsets(counts)[weight]  # in its weight
+    begins = number * fan_ins[weight]
+    columns = [addresses[weight] + 4 * begins, offsets(sizes)[weight] + begins, fan_ins[weight]]
+    columns += [first[weight] + 4 * number for first in affine]
     return torch.stack(columns).to(device), triton.cdiv(int(fan_ins.max()), _BLOCK)

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .standardize import (
+    Affine,
+    affine_of,
     check_ws_arguments,
     in_graph_capture,
     standardize_weight,
@@ -35,11 +37,17 @@ class WSConv2d(Conv2d):
     state dicts are exchangeable; the outputs are not, because the mean and scale of a WS filter
     are arbitrary.
 
+    With `ws_affine`, each filter gets the mean `weight_beta` and the scale `weight_gamma` after it
+    was standardized (mmcv's ConvAWS2d, arXiv:2006.02334). These are buffers of shape (O, 1, 1, 1),
+    1 and 0 at first. A state dict without them is one of a plain `Conv2d`: they are taken from its
+    filters, so that the outputs are those of the plain conv.
+
     Args:
         args, kwargs: as for `detectron2.layers.Conv2d`, `norm` and `activation` included.
         ws_eps: `eps` of `standardize_weight`.
         ws_mode: `mode` of `standardize_weight`. The published GN+WS weights were trained with the
             default.
+        ws_affine: whether it has the two buffers.
 
     Raises:
         ValueError: `ws_eps` or `ws_mode` is not allowed, or `padding_mode` is not "zeros"
@@ -48,12 +56,15 @@ class WSConv2d(Conv2d):
 
     ws_eps: float
     ws_mode: str
+    weight_gamma: Optional[torch.Tensor]
+    weight_beta: Optional[torch.Tensor]
 
     def __init__(
         self,
         *args: Any,
         ws_eps: float = DEFAULT_WS_EPS,
         ws_mode: str = DEFAULT_WS_MODE,
+        ws_affine: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +73,27 @@ class WSConv2d(Conv2d):
             raise ValueError(f"WSConv2d pads with zeros only; got padding_mode={self.padding_mode}")
         self.ws_eps = ws_eps
         self.ws_mode = ws_mode
+        self.reset_affine(ws_affine)
+
+    @torch.jit.unused
+    def reset_affine(self, affine: bool) -> None:
+        """Sets gamma 1 and beta 0, with which the conv is one without; False removes them."""
+        ones = self.weight.detach().new_ones(self.out_channels, 1, 1, 1)
+        self.set_affine((ones, torch.zeros_like(ones)) if affine else None)
+
+    @torch.jit.unused
+    def set_affine(self, affine: Optional[Affine]) -> None:
+        """Sets gamma and beta, each (O, 1, 1, 1); with None the conv has none."""
+        gamma, beta = affine or (None, None)
+        self.register_buffer("weight_gamma", gamma)
+        self.register_buffer("weight_beta", beta)
+
+    def affine(self) -> Optional[Affine]:
+        """gamma and beta; None without `ws_affine`."""
+        gamma, beta = self.weight_gamma, self.weight_beta
+        if gamma is None or beta is None:
+            return None
+        return gamma, beta
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolves, normalizes and activates.
@@ -73,7 +105,7 @@ class WSConv2d(Conv2d):
             (N, O, H', W').
         """
         if torch.jit.is_scripting():
-            weight = standardize_weight(self.weight, self.ws_eps, self.ws_mode)
+            weight = standardize_weight(self.weight, self.ws_eps, self.ws_mode, self.affine())
         else:
             weight = self.standardized_weight()
         x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -87,19 +119,20 @@ class WSConv2d(Conv2d):
     def standardized_weight(self) -> torch.Tensor:
         """`standardize_weight(self.weight, ...)`, (O, I/g, kh, kw); must not be modified."""
         weight = self.weight  # read once: a parametrization computes it at each access
-        standardized = self._from_part(weight)
+        affine = self.affine()
+        standardized = self._from_part(weight, affine)
         if standardized is None:
-            standardized = standardize_weight(weight, self.ws_eps, self.ws_mode)
+            standardized = standardize_weight(weight, self.ws_eps, self.ws_mode, affine)
         return standardized
 
     @torch.jit.unused
-    def _from_part(self, weight: torch.Tensor) -> Optional[torch.Tensor]:
+    def _from_part(self, weight: torch.Tensor, affine: Optional[Affine]) -> Optional[torch.Tensor]:
         """The filters that an enclosing part has standardized, or None if none are valid."""
         if in_graph_capture() or not _running.calls or _saved_tensors_hooks(True) is not None:
             return None
         for call in _running.calls:
-            found = call.filters().get((id(weight), self.ws_eps, self.ws_mode))
-            if found is not None and found.state == _state(weight):
+            found = call.filters().get(_key(self, weight, affine))
+            if found is not None and found.state == _state(weight, affine):
                 standardized = found.standardized
                 if standardized.requires_grad or not (
                     weight.requires_grad and torch.is_grad_enabled()
@@ -108,7 +141,21 @@ class WSConv2d(Conv2d):
         return None
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ws_eps={self.ws_eps}, ws_mode={self.ws_mode}"
+        settings = f", ws_eps={self.ws_eps}, ws_mode={self.ws_mode}"
+        return super().extra_repr() + settings + ", ws_affine=True" * (self.affine() is not None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        names = [f"{prefix}weight_gamma", f"{prefix}weight_beta"]
+        if (
+            self.affine() is not None
+            and weight is not None
+            and weight.shape == self.weight.shape
+            and not any(name in state_dict for name in names)
+        ):
+            affine = affine_of(weight.to(self.weight.dtype), self.ws_eps, self.ws_mode)
+            state_dict.update(zip(names, affine))  # a copy, made by load_state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def standardize_together(part: nn.Module) -> nn.Module:
@@ -122,7 +169,8 @@ def standardize_together(part: nn.Module) -> nn.Module:
 
     A conv still standardizes by itself if
 
-    - it is called outside its part, or its weight, `ws_eps` or `ws_mode` changed during the call;
+    - it is called outside its part, or its weight, buffers, `ws_eps` or `ws_mode` changed during
+      the call;
     - it has forward pre-hooks, which may change the weight through `.data`;
     - saved-tensor hooks are set, as by activation checkpointing;
     - its weight is computed (parametrized, sharded, or of a replica), or has gradient hooks, which
@@ -153,7 +201,7 @@ def standardize_alone(part: nn.Module) -> nn.Module:
 
 
 class _Standardized(NamedTuple):
-    weight: torch.Tensor  # keeps it alive: its id is the key
+    tensors: tuple[torch.Tensor, Optional[Affine]]  # keeps them alive: their ids are in the key
     state: tuple
     standardized: torch.Tensor
 
@@ -163,10 +211,10 @@ class _Call:
 
     def __init__(self, part: nn.Module) -> None:
         self._part, self._grad = part, torch.is_grad_enabled()
-        self._filters: Optional[dict[tuple[int, float, str], _Standardized]] = None
+        self._filters: Optional[dict[tuple, _Standardized]] = None
 
-    def filters(self) -> dict[tuple[int, float, str], _Standardized]:
-        """The standardized filters of the part, by `id` of the weight, `ws_eps` and `ws_mode`.
+    def filters(self) -> dict[tuple, _Standardized]:
+        """The standardized filters of the part, by `_key`.
 
         Computed on first use, because a compiled forward never uses them.
         """
@@ -175,19 +223,20 @@ class _Call:
                 self._filters = self._standardize()
         return self._filters
 
-    def _standardize(self) -> dict[tuple[int, float, str], _Standardized]:
-        by_settings: dict[tuple[float, str], dict[int, torch.Tensor]] = {}
+    def _standardize(self) -> dict[tuple, _Standardized]:
+        by_settings: dict[tuple[float, str, bool], dict[tuple, Any]] = {}
         for conv in self._part.modules():
             if isinstance(conv, WSConv2d) and _can_share(conv):
-                settings = conv.ws_eps, conv.ws_mode
-                by_settings.setdefault(settings, {})[id(conv.weight)] = conv.weight
-        return {
-            (id(weight), *settings): _Standardized(weight, _state(weight), standardized)
-            for settings, weights in by_settings.items()
-            for weight, standardized in zip(
-                weights.values(), standardize_weights(list(weights.values()), *settings)
-            )
-        }
+                tensors = conv.weight, conv.affine()
+                settings = conv.ws_eps, conv.ws_mode, tensors[1] is not None
+                by_settings.setdefault(settings, {})[_key(conv, *tensors)] = tensors
+        filters = {}
+        for (eps, mode, has_affine), convs in by_settings.items():
+            weights, affines = zip(*convs.values())
+            results = standardize_weights(weights, eps, mode, affines if has_affine else ())
+            for (key, tensors), standardized in zip(convs.items(), results):
+                filters[key] = _Standardized(tensors, _state(*tensors), standardized)
+        return filters
 
 
 class _Running(threading.local):
@@ -237,13 +286,19 @@ def _can_share(conv: WSConv2d) -> bool:
     return (
         type(weight) is nn.Parameter
         and weight.dim() == 4
-        and not weight.is_inference()  # inference tensors have no version
+        # inference tensors have no version
+        and not any(tensor.is_inference() for tensor in (weight, *(conv.affine() or ())))
         and not weight._backward_hooks
         and not conv._forward_pre_hooks
     )
 
 
-def _state(weight: torch.Tensor) -> tuple:
+def _key(conv: WSConv2d, weight: torch.Tensor, affine: Optional[Affine]) -> tuple:
+    """What the filters depend on, but for the values of tensors."""
+    return (id(weight), *map(id, affine or ()), conv.ws_eps, conv.ws_mode)
+
+
+def _state(weight: torch.Tensor, affine: Optional[Affine]) -> tuple:
     """Changes whenever filters standardized earlier become invalid."""
     stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None
-    return weight._version, weight.data_ptr(), stream
+    return stream, *((t._version, t.data_ptr()) for t in (weight, *(affine or ())))

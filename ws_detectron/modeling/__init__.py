@@ -8,6 +8,11 @@ from .backbone import (
     build_ws_retinanet_resnet_fpn_backbone,
     check_depth,
 )
+from .bit import (
+    build_bit_resnet_backbone,
+    build_bit_resnet_fpn_backbone,
+    build_bit_retinanet_resnet_fpn_backbone,
+)
 from .convert import ConversionReport, convert_to_ws, fold_ws, folded_copy, with_ws
 from .heads import (
     WSFastRCNNConvFCHead,
@@ -28,6 +33,9 @@ __all__ = [
     "WSRetinaNet",
     "WSSemSegFPNHead",
     "WSSettings",
+    "build_bit_resnet_backbone",
+    "build_bit_resnet_fpn_backbone",
+    "build_bit_retinanet_resnet_fpn_backbone",
     "build_ws_resnet_backbone",
     "build_ws_resnet_fpn_backbone",
     "build_ws_retinanet_resnet_fpn_backbone",

@@ -65,6 +65,20 @@ def _build_ws_fpn(
     ws = WSSettings.from_config(cfg)
     backbone = _build_stock(cfg, input_shape, build_stock, ws)
     _finish_resnet(backbone.bottom_up, ws, "backbone.bottom_up")
+    finish_fpn(backbone, ws)
+    return backbone
+
+
+def finish_fpn(backbone: Backbone, ws: WSSettings) -> None:
+    """Checks the norms of a built `FPN`, converts its convs and joins them with its `bottom_up`.
+
+    Args:
+        backbone: built with norms from `get_norm`; its `bottom_up` is finished.
+        ws: which parts are standardized, and how.
+
+    Raises:
+        ConfigError: see `finish_part`.
+    """
     fpn = nn.ModuleDict(
         {name: child for name, child in backbone.named_children() if name != "bottom_up"}
     )
@@ -72,7 +86,6 @@ def _build_ws_fpn(
     if ws.backbone or ws.fpn:  # one part, so that all filters share launches
         standardize_together(backbone)
         standardize_alone(backbone.bottom_up)
-    return backbone
 
 
 def _build_stock(
@@ -95,13 +108,18 @@ def _finish_resnet(resnet: nn.Module, ws: WSSettings, part: str) -> None:
 
 def _check_resnet_keys(cfg: CfgNode) -> None:
     """Refuses values that detectron2 would ignore or answer with a bare KeyError."""
-    resnets = cfg.MODEL.RESNETS
-    if any(resnets.DEFORM_ON_PER_STAGE):
-        raise ConfigError(
-            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {list(resnets.DEFORM_ON_PER_STAGE)}, but "
-            "deformable convolutions cannot be standardized; allowed: all False"
-        )
+    check_no_deformable_stage(cfg)
     check_depth(cfg)
+
+
+def check_no_deformable_stage(cfg: CfgNode) -> None:
+    """Raises ConfigError if MODEL.RESNETS.DEFORM_ON_PER_STAGE has a True."""
+    stages = list(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE)
+    if any(stages):
+        raise ConfigError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is {stages}, but deformable convolutions cannot "
+            "be standardized; allowed: all False"
+        )
 
 
 def check_depth(cfg: CfgNode) -> None:

@@ -17,6 +17,7 @@ from ws_detectron.layers import (
     DEFAULT_WS_EPS,
     DEFAULT_WS_MODE,
     WSConv2d,
+    affine_of,
     check_ws_arguments,
     standardize_alone,
     standardize_together,
@@ -54,7 +55,10 @@ class ConversionReport:
 
 
 def convert_to_ws(
-    module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
+    module: nn.Module,
+    eps: float = DEFAULT_WS_EPS,
+    mode: str = DEFAULT_WS_MODE,
+    affine: bool = False,
 ) -> ConversionReport:
     """Turns every detectron2 `Conv2d` followed by a norm layer into a `WSConv2d`, in place.
 
@@ -69,10 +73,15 @@ def convert_to_ws(
     standardized together afterwards (`layers.standardize_together`). If there is no such conv, a
     warning says why.
 
+    With `affine`, a trained model keeps its outputs: the buffers gamma and beta of a `Conv2d` are
+    taken from its filters; a `WSConv2d` keeps its own, or gets 1 and 0.
+
     Args:
         module: any module tree; may be a single conv.
         eps: `eps` of `standardize_weight`.
         mode: `mode` of `standardize_weight`.
+        affine: whether the convs have gamma and beta (`WSConv2d`). mmcv's ConvAWS2d has them, and
+            mode "aws".
 
     Returns:
         The names of the convolutions that were converted, and of the others with the reason.
@@ -86,7 +95,11 @@ def convert_to_ws(
     for name, conv in module.named_modules():
         reason = _reason_to_skip(conv, id(conv) in norm_follows)
         if reason is None:
-            conv.__class__ = WSConv2d
+            if type(conv) is Conv2d:
+                conv.__class__ = WSConv2d
+                conv.set_affine(affine_of(conv.weight, eps, mode) if affine else None)
+            elif affine != (conv.affine() is not None):
+                conv.reset_affine(affine)
             conv.ws_eps, conv.ws_mode = eps, mode
             report.converted.append(name)
         elif reason:
@@ -105,14 +118,17 @@ def convert_to_ws(
 
 
 def with_ws(
-    module: nn.Module, eps: float = DEFAULT_WS_EPS, mode: str = DEFAULT_WS_MODE
+    module: nn.Module,
+    eps: float = DEFAULT_WS_EPS,
+    mode: str = DEFAULT_WS_MODE,
+    affine: bool = False,
 ) -> nn.Module:
     """`convert_to_ws` that returns the module, as a LazyConfig needs it: `L(with_ws)(module=...)`.
 
     Args, Raises:
         as for `convert_to_ws`.
     """
-    convert_to_ws(module, eps, mode)
+    convert_to_ws(module, eps, mode, affine)
     return module
 
 
@@ -134,9 +150,9 @@ def fold_ws(module: nn.Module) -> nn.Module:
             standardize_alone(conv)
             continue
         with torch.no_grad():
-            folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode)
+            folded = standardize_weight(conv.weight, conv.ws_eps, conv.ws_mode, conv.affine())
         conv.weight = nn.Parameter(folded, requires_grad=conv.weight.requires_grad)
-        del conv.ws_eps, conv.ws_mode
+        del conv.ws_eps, conv.ws_mode, conv.weight_gamma, conv.weight_beta
         conv.__class__ = Conv2d
     return module
 

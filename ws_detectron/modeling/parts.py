@@ -3,7 +3,6 @@
 Only `REGISTRATIONS` lists the names; folding, checks and warnings read it.
 """
 
-import logging
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import NamedTuple
@@ -21,11 +20,10 @@ from torch import nn
 
 from ws_detectron.config import WSSettings
 from ws_detectron.errors import ConfigError
+from ws_detectron.layers import WSConv2d
 
 from .convert import convert_to_ws
 from .norm import check_norm_layers
-
-logger = logging.getLogger(__name__)
 
 
 class Registration(NamedTuple):
@@ -35,7 +33,8 @@ class Registration(NamedTuple):
         registry: where both are registered.
         key: the config key for their names.
         name: of the part with WS.
-        stock: name of detectron2's part, which has the same outputs with folded weights.
+        stock: name of detectron2's part, which has the same outputs with folded weights; empty if
+            detectron2 has none.
         norms: switch in MODEL.WS -> key of the norm after the convs that it standardizes.
     """
 
@@ -57,6 +56,9 @@ REGISTRATIONS = [
         *_BACKBONE,
         "build_ws_retinanet_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone", _FPN,
     ),
+    Registration(*_BACKBONE, "build_bit_resnet_backbone", "", _RESNET),
+    Registration(*_BACKBONE, "build_bit_resnet_fpn_backbone", "", _FPN),
+    Registration(*_BACKBONE, "build_bit_retinanet_resnet_fpn_backbone", "", _FPN),
     Registration(
         ROI_BOX_HEAD_REGISTRY, "MODEL.ROI_BOX_HEAD.NAME",
         "WSFastRCNNConvFCHead", "FastRCNNConvFCHead", {"BOX_HEAD": "MODEL.ROI_BOX_HEAD.NORM"},
@@ -84,17 +86,15 @@ def registrations_in(cfg: CfgNode) -> list[Registration]:
 
 
 def stock_name(key: str, name: str) -> str:
-    """detectron2's name for the part that `key` names `name`; `name` itself if it is stock."""
+    """detectron2's name for the part that `key` names `name`; `name` itself if there is none."""
     stock = [row.stock for row in REGISTRATIONS if (row.key, row.name) == (key, name)]
-    return stock[0] if stock else name
+    return (stock and stock[0]) or name
 
 
 def finish_part(
     module: nn.Module, ws: WSSettings, *, switch: str, part: str, norm_key: str
 ) -> None:
     """Checks the norm layers of a part built by detectron2, and converts its convs to WS.
-
-    Logs which convs were converted and which were not.
 
     Args:
         module: the part, built with norms from `get_norm`.
@@ -110,10 +110,13 @@ def finish_part(
     check_norm_layers(module, part)
     if not getattr(ws, switch.lower()):
         return
-    report = convert_to_ws(module, ws.eps, ws.mode)
-    if not report.converted:
+    if not convert_to_ws(module, ws.eps, ws.mode).converted:
         raise ConfigError(
             f"WS needs convs followed by a norm layer, and {part} has none; check {norm_key} "
             f'(allowed: "GN", "BN", "SyncBN", "FrozenBN") or set MODEL.WS.{switch} False'
         )
-    logger.info("WS (%s, eps %g) in %s: %s", ws.mode, ws.eps, part, report)
+    for conv in module.modules():
+        if isinstance(conv, WSConv2d):
+            # Weights fill them. Those of random filters would differ between processes, because
+            # detectron2's DistributedDataParallel does not broadcast buffers.
+            conv.reset_affine(ws.affine)

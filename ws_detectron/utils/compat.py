@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -12,7 +12,9 @@ from detectron2 import solver
 from detectron2.config import CfgNode
 from detectron2.config.defaults import _C
 from detectron2.engine import defaults
+from detectron2.engine.hooks import PreciseBN
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
 from ws_detectron.errors import find_user_error
 
@@ -111,6 +113,24 @@ def create_local_process_group(processes_per_machine: int) -> None:
         group = dist.new_group(ranks)  # every process must take part in making every group
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def loader_of(hook: PreciseBN) -> Any:
+    """The data loader of a PreciseBN hook, of which it keeps an iterator; None if it has no BN.
+
+    In all versions it is a private attribute of the hook, which `DefaultTrainer` builds.
+    """
+    return getattr(hook, "_data_loader", None)
+
+
+def skip_written(writers: Iterable[EventWriter], iteration: int) -> None:
+    """Has writers skip what an earlier start of the run has written, up to an iteration.
+
+    In all versions those for metrics.json and TensorBoard know it by a private attribute.
+    """
+    for writer in writers:
+        if isinstance(writer, (JSONWriter, TensorboardXWriter)):
+            writer._last_write = iteration
 
 
 def is_divergence(error: BaseException) -> bool:

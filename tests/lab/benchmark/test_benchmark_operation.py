@@ -16,6 +16,7 @@ def test_every_implementation_gives_the_values_of_its_form() -> None:
         "ws_detectron, paper": standardize_weight(weight, 1e-5, "paper"),
         "ws_detectron, official": official,
         "ws_detectron, bit": standardize_weight(weight, 1e-5, "bit"),
+        "ws_detectron, aws": standardize_weight(weight, 1e-5, "aws"),
         "authors' operations": official,
         "mmcv's operations": official,
         "timm's operations": standardize_weight(weight, 1e-6, "bit"),

@@ -387,12 +387,13 @@ def test_rows_of_a_record_are_merged_and_the_first_of_several_test_sets_counts(m
     assert [row["total_loss"] for row in result.record.rows] == [1.0]
 
 
-def test_resumed_runs_are_marked(make_study) -> None:
+def test_resumed_runs_are_as_the_others(make_study) -> None:
     (run, *_) = study_runs(make_study(), {})
     write_state(run, FINISHED)
     reach(run.folder, 5.0)
     (run.folder / "run_record.json").write_text(json.dumps({"starts": 3}))
-    assert read_result(run, {}).notes == ("resumed: 3 starts",)
+    result = read_result(run, {})
+    assert result.notes == () and result.starts == 3
 
 
 def test_search_takes_the_best_mean_of_box_and_mask_ap(make_study) -> None:

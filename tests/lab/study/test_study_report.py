@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from small_study import VARIANT, write_study
 
 from ws_detectron.errors import UserError
@@ -23,11 +24,17 @@ from ws_detectron.lab.study import (
     report_study,
     run_study,
 )
-from ws_detectron.lab.study.figures import draw_batches, draw_over_batch, draw_study_curves
+from ws_detectron.lab.study.figures import (
+    draw_batches,
+    draw_over_batch,
+    draw_scores,
+    draw_study_curves,
+)
 from ws_detectron.lab.study.report import (
     as_page,
     problems_of,
     report_text,
+    verdict,
 )
 
 SEARCH = {"grid": {"SOLVER.BASE_LR": [0.02, 0.04, 0.08]}, "images": 40, "batches": [4]}
@@ -91,16 +98,83 @@ def test_search_is_listed_in_the_order_of_variants_and_upwards(make_study) -> No
 def test_page_is_sound_and_needs_nothing_else(report: Path) -> None:
     text = (report / "report.html").read_text()
     opened, closed = (Counter(re.findall(rf"<{end}(\w+)", text)) for end in ("", "/"))
-    assert {tag for tag in opened if opened[tag] != closed[tag]} == {"meta", "img"}
-    addresses = re.findall(r'(?:src|href)="(.*?)"', text)
+    assert {tag for tag in opened if opened[tag] != closed[tag]} == {"meta", "img", "source"}
+    addresses = re.findall(r'src="(.*?)"', text)
     assert len(addresses) == 2
     for address, name in zip(addresses, ("ap_over_batch.png", "learning_curves.png")):
-        kind, _, data = address.partition(",")
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(data) == (report / name).read_bytes()
+        assert decoded(address) == (report / name).read_bytes()
     assert not re.search(r"url\(|@import|<script", text)
     assert "gn_1img_seed2 is diverged" in text and "101.50 ± 0.71" in text
     assert "<td>gn_1img_seed2</td>" in text and "<code>MODEL.RESNETS.NORM</code>" in text
+
+
+def decoded(address: str) -> bytes:
+    kind, _, data = address.partition(",")
+    assert kind == "data:image/png;base64"
+    return base64.b64decode(data)
+
+
+def test_page_has_figures_for_narrow_and_dark_windows(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    assert "color-scheme: light dark" in text
+    for picture in re.findall(r"<picture>.*?</picture>", text):
+        found = re.findall(r'<source media="(.*?)" srcset="(.*?)">', picture)
+        dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 45rem)"
+        # the first that holds is shown
+        assert [media for media, _ in found] == [f"{dark} and {narrow}", dark, narrow]
+        images = [cv2.imdecode(np.frombuffer(decoded(a), np.uint8), 1) for _, a in found]
+        assert [image[0, 0].max() < 60 for image in images] == [True, True, False]
+        assert [image.shape[1] < 600 for image in images] == [True, False, True]
+
+
+def test_page_starts_with_the_verdict_and_its_contents(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    places = [
+        text.index(part)
+        for part in ("<h1", "In box AP", '<div class="toc">', "2 variants (bn, gn)", "<table>")
+    ]
+    assert places == sorted(places)
+    linked, headed = re.findall(r'href="#(.*?)"', text), re.findall(r'<h2 id="(.*?)"', text)
+    assert linked == headed and len(headed) > 4
+
+
+def with_scores(ran: StudyResults, scores: dict[tuple[str, int], list[float]]) -> StudyResults:
+    """Finished runs with these values of box AP."""
+    (seen, *_) = (run for run in ran.runs if run.status == "finished")
+    runs = [
+        replace(
+            seen,
+            run=replace(seen.run, variant=variant, batch=batch, seed=seed),
+            scores={"bbox/AP": value},
+        )
+        for (variant, batch), values in scores.items()
+        for seed, value in enumerate(values, start=1)
+    ]
+    return replace(ran, runs=runs)
+
+
+def test_verdict_says_who_is_ahead_where(ran: StudyResults) -> None:
+    """t(0.975, 4) = 2.776; s = 1 of three each: the interval is +- 2.776 * sqrt(2 / 3) = 2.27."""
+    around = {value: [value - 1.0, value, value + 1.0] for value in (10, 12, 20, 30)}
+    results = with_scores(
+        ran,
+        {
+            ("gn", 1): around[30],
+            ("bn", 1): around[20],
+            ("gn", 4): around[12],
+            ("bn", 4): around[10],
+        },
+    )
+    start = "**In box AP, in points, by 95 % intervals over seeds:** "
+    assert verdict(results) == (
+        f"{start}GN is ahead of BN (+10.0 at 1 image); it is not distinguished from BN "
+        "(+2.0 at 4 images)."
+    )
+    results = with_scores(ran, {("gn", 1): around[10], ("bn", 1): around[20]})
+    assert verdict(results) == f"{start}GN is behind BN (-10.0 at 1 image)."
+    results = with_scores(ran, {("gn", 1): [10], ("bn", 1): [20]})
+    assert "GN differs, without an interval, from BN (-10.0 at 1 image)." in verdict(results)
+    assert "No difference in box AP is known yet" in verdict(with_scores(ran, {("gn", 1): [1]}))
 
 
 def test_page_is_written_on_request_alone(ran: StudyResults, tmp_path: Path) -> None:
@@ -146,16 +220,51 @@ def test_figures_hold_means_and_deviations(ran: StudyResults) -> None:
     assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP (%)", "mask AP (%)")
     (line, _, (bars,)) = box.containers[0]
     assert [*line.get_ydata()] == [101.5, 101.5]
-    assert [*line.get_xdata()] == pytest.approx([1, 4], rel=0.05)
+    assert [label.get_text() for label in box.get_xticklabels()] == ["1", "4"]
+    assert box.get_ylim() == mask.get_ylim()
+    assert "A study\nmean and standard deviation of 1 to 2 seeds" in ran_title(box)
     ends = [*bars.get_segments()[0][:, 1]]
     assert ends == pytest.approx([101.5 - 0.5**0.5, 101.5 + 0.5**0.5])
 
 
-def test_variants_of_a_single_batch_stand_close_together(ran: StudyResults) -> None:
-    box, _ = draw_over_batch(replace(ran, study=replace(ran.study, batches=[4]))).axes
-    low, high = box.get_xlim()
-    places = [container[0].get_xdata()[0] for container in box.containers]
-    assert len(places) == 2 and places[1] - places[0] < (high - low) / 10
+def ran_title(panel: Axes) -> str:
+    suptitle = panel.get_figure().get_suptitle()
+    return str(suptitle)
+
+
+def test_variants_stand_within_the_place_of_their_batch(ran: StudyResults) -> None:
+    """Half of the distance of two batches would read as a batch between them."""
+    box, _ = draw_over_batch(ran).axes
+    for container in box.containers:
+        places = [*container[0].get_xdata()]
+        assert [round(place) for place in places] == [0, 1]
+        assert all(abs(place - round(place)) < 0.25 for place in places)
+    bands = [patch.get_extents().intervalx for patch in box.patches]
+    inside = box.transData.inverted().transform
+    assert [[round(inside((x, 0))[0], 6) for x in band] for band in bands] == [[-0.5, 0.5]]
+
+
+def test_many_variants_are_rows_at_every_batch(ran: StudyResults) -> None:
+    """Lines of nine variants would lie over each other."""
+    variants = dict.fromkeys([f"gn_ws_{n}" for n in range(7)], ran.study.variants["gn"])
+    (seen, *_) = (run for run in ran.runs if run.status == "finished")
+    runs = [
+        replace(seen, run=replace(seen.run, variant=name, batch=batch))
+        for name in variants
+        for batch in (1, 4)
+    ]
+    many = replace(ran, study=replace(ran.study, variants=variants), runs=runs)
+    panels = draw_scores(many).axes
+    assert [panel.get_title().split("\n")[0] for panel in panels] == [
+        title for title in ("1 image per step", "4 images per step") for _ in ("box", "mask")
+    ]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [
+        f"GN+WS {n}" for n in range(7)
+    ]
+    assert len({panel.get_xlim() for panel in panels}) == 1
+    narrow = draw_scores(many, stacked=True)
+    assert narrow.get_figwidth() < 5 and len(narrow.axes) == 4
+    assert len({panel.get_position().x0 for panel in narrow.axes}) == 1
 
 
 def test_legend_of_many_variants_is_not_cut_off(ran: StudyResults) -> None:
@@ -178,7 +287,8 @@ def test_curves_are_over_images_so_that_batches_can_be_compared(ran: StudyResult
     np.testing.assert_array_equal(loss_1.lines[0].get_xdata(), np.arange(1, 81))
     np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
     box_4 = panels[3]
-    assert box_4.get_shared_x_axes().joined(box_4, loss_4)
+    assert len({panel.get_xlim() for panel in panels}) == 1
+    assert len({panel.get_ylim() for panel in panels[2:]}) == 1  # box and mask AP
     np.testing.assert_array_equal(box_4.lines[0].get_xdata(), [80])
     np.testing.assert_allclose(box_4.lines[0].get_ydata(), [101.5])
 
@@ -190,7 +300,7 @@ def test_curves_are_of_finished_runs_and_may_lack_a_value(ran: StudyResults) -> 
     rows = [row for row in runs[number].record.rows if row["iteration"] != 9]
     runs[number] = replace(runs[number], record=replace(runs[number].record, rows=rows))
     loss_1, loss_4 = draw_study_curves(replace(ran, runs=runs)).axes[:2]
-    (gn,) = (line for line in loss_1.lines if line.get_label() == "gn")
+    (gn,) = (line for line in loss_1.lines if line.get_label() == "GN")
     assert len(gn.get_xdata()) == 80
     np.testing.assert_array_equal(loss_4.lines[0].get_xdata(), np.arange(4, 81, 4))
     assert np.isfinite(loss_4.lines[0].get_ydata()).all()
@@ -199,7 +309,7 @@ def test_curves_are_of_finished_runs_and_may_lack_a_value(ran: StudyResults) -> 
     diverged = [{"iteration": 0, "total_loss": 1000.0}]
     runs[number] = replace(runs[number], record=replace(runs[number].record, rows=diverged))
     (gn,) = (
-        x for x in draw_study_curves(replace(ran, runs=runs)).axes[0].lines if x.get_label() == "gn"
+        x for x in draw_study_curves(replace(ran, runs=runs)).axes[0].lines if x.get_label() == "GN"
     )
     assert len(gn.get_xdata()) == 80 and max(gn.get_ydata()) < 10
 
@@ -215,7 +325,7 @@ def test_text_of_a_log_is_escaped(ran: StudyResults, tmp_path: Path) -> None:
     assert "is diverged: &lt;class 'x'&gt; &amp; a|b**" in text
     (row,) = (line for line in text.splitlines() if line.startswith("| gn_1img_seed2"))
     assert row.rstrip(" |").endswith("FAILED: &lt;class 'x'&gt; &amp; a\\|b")
-    assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "text", tmp_path)
+    assert "<title>t&lt;i&gt;</title>" in as_page("t<i>", "# t\n\nverdict\n\ntext", {})
     assert "h|1" not in markdown_table([{"a": "h|1"}])
 
 
@@ -228,7 +338,9 @@ def test_one_batch_is_drawn_by_variant(ran: StudyResults) -> None:
     seeds, interval, mean = box.lines[:3]
     assert sorted(seeds.get_xdata()) == [101, 102] and list(mean.get_xdata()) == [101.5]
     assert interval.get_xdata() == pytest.approx([101.5 - half, 101.5 + half], rel=1e-4)
-    assert box.get_xlabel() == "box AP, mean and 95% interval" and "mask" in mask.get_xlabel()
+    assert box.get_xlabel() == "box AP (%)" and mask.get_xlabel() == "mask AP (%)"
+    assert box.get_xlim() == mask.get_xlim()
+    assert ran_title(box) == "A study\nsymbol: mean, bar: 95 % interval, tick: a run"
 
 
 def test_panels_of_several_studies(ran: StudyResults) -> None:
@@ -236,6 +348,8 @@ def test_panels_of_several_studies(ran: StudyResults) -> None:
     figure = draw_batches([ran, replace(ran, study=only_gn)], batches=[4])
     both, alone = figure.axes
     assert "4 images per step\n" in both.get_title() and "images" in alone.get_title()
+    other = [replace(ran, study=replace(ran.study, title=f"{n}: data, model")) for n in "ab"]
+    assert ran_title(draw_batches(other).axes[0]).startswith("Data, model\n")
     assert both.lines[3].get_color() == alone.lines[0].get_color() != both.lines[0].get_color()
 
 

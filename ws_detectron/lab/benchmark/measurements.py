@@ -26,6 +26,7 @@ from .classifier import measure_classifier
 from .detector_step import measure_inference, measure_steps
 from .operation import COPY, OURS, measure_group_norm, measure_operation
 from .timing import spread
+from .train_loader import measure_loader
 
 MEASUREMENTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "operation": measure_operation,
@@ -34,6 +35,7 @@ MEASUREMENTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "variants": partial(measure_steps, variants=("bn", "frozen_bn", "sync_bn", "gn", "gn_ws")),
     "inference": measure_inference,
     "classifier": measure_classifier,
+    "loader": measure_loader,
 }
 """Their arguments are the options of the command line."""
 GPU: dict[str, dict[str, Any]] = {
@@ -67,6 +69,7 @@ FORMATS = {
     "operation": TableFormat("operation", 1, 2),
     "group_norm": TableFormat("GN", 2, 2),
     "classifier": TableFormat("classifier", 1, 2, "s / epoch", 1),
+    "loader": TableFormat("loader", 1, 3, "ms / image"),
 }
 """By the `kind` of a measurement, in the order of the page."""
 

@@ -219,7 +219,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Trains from the checkpoint on, if there is one; returns the rows of metrics.json."""
     try:
-        from ws_detectron.evaluation.curves import write_figure
+        from ws_detectron.evaluation.figure_style import write_figure
 
         from .misclassified import draw_misclassified
     except ImportError as error:

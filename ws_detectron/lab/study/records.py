@@ -166,10 +166,7 @@ def read_result(run: StudyRun, records: Records) -> RunResult:
     notes = [f"{record.state.upper()}: {record.reason}"] if record.reason else []
     if record.state == FINISHED:
         scores, notes = final_scores(run, record.rows)
-    result = RunResult(run, record, scores, tuple(notes))
-    if result.starts > 1:
-        result = replace(result, notes=(*notes, f"resumed: {result.starts} starts"))
-    return result
+    return RunResult(run, record, scores, tuple(notes))
 
 
 def _with_plain_keys(run: StudyRun, record: Record) -> Rows:

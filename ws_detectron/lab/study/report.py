@@ -11,7 +11,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -26,12 +25,15 @@ from ws_detectron.evaluation.comparison import (
     markdown_table,
     settings_table,
 )
+from ws_detectron.evaluation.figure_style import DARK, split_name
 
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults
 from .study_file import Search, Study, Values
 
 LEVEL = 0.95
 
+DARK_PAGE = "(prefers-color-scheme: dark)"
+NARROW = "(max-width: 45rem)"  # the panels of figures stand below each other
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -39,10 +41,19 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; }}
-table {{ display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem; }}
+:root {{ color-scheme: light dark; --back: #fff; --text: #1a1c1f; --link: #0550ae; }}
+@media (prefers-color-scheme: dark) {{
+:root {{ --back: {dark}; --text: #e4e6e8; --link: #7ab8ff; }}
+}}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 1.5rem auto;
+  padding: 0 1rem; background: var(--back); color: var(--text); overflow-wrap: break-word; }}
+a {{ color: var(--link); }}
+h1 {{ font-size: 1.5rem; line-height: 1.25; }}
+h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
+table {{ display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem;
+  margin: 1rem 0; }}
 th, td {{ border-bottom: 1px solid #8886; padding: 0.3rem 0.7rem; text-align: left; }}
-img {{ max-width: 100%; }}
+img {{ max-width: 100%; height: auto; }}
 </style>
 </head>
 <body>
@@ -154,6 +165,33 @@ def differences(
     return rows
 
 
+def verdict(results: StudyResults) -> str:
+    """What the first score says of each comparison, in a sentence for each."""
+    study = results.study
+    (score, title), *_ = titles_of(study, results.runs).items()
+    sentences = []
+    for pair in study.comparisons or ():
+        one, other = (split_name(name)[1] for name in pair)
+        found: dict[str, list[str]] = {}
+        for where, interval in differences(results, pair, score).items():
+            if interval is None or where not in map(images, study.batches):
+                continue
+            if math.isnan(interval.low):
+                what = "differs, without an interval, from"
+            elif not interval.excludes_zero:
+                what = "is not distinguished from"
+            else:
+                what = "is ahead of" if interval.mean > 0 else "is behind"
+            found.setdefault(what, []).append(f"{interval.mean:+.1f} at {where}")
+        told = [f"{what} {other} ({', '.join(some)})" for what, some in found.items()]
+        if told:
+            sentences.append(f"{one} {'; it '.join(told)}.")
+    if not sentences:
+        return f"**No difference in {title} is known yet.**"
+    basis = f"In {title}, in points, by {100 * LEVEL:g} % intervals over seeds:"
+    return f"**{basis}** {' '.join(sentences)}"
+
+
 def images(batch: int) -> str:
     return "1 image" if batch == 1 else f"{batch} images"
 
@@ -169,7 +207,7 @@ def report_text(results: StudyResults) -> str:
     study, runs = results.study, results.runs
     several, titles = len(study.batches) > 1, titles_of(study, runs)
     what, points = ("AP", "points of AP") if study.detectors else ("scores", "percentage points")
-    parts = [f"# {study.title}", _what_was_run(results)]
+    parts = [f"# {study.title}", verdict(results), _what_was_run(results)]
     for verb, some in (("Measured", runs), ("Searched", results.search)):
         environments = _environments(some)
         if environments:
@@ -412,22 +450,32 @@ def _environments(results: Sequence[RunResult]) -> list[str]:
     ]
 
 
-def as_page(title: str, text: str, folder: Path) -> str:
-    """Converts Markdown to an HTML page with its images inside.
+def as_page(title: str, text: str, figures: Mapping[str, Mapping[str, bytes]]) -> str:
+    """Converts the report to an HTML page with its figures inside; contents follow the verdict.
 
     Args:
         title: title of the page.
         text: Markdown, with tables as on GitHub.
-        folder: folder of its images.
+        figures: file name in the text -> media query, empty for all others -> PNG file; a browser
+            takes the first that holds.
     """
     import markdown
 
-    def inside(match: re.Match) -> str:
-        data = base64.b64encode((folder / match[1]).read_bytes()).decode("ascii")
-        return f'src="data:image/png;base64,{data}"'
+    def picture(match: re.Match) -> str:
+        sources = {
+            media: f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+            for media, content in figures[match[2]].items()
+        }
+        listed = [f'<source media="{m}" srcset="{data}">' for m, data in sources.items() if m]
+        image = f'<img {match[1]}src="{sources[""]}"{match[3]}>'
+        return f"<picture>{''.join(listed)}{image}</picture>"
 
-    body = re.sub(r'src="([^":]+\.png)"', inside, markdown.markdown(text, extensions=["tables"]))
-    return PAGE.format(title=html.escape(title), body=body)
+    head, verdict, *rest = text.split("\n\n", 2)
+    contents = "\n\n".join([head, verdict, "[TOC]", *rest])
+    toc = {"toc": {"toc_depth": "2-2"}}
+    body = markdown.markdown(contents, extensions=["tables", "toc"], extension_configs=toc)
+    body = re.sub(r'<img ([^>]*)src="([^":]+\.png)"([^>]*)>', picture, body)
+    return PAGE.format(title=html.escape(title), body=body, dark=DARK)
 
 
 def _plain(text: str) -> str:

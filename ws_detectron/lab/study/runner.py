@@ -147,18 +147,18 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
         UserError: the folder cannot be written to.
     """
     # these need the packages of the extra `lab`
-    from ws_detectron.evaluation.curves import write_figure
+    from ws_detectron.evaluation.figure_style import write_figure
 
-    from .figures import draw_scores, draw_study_curves
+    from .figures import draw_scores, draw_study_curves, page_versions
     from .report import as_page, first_figure, problems_of, report_text
 
-    name = first_figure(results.study)
-    figures = {name: draw_scores(results), "learning_curves.png": draw_study_curves(results)}
-    for name, figure in figures.items():
-        write_figure(figure, folder / name)
+    figures = {first_figure(results.study): draw_scores, "learning_curves.png": draw_study_curves}
+    for name, draw in figures.items():
+        write_figure(draw(results), folder / name)
     texts = {"report.md": report_text(results)}
     if page:
-        texts["report.html"] = as_page(results.study.title, texts["report.md"], folder)
+        versions = {name: page_versions(draw, results) for name, draw in figures.items()}
+        texts["report.html"] = as_page(results.study.title, texts["report.md"], versions)
     for name, text in texts.items():
         write_text(folder / name, text)
     report, *others = (*texts, *figures)
@@ -181,7 +181,7 @@ def draw_studies(
         UserError: the numbers of studies and folders differ, there is no such batch, or the figure
             cannot be written.
     """
-    from ws_detectron.evaluation.curves import write_figure
+    from ws_detectron.evaluation.figure_style import write_figure
 
     from .figures import draw_batches
 

@@ -1,0 +1,38 @@
+"""Trains and evaluates what a LazyConfig, detectron2's config in Python, defines."""
+
+from detectron2.engine import default_argument_parser
+
+import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
+from ws_detectron.engine.lazy import start_lazy_run
+from ws_detectron.errors import exit_on_user_error
+
+EXAMPLES = """
+examples:
+  # GN+WS in the recipe of detectron2's new baselines, on 8 GPUs
+  python tools/lazyconfig_train_net.py --num-gpus 8 \\
+      --config-file configs/lazy/mask_rcnn_R_50_FPN_100ep_LSJ_gn_ws.py
+
+  # key=value pairs at the end override the config; resume it
+  python tools/lazyconfig_train_net.py --resume --config-file <config> train.max_iter=200
+
+  # evaluate a checkpoint
+  python tools/lazyconfig_train_net.py --eval-only --config-file <config> \\
+      train.init_checkpoint=output/model_final.pth
+"""
+
+
+def main() -> None:
+    parser = default_argument_parser(epilog=EXAMPLES)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete metrics, checkpoints and events of the run in train.output_dir and train "
+        "again; without --overwrite or --resume, a folder that holds a run is refused",
+    )
+    args = parser.parse_args()
+    with exit_on_user_error():
+        start_lazy_run(args)
+
+
+if __name__ == "__main__":
+    main()
