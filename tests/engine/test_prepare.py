@@ -214,19 +214,16 @@ def test_each_run_reads_its_own_fixed_copy(keypoint_cfg: CfgNode, tmp_path: Path
         MetadataCatalog.remove("mine")
 
 
-def test_epochs_count_the_images_that_have_objects(
-    tiny_cfg: CfgNode, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_epochs_count_the_images_that_have_objects(tiny_cfg: CfgNode, tmp_path: Path) -> None:
     """Of four images one has no object: 3 images in steps of 2, 5 epochs: 8 steps."""
     path = tmp_path / "annotations.json"
     content = json.loads(path.read_text())
     content["annotations"].pop()
     path.write_text(json.dumps(content))
     tiny_cfg.SOLVER.EPOCHS, tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.STEPS = 5, 100, (50,)
-    with caplog.at_level(logging.INFO, logger="ws_detectron"):
-        cfg = prepare(tiny_cfg)
+    cfg = prepare(tiny_cfg)
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (0, 8, (4,))
-    assert "training on 3 images" in caplog.text
+    assert "training on 3 images" in cfg.__dict__["prepared"].schedule
     tiny_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert prepare(tiny_cfg).SOLVER.MAX_ITER == 10
     assert prepare(tiny_cfg, Purpose.EVALUATE).SOLVER.EPOCHS == 5
@@ -237,6 +234,7 @@ def test_a_run_in_epochs_resumes_from_its_own_config(tiny_cfg: CfgNode) -> None:
     tiny_cfg.SOLVER.EPOCHS, tiny_cfg.DATASETS.TEST = 1, ()
     args = argparse.Namespace(eval_only=False, resume=True, config_file="")
     run(tiny_cfg, args)
+    assert "training on 4 images" in Path(tiny_cfg.OUTPUT_DIR, "log.txt").read_text()
     written = load_config(f"{tiny_cfg.OUTPUT_DIR}/config.yaml")
     assert (written.SOLVER.EPOCHS, written.SOLVER.MAX_ITER) == (0, 2)
     written.DATASETS.TRAIN *= 2

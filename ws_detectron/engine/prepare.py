@@ -162,6 +162,7 @@ class Prepared(NamedTuple):
         world_size: argument of `prepare`.
         annotations: data set -> path of the fixed copy of its file.
         keypoints: data set -> names of its keypoints.
+        schedule: images, epochs and evaluations of a training in words; empty if unknown.
     """
 
     config: CfgNode
@@ -169,6 +170,7 @@ class Prepared(NamedTuple):
     world_size: int
     annotations: dict[str, str]
     keypoints: dict[str, list[str]]
+    schedule: str
 
 
 PREPARED = "prepared"
@@ -180,10 +182,10 @@ def prepare(
 ) -> CfgNode:
     """Registers the data sets of a config, checks it and scales it; every process must call it.
 
-    For a training, SOLVER.EPOCHS is turned into iterations first, and its images and schedule are
-    logged. The main process reads annotation files. A prepared config, also one that was pickled,
-    is not checked again; only its data sets are registered in this process. If it was changed
-    since, it is prepared again.
+    For a training, SOLVER.EPOCHS is turned into iterations first, by the number of its images. The
+    main process reads annotation files. A prepared config, also one that was pickled, is not
+    checked again; only its data sets are registered in this process. If it was changed since, it
+    is prepared again.
 
     Args:
         cfg: not modified.
@@ -240,8 +242,7 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
     cfg = scale_config(resolve_epochs(cfg, images), world_size) if train else cfg.clone()
     cfg.__dict__.pop(PREPARED, None)
     if train and comm.is_main_process():
-        if images:
-            logger.info(describe_schedule(cfg, images))
         for warning in find_warnings(cfg, world_size, images):
             logger.warning(warning)
-    return Prepared(cfg, purpose, world_size, annotations, keypoints)
+    schedule = describe_schedule(cfg, images) if images else ""
+    return Prepared(cfg, purpose, world_size, annotations, keypoints, schedule)

@@ -55,7 +55,7 @@ from .output_dir import (
     reserved,
     warn_of_start,
 )
-from .prepare import as_flat_dict, prepare
+from .prepare import PREPARED, as_flat_dict, prepare
 from .scaling import list_changes
 from .signals import StopOnSignal, Stopped, on_signals
 
@@ -302,6 +302,8 @@ class Trainer(DefaultTrainer):
                         (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
                     self._tidy_output_dir()
                     write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
+                    if self.cfg.__dict__[PREPARED].schedule:
+                        logger.info(self.cfg.__dict__[PREPARED].schedule)
                     super().train()
             except Stopped:
                 comm.synchronize()  # the end of one process ends the others
