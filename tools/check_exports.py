@@ -75,12 +75,18 @@ def main() -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--run", type=Path, help="folder of a trained model; default: random R-50 ones"
+        "--run",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="folders of trained models; default: random R-50 ones",
     )
     parser.add_argument("--output", type=Path, default=Path("results/export"), metavar="DIR")
     args = parser.parse_args()
     if args.run:
-        models = f"{args.run.name}: the trained model of that run, on its own first test image"
+        names = ", ".join(run.name for run in args.run)
+        models = f"{names}: trained models, each on its own first test image"
     else:
         models = (
             f"COCO configs, the first image of val2017 at {SHORT_SIDE} pixels, {PROPOSALS} "
@@ -103,14 +109,15 @@ def main() -> None:
     sys.exit(0 if all(row[""] == "equal" for row in rows) else 1)
 
 
-def check_all(run: Path, folder: Path) -> Iterator[dict[str, str]]:
+def check_all(runs: list[Path], folder: Path) -> Iterator[dict[str, str]]:
     """The rows of the table."""
-    for name in [run.name] if run else CONFIGS:
-        if not run:
-            cfg = random_detector(CONFIGS[name], folder)
-        else:
+    trained = {run.name: run for run in runs}
+    for name in trained or CONFIGS:
+        if run := trained.get(name):
             weights = ["MODEL.WEIGHTS", str(run / "model_final.pth"), "MODEL.DEVICE", "cpu"]
             cfg = load_config(str(run / "config.yaml"), weights)
+        else:
+            cfg = random_detector(CONFIGS[name], folder)
         for part, (format, row) in itertools.product(PARTS, FORMATS.items()):
             if part == "backbone" and name in SAME_BACKBONE:
                 continue
