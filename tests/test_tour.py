@@ -28,7 +28,7 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     text = printed([cell for cell in tour.cells if cell.cell_type == "code"])
     # 20 in R-18, 8 in the FPN, 2 in the box head
     assert "trained: 30 convs with WS" in text and "folded: 0 convs with WS" in text
-    assert "training on 2 images of my_train; 2 epochs of 2 steps" in text
+    assert "training on 2 images of my_train; 3 epochs of 2 steps" in text
     assert (tmp_path / "output" / "tour" / "folded.yaml").is_file()
     assert text.count("scale") == 6  # one depth, GN and GN+WS, three scales
 
