@@ -93,8 +93,8 @@ def main() -> None:
     else:
         models = (
             f"COCO configs, the first image of val2017 at {SHORT_SIDE} pixels, {PROPOSALS} "
-            f"proposals, random weights of seed {SEED}, the residual branches scaled by {RESIDUAL} and the "
-            "last layers so that something is found"
+            f"proposals, random weights of seed {SEED}, the residual branches scaled by {RESIDUAL} "
+            "and the last layers so that something is found"
         )
     about = {
         "command": shlex.join(["python", *sys.argv]),
