@@ -17,6 +17,7 @@ from ws_detectron.evaluation.evaluate import (
     set_up_logging,
 )
 from ws_detectron.evaluation.visualize import (
+    Drawing,
     visualize_dataset,
     visualize_inputs,
     visualize_webcam,
@@ -126,12 +127,12 @@ def draw_inputs(args: argparse.Namespace) -> str:
     classes = dict(enumerate(metadata.get("thing_classes", ())))
     check_device(cfg)
     check_weights(cfg)
-    options = {"score_threshold": args.confidence_threshold, "longer_side": args.longer_side}
-    to_draw = (args.output, partial(ImagePredictor, cfg), classes)
+    model = partial(ImagePredictor, cfg)
+    draw = Drawing(model, classes, args.confidence_threshold, args.longer_side)
     if args.input:
-        made = visualize_inputs(args.input, *to_draw, **options)
+        made = visualize_inputs(args.input, args.output, draw)
     else:
-        made = visualize_webcam(args.webcam, *to_draw, **options)
+        made = visualize_webcam(args.webcam, args.output, draw)
     weights = ["--config-file", args.config_file, "--output", "model.onnx", *overrides(args)]
     return closing(made, {}, ["export_model.py", "--format", "onnx", *weights])
 

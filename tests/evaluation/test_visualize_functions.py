@@ -24,7 +24,7 @@ from ws_detectron.evaluation.drawing import (
 )
 from ws_detectron.evaluation.image_errors import CORRECT, MISSED
 from ws_detectron.evaluation.inputs import read_video, write_video
-from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
+from ws_detectron.evaluation.visualize import Drawing, visualize_dataset, visualize_inputs
 
 BOXES = [(10, 10, 30, 20), (60, 20, 40, 40), (15, 60, 20, 30)]
 CLASSES = {1: "class 1", 2: "class 2"}
@@ -185,7 +185,7 @@ def test_images_and_videos_are_drawn_and_broken_ones_reported(
     write_video(inputs / "clip.avi", 4.0, map(with_square, (10, 30, 50)))
     with caplog.at_level(logging.WARNING):
         summary = visualize_inputs(
-            [str(inputs)], tmp_path / "out", lambda: find_bright, CLASSES, longer_side=SIDE
+            [str(inputs)], tmp_path / "out", Drawing(lambda: find_bright, CLASSES, longer_side=SIDE)
         )
     assert summary.startswith("drawn 2 of 4 files: ")
     assert "\n4 detections in 4 images (score ≥ 50 %), " in summary
@@ -237,7 +237,7 @@ def test_drawings_have_the_size_and_orientation_of_the_input(tmp_path: Path) -> 
     def find(image: np.ndarray) -> list[dict]:
         return find_bright(image)[:1] if image.max() > 150 else []
 
-    summary = visualize_inputs([str(inputs)], tmp_path / "out", lambda: find, CLASSES)
+    summary = visualize_inputs([str(inputs)], tmp_path / "out", Drawing(lambda: find, CLASSES))
     assert summary.startswith("drawn 3 of 4 files") and "\n3 detections in 4 images" in summary
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "b.mp4", "c.png"}
     first, second = read_video(tmp_path / "out" / "b.mp4")[2]
@@ -254,7 +254,7 @@ def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
 
     def draw(output: str, *names: str) -> None:
         paths = [str(tmp_path / name) for name in names]
-        visualize_inputs(paths, tmp_path / output, lambda: find_bright, CLASSES)
+        visualize_inputs(paths, tmp_path / output, Drawing(lambda: find_bright, CLASSES))
 
     for output in ("new/one.png", "one.JPG"):
         draw(output, "a.png")
@@ -269,7 +269,9 @@ def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
     for words, (output, *names) in cases.items():
         with pytest.raises(UserError, match=words):
             visualize_inputs(
-                [str(tmp_path / name) for name in names], tmp_path / output, never_built, CLASSES
+                [str(tmp_path / name) for name in names],
+                tmp_path / output,
+                Drawing(never_built, CLASSES),
             )
     (tmp_path / "folder.png").mkdir()
     draw("folder.png", "a.png")
@@ -300,14 +302,14 @@ def test_without_an_output_drawings_are_shown(
     write_video(tmp_path / "b.avi", 4.0, map(with_square, (10, 30, 50)))
     write_png(tmp_path / "c.png", with_square(10))
     screen = Screen(monkeypatch, [ord("n"), -1, 27])
-    summary = visualize_inputs([str(tmp_path)], None, lambda: find_bright, CLASSES)
+    summary = visualize_inputs([str(tmp_path)], None, Drawing(lambda: find_bright, CLASSES))
     assert summary.startswith("3 detections in 3 images")  # Esc at the second frame
     places = [place_of(picture[:, :, ::-1])[0] for picture in screen.shown]
     np.testing.assert_allclose(places, [19.5, 19.5, 39.5], atol=3)
     monkeypatch.delenv("DISPLAY")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     with pytest.raises(UserError, match="no display .*--output"):
-        visualize_inputs([str(tmp_path)], None, never_built, CLASSES)
+        visualize_inputs([str(tmp_path)], None, Drawing(never_built, CLASSES))
 
 
 def test_a_camera_is_shown_or_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +318,7 @@ def test_a_camera_is_shown_or_recorded(tmp_path: Path, monkeypatch: pytest.Monke
     opened, capture = [], cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", lambda n: opened.append(n) or capture(str(path)))
     screen = Screen(monkeypatch, [-1, ord("q")])
-    summary = visualize.visualize_webcam(1, None, lambda: find_bright, CLASSES)
+    summary = visualize.visualize_webcam(1, None, Drawing(lambda: find_bright, CLASSES))
     assert summary.startswith("2 detections in 2 images") and opened == [1]
     assert len(screen.shown) == 2
 
@@ -329,26 +331,26 @@ def test_a_camera_is_shown_or_recorded(tmp_path: Path, monkeypatch: pytest.Monke
 
     seen: list[np.ndarray] = []
     output = tmp_path / "new" / "drawn.mp4"
-    summary = visualize.visualize_webcam(0, output, lambda: interrupted, CLASSES)
+    summary = visualize.visualize_webcam(0, output, Drawing(lambda: interrupted, CLASSES))
     assert summary.startswith(f"drawn: {output}\n2 detections in 2 images")
     assert len(list(read_video(output)[2])) >= 2
     with pytest.raises(UserError, match="drawn.png of --webcam must end in .mp4"):
-        visualize.visualize_webcam(0, tmp_path / "drawn.png", never_built, CLASSES)
+        visualize.visualize_webcam(0, tmp_path / "drawn.png", Drawing(never_built, CLASSES))
     monkeypatch.undo()
     with pytest.raises(DataError, match="cannot read camera 99"):
-        visualize.visualize_webcam(99, output, never_built, CLASSES)
+        visualize.visualize_webcam(99, output, Drawing(never_built, CLASSES))
 
 
 def test_a_video_goes_into_a_video(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.avi", 4.0, [with_square(10)])
     write_png(tmp_path / "a.png", with_square(10))
     output = tmp_path / "out.mkv"
-    visualize_inputs([str(tmp_path / "clip.avi")], output, lambda: find_bright, CLASSES)
+    visualize_inputs([str(tmp_path / "clip.avi")], output, Drawing(lambda: find_bright, CLASSES))
     assert len(list(read_video(output)[2])) == 1
     for arguments in (["a.png"], ["clip.avi", "out.mkv"]):
         paths = [str(tmp_path / name) for name in arguments]
         with pytest.raises(UserError, match="must be a single video"):
-            visualize_inputs(paths, tmp_path / "new.mp4", lambda: find_bright, CLASSES)
+            visualize_inputs(paths, tmp_path / "new.mp4", Drawing(lambda: find_bright, CLASSES))
 
 
 def test_photos_are_not_written_over(tmp_path: Path) -> None:
@@ -359,7 +361,9 @@ def test_photos_are_not_written_over(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in photos.iterdir()}
 
     def draw(arguments: list[Path], output: Path) -> None:
-        visualize_inputs([str(path) for path in arguments], output, lambda: find_bright, CLASSES)
+        visualize_inputs(
+            [str(path) for path in arguments], output, Drawing(lambda: find_bright, CLASSES)
+        )
 
     files = [photos / "a.png", photos / "clip.mp4"]
     for arguments, output in (
@@ -383,7 +387,7 @@ def test_drawings_are_not_drawn_again(tmp_path: Path) -> None:
         write_png(photo, with_square(left))
     for _ in range(2):
         summary = visualize_inputs(
-            [str(folder)], folder / "out", lambda: find_bright, CLASSES, longer_side=SIDE
+            [str(folder)], folder / "out", Drawing(lambda: find_bright, CLASSES, longer_side=SIDE)
         )
         assert summary.startswith("drawn 3 of 3 files")
         assert {p.name for p in (folder / "out").iterdir()} == {"x.png", "x_2.png", "x_3.png"}
@@ -405,9 +409,7 @@ def test_names_are_shown_escaped_and_labels_are_no_formulas(
         summary = visualize_inputs(
             [str(tmp_path / "in")],
             tmp_path / "out",
-            lambda: find_bright,
-            classes,
-            score_threshold=0,
+            Drawing(lambda: find_bright, classes, score_threshold=0),
         )
     assert r"\x1b[31mred\n\udcff.png" in summary and "\x1b" not in summary + caplog.text
     assert "\udcff" not in summary + caplog.text
@@ -424,15 +426,16 @@ def test_an_output_that_is_a_file_is_refused(dataset: str, tmp_path: Path) -> No
             visualize_inputs(
                 [str(tmp_path / "in.mp4")],
                 tmp_path / output,
-                lambda: find_bright,
-                CLASSES,
+                Drawing(lambda: find_bright, CLASSES),
             )
 
 
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(UserError, match="none of the 1 files could be read"):
-        visualize_inputs([str(tmp_path / "a.png")], tmp_path / "out", lambda: find_bright, CLASSES)
+        visualize_inputs(
+            [str(tmp_path / "a.png")], tmp_path / "out", Drawing(lambda: find_bright, CLASSES)
+        )
 
 
 @pytest.mark.parametrize("what", ["own loader", "not yet made"])

@@ -1,5 +1,6 @@
 """Draws predictions: beside ground truth on a data set, or on any images and videos."""
 
+import functools
 import itertools
 import logging
 import math
@@ -246,15 +247,56 @@ def _skipped(files: Sequence[Any]) -> str:
     return f"\n{len(files)} could not be read and were skipped: {names}{more}"
 
 
-def visualize_inputs(
-    arguments: Sequence[str],
-    output: Optional[Path],
-    build: Callable[[], Predict],
-    classes: Mapping[int, str],
-    *,
-    score_threshold: float = 0.5,
-    longer_side: Optional[int] = None,
-) -> str:
+class Drawing:
+    """Predicts on images and draws the predictions, and counts them.
+
+    Args:
+        build: returns the model; called for the first image, when inputs and output are checked.
+        classes: class number -> name.
+        score_threshold: predictions below it are not drawn.
+        longer_side: of a drawing, pixels; default: that of the image.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Predict],
+        classes: Mapping[int, str],
+        score_threshold: float = 0.5,
+        longer_side: Optional[int] = None,
+    ) -> None:
+        self._predict = functools.cache(build)
+        self._classes, self._threshold, self._longer_side = classes, score_threshold, longer_side
+        self._images, self._detections, self._seconds = 0, 0, 0.0
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """The drawing of an image, both (H, W, 3) uint8, RGB.
+
+        Raises:
+            ConfigError: the model predicts a class that is not in `classes`.
+        """
+        predict, classes, start = self._predict(), self._classes, time.perf_counter()
+        found = predict(image)
+        self._seconds += time.perf_counter() - start
+        entries = [entry for entry in found if entry["score"] >= self._threshold]
+        beyond = [e["category_id"] for e in entries if classes and e["category_id"] not in classes]
+        if beyond:
+            raise ConfigError(
+                f"the model predicts class number {beyond[0]}, and the data set has {len(classes)} "
+                "classes; set MODEL.ROI_HEADS.NUM_CLASSES (MODEL.RETINANET.NUM_CLASSES), or name "
+                "weights that were trained on these classes"
+            )
+        self._images, self._detections = self._images + 1, self._detections + len(entries)
+        return draw_entries(image, self._longer_side or max(image.shape[:2]), entries, classes)
+
+    def summary(self) -> str:
+        """Numbers of detections and images, and the time of the model."""
+        milliseconds = 1000 * self._seconds / max(1, self._images)
+        numbers = _number(self._detections, "detection"), _number(self._images, "image")
+        limit = f"score ≥ {100 * self._threshold:g} %"
+        return f"{' in '.join(numbers)} ({limit}), {milliseconds:.0f} ms per image"
+
+
+def visualize_inputs(arguments: Sequence[str], output: Optional[Path], draw: Drawing) -> str:
     """Draws predictions on images and videos.
 
     Files that cannot be read are skipped and named in the summary.
@@ -263,10 +305,7 @@ def visualize_inputs(
         arguments: see `find_inputs`.
         output: a folder for `<name>.png` and `<name>.mp4`; for a single image or video also a file;
             None: a window.
-        build: returns the model, once inputs and output are checked.
-        classes: class number -> name.
-        score_threshold: predictions below it are not drawn.
-        longer_side: of the drawings, pixels; default: that of the input.
+        draw: draws on an image.
 
     Returns:
         A summary to print.
@@ -278,7 +317,6 @@ def visualize_inputs(
     """
     paths = find_inputs(arguments, output)
     targets = _targets(paths, output)
-    draw = _Drawing(build(), classes, score_threshold, longer_side)
     skipped, ended = [], False
     pairs = list(zip(paths, targets))
     for path, target in progress(pairs, "drawing", "file"):
@@ -307,21 +345,13 @@ def visualize_inputs(
     return f"{drawn}\n{draw.summary()}{_skipped(skipped)}"
 
 
-def visualize_webcam(
-    camera: int,
-    output: Optional[Path],
-    build: Callable[[], Predict],
-    classes: Mapping[int, str],
-    *,
-    score_threshold: float = 0.5,
-    longer_side: Optional[int] = None,
-) -> str:
+def visualize_webcam(camera: int, output: Optional[Path], draw: Drawing) -> str:
     """Draws predictions on the pictures of a camera, until Esc, q or Ctrl-C.
 
     Args:
         camera: its number, from 0.
         output: a video; None: a window.
-        build, classes, score_threshold, longer_side: as for `visualize_inputs`.
+        draw: draws on an image.
 
     Returns:
         A summary to print.
@@ -337,7 +367,6 @@ def visualize_webcam(
     else:
         check_folder(output.parent)
     rate, _, frames = read_video(camera)
-    draw = _Drawing(build(), classes, score_threshold, longer_side)
     if output is not None:
         logger.info("recording; Ctrl-C ends it")
         write_video(output, rate, _until_interrupted(map(draw, frames), rate))
@@ -380,41 +409,3 @@ def _targets(paths: Sequence[Path], output: Optional[Path]) -> Sequence[Optional
         check_folder(output.parent)
     refuse_overwrite(targets, paths)
     return targets
-
-
-class _Drawing:
-    """Draws what a model predicts, and counts it; arguments as for `visualize_inputs`."""
-
-    def __init__(
-        self,
-        predict: Predict,
-        classes: Mapping[int, str],
-        score_threshold: float,
-        longer_side: Optional[int],
-    ) -> None:
-        self._predict, self._classes = predict, classes
-        self._threshold, self._longer_side = score_threshold, longer_side
-        self._images = self._detections = 0
-        self._seconds = 0.0
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        start = time.perf_counter()
-        found, classes = self._predict(image), self._classes
-        self._seconds += time.perf_counter() - start
-        entries = [entry for entry in found if entry["score"] >= self._threshold]
-        beyond = [e["category_id"] for e in entries if classes and e["category_id"] not in classes]
-        if beyond:
-            raise ConfigError(
-                f"the model predicts class number {beyond[0]}, and the data set has {len(classes)} "
-                "classes; set MODEL.ROI_HEADS.NUM_CLASSES (MODEL.RETINANET.NUM_CLASSES), or name "
-                "weights that were trained on these classes"
-            )
-        self._images, self._detections = self._images + 1, self._detections + len(entries)
-        return draw_entries(image, self._longer_side or max(image.shape[:2]), entries, classes)
-
-    def summary(self) -> str:
-        """Numbers of detections and images, and the time of the model."""
-        milliseconds = 1000 * self._seconds / max(1, self._images)
-        numbers = _number(self._detections, "detection"), _number(self._images, "image")
-        limit = f"score ≥ {100 * self._threshold:g} %"
-        return f"{' in '.join(numbers)} ({limit}), {milliseconds:.0f} ms per image"

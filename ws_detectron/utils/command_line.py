@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional, TypeVar
 
+from detectron2.engine import default_argument_parser
 from tqdm import tqdm
 
 from ws_detectron.errors import UserError
@@ -34,6 +35,13 @@ class ToolParser(argparse.ArgumentParser):
     ) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(description=description, epilog=examples, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As usual, and the help says the default where it has none."""
+        default, text = options.get("default"), options.get("help")
+        if text and "default" not in text and default not in (None, False, argparse.SUPPRESS, []):
+            options["help"] = f"{text}; default: {default}".replace("%", "%%")
+        return super().add_argument(*names, **options)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As usual, but the first config key ends the values of an option, like --opts."""
@@ -86,13 +94,34 @@ def overrides(args: argparse.Namespace) -> list[str]:
         UserError: an option is among them.
     """
     device = getattr(args, "device", None)
+    device = getattr(args, "device", None)
     given = [word for word in args.opts or [] if word != "--opts"]
     for key in given[::2]:
         if key.startswith("--"):
-            raise UserError(
-                f"{key} follows KEY VALUE pairs; they end the line"
-            )
+            raise UserError(f"{key} follows KEY VALUE pairs; they end the line")
     return [*given, *(["MODEL.DEVICE", device] if device else [])]
+
+
+def training_parser(
+    description: Optional[str], examples: str, output: str
+) -> argparse.ArgumentParser:
+    """detectron2's parser of trainings, with --overwrite, --output, --device and --opts.
+
+    Args:
+        description, examples: as for `ToolParser`.
+        output: the config key of the output folder.
+    """
+    parser = default_argument_parser(epilog=examples)
+    parser.description = description
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"delete metrics, checkpoints and events of the run in {output} and train again; "
+        "without --overwrite or --resume, a folder that holds a run is refused",
+    )
+    parser.add_argument("--output", metavar="DIR", help=f"the same as {output}")
+    add_overrides(parser, nargs=None)
+    return parser
 
 
 def add_input(parser: argparse.ArgumentParser, help: str) -> None:
