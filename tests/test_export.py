@@ -219,6 +219,12 @@ def test_equal_detections_are_equal_in_any_order(what: str) -> None:
     [
         (MASK_RCNN, "torch-export", [], "use --format torchscript or onnx, or --part backbone"),
         (PANOPTIC, "onnx", [], "MODEL.META_ARCHITECTURE is 'PanopticFPN'"),
+        (
+            MASK_RCNN,
+            "torchscript",
+            ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"],
+            "use --format onnx",
+        ),
         (MASK_RCNN, "onnx", ["MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON False"),
         (MASK_RCNN, "onnx", ["MODEL.LOAD_PROPOSALS", "True"], "the proposals of 'RPN'; export its"),
         (MASK_RCNN, "onnx", ["MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"], "NAME is 'RRPN'"),

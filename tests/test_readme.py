@@ -80,7 +80,8 @@ def test_from_training_to_inference_in_an_own_project(tmp_path: Path) -> None:
     base = model_zoo.get_config_file("quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml")
     (tmp_path / "my_config.yaml").write_text(MY_CONFIG.format(base=base))
 
-    training, inference = blocks(README)
+    (both,) = blocks(README)
+    training, inference = both.split("# inference\n")
     batch, folded, conversion = blocks(OWN_PROJECT)
     training = training.replace("/data/", f"{tmp_path}/").replace("6, 100", "6, 1")
     scores = "cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.01\ninstances ="  # after one iteration

@@ -27,13 +27,14 @@ from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import write_text
 
 EXAMPLES = """
-example (COCO in DETECTRON2_DATASETS):
+examples (the second needs COCO in DETECTRON2_DATASETS):
   python tools/check_exports.py --run output/quickstart --output results/export
+  python tools/check_exports.py --output results/export/random_R50
 """
-SEED, SHORT_SIDE = 0, 256
+SEED, SHORT_SIDE, PROPOSALS = 0, 192, 100
 CONFIGS = {
-    "Mask R-CNN R-50": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_1img.yaml",
     "RetinaNet R-50": "COCO-Detection/retinanet_R_50_FPN_1x_gn_ws_towers_1img.yaml",
+    "Mask R-CNN R-50": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_gn_ws_1img.yaml",
     "Faster R-CNN R-50": "COCO-Detection/faster_rcnn_R_50_FPN_1x_gn_ws_1img.yaml",
 }
 SAME_BACKBONE = ("Faster R-CNN R-50",)
@@ -71,17 +72,27 @@ the pixels in either of the two; features within 1e-4 of the largest of their le
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    parser.add_argument("--run", type=Path, help="folder of a trained model, for trained weights")
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="folders of trained models; default: random R-50 ones",
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("results/export"), metavar="DIR", help="folder"
     )
     args = parser.parse_args()
-    models = (
-        f"R-50: COCO configs, the first image of val2017 at {SHORT_SIDE} pixels, random weights of "
-        f"seed {SEED} with the last layers scaled so that something is found"
-    )
     if args.run:
-        models += f"; {args.run.name}: the trained model of that run, on its own first test image"
+        names = ", ".join(run.name for run in args.run)
+        models = f"{names}: trained models, each on its own first test image"
+    else:
+        models = (
+            f"COCO configs, the first image of val2017 at {SHORT_SIDE} pixels, {PROPOSALS} "
+            f"proposals, random weights of seed {SEED} with the last layers scaled so that "
+            "something is found"
+        )
     about = {
         "command": shlex.join(["python", *sys.argv]),
         "models": models,
@@ -98,14 +109,15 @@ def main() -> None:
     sys.exit(0 if all(row[""] == "equal" for row in rows) else 1)
 
 
-def check_all(run: Path, folder: Path) -> Iterator[dict[str, str]]:
+def check_all(runs: list[Path], folder: Path) -> Iterator[dict[str, str]]:
     """The rows of the table."""
-    for name in [run.name] * bool(run) + [*CONFIGS]:
-        if name in CONFIGS:
-            cfg = random_detector(CONFIGS[name], folder)
-        else:
+    trained = {run.name: run for run in runs}
+    for name in trained or CONFIGS:
+        if run := trained.get(name):
             weights = ["MODEL.WEIGHTS", str(run / "model_final.pth"), "MODEL.DEVICE", "cpu"]
             cfg = load_config(str(run / "config.yaml"), weights)
+        else:
+            cfg = random_detector(CONFIGS[name], folder)
         for part, (format, row) in itertools.product(PARTS, FORMATS.items()):
             if part == "backbone" and name in SAME_BACKBONE:
                 continue
@@ -138,7 +150,7 @@ def random_detector(name: str, folder: Path) -> CfgNode:
     """The config of a COCO detector whose random weights find something."""
     options = f"""MODEL.DEVICE cpu MODEL.WEIGHTS "" DATASETS.TEST "('coco_2017_val',)"
         INPUT.MIN_SIZE_TEST {SHORT_SIDE} INPUT.MAX_SIZE_TEST {SHORT_SIDE * 5 // 3}
-        DATALOADER.NUM_WORKERS 0"""
+        MODEL.RPN.POST_NMS_TOPK_TEST {PROPOSALS} DATALOADER.NUM_WORKERS 0"""
     cfg = load_config(name, shlex.split(options))
     check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     torch.manual_seed(SEED)

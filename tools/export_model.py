@@ -58,8 +58,8 @@ def main() -> None:
               file=sys.stderr)  # fmt: skip
         sys.exit(1)
     found = "; ".join(dict.fromkeys(comparison.found for comparison in comparisons))
-    made = f"\nexported, and equal to detectron2 on {len(comparisons)} inputs: {found}"
-    print(closing(made, {args.format: args.output}))
+    made = f"\nequal to detectron2 on {len(comparisons)} inputs: {found}"
+    print(closing(made, {"exported": args.output}))
     print("next: run it, docs/deploy.md")
 
 

@@ -113,6 +113,7 @@ def run_cell(
     cell = (done.stdout.strip(), torch, release, " ".join(tests) or "all")
     row: dict[str, Any] = dict(zip(CELL, cell))
     row |= {"result": "not installed", "passed": 0, "failed": 0, "skipped": 0}
+    code = package_version()  # it may change while the tests run
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,7 +138,7 @@ def run_cell(
         "minutes": minutes,
         "date": utc_now()[:10],
         "machine": f"{cpu_model()}, {os.cpu_count()} cores",
-        "ws_detectron": package_version(),
+        "ws_detectron": code,
     }
 
 

@@ -86,6 +86,7 @@ def test_a_trainer_of_a_script_leaves_the_config_and_its_log(tmp_path: Path) -> 
         log.setLevel(logging.NOTSET)
     for name in ("first", "second"):
         cfg = small_cfg(tmp_path / name)
+        cfg.SEED = 1  # without one, the trainer draws it
         train(cfg)
         assert (tmp_path / name / "config.yaml").read_text() == cfg.dump()
         log = (tmp_path / name / "log.txt").read_text()

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from bit_reference import NARROW, random_timm_state
+from torchvision.models import resnet18
 
+from ws_detectron.checkpoint import convert_file, write_detectron2
 from ws_detectron.lab.scenes import builtin_scenes, ensure_scenes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +119,38 @@ def test_from_a_timm_file_to_a_training_in_two_commands(coco_root: Path, tmp_pat
     assert not torch.equal(learned, start)
     torch.testing.assert_close(learned, start, rtol=0, atol=0.1)  # two small steps away
     assert torch.equal(final[f"{body}.res2.out.norm.bias"], state["stages.1.blocks.0.norm1.bias"])
+
+
+def test_affine_ws_trains_from_plain_weights_and_evaluates(coco_root: Path, tmp_path: Path) -> None:
+    """From random ones in torchvision's format; gamma and beta stay those of the start."""
+    torch.save(resnet18().state_dict(), tmp_path / "resnet18.pth")
+    write_detectron2(convert_file(tmp_path / "resnet18.pth"), tmp_path / "start.pth")
+    config = CONFIGS / "mask_rcnn_R_50_FPN_1x_frozen_bn_aws_1img.yaml"
+    options = [*SMALL, "MODEL.WEIGHTS", tmp_path / "start.pth", "OUTPUT_DIR", tmp_path]
+    options += ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+    truth = json.loads((coco_root / "annotations" / "instances_val2017.json").read_text())
+    shown = {entry["image_id"] for entry in truth["annotations"][:4]}
+    truth["images"] = [image for image in truth["images"] if image["id"] in shown]
+    truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] in shown]
+    (tmp_path / "few.json").write_text(json.dumps(truth))
+    few = ["few", str(tmp_path / "few.json"), str(coco_root / "val2017")]
+    options += ["DATASETS.REGISTER", [few], "DATASETS.TRAIN", "('few',)"]
+    options += ["DATASETS.TEST", "('few',)", "SOLVER.MAX_ITER", 2]
+    result = train_net("--config-file", config, *options)
+    assert result.returncode == 0, result.stderr
+    assert "plain filters give the affine WS of 20 convs" in result.stdout
+    assert "copypaste: " in result.stdout
+    last = [row for row in metrics(tmp_path) if "total_loss" in row][-1]
+    assert last["iteration"] == 1 and math.isfinite(last["total_loss"])
+    start, end = (
+        torch.load(tmp_path / name, weights_only=True)["model"]
+        for name in ("start.pth", "model_final.pth")
+    )
+    conv = "res5.1.conv2.weight"
+    trained = {key.removeprefix("backbone.bottom_up."): value for key, value in end.items()}
+    assert not torch.equal(trained[conv], start[conv])
+    beta = start[conv].mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(trained[f"{conv}_beta"], beta)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -138,6 +138,10 @@ class TrainingBatches(Sampler):
         images: of an optimizer step; a multiple of `parts` times `processes`.
         parts, processes, rank: numbers of parts and processes, and of this process.
         groups: (images of the data set,) the group of each; None: all are one.
+
+    Attributes:
+        size: images of a batch.
+        seed, start: SEED of the run, and the number of the first batch to give.
     """
 
     def __init__(
@@ -153,15 +157,15 @@ class TrainingBatches(Sampler):
         self._factors, self._images = factors, images
         self._parts, self._processes, self._rank = parts, processes, rank
         self._groups = np.zeros(len(factors), int) if groups is None else np.asarray(groups)
-        self.seed = self.start = 0  # of the sequence; the first batch that is asked for
+        self.size = images // (parts * processes)
+        self.seed = self.start = 0
 
     def __iter__(self) -> Iterator[list[Drawn]]:
-        size = self._images // (self._parts * self._processes)
         first, part = divmod(self.start, self._parts)
         for step in itertools.islice(self._steps(), first, None):
             for number in range(part, self._parts):
-                begin = (number * self._processes + self._rank) * size
-                yield [(p, i) for p, i in step[begin : begin + size].tolist()]
+                begin = (number * self._processes + self._rank) * self.size
+                yield [(p, i) for p, i in step[begin : begin + self.size].tolist()]
             part = 0
 
     def place(self, number: int) -> tuple[int, int]:

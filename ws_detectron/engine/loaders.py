@@ -5,6 +5,7 @@ the run without interruption gets (`ws_detectron.data.training_order`).
 """
 
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -122,14 +123,18 @@ class TrainLoader:
     def __iter__(self) -> Iterator[list[Any]]:
         batches, seed = self._batches, self.seed
         batches.seed, batches.start = seed, self.start
-        loader = DataLoader(
-            MappedImages(self._dataset, self._mapper, seed),
-            batch_sampler=batches,
-            num_workers=self._workers,
-            collate_fn=trivial_batch_collator,
-            worker_init_fn=end_with_parent_alone,
+        images = iter(  # one by one, which is faster than whole batches in each worker
+            DataLoader(
+                MappedImages(self._dataset, self._mapper, seed),
+                sampler=itertools.chain.from_iterable(batches),
+                batch_size=None,
+                num_workers=self._workers,
+                collate_fn=trivial_batch_collator,
+                worker_init_fn=end_with_parent_alone,
+            )
         )
-        for number, batch in enumerate(loader, self.start):
+        for number in itertools.count(self.start):
+            batch = list(itertools.islice(images, batches.size))
             seed_step(seed, *batches.place(number))
             yield batch
 

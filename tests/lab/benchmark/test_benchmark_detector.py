@@ -27,6 +27,16 @@ def test_step_and_inference_of_variants_are_measured(coco_root) -> None:
     assert list(inference["seconds"]) == ["gn", "gn_ws, folded", "gn_ws, not folded"]
 
 
+def test_exports_are_measured_beside_eager(coco_root) -> None:
+    (exports,) = detector_step.measure_exports("cpu", 2, 0, short_side=64, opts=SMALL)
+    assert list(exports["seconds"]) == ["detectron2", "TorchScript", "ONNX Runtime"]
+    assert all(len(seconds) == 2 for seconds in exports["seconds"].values())
+    text = table({"kind": "exports", "parts": [exports]})
+    assert "times detectron2" in text and f"threads {torch.get_num_threads()}." in text
+    with pytest.raises(UserError, match="--device is cuda; .*: --device cpu"):
+        next(detector_step.measure_exports("cuda"))
+
+
 def test_all_variants_get_the_same_proposals(coco_root) -> None:
     boxes = []
     for variant in ("bn", "gn_ws"):

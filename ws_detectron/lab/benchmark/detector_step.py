@@ -16,10 +16,11 @@ from torch import nn
 from ws_detectron.engine import Trainer, load_config
 from ws_detectron.engine.checks import check_datasets, check_device
 from ws_detectron.errors import UserError
+from ws_detectron.export import FORMATS, Run, Tensors, check_export, export, model_inputs
 from ws_detectron.layers import GroupNorm, use_group_norm
-from ws_detectron.modeling import folded_copy
+from ws_detectron.modeling import fold_ws, folded_copy
 
-from .timing import Action, time_and_memory
+from .timing import Action, interleave, time_and_memory
 
 SPLIT = "_split"
 """Suffix of a variant with our GroupNorm, split over the GPU (`layers.split_group_norm`)."""
@@ -139,6 +140,43 @@ def measure_inference(
     yield {"facts": facts, **measured}
 
 
+def measure_exports(
+    device: str, rounds: int = 10, warmup: int = 2, short_side: Optional[int] = None,
+    opts: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Inference of GN+WS Mask R-CNN, folded, one image at a time: eager and exports, on the CPU.
+
+    All have as many threads as torch, and return masks of the size of the image.
+
+    Args:
+        device, rounds, warmup, short_side, opts: as for `measure_steps`; "cpu".
+
+    Yields:
+        `facts` and `seconds`, name -> seconds of each round.
+
+    Raises:
+        UserError: `device` is another, or ONNX Runtime is not installed.
+    """
+    if device != "cpu":
+        raise UserError(f"--device is {device}; exports are measured on the CPU: --device cpu")
+    short_side = short_side or SHORT_SIDES[device]
+    cfg = detector_config("gn_ws", device, short_side, opts)
+    check_export(cfg, "onnx")
+    samples = [batch[0] for batch in real_batches(cfg, 1, rounds + warmup)]
+    torch.manual_seed(0)
+    model = fold_ws(Trainer.build_model(cfg).eval().requires_grad_(False))
+    inputs = [model_inputs(model, sample, "detector") for sample in samples]
+    actions: dict[str, Action] = {
+        "detectron2": partial(_infer, model, itertools.cycle([[sample] for sample in samples]))
+    }
+    for name, format in (("TorchScript", "torchscript"), ("ONNX Runtime", "onnx")):
+        run = FORMATS[format].load(export(model, inputs[0], format, {}))
+        actions[name] = partial(_run, run, itertools.cycle(inputs))
+    depth = cfg.MODEL.RESNETS.DEPTH
+    facts = {"short_side": short_side, "depth": depth, "threads": torch.get_num_threads()}
+    yield {"facts": facts, "seconds": interleave(actions, rounds, warmup, device)}
+
+
 def _training_step(cfg: CfgNode, batches: list[Batch], mode: str, *, split: bool = False) -> Action:
     torch.manual_seed(0)
     model: Any = Trainer.build_model(cfg).train()
@@ -195,3 +233,8 @@ def propose_alike(model: nn.Module) -> None:
 @torch.no_grad()
 def _infer(model: nn.Module, batches: Iterator[Batch]) -> None:
     model(deepcopy(next(batches)))
+
+
+@torch.no_grad()
+def _run(run: Run, inputs: Iterator[Tensors]) -> None:
+    run(next(inputs))

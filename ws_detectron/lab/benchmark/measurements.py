@@ -23,7 +23,7 @@ from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import check_folder, write_json, write_text
 
 from .classifier import measure_classifier
-from .detector_step import measure_inference, measure_steps
+from .detector_step import measure_exports, measure_inference, measure_steps
 from .operation import COPY, OURS, measure_group_norm, measure_operation
 from .timing import spread
 from .train_loader import measure_loader
@@ -34,6 +34,7 @@ MEASUREMENTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "step": measure_steps,
     "variants": partial(measure_steps, variants=("bn", "frozen_bn", "sync_bn", "gn", "gn_ws")),
     "inference": measure_inference,
+    "exports": measure_exports,
     "classifier": measure_classifier,
     "loader": measure_loader,
 }
@@ -45,7 +46,7 @@ GPU: dict[str, dict[str, Any]] = {
     "inference": {},
 }
 """Measurements of `measure_gpu` and their options, the most important first."""
-PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy")
+PACKAGES = ("torch", "torchvision", "detectron2", "triton", "numpy", "onnxruntime")
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 FLOOR_IN_COPIES = 2.5
 """Forward: read W, write W_hat. Backward: read W_hat or W and the gradient, write the gradient.
@@ -66,6 +67,7 @@ FORMATS = {
     "step": TableFormat("training step", 0, 3),
     "variants": TableFormat("training step", 0, 3),
     "inference": TableFormat("inference", 0, 3),
+    "exports": TableFormat("inference", 0, 3),
     "operation": TableFormat("operation", 1, 2),
     "group_norm": TableFormat("GN", 2, 2),
     "classifier": TableFormat("classifier", 1, 2, "s / epoch", 1),
