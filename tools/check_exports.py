@@ -3,7 +3,6 @@
 The exit status is 1 if an export differs.
 """
 
-import argparse
 import itertools
 import shlex
 import sys
@@ -23,6 +22,7 @@ from ws_detectron.engine import Trainer, load_config
 from ws_detectron.engine.checks import check_datasets
 from ws_detectron.errors import ConfigError, exit_on_user_error
 from ws_detectron.export import FORMATS, PARTS, check_export, export_model
+from ws_detectron.utils.command_line import ToolParser
 from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import write_text
 
@@ -74,9 +74,7 @@ the pixels in either of the two; features within 1e-4 of the largest of their le
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument(
         "--run",
         nargs="+",
@@ -85,7 +83,9 @@ def main() -> None:
         metavar="DIR",
         help="folders of trained models; default: random R-50 ones",
     )
-    parser.add_argument("--output", type=Path, default=Path("results/export"), metavar="DIR")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/export"), metavar="DIR", help="folder"
+    )
     args = parser.parse_args()
     if args.run:
         names = ", ".join(run.name for run in args.run)
