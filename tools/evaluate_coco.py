@@ -57,9 +57,9 @@ def main() -> None:
     files = bool(args.predictions) + bool(args.annotations)
     if (files, bool(args.config_file)) not in ((2, False), (0, True)):
         parser.error("give both --predictions and --annotations, or --config-file")
-    if files and overrides(args):
-        parser.error(f"config overrides need --config-file: {' '.join(overrides(args))}")
     with exit_on_user_error():
+        if files and overrides(args):
+            parser.error(f"config overrides need --config-file: {' '.join(overrides(args))}")
         evaluate_config(args) if args.config_file else evaluate_files(args)
 
 
