@@ -10,10 +10,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/set-up-complete
 
 .DEFAULT_GOAL := help
-.PHONY: help set-up test quickstart lint format clean
+.PHONY: help set-up test quickstart tour lint format clean
 
 help:
 	@echo "make quickstart  set up, then train and evaluate a small GN+WS Mask R-CNN"
+	@echo "make tour        set up, then run docs/tour.ipynb and keep its outputs"
 	@echo "make test        set up, then run all tests"
 	@echo "make lint        set up, then check style, formatting and types"
 	@echo "make format      set up, then format the code"
@@ -36,6 +37,9 @@ test: $(STAMP)
 
 quickstart: $(STAMP)
 	$(BIN)/python tools/quickstart.py --resume
+
+tour: $(STAMP)
+	$(BIN)/jupyter execute --inplace docs/tour.ipynb
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -74,7 +74,8 @@ setup(
     ],
     extras_require={
         "dev": [
-            *("mypy", "pre-commit", "psutil", "pytest", "pytest-timeout", "pytest-xdist", "ruff")
+            *("ipykernel", "mypy", "nbclient", "pre-commit", "psutil", "pytest", "pytest-timeout"),
+            *("pytest-xdist", "ruff"),
         ],
         "export": ["onnx", "onnxruntime"],
         "fast-eval": ["faster-coco-eval>=1.6.8"],

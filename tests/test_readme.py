@@ -18,6 +18,9 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.md")]
 }
+TOUR = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+texts = ("".join(cell["source"]) for cell in TOUR["cells"] if cell["cell_type"] == "markdown")
+PAGES["docs/tour.ipynb"] = "\n\n".join(texts)
 README, OWN_PROJECT = PAGES["README.md"], PAGES["docs/own_project.md"]
 
 MY_CONFIG = """
