@@ -16,6 +16,8 @@ from ws_detectron.lab.benchmark.measurements import (
     update_page,
 )
 from ws_detectron.lab.fashion_mnist.model import VARIANTS as CLASSIFIER_VARIANTS
+from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.utils.io import check_folder
 
 EXAMPLES = """
 examples (on an idle machine; step, variants and inference need COCO in DETECTRON2_DATASETS):
@@ -39,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "modes": {"nargs": "+", "choices": MODES, "help": "of running a model"},
     "batches": {"type": int, "nargs": "+", "help": "images per step"},
     "short_side": {"type": int, "help": "pixels; None: 800 on a GPU, 320 on a CPU"},
-    "opts": {"nargs": "*", "help": "KEY VALUE overrides of the configs"},
+    "opts": {},
 }
 CLASSIFIER = {"variants": tuple(CLASSIFIER_VARIANTS), "modes": ("plain", "compile")}
 """What it allows."""
@@ -49,6 +51,7 @@ def main() -> None:
     args = vars(build_parser().parse_args())
     what = args.pop("what")
     with exit_on_user_error():
+        check_folder(args.get("output", "."))
         if what == "page":
             update_page(**args)
         elif what == "gpu":
@@ -56,6 +59,8 @@ def main() -> None:
                 print(text, flush=True)
         else:
             print(measure(what, **args))
+        if what != "page":
+            print(f"measurements: {args['output']}\nnext:\n  python tools/benchmark.py page")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,9 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
             known = {**OPTIONS[option], "default": default}
             if name == "classifier" and option in CLASSIFIER:
                 known["choices"] = CLASSIFIER[option]
-            command.add_argument(
-                option if option == "opts" else f"--{option.replace('_', '-')}", **known
-            )
+            if option == "opts":
+                add_overrides(command, device=False)
+            else:
+                command.add_argument(f"--{option.replace('_', '-')}", **known)
         command.add_argument("--output", default="results/benchmark", metavar="DIR", help="folder")
         return command
 

@@ -10,8 +10,9 @@ from typing import Any
 from ws_detectron.data.images import image_findings
 from ws_detectron.data.validate import ERROR, FIXED, WARNING, read_json, validate
 from ws_detectron.errors import DataError, exit_on_user_error, shown
+from ws_detectron.utils.command_line import ToolParser, add_input, closing, progress
 from ws_detectron.utils.environment import package_version
-from ws_detectron.utils.io import refuse_overwrite, write_json
+from ws_detectron.utils.io import check_folder, refuse_overwrite, write_json
 
 EXAMPLES = """
 examples:
@@ -31,16 +32,17 @@ applies them before it starts.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("file", type=Path, help="COCO annotations (JSON)")
+    parser = ToolParser(__doc__, EXAMPLES)
+    add_input(parser, "COCO annotations (JSON)")
     parser.add_argument("--images", metavar="FOLDER", type=Path, help="folder of the images")
     parser.add_argument(
         "--task", choices=("bbox", "segm"), help="default: segm if any object has a mask"
     )
     parser.add_argument("--output", metavar="JSON", type=Path, help="write a fixed file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if not args.input:
+        parser.error("name the file to check")
+    args.file = Path(args.input)
     with exit_on_user_error():
         usable = check(args)
     sys.exit(0 if usable else 1)
@@ -50,6 +52,7 @@ def check(args: argparse.Namespace) -> bool:
     """Prints the report; returns whether everything can be used."""
     if args.output:
         refuse_overwrite([args.output], [args.file])
+        check_folder(args.output.parent)
     if args.images and not args.images.is_dir():
         raise DataError(f"--images {args.images} is not a folder")
     start = time.perf_counter()
@@ -65,7 +68,8 @@ def check(args: argparse.Namespace) -> bool:
     checked = time.perf_counter()
     findings = list(result.findings)
     if args.images:
-        findings += image_findings(result.content["images"], args.images)
+        images = progress(result.content["images"], "reading headers", "image")
+        findings += image_findings(images, args.images)
     broken = set(result.broken)
     kept = [a for n, a in enumerate(result.content["annotations"]) if n not in broken]
     print(
@@ -83,7 +87,11 @@ def check(args: argparse.Namespace) -> bool:
         validate(fixed, str(args.output), train=True, masks=masks).usable(log=False)
         write_json(args.output, fixed, indent=None)
         print(f"{args.output}: {len(kept)} annotations, {len(broken)} removed")
-    return not any(finding.level == ERROR for finding in findings)
+    usable = not any(finding.level == ERROR for finding in findings)
+    if usable or args.output:
+        file = args.file if usable else args.output
+        print(closing(f"{file} can be used; docs/data.md has the config that names it"))
+    return usable
 
 
 def describe(content: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ Both get the same weights, through the converter, and the same COCO images; ever
 final detections must agree. The exit status is 1 if they do not.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -19,6 +18,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 
 from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.utils.command_line import ToolParser
 from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import write_json, write_text
 
@@ -70,10 +70,10 @@ Results = dict[str, dict[str, dict[str, list[Any]]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ToolParser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=Path("results/parity"), help="folder"
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("results/parity"))
     parser.add_argument("--images", type=int, default=2, help="number of COCO val2017 images")
     parser.add_argument("--only", default="", help="only models whose name contains this")
     args = parser.parse_args()

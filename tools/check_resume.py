@@ -24,6 +24,7 @@ from tabulate import tabulate
 from ws_detectron.engine.checks import check_datasets
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.lab.scenes import builtin_scenes, ensure_scenes
+from ws_detectron.utils.command_line import ToolParser
 from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import check_folder, write_json, write_text
 
@@ -103,9 +104,7 @@ def main() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--kills", type=int, default=20, metavar="N", help="in all cases together (default: 20)")
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")

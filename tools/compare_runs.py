@@ -1,6 +1,5 @@
 """Compares training runs: metrics with differences to a baseline, configs, curves."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ws_detectron.evaluation.curves import (
 )
 from ws_detectron.evaluation.figure_style import write_figure
 from ws_detectron.evaluation.runs import read_runs
+from ws_detectron.utils.command_line import ToolParser, closing
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 
 TABLES = ("comparison.md", "comparison.csv")
@@ -34,9 +34,7 @@ missing or broken; it is named, and the others are compared.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument(
         "runs",
         nargs="+",
@@ -72,7 +70,11 @@ def compare(arguments: list[str], output: Path) -> list[str]:
             write_figure(draw(runs), output / name)
     for name, figure in draw_evaluations(runs).items():
         write_figure(figure, output / name)
-    print(text)
+    written = {path.name: path for path in outputs if path.exists()}
+    folder = runs[0].path if runs[0].path.is_dir() else runs[0].path.parent
+    trained = ["--config-file", folder / "config.yaml", "MODEL.WEIGHTS", folder / "model_final.pth"]
+    pictures = ["visualize.py", "--output", folder / "pictures", *trained]
+    print(text, closing(f"compared {len(runs)} runs", written, pictures), sep="\n")
     return problems
 
 

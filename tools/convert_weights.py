@@ -14,7 +14,9 @@ from ws_detectron.checkpoint import (
     write_mmdet,
 )
 from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.utils.command_line import ToolParser, add_input, closing
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
+from ws_detectron.utils.yaml_files import config_text
 
 EXAMPLES = """examples:
   # a mmdetection detector, then its AP (the published files have names: docs/weights.md)
@@ -40,12 +42,14 @@ EXAMPLES = """examples:
 """
 
 
+OUTPUT = "the file to write; .pth, or .pkl for detectron2"
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", help="the file to convert")
-    parser.add_argument("output", nargs="?", help="the file to write; .pth, or .pkl for detectron2")
+    parser = ToolParser(__doc__, EXAMPLES)
+    add_input(parser, "the file to convert")
+    parser.add_argument("to_write", nargs="?", metavar="output", help=f"{OUTPUT}; or as --output")
+    parser.add_argument("--output", metavar="FILE", help=OUTPUT)
     parser.add_argument(
         "--check",
         action="store_true",
@@ -78,7 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = build_parser()
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    args.output = args.output or args.to_write
+    if not args.input:
+        parser.error("name the file to convert")
     if args.check:
         if args.output or args.report or args.to != "detectron2":
             parser.error("--check writes nothing; leave out the output, --to and --report")
@@ -103,9 +110,18 @@ def main() -> None:
         preprocessing = metadata.preprocessing or "input not recorded"
         print(f"{ws}, norm {metadata.norm or 'not recorded'}, {preprocessing}")
     print(record.summary())
+    files, train = {"weights": args.output}, []
     if args.report:
         write_text(args.report, record.table())
-    print(f"wrote {args.output}")
+        files["keys"] = args.report
+    if args.to == "detectron2":
+        keys = {"MODEL.WEIGHTS": str(Path(args.output).absolute()), **converted.needs()}
+        builder = str(keys.get("MODEL.BACKBONE.NAME", ""))
+        if builder:  # of three; most models have an FPN
+            keys["MODEL.BACKBONE.NAME"] = builder.replace("*", "resnet_fpn_backbone")
+        print(f"\nin your config:\n\n{config_text(keys)}")
+        train = [["train_net.py", "--config-file", "my_config.yaml"]]
+    print(closing(f"converted {args.input} for {args.to}", files, *train))
 
 
 if __name__ == "__main__":

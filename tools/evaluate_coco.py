@@ -1,7 +1,10 @@
 """Computes COCO metrics for boxes and masks, of a checkpoint or a results file."""
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Union
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start
@@ -9,9 +12,16 @@ from ws_detectron.engine.checks import Purpose
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.coco_curves import FILES, best_text, curve_tables, write_curves
 from ws_detectron.evaluation.coco_eval import TASKS, evaluate, load_annotations, load_predictions
-from ws_detectron.evaluation.coco_report import KEYPOINTS, as_text, check_reports, write_reports
-from ws_detectron.evaluation.evaluate import evaluate_in_process
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.evaluation.coco_report import (
+    JSON_NAME,
+    KEYPOINTS,
+    as_text,
+    check_reports,
+    write_reports,
+)
+from ws_detectron.evaluation.evaluate import RESULTS, evaluate_in_process
+from ws_detectron.evaluation.runs import read_run
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import refuse_overwrite
 
 EXAMPLES = """
@@ -31,9 +41,7 @@ to OUTPUT_DIR/inference. For keypoints use tools/train_net.py --eval-only.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument("--predictions", metavar="JSON", help="COCO results file")
     parser.add_argument("--annotations", metavar="JSON", help="COCO annotations of its data set")
     parser.add_argument("--config-file", metavar="YAML", help="config of the checkpoint")
@@ -41,24 +49,24 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="use pycocotools, which is slower")
     parser.add_argument("--output", metavar="DIR", help="folder for the metrics")
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs or processes per machine")
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
+    parser.add_argument("--num-machines", type=int, default=1, help="of the job")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine")
     parser.add_argument("--dist-url", default="auto", help="init URL of torch.distributed")
     add_overrides(parser)
     args = parser.parse_args()
     files = bool(args.predictions) + bool(args.annotations)
     if (files, bool(args.config_file)) not in ((2, False), (0, True)):
         parser.error("give both --predictions and --annotations, or --config-file")
-    if files and args.opts:
-        parser.error(f"config overrides need --config-file: {' '.join(args.opts)}")
     with exit_on_user_error():
+        if files and overrides(args):
+            parser.error(f"config overrides need --config-file: {' '.join(overrides(args))}")
         evaluate_config(args) if args.config_file else evaluate_files(args)
 
 
 def evaluate_files(args: argparse.Namespace) -> None:
-    folder = args.output or Path(args.predictions).parent
+    folder = Path(args.output or Path(args.predictions).parent)
     check_reports(folder, args.predictions, args.annotations)
-    refuse_overwrite([Path(folder, name) for name in FILES], [args.predictions, args.annotations])
+    refuse_overwrite([folder / name for name in FILES], [args.predictions, args.annotations])
     predictions, annotations = (
         load_predictions(args.predictions),
         load_annotations(args.annotations),
@@ -74,16 +82,35 @@ def evaluate_files(args: argparse.Namespace) -> None:
     files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
     written = write_reports(result, folder, **files)
     tables = curve_tables(annotations, predictions, result)
-    curves = write_curves(tables, Path(folder), Path(args.annotations).stem)
-    print(as_text(result), best_text(tables), *written, *curves, sep="\n")
+    curves = write_curves(tables, folder, Path(args.annotations).stem)
+    print(as_text(result), best_text(tables), sep="\n")
     if any("keypoints" in entry for entry in predictions):
         print(f"note: {KEYPOINTS}")
+    print(ending(folder, [*written, *curves]))
 
 
 def evaluate_config(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, overrides(args))
     extra = (args.task, args.reference, args.output)
     start(evaluate_in_process, cfg, args, Purpose.REPORT, args=extra)
+    folder = Path(args.output or Path(cfg.OUTPUT_DIR, "inference"))
+    if int(os.environ.get("RANK", args.machine_rank)) == 0:
+        names = cfg.DATASETS.TEST
+        folders = [folder / name for name in names] if len(names) > 1 else [folder]
+        for part in folders:
+            print(ending(part, [part / name for name in (RESULTS, JSON_NAME, *FILES)]))
+
+
+def ending(folder: Path, written: Sequence[Union[str, Path]]) -> str:
+    """AP, the files, and the comparison with another run."""
+    found = read_run(folder / JSON_NAME, "").metrics
+    ap = ", ".join(
+        f"{name} {found[name]:.1f}"
+        for name in ("bbox/AP", "segm/AP")
+        if found.get(name) is not None
+    )
+    compare = ["compare_runs.py", f"this={folder / JSON_NAME}", "other=<run>"]
+    return closing(ap, {Path(path).name: path for path in written}, compare)
 
 
 if __name__ == "__main__":

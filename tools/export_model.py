@@ -4,7 +4,6 @@ The export is run at once on an image and compared with detectron2; it is writte
 same. Using it needs neither ws_detectron nor detectron2: docs/deploy.md has an example.
 """
 
-import argparse
 import sys
 
 from tabulate import tabulate
@@ -13,7 +12,7 @@ import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.export import FORMATS, PARTS, export_model, rows
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import refuse_overwrite
 
 EXAMPLES = """
@@ -23,8 +22,8 @@ examples:
 
   # compared on images of yours, from a run on GPUs
   python tools/export_model.py --config-file output/gn_ws/config.yaml --format torchscript \\
-      --output model.ts --input photo.jpg another.png \\
-      --opts MODEL.WEIGHTS output/gn_ws/model_final.pth MODEL.DEVICE cpu
+      --output model.ts --input photo.jpg another.png --device cpu \\
+      MODEL.WEIGHTS output/gn_ws/model_final.pth
 
   # normalization, ResNet and FPN alone
   python tools/export_model.py --config-file output/gn_ws/config.yaml --format torch-export \\
@@ -35,16 +34,14 @@ The exit status is 1, and nothing is written, if the export finds something else
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument("--config-file", required=True, help="the config of the trained model")
-    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--format", required=True, choices=FORMATS, help="of the file")
     parser.add_argument(
         "--output", required=True, metavar="FILE",
         help="; ".join(f"{name}: *{' or *'.join(row.suffixes)}" for name, row in FORMATS.items()),
     )  # fmt: skip
-    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="default: %(default)s")
+    parser.add_argument("--part", choices=PARTS, default=PARTS[0], help="of the model")
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="IMAGE",
         help="images to compare on; default: the first image of DATASETS.TEST",
@@ -53,14 +50,17 @@ def main() -> None:
     args = parser.parse_args()
     with exit_on_user_error():
         refuse_overwrite(args.output, [args.config_file])
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, overrides(args))
         comparisons = export_model(cfg, args.output, args.format, args.part, args.input)
     print(tabulate(rows(comparisons), headers="keys", tablefmt="github", disable_numparse=True))
     if not all(comparison.holds for comparison in comparisons):
         print(f"error: the export differs from detectron2; {args.output} is not written",
               file=sys.stderr)  # fmt: skip
         sys.exit(1)
-    print(f"\nexported  {args.output}")
+    found = "; ".join(dict.fromkeys(comparison.found for comparison in comparisons))
+    made = f"\nequal to detectron2 on {len(comparisons)} inputs: {found}"
+    print(closing(made, {"exported": args.output}))
+    print("next: run it, docs/deploy.md")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 Using them does not need ws_detectron.
 """
 
-import argparse
 import os
 
 from ws_detectron.engine import load_config
+from ws_detectron.engine.checks import check_device, check_weights
 from ws_detectron.engine.inference import write_folded
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.modeling import registrations_in
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import refuse_overwrite
+from ws_detectron.utils.yaml_files import config_text
 
 EXAMPLES = """
 examples:
@@ -25,9 +27,7 @@ then, with detectron2 alone:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument("--config-file", required=True, help="the config of the trained model")
     parser.add_argument(
         "--output",
@@ -41,8 +41,24 @@ def main() -> None:
         refuse_overwrite(
             [args.output, os.path.splitext(args.output)[0] + ".yaml"], [args.config_file]
         )
-        weights, config = write_folded(load_config(args.config_file, args.opts), args.output)
-    print(f"folded weights  {weights}\nstock config    {config}")
+        cfg = load_config(args.config_file, overrides(args))
+        check_device(cfg)
+        check_weights(cfg)
+        weights, config = write_folded(cfg, args.output)
+    keys = {row.key: row.stock for row in registrations_in(cfg)}
+    print("in a config of your own that has the settings of this model:\n")
+    print(config_text({"MODEL.WEIGHTS": str(weights), **keys}))
+    made = "folded for stock detectron2; after moving the weights, change MODEL.WEIGHTS"
+    draw = [
+        "visualize.py",
+        "--config-file",
+        config,
+        "--input",
+        "photo.jpg",
+        "--output",
+        "drawn.jpg",
+    ]
+    print(closing(made, {"weights": weights, "config": config}, draw))
 
 
 if __name__ == "__main__":

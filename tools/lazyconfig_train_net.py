@@ -1,10 +1,9 @@
 """Trains and evaluates what a LazyConfig, detectron2's config in Python, defines."""
 
-from detectron2.engine import default_argument_parser
-
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine.lazy import start_lazy_run
 from ws_detectron.errors import exit_on_user_error
+from ws_detectron.utils.command_line import training_parser
 
 EXAMPLES = """
 examples:
@@ -22,15 +21,11 @@ examples:
 
 
 def main() -> None:
-    parser = default_argument_parser(epilog=EXAMPLES)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="delete metrics, checkpoints and events of the run in train.output_dir and train "
-        "again; without --overwrite or --resume, a folder that holds a run is refused",
-    )
+    parser = training_parser(__doc__, EXAMPLES, "train.output_dir")
     args = parser.parse_args()
     with exit_on_user_error():
+        given = {"train.device": args.device, "train.output_dir": args.output}
+        args.opts += [f"{key}={value}" for key, value in given.items() if value]
         start_lazy_run(args)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
@@ -10,7 +11,8 @@ from ws_detectron.evaluation.drawing import write_png
 from ws_detectron.lab.scenes import SceneSpec, ensure_scenes, register_scenes
 from ws_detectron.lab.scenes.dataset import contact_sheet, summarize
 from ws_detectron.lab.scenes.scene import KINDS, SPLITS
-from ws_detectron.utils.io import refuse_overwrite
+from ws_detectron.utils.command_line import ToolParser, closing
+from ws_detectron.utils.io import check_folder, refuse_overwrite
 
 EXAMPLE = """example:
   python tools/make_scenes.py --kind shapes --image-size 128 --preview scenes.png
@@ -22,14 +24,12 @@ PREVIEW_IMAGES = 12
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLE)
     parser.add_argument("--kind", choices=KINDS, default="shapes", help="type of the objects")
     parser.add_argument("--image-size", type=int, default=128, help="height and width, pixels")
     parser.add_argument("--train", type=int, help="training images; default: by size; 0: none")
     parser.add_argument("--val", type=int, help="validation images; default: by size; 0: none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--objects", type=int, nargs=2, metavar=("LEAST", "MOST"), help="per image")
     parser.add_argument(
         "--object-scale",
@@ -56,6 +56,8 @@ def main() -> None:
         counted = changes if count is None else {**changes, "num_images": count}
         if count != 0:
             specs.append(SceneSpec.for_size(args.kind, args.image_size, split, **counted))
+    if args.preview:
+        check_folder(Path(args.preview).parent)
     for spec in specs:
         print(summarize(ensure_scenes(spec, args.output, args.workers)))
     if args.preview and specs:
@@ -65,6 +67,10 @@ def main() -> None:
         records = records[:PREVIEW_IMAGES]
         write_png(args.preview, contact_sheet("scenes_preview", records))
         print(f"preview of the {specs[0].split} images: {args.preview}")
+    if args.output is None:
+        names = [f"('scenes_{args.kind}_{args.image_size}_{split}',)" for split in SPLITS]
+        train = ["train_net.py", "--config-file", "<config>", "DATASETS.TRAIN", names[0]]
+        print(closing("made", {}, [*train, "DATASETS.TEST", names[1]]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Needs no download and no GPU; takes some minutes on two cores.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ from ws_detectron.evaluation.coco_eval import load_predictions
 from ws_detectron.evaluation.runs import read_run
 from ws_detectron.evaluation.visualize import visualize_dataset
 from ws_detectron.model_zoo import get_config_file
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, overrides
 
 CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
 BN = "quickstart/mask_rcnn_R_18_FPN_shapes_bn_1img.yaml"
@@ -35,9 +34,7 @@ examples:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument("--config-file", default=None, help=f"default: {CONFIG}")
     parser.add_argument("--output", default="output/quickstart", help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="resume the run in --output")
@@ -47,7 +44,7 @@ def main() -> None:
     args.config_file = args.config_file or get_config_file(CONFIG)
     args.eval_only = False
     with exit_on_user_error():
-        cfg = load_config(args.config_file, [*args.opts, "OUTPUT_DIR", args.output])
+        cfg = load_config(args.config_file, [*overrides(args), "OUTPUT_DIR", args.output])
         output = Path(args.output)
         status = 0
         try:

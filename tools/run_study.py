@@ -18,6 +18,7 @@ from ws_detectron.lab.study import (
     run_study,
 )
 from ws_detectron.lab.study.records import RUNS
+from ws_detectron.utils.command_line import ToolParser
 
 EXAMPLES = """
 examples:
@@ -50,9 +51,7 @@ The exit status is 1 if a run failed or is missing; it is named, and the others 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument("study", nargs="+", help="a study file; several with --figure")
     parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the study file's")
@@ -60,7 +59,9 @@ def main() -> None:
         "--gpus", type=int, nargs="+", metavar="N",
         help="default: all, once each; a GPU that is named n times is shared by n runs",
     )  # fmt: skip
-    parser.add_argument("--launcher", choices=("local", "slurm"), default="local")
+    parser.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="starts the runs"
+    )
     parser.add_argument("--variants", nargs="+", help="run only these")
     parser.add_argument("--batches", type=int, nargs="+", help="run only these")
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these")

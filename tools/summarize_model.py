@@ -1,7 +1,5 @@
 """What a model consists of, by part: parameters, what is frozen, WS convs, FLOPs, activations."""
 
-import argparse
-
 from detectron2.config import instantiate
 from tabulate import tabulate
 
@@ -9,7 +7,7 @@ from ws_detectron.engine import Trainer, load_config
 from ws_detectron.engine.lazy import load_lazy_config
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.modeling.summary import summarize, summary_line
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, overrides
 
 EXAMPLES = """
 examples:
@@ -27,9 +25,7 @@ and linear layers, in 32 bits; a training keeps those of norm layers as well."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument(
         "--config-file", required=True, help="path or name of a config, YAML or .py"
     )
@@ -37,14 +33,14 @@ def main() -> None:
         "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
         help="of the image; default: 3:4 at INPUT.MIN_SIZE_TEST, or 800 for a LazyConfig",
     )  # fmt: skip
-    add_overrides(parser)
+    add_overrides(parser, device=False)
     args = parser.parse_args()
     with exit_on_user_error():
         short = 800
         if args.config_file.endswith(".py"):
-            model = instantiate(load_lazy_config(args.config_file, args.opts).model)
+            model = instantiate(load_lazy_config(args.config_file, overrides(args)).model)
         else:
-            cfg = load_config(args.config_file, args.opts)
+            cfg = load_config(args.config_file, overrides(args))
             cfg.MODEL.DEVICE, short = "cpu", cfg.INPUT.MIN_SIZE_TEST
             model = Trainer.build_model(cfg)
         height, width = args.size or (short, short * 4 // 3)

@@ -5,7 +5,6 @@ there and deletes it. For Python 3.11 and newer, all packages but torch and what
 the versions of constraints.txt; older Pythons get the newest that there are for them.
 """
 
-import argparse
 import itertools
 import os
 import re
@@ -19,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-import pandas as pd
 from install_detectron2 import RELEASES
 from packaging.version import Version
 
+from ws_detectron.utils.command_line import ToolParser
 from ws_detectron.utils.environment import cpu_model, package_version, utc_now
 from ws_detectron.utils.io import atomic_write
 
@@ -50,9 +49,7 @@ The exit status is 1 if tests of a cell failed or its environment could not be m
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument(
         "--python",
         nargs="+",
@@ -61,10 +58,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--torch", nargs="+", default=TORCH, help="default: %(default)s")
     parser.add_argument(
-        "--detectron2", nargs="+", choices=sorted(RELEASES), default=sorted(RELEASES)
+        "--detectron2",
+        nargs="+",
+        choices=sorted(RELEASES),
+        default=sorted(RELEASES),
+        help="releases",
     )
     parser.add_argument("--processes", default="auto", help="of pytest (default: one per core)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix", help="folder")
     parser.add_argument("tests", nargs="*", help="what pytest runs (default: all tests)")
     options = parser.parse_args(arguments)
     pythons = options.python or list(find_pythons())
@@ -152,6 +153,8 @@ def count_tests(report: Path) -> dict[str, int]:
 
 def write_row(row: dict[str, Any], output: Path) -> str:
     """Replaces the row of this cell in `matrix.csv` and writes README.md; returns the table."""
+    import pandas as pd
+
     path = output / "matrix.csv"
     table = pd.DataFrame([row], dtype=str)
     if path.exists():

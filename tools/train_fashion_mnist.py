@@ -10,8 +10,15 @@ import torch
 
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.lab.fashion_mnist.model import ORDERS, VARIANTS
-from ws_detectron.lab.fashion_mnist.training import SCHEDULES, TrainingSettings, train
-from ws_detectron.utils.command_line import refuse_options_without_effect
+from ws_detectron.lab.fashion_mnist.training import (
+    BEST_WEIGHTS,
+    METRICS,
+    PICTURE,
+    SCHEDULES,
+    TrainingSettings,
+    train,
+)
+from ws_detectron.utils.command_line import ToolParser, closing, refuse_options_without_effect
 
 QUICK_IMAGES, QUICK_BATCH_SIZE = 4000, 2
 # Measured with seeds 0, 1 and 2 (torch 2.11, CPU): GN+WS has a test accuracy of 81 to 85 %. BN,
@@ -63,10 +70,13 @@ def main() -> None:
             overwrite=args.overwrite,
             echo=_echo,
         )
-    _echo(
+    made = (
         f"test accuracy {result['test_accuracy']:.2f} % with the weights of epoch "
-        f"{result['best_epoch']}, the best in validation\nfiles: {folder}"
+        f"{result['best_epoch']}, the best in validation"
     )
+    files = {"weights": BEST_WEIGHTS, "metrics": METRICS, "misclassified images": PICTURE}
+    paths = {what: folder / name for what, name in files.items()}
+    _echo(closing(made, paths, ["run_study.py", "configs/studies/fashion_mnist.yaml"]))
 
 
 def _quick_check(data_dir: Path, device: str) -> bool:
@@ -104,9 +114,7 @@ def _echo(*parts: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     default = TrainingSettings("gn_ws", 2)
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--quick", action="store_true", help="check GN+WS and BN in about a minute")
     add("--variant", choices=VARIANTS, help="normalization")

@@ -1,11 +1,13 @@
 """Trains and evaluates a detector on the CPU, one GPU, many GPUs or many machines."""
 
-from detectron2.engine import default_argument_parser
+import os
+from pathlib import Path
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start_run
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.evaluation.runs import read_run
+from ws_detectron.utils.command_line import closing, overrides, training_parser
 
 EXAMPLES = """
 examples:
@@ -32,17 +34,30 @@ examples:
 
 
 def main() -> None:
-    parser = default_argument_parser(epilog=EXAMPLES)
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="delete metrics, checkpoints and events of the run in OUTPUT_DIR and train again; "
-        "without --overwrite or --resume, a folder that holds a run is refused",
-    )
-    add_overrides(parser, nargs=None)
+    parser = training_parser(__doc__, EXAMPLES, "OUTPUT_DIR")
     args = parser.parse_args()
     with exit_on_user_error():
-        start_run(load_config(args.config_file, args.opts or []), args)
+        output = ["OUTPUT_DIR", args.output] if args.output else []
+        cfg = load_config(args.config_file, [*overrides(args), *output])
+        start_run(cfg, args)
+        if int(os.environ.get("RANK", args.machine_rank)) == 0:
+            print(ending(Path(cfg.OUTPUT_DIR), args.eval_only))
+
+
+def ending(folder: Path, evaluated: bool) -> str:
+    """AP of the last evaluation, files, and what can be done with the model."""
+    if evaluated:
+        return closing(f"evaluated; config and log: {folder / 'inference'}")
+    rows = [row for row in read_run(folder, "").rows if "bbox/AP" in row] or [{}]
+    ap = [f"{t} AP {rows[-1][f'{t}/AP']:.1f}" for t in ("bbox", "segm") if f"{t}/AP" in rows[-1]]
+    weights, config = folder / "model_final.pth", folder / "config.yaml"
+    trained = ["--config-file", config, "MODEL.WEIGHTS", weights]
+    return closing(
+        ", ".join(["trained", *ap]),
+        {"weights": weights, "config": config, "log": folder / "log.txt"},
+        ["evaluate_coco.py", *trained],
+        ["visualize.py", "--output", folder / "pictures", *trained],
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Draws predictions: beside ground truth on a data set, or on any images and videos."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
-from ws_detectron.engine.checks import check_datasets
+from ws_detectron.engine.checks import check_datasets, check_device, check_weights
 from ws_detectron.errors import ConfigError, UserError, exit_on_user_error
 from ws_detectron.evaluation.coco_eval import TASKS, load_predictions
 from ws_detectron.evaluation.evaluate import (
@@ -15,8 +16,13 @@ from ws_detectron.evaluation.evaluate import (
     evaluate_checkpoint,
     set_up_logging,
 )
-from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.evaluation.visualize import (
+    Drawing,
+    visualize_dataset,
+    visualize_inputs,
+    visualize_webcam,
+)
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import check_folder
 
 EXAMPLES = """
@@ -31,20 +37,36 @@ examples:
 
   # any images and videos: files, folders, patterns
   python tools/visualize.py --config-file output/config.yaml --output pictures \\
-      --input photos "clips/*.mp4" --opts MODEL.WEIGHTS output/model_final.pth MODEL.DEVICE cpu
+      --input photos "clips/*.mp4" --device cpu MODEL.WEIGHTS output/model_final.pth
+
+  # one image into a file; a camera in a window, until Esc, or with --output into a video
+  python tools/visualize.py --config-file output/config.yaml --input photo.jpg \\
+      --output drawn.jpg MODEL.WEIGHTS output/model_final.pth
+  python tools/visualize.py --config-file output/config.yaml --webcam \\
+      MODEL.WEIGHTS output/model_final.pth
+
+Drawings of --input are as large as it. Without --output they are shown in a window.
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--predictions", metavar="JSON", help="COCO results file")
     source.add_argument("--config-file", metavar="YAML", help="config of the checkpoint")
     parser.add_argument("--dataset", metavar="NAME", help="registered data set")
-    parser.add_argument("--input", nargs="+", help="images, videos, folders, patterns")
-    parser.add_argument("--output", required=True, type=Path, help="folder, or video file")
+    drawn = parser.add_mutually_exclusive_group()
+    drawn.add_argument("--input", nargs="+", help="images, videos, folders, patterns")
+    drawn.add_argument(
+        "--webcam", nargs="?", type=int, const=0, metavar="N", help="a camera; default: the first"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH",
+        help="folder, or file for a single image, video or camera; default: a window",
+    )  # fmt: skip
+    parser.add_argument(
+        "--longer-side", type=int, metavar="PIXELS", help="of drawings; default: that of the input"
+    )
     parser.add_argument(  # --score-threshold is the former name
         "--confidence-threshold", "--score-threshold", type=float, default=0.5, metavar="SCORE",
         help="minimum score of drawn predictions; default: %(default)s",
@@ -54,12 +76,15 @@ def main() -> None:
     parser.add_argument("--each", action="store_true", help="also draw every image separately")
     add_overrides(parser)
     args = parser.parse_args()
-    if args.predictions and (args.input or not args.dataset):
-        parser.error("--predictions needs --dataset; --input needs --config-file")
+    of_inputs = args.input is not None or args.webcam is not None
+    if args.predictions and (of_inputs or not args.dataset):
+        parser.error("--predictions needs --dataset; --input and --webcam need --config-file")
+    if not of_inputs and not args.output:
+        parser.error("drawing a data set needs --output, a folder")
     set_up_logging()
     with exit_on_user_error():
         check_options(args)  # before predicting
-        print(draw_inputs(args) if args.input else draw_dataset(args))
+        print(draw_inputs(args) if of_inputs else draw_dataset(args))
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -67,11 +92,13 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"the confidence threshold is {args.confidence_threshold}; allowed: 0 to 1")
     if args.num_images < 1:
         raise UserError(f"the number of images is {args.num_images}; allowed: 1 or more")
+    if args.longer_side is not None and args.longer_side < 1:
+        raise UserError(f"the longer side is {args.longer_side} pixels; allowed: 1 or more")
 
 
 def draw_dataset(args: argparse.Namespace) -> str:
     check_folder(args.output)
-    cfg = load_config(args.config_file or "", args.opts)  # also for DATASETS.REGISTER
+    cfg = load_config(args.config_file or "", overrides(args))  # also for DATASETS.REGISTER
     dataset = args.dataset or next(iter(cfg.DATASETS.TEST), "")
     if not dataset:
         raise ConfigError("DATASETS.TEST is empty; choose a data set: --dataset NAME")
@@ -93,18 +120,21 @@ def draw_dataset(args: argparse.Namespace) -> str:
 
 
 def draw_inputs(args: argparse.Namespace) -> str:
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, overrides(args))
     if args.dataset:
         check_datasets("--dataset", [args.dataset], files=False)
     metadata = classes_of(args.dataset or next(iter(cfg.DATASETS.TEST), "__none__"))
     classes = dict(enumerate(metadata.get("thing_classes", ())))
-    return visualize_inputs(
-        args.input,
-        args.output,
-        ImagePredictor(cfg),
-        classes,
-        score_threshold=args.confidence_threshold,
-    )
+    check_device(cfg)
+    check_weights(cfg)
+    model = partial(ImagePredictor, cfg)
+    draw = Drawing(model, classes, args.confidence_threshold, args.longer_side)
+    if args.input:
+        made = visualize_inputs(args.input, args.output, draw)
+    else:
+        made = visualize_webcam(args.webcam, args.output, draw)
+    weights = ["--config-file", args.config_file, "--output", "model.onnx", *overrides(args)]
+    return closing(made, {}, ["export_model.py", "--format", "onnx", *weights])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Writes the tables of MODEL_ZOO.md and configs/README.md, from the configs themselves and from
 docs/published_ap.csv, the published AP of others."""
 
-import argparse
 import csv
 import logging
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from ws_detectron.model_zoo import config_names, get_config
+from ws_detectron.utils.command_line import ToolParser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("MODEL_ZOO.md", "configs/README.md")
@@ -121,7 +121,7 @@ def _leaves(folder: str) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    ToolParser(__doc__, "example:\n  python tools/write_config_tables.py").parse_args()
     logging.disable(logging.WARNING)  # only the leaves have a VERSION
     for page in PAGES:
         text = filled(page)

@@ -1,6 +1,7 @@
 import csv
 import json
 import logging
+import time
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ from ws_detectron.evaluation.drawing import (
 )
 from ws_detectron.evaluation.image_errors import CORRECT, MISSED
 from ws_detectron.evaluation.inputs import read_video, write_video
-from ws_detectron.evaluation.visualize import visualize_dataset, visualize_inputs
+from ws_detectron.evaluation.visualize import Drawing, visualize_dataset, visualize_inputs
 
 BOXES = [(10, 10, 30, 20), (60, 20, 40, 40), (15, 60, 20, 30)]
 CLASSES = {1: "class 1", 2: "class 2"}
@@ -183,8 +184,11 @@ def test_images_and_videos_are_drawn_and_broken_ones_reported(
     (inputs / "broken.mp4").write_text("no video")
     write_video(inputs / "clip.avi", 4.0, map(with_square, (10, 30, 50)))
     with caplog.at_level(logging.WARNING):
-        summary = visualize_inputs([str(inputs)], tmp_path / "out", find_bright, CLASSES)
+        summary = visualize_inputs(
+            [str(inputs)], tmp_path / "out", Drawing(lambda: find_bright, CLASSES, longer_side=SIDE)
+        )
     assert summary.startswith("drawn 2 of 4 files: ")
+    assert "\n4 detections in 4 images (score ≥ 50 %), " in summary
     skipped = ", ".join(str(inputs / name) for name in ("broken.mp4", "broken.png"))
     assert summary.endswith(f"\n2 could not be read and were skipped: {skipped}")
     for name in ("broken.png", "broken.mp4"):
@@ -198,7 +202,7 @@ def test_images_and_videos_are_drawn_and_broken_ones_reported(
     assert changed[150:200, 70:150].all() and not changed[250:].any()
     assert not changed[:80, :40].any()  # the doubtful object is below the threshold
 
-    rate, frames = read_video(tmp_path / "out" / "clip.mp4")
+    rate, _, frames = read_video(tmp_path / "out" / "clip.mp4")
     frames = list(frames)
     assert rate == pytest.approx(4) and len(frames) == 3
     green = [frame[:, :, 1].astype(int) for frame in frames]  # the colour of the first class
@@ -206,16 +210,147 @@ def test_images_and_videos_are_drawn_and_broken_ones_reported(
     np.testing.assert_allclose(centres, [20, 40, 60], atol=4)
 
 
+def place_of(picture: np.ndarray) -> np.ndarray:
+    """x, y of the middle of the box of the only object, which is bright green."""
+    green = picture[:, :, 1].astype(int) - picture[:, :, 2]
+    return np.array([np.nonzero((green > 60).any(axis=axis))[0].mean() for axis in (0, 1)])
+
+
+def with_low_square() -> np.ndarray:
+    """Taller than wide; the square is at (20, 75) and covers 20 x 20 pixels."""
+    image = np.full((100, 61, 3), 60, np.uint8)
+    image[65:85, 10:30] = (200, 0, 0)
+    return image
+
+
+def test_drawings_have_the_size_and_orientation_of_the_input(tmp_path: Path) -> None:
+    """Also of a photo and an animation of a phone that is held upright."""
+    upright, inputs = Image.fromarray(with_low_square()), tmp_path / "in"
+    inputs.mkdir()
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(inputs / "a.png", exif=exif)
+    upright.save(inputs / "b.gif", save_all=True, append_images=[Image.new("RGB", (61, 100))])
+    upright.save(inputs / "c.gif")
+    (inputs / "broken.gif").write_text("GIF89a")
+
+    def find(image: np.ndarray) -> list[dict]:
+        return find_bright(image)[:1] if image.max() > 150 else []
+
+    summary = visualize_inputs([str(inputs)], tmp_path / "out", Drawing(lambda: find, CLASSES))
+    assert summary.startswith("drawn 3 of 4 files") and "\n3 detections in 4 images" in summary
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "b.mp4", "c.png"}
+    first, second = read_video(tmp_path / "out" / "b.mp4")[2]
+    assert first.shape == (100, 60, 3) and second.mean() < 10  # codecs want even sizes
+    pictures = [cv2.imread(str(tmp_path / "out" / name))[:, :, ::-1] for name in ("a.png", "c.png")]
+    for picture in (*pictures, first):
+        assert picture.shape[0] == 100 and picture.shape[1] in (60, 61)
+        np.testing.assert_allclose(place_of(picture), (19.5, 74.5), atol=3)
+
+
+def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", with_square(10))
+    write_video(tmp_path / "clip.avi", 4.0, [with_square(10)])
+
+    def draw(output: str, *names: str) -> None:
+        paths = [str(tmp_path / name) for name in names]
+        visualize_inputs(paths, tmp_path / output, Drawing(lambda: find_bright, CLASSES))
+
+    for output in ("new/one.png", "one.JPG"):
+        draw(output, "a.png")
+        assert cv2.imread(str(tmp_path / output)).shape == (60, 80, 3)
+    cases = {
+        "must be a single image": ("many.png", "a.png", "clip.avi"),
+        "is an image, so --input must be a single image": ("one.png", "clip.avi"),
+        "allowed suffixes are": ("one.gif", "a.png"),
+        "a.png is an input": ("a.png", "a.png"),
+        "is not a folder": ("a.png/one.png", "a.png"),
+    }
+    for words, (output, *names) in cases.items():
+        with pytest.raises(UserError, match=words):
+            visualize_inputs(
+                [str(tmp_path / name) for name in names],
+                tmp_path / output,
+                Drawing(never_built, CLASSES),
+            )
+    (tmp_path / "folder.png").mkdir()
+    draw("folder.png", "a.png")
+    assert [path.name for path in (tmp_path / "folder.png").iterdir()] == ["a.png"]
+
+
+def never_built() -> visualize.Predict:
+    raise AssertionError("what is wrong is known before the model is built")
+
+
+class Screen:
+    """Stands in for OpenCV's windows, which the headless build has not; `keys` are pressed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, keys: list[int]) -> None:
+        self.shown: list[np.ndarray] = []
+        monkeypatch.setenv("DISPLAY", ":0")
+        for name in ("namedWindow", "setWindowTitle", "destroyAllWindows"):
+            monkeypatch.setattr(cv2, name, lambda *_: None, raising=False)
+        monkeypatch.setattr(cv2, "imshow", lambda _, picture: self.shown.append(picture))
+        monkeypatch.setattr(cv2, "waitKey", lambda _: keys[len(self.shown) - 1])
+        monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 1.0)
+
+
+def test_without_an_output_drawings_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_png(tmp_path / "a.png", with_square(10))
+    write_video(tmp_path / "b.avi", 4.0, map(with_square, (10, 30, 50)))
+    write_png(tmp_path / "c.png", with_square(10))
+    screen = Screen(monkeypatch, [ord("n"), -1, 27])
+    summary = visualize_inputs([str(tmp_path)], None, Drawing(lambda: find_bright, CLASSES))
+    assert summary.startswith("3 detections in 3 images")  # Esc at the second frame
+    places = [place_of(picture[:, :, ::-1])[0] for picture in screen.shown]
+    np.testing.assert_allclose(places, [19.5, 19.5, 39.5], atol=3)
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(UserError, match="no display .*--output"):
+        visualize_inputs([str(tmp_path)], None, Drawing(never_built, CLASSES))
+
+
+def test_a_camera_is_shown_or_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "camera.avi"
+    write_video(path, 4.0, map(with_square, (10, 30, 50)))
+    opened, capture = [], cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda n: opened.append(n) or capture(str(path)))
+    screen = Screen(monkeypatch, [-1, ord("q")])
+    summary = visualize.visualize_webcam(1, None, Drawing(lambda: find_bright, CLASSES))
+    assert summary.startswith("2 detections in 2 images") and opened == [1]
+    assert len(screen.shown) == 2
+
+    def interrupted(image: np.ndarray) -> list[dict]:
+        seen.append(image)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        time.sleep(0.6)  # a frame is due each 0.25 s
+        return find_bright(image)
+
+    seen: list[np.ndarray] = []
+    output = tmp_path / "new" / "drawn.mp4"
+    summary = visualize.visualize_webcam(0, output, Drawing(lambda: interrupted, CLASSES))
+    assert summary.startswith(f"drawn: {output}\n2 detections in 2 images")
+    with pytest.raises(UserError, match="drawn.png of --webcam must end in .mp4"):
+        visualize.visualize_webcam(0, tmp_path / "drawn.png", Drawing(never_built, CLASSES))
+    monkeypatch.undo()
+    assert len(list(read_video(output)[2])) >= 4
+    with pytest.raises(DataError, match="cannot read camera 99"):
+        visualize.visualize_webcam(99, output, Drawing(never_built, CLASSES))
+
+
 def test_a_video_goes_into_a_video(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.avi", 4.0, [with_square(10)])
     write_png(tmp_path / "a.png", with_square(10))
     output = tmp_path / "out.mkv"
-    visualize_inputs([str(tmp_path / "clip.avi")], output, find_bright, CLASSES)
-    assert len(list(read_video(output)[1])) == 1
+    visualize_inputs([str(tmp_path / "clip.avi")], output, Drawing(lambda: find_bright, CLASSES))
+    assert len(list(read_video(output)[2])) == 1
     for arguments in (["a.png"], ["clip.avi", "out.mkv"]):
         paths = [str(tmp_path / name) for name in arguments]
         with pytest.raises(UserError, match="must be a single video"):
-            visualize_inputs(paths, tmp_path / "new.mp4", find_bright, CLASSES)
+            visualize_inputs(paths, tmp_path / "new.mp4", Drawing(lambda: find_bright, CLASSES))
 
 
 def test_photos_are_not_written_over(tmp_path: Path) -> None:
@@ -226,7 +361,9 @@ def test_photos_are_not_written_over(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in photos.iterdir()}
 
     def draw(arguments: list[Path], output: Path) -> None:
-        visualize_inputs([str(path) for path in arguments], output, find_bright, CLASSES)
+        visualize_inputs(
+            [str(path) for path in arguments], output, Drawing(lambda: find_bright, CLASSES)
+        )
 
     files = [photos / "a.png", photos / "clip.mp4"]
     for arguments, output in (
@@ -249,7 +386,9 @@ def test_drawings_are_not_drawn_again(tmp_path: Path) -> None:
     for left, photo in zip((10, 30, 50), photos):
         write_png(photo, with_square(left))
     for _ in range(2):
-        summary = visualize_inputs([str(folder)], folder / "out", find_bright, CLASSES)
+        summary = visualize_inputs(
+            [str(folder)], folder / "out", Drawing(lambda: find_bright, CLASSES, longer_side=SIDE)
+        )
         assert summary.startswith("drawn 3 of 3 files")
         assert {p.name for p in (folder / "out").iterdir()} == {"x.png", "x_2.png", "x_3.png"}
     places = {}
@@ -268,7 +407,9 @@ def test_names_are_shown_escaped_and_labels_are_no_formulas(
     classes = {1: r"$\foo$", 2: "a\n\udcffb"}
     with caplog.at_level(logging.WARNING):
         summary = visualize_inputs(
-            [str(tmp_path / "in")], tmp_path / "out", find_bright, classes, score_threshold=0
+            [str(tmp_path / "in")],
+            tmp_path / "out",
+            Drawing(lambda: find_bright, classes, score_threshold=0),
         )
     assert r"\x1b[31mred\n\udcff.png" in summary and "\x1b" not in summary + caplog.text
     assert "\udcff" not in summary + caplog.text
@@ -285,15 +426,16 @@ def test_an_output_that_is_a_file_is_refused(dataset: str, tmp_path: Path) -> No
             visualize_inputs(
                 [str(tmp_path / "in.mp4")],
                 tmp_path / output,
-                find_bright,
-                CLASSES,
+                Drawing(lambda: find_bright, CLASSES),
             )
 
 
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(UserError, match="none of the 1 files could be read"):
-        visualize_inputs([str(tmp_path / "a.png")], tmp_path / "out", find_bright, CLASSES)
+        visualize_inputs(
+            [str(tmp_path / "a.png")], tmp_path / "out", Drawing(lambda: find_bright, CLASSES)
+        )
 
 
 @pytest.mark.parametrize("what", ["own loader", "not yet made"])

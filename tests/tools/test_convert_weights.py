@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import yaml
 
 from ws_detectron.checkpoint import write_mmdet
 from ws_detectron.errors import UserError
@@ -43,6 +44,9 @@ def test_converts_and_reports(run: Run, resnet18: Path, tmp_path: Path) -> None:
     assert "torchvision, R-18" in printed
     assert "no WS, norm BN" in printed
     assert "100 tensors mapped, 22 ignored" in printed
+    config = yaml.safe_load(printed.partition("in your config:\n\n")[2].partition("\n\n")[0])
+    assert config["MODEL"]["WEIGHTS"] == str(out)
+    assert config["MODEL"]["RESNETS"]["DEPTH"] == 18 and config["INPUT"] == {"FORMAT": "RGB"}
     lines = report.read_text().splitlines()
     assert lines[0] == "source\ttarget\tnote"
     assert "conv1.weight\tstem.conv1.weight\t" in lines
@@ -52,7 +56,9 @@ def test_converts_and_reports(run: Run, resnet18: Path, tmp_path: Path) -> None:
     assert torch.equal(converted["model"]["stem.conv1.weight"], original["conv1.weight"])
 
     back = tmp_path / "back.pth"
-    assert "100 tensors mapped, 0 ignored" in run(str(out), str(back), "--to", "mmdet")
+    assert "100 tensors mapped, 0 ignored" in run(
+        *["--to", "mmdet", "--input", str(out), "--output", str(back)]
+    )
     returned = torch.load(back, weights_only=True)["state_dict"]
     assert torch.equal(returned["layer4.1.conv2.weight"], original["layer4.1.conv2.weight"])
 

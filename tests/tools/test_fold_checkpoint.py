@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from evaluated_model import OPTIONS, QUICKSTART
 
 from ws_detectron.engine import load_config
@@ -34,22 +35,26 @@ print(json.dumps({
 
 
 def test_stock_detectron2_finds_the_same(
-    one_thread, call_tool, evaluation_files, tmp_path: Path
+    one_thread, call_tool, evaluation_files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cv2
 
     options = [*OPTIONS, "MODEL.WEIGHTS", str(evaluation_files.weights)]
     folded = tmp_path / "folded.pth"
+    monkeypatch.chdir(tmp_path)
     status, output, errors = call_tool(
-        TOOL, "--config-file", QUICKSTART, "--output", folded, "--opts", *options
+        TOOL, "--config-file", QUICKSTART, "--output", "folded.pth", "--opts", *options
     )
     assert status == 0, output + errors
     assert str(folded) in output and str(tmp_path / "folded.yaml") in output
+    paste = yaml.safe_load(output.partition("\n\n")[2].partition("\n\n")[0])
+    assert paste["MODEL"]["WEIGHTS"] == str(folded)
+    assert paste["MODEL"]["BACKBONE"] == {"NAME": "build_resnet_fpn_backbone"}
 
     picture = sorted(evaluation_files.images.iterdir())[0]
     result = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path / "folded.yaml"), str(picture)],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,
+        capture_output=True, text=True, timeout=600, cwd="/",  # any folder
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     stock = json.loads(result.stdout.splitlines()[-1])
@@ -78,7 +83,7 @@ def test_mistakes_are_one_message(call_tool, evaluation_files, tmp_path: Path) -
         "must end in .pth": (tmp_path / "folded.onnx", weights),
         "MODEL.WS.GN_GROUPS is 8": (tmp_path / "a.pth", [*weights, "MODEL.WS.GN_GROUPS", "8"]),
         "MODEL.WEIGHTS is empty": (tmp_path / "a.pth", []),
-        "there is no weight file": (tmp_path / "a.pth", ["MODEL.WEIGHTS", "/no/such.pth"]),
+        "which is not a file": (tmp_path / "a.pth", ["MODEL.WEIGHTS", "/no/such.pth"]),
     }
     for words, (output, options) in cases.items():
         status, _, errors = call_tool(

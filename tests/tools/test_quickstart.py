@@ -28,6 +28,7 @@ def test_it_says_what_it_does_and_what_comes_next(call_tool, tmp_path: Path) -> 
     assert "total_loss" not in said and "INFO" not in said  # the log is in its file
     log = (output / "log.txt").read_text()
     assert "Starting training" in log and "total_loss" in log
+    assert "\x1b" not in log and log.count("MAX_ITER:") == 1  # the config once, without colours
     final = json.loads((output / "metrics.json").read_text().splitlines()[-1])
     assert f"box AP {final['bbox/AP']:.1f}" in said
     assert (output / "pictures" / "first.png").is_file()

@@ -105,6 +105,11 @@ def test_from_a_timm_file_to_a_training_in_two_commands(coco_root: Path, tmp_pat
     trained = train_net("--config-file", config, *options)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "Total training time" in trained.stdout and "copypaste: " in trained.stdout
+    assert re.search(
+        r"^trained, bbox AP [\d.]+, segm AP [\d.]+\n  weights +\S+model_final.pth$",
+        trained.stdout,
+        re.M,
+    )
 
     final = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
     body = "backbone.bottom_up"

@@ -39,7 +39,7 @@ def test_a_checkpoint_draws_images_and_videos(run_tool, evaluation_files, tmp_pa
         TOOL,
         *["--config-file", QUICKSTART, "--output", tmp_path / "out", "--confidence-threshold", 0.0],
         *["--input", inputs, evaluation_files.images / "*1.png"],
-        *["--opts", *OPTIONS, "MODEL.WEIGHTS", evaluation_files.weights],
+        *[*OPTIONS, "MODEL.WEIGHTS", evaluation_files.weights],  # keys end the inputs
     )
     assert result.returncode == 0, result.stderr + result.stdout
     assert "drawn 2 of 3 files: " in result.stdout
@@ -48,10 +48,11 @@ def test_a_checkpoint_draws_images_and_videos(run_tool, evaluation_files, tmp_pa
     assert "Traceback" not in result.stderr
     outputs = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert outputs == ["000001.png", "clip.mp4"]
-    plain = cv2.resize(scenes[0], (448, 448), interpolation=cv2.INTER_NEAREST)
     drawn = cv2.imread(str(tmp_path / "out" / "000001.png"))
-    assert drawn.shape == plain.shape and (cv2.absdiff(drawn, plain) > 20).any()
-    assert len(list(read_video(tmp_path / "out" / "clip.mp4")[1])) == 2
+    assert drawn.shape == scenes[0].shape and (cv2.absdiff(drawn, scenes[0]) > 20).any()
+    assert " detections in 3 images (score ≥ 0 %), " in result.stdout
+    assert "next:\n  python tools/export_model.py" in result.stdout
+    assert len(list(read_video(tmp_path / "out" / "clip.mp4")[2])) == 2
 
 
 def test_a_checkpoint_draws_a_data_set(call_tool, evaluation_files, tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_wrong_commands_and_help(call_tool, evaluation_files, tmp_path: Path) ->
     assert status == 2 and "--predictions needs --dataset" in errors
     status, _, errors = call_tool(TOOL, *predictions, "--dataset", "coco_2018_val", *output)
     assert status == 2 and "coco_2018_val" in errors and "did you mean" in errors
-    arguments = ["--config-file", QUICKSTART, *output, "--input", tmp_path]
+    arguments = ["--config-file", QUICKSTART, *output, "--input", evaluation_files.images]
     status, _, errors = call_tool(TOOL, *arguments, "--opts", "MODEL.WEIGHTS", "no.pth")
     assert status == 2 and "no.pth" in errors
     status, _, errors = call_tool(TOOL, *arguments)
@@ -98,5 +99,11 @@ def test_wrong_commands_and_help(call_tool, evaluation_files, tmp_path: Path) ->
     for options in ([*data, *output], arguments[:4]):
         status, _, errors = call_tool(TOOL, *options)
         assert status == 2 and "out is not a folder; choose another output" in errors
+    wrong = ["--config-file", QUICKSTART, "--output", tmp_path / "new.png"]
+    wrong += ["--input", tmp_path / "none.png", *OPTIONS]
+    status, _, errors = call_tool(TOOL, *wrong, "MODEL.WEIGHTS", evaluation_files.weights)
+    assert status == 2 and "none.png matches no file" in errors
+    status, _, errors = call_tool(TOOL, *arguments, "--webcam")
+    assert status == 2 and "not allowed with" in errors
     status, text, _ = call_tool(TOOL, "--help")
     assert status == 0 and "python tools/visualize.py --dataset coco_2017_val" in text

@@ -8,7 +8,18 @@ import pytest
 from detectron2.engine import default_argument_parser
 
 from ws_detectron.errors import UserError
-from ws_detectron.utils.command_line import add_overrides, refuse_options_without_effect
+from ws_detectron.utils import command_line
+from ws_detectron.utils.command_line import (
+    ToolParser,
+    add_input,
+    add_overrides,
+    closing,
+    overrides,
+    progress,
+    refuse_options_without_effect,
+)
+
+DEVICE = ["MODEL.DEVICE", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +55,88 @@ def test_overrides_beside_other_positionals() -> None:
     parser.add_argument("--batches", nargs="+")
     add_overrides(parser, nargs="*")
     args = parser.parse_intermixed_args(["step", "--batches", "1", "2", "--opts", "KEY", "1"])
-    assert vars(args) == {"what": "step", "batches": ["1", "2"], "opts": ["KEY", "1"]}
+    assert vars(args) == {
+        **{"what": "step", "batches": ["1", "2"], "opts": ["KEY", "1"]},
+        "device": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "inputs", "found"),
+    [
+        ("--input a b MODEL.WEIGHTS x", ["a", "b"], ["MODEL.WEIGHTS", "x"]),
+        ("--input a --opts SEED 1 MODEL.WS.MODE m", ["a"], ["SEED", "1", "MODEL.WS.MODE", "m"]),
+        ("--input TEST.PNG MODEL.PTH OUTPUT_DIR x", ["TEST.PNG", "MODEL.PTH"], ["OUTPUT_DIR", "x"]),
+        ("VIS_PERIOD 1 MODEL.DEVICE cuda", [], ["VIS_PERIOD", "1", "MODEL.DEVICE", "cuda"]),
+        ("--device cpu --input a SOLVER.EPOCHS 3", ["a"], ["SOLVER.EPOCHS", "3", *DEVICE]),
+        ("--input a --device cpu", ["a"], DEVICE),
+    ],
+)
+def test_a_config_key_ends_the_values_of_an_option(
+    words: str, inputs: list[str], found: list[str]
+) -> None:
+    parser = ToolParser()
+    parser.add_argument("--input", nargs="+", default=[])
+    add_overrides(parser)
+    args = parser.parse_args(words.split())
+    assert (args.input, overrides(args)) == (inputs, found)
+
+
+def test_an_option_among_overrides_is_refused() -> None:
+    parser = ToolParser()
+    add_overrides(parser)
+    args = parser.parse_args(["SEED", "1", "--device", "cpu"])
+    with pytest.raises(UserError, match="^--device follows KEY VALUE pairs"):
+        overrides(args)
+
+
+@pytest.mark.parametrize("words", ["--input a --output b", "a --output b", "--output b a"])
+def test_an_input_by_position_or_by_name(words: str) -> None:
+    parser = ToolParser()
+    add_input(parser, "a file")
+    parser.add_argument("--output")
+    args = parser.parse_intermixed_args(words.split())
+    assert (args.input, args.output) == ("a", "b")
+    assert parser.parse_intermixed_args([]).input is None
+
+
+def test_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An item takes 3 s; lines are due after 5 s and then when the time has doubled."""
+    clock = [0.0]
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: clock[0])
+
+    def work(items: object, **options: object) -> list[str]:
+        for _ in progress(items, "frames of a.mp4", "frame", **options):
+            clock[0] += 3
+        return capsys.readouterr().err.splitlines()
+
+    assert work(range(8)) == [
+        "frames of a.mp4: 2 of 8 frames, 00:18 left",
+        "frames of a.mp4: 4 of 8 frames, 00:12 left",
+        "frames of a.mp4: 8 of 8 frames, 00:00 left",
+    ]
+    assert work(iter(range(2)), total=100)[0] == "frames of a.mp4: 2 of 100 frames, 04:54 left"
+    assert work(iter(range(2)), total=0) == ["frames of a.mp4: 2 frames"]
+    assert work(range(1)) == []
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(progress([1, 2], "drawing", "file")) == [1, 2]
+    assert "drawing:   0%|" in capsys.readouterr().err
+
+
+def test_closing_lines() -> None:
+    files = {"weights": "a.pth", "log": "log.txt"}
+    assert closing("box AP 40", files, ["fold.py", "--output", "my file"], ["b.py"]) == (
+        "box AP 40\n  weights  a.pth\n  log      log.txt\n"
+        "next:\n  python tools/fold.py --output 'my file'\n  python tools/b.py"
+    )
+    assert closing("nothing else") == "nothing else"
 
 
 def refuse(*arguments: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Union
@@ -52,7 +52,7 @@ def read_annotated(record: dict[str, Any]) -> np.ndarray:
     return image
 
 
-def image_findings(images: Sequence[dict[str, Any]], folder: Union[str, Path]) -> list[Finding]:
+def image_findings(images: Iterable[dict[str, Any]], folder: Union[str, Path]) -> list[Finding]:
     """Checks the image files of a COCO file; reads their headers only.
 
     Args:

@@ -91,17 +91,18 @@ def write_folded(cfg: CfgNode, output: Union[str, Path]) -> tuple[Path, Path]:
 
     Args:
         cfg: MODEL.WEIGHTS names a checkpoint, or `ws://` weights, of the whole model.
-        output: the checkpoint to write, `*.pth`; the config gets the same name with `.yaml`.
+        output: the checkpoint to write, `*.pth`; the config gets the same name with `.yaml`. It has
+            the full path of the weights, because detectron2 reads others from the current folder.
 
     Returns:
-        The paths of checkpoint and config.
+        The full paths of checkpoint and config.
 
     Raises:
         ConfigError: see `stock_config`, or `output` does not end in `.pth`.
         UserError: a file cannot be written, or would overwrite the weights.
         WeightsError: the weights cannot be read or do not fit the model.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     if output.suffix != ".pth":
         raise ConfigError(f"the output {output} must end in .pth, by which detectron2 reads it")
     config = output.with_suffix(".yaml")

@@ -39,7 +39,12 @@ from ws_detectron.data import check_coco_set, use_annotations
 from ws_detectron.errors import ConfigError, DivergedError, UserError
 from ws_detectron.modeling import fold_ws, folded_copy
 from ws_detectron.modeling.summary import frozen_parts, summary_line
-from ws_detectron.utils.compat import has_compiled_ops, is_divergence, user_errors_unlogged
+from ws_detectron.utils.compat import (
+    has_compiled_ops,
+    is_divergence,
+    strip_colours,
+    user_errors_unlogged,
+)
 
 from .checks import SMALL_BATCH, check_datasets, check_machine
 from .hooks import RECORD, BestCheckpoint, RunRecord, read_record
@@ -228,6 +233,7 @@ def _set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
         cfg.train.output_dir = os.path.join(cfg.train.output_dir, "inference")
     args.config_file = find_config(args.config_file)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="ws_detectron")
+    logging.getLogger("detectron2").addFilter(strip_colours)
     default_setup(cfg, args)
 
 

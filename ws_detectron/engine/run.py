@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from ws_detectron.errors import UserError, find_disk_error, find_user_error, write_error
 from ws_detectron.modeling.summary import summary_line
+from ws_detectron.utils.compat import strip_colours
 from ws_detectron.utils.io import write_text
 from ws_detectron.utils.yaml_files import load_yaml_with_base
 
@@ -23,7 +24,7 @@ from .checks import Purpose
 from .inference import load_model_for_inference
 from .launch import start, started_by_torchrun
 from .output_dir import check_unused, delete_run, make_output_dir, reserved
-from .prepare import find_config, prepare
+from .prepare import prepare
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,15 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
         cfg.SEED = _drawn_seed(cfg.OUTPUT_DIR)
     cfg = prepare(cfg, _purpose(args))
     cfg.freeze()
-    if args.config_file:  # default_setup logs the file; it may be the name of a packaged one
-        args = argparse.Namespace(**{**vars(args), "config_file": find_config(args.config_file)})
     set_up = cfg.clone()
     set_up.defrost()
     set_up.OUTPUT_DIR = _log_folder(cfg, args)
     written = Path(set_up.OUTPUT_DIR, "config.yaml")
     earlier = written.read_text("utf-8") if written.is_file() else ""
-    default_setup(set_up, args)
+    # the full config is logged, so its file need not be
+    logging.getLogger("detectron2").addFilter(strip_colours)
+    default_setup(set_up, argparse.Namespace(**{**vars(args), "config_file": ""}))
+    logger.info("Config file: %s", args.config_file or "none")
     if not args.eval_only:
         if args.resume and earlier and comm.is_main_process():
             # restores the config of the last start until this one is known to work

@@ -1,29 +1,33 @@
-"""Finds images and videos, names their drawings, and reads and writes videos."""
+"""Finds images and videos, names their drawings, and reads, writes and shows pictures."""
 
 import glob
 import logging
 import os
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Union
+from typing import Callable, Optional, Union
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from ws_detectron.errors import DataError, UserError, shown
-from ws_detectron.utils.io import writing
+from ws_detectron.utils.io import atomic_write, writing
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 VIDEO_CODES = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG"}
 VIDEO_SUFFIXES = (*VIDEO_CODES, ".webm", ".mpg", ".mpeg")
+ANIMATED = ".gif"  # an image or, with several frames, a video
+MEDIA = (*IMAGE_SUFFIXES, ANIMATED, *VIDEO_SUFFIXES)
 DEFAULT_RATE = 25.0  # frames per second, if a video does not specify it
 
 
-def find_inputs(arguments: Sequence[str], output: Path) -> list[Path]:
+def find_inputs(arguments: Sequence[str], output: Optional[Path]) -> list[Path]:
     """The input files, each once, in the order of the arguments.
 
     Files in `output` are skipped, because they may be earlier drawings, unless an argument is the
@@ -32,13 +36,13 @@ def find_inputs(arguments: Sequence[str], output: Path) -> list[Path]:
     Args:
         arguments: files with any suffix; folders, which are searched for images and videos
             recursively; and patterns with `*`, `?` or `[...]` (`**` for folders at any depth).
-        output: the folder (or video) that will be written.
+        output: the folder or file that will be written, if any.
 
     Raises:
         UserError: an argument matches no file, or only files in `output`.
     """
     found: dict[str, Path] = {}
-    folder = output.resolve()
+    folder = None if output is None else output.resolve()
     for argument in arguments:
         if not argument:
             raise UserError("--input is empty; allowed: files, folders and patterns")
@@ -53,10 +57,10 @@ def find_inputs(arguments: Sequence[str], output: Path) -> list[Path]:
         if not files:
             raise UserError(
                 f"--input {argument} matches no file, or a folder without images and videos "
-                f"({' '.join((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))})"
+                f"({' '.join(MEDIA)})"
             )
         kept = files
-        if not path.is_file() and folder not in _start(argument).parents:
+        if folder and not path.is_file() and folder not in _start(argument).parents:
             kept = [f for f in files if not (f.parent.resolve() / f.name).is_relative_to(folder)]
         if not kept:
             raise UserError(
@@ -79,12 +83,19 @@ def _start(argument: str) -> Path:
 
 
 def _is_media(path: Path) -> bool:
-    return path.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and path.is_file()
+    return path.suffix.lower() in MEDIA and path.is_file()
 
 
 def is_video(path: Union[str, Path]) -> bool:
-    """Whether a file name has the suffix of a video."""
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+    """Whether a file name has the suffix of a video, or the file is an animated GIF."""
+    suffix = Path(path).suffix.lower()
+    if suffix != ANIMATED:
+        return suffix in VIDEO_SUFFIXES
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except (OSError, ValueError):  # a broken one is reported as an image that cannot be read
+        return False
 
 
 def output_names(inputs: Sequence[Path], suffix_of: Callable[[Path], str]) -> list[str]:
@@ -115,18 +126,24 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name.casefold())
 
 
-def read_video(path: Path) -> tuple[float, Iterator[np.ndarray]]:
-    """Frames per second of a video, and its frames as (H, W, 3) uint8, RGB.
+def read_video(path: Union[Path, int]) -> tuple[float, int, Iterator[np.ndarray]]:
+    """Frames per second of a video, the number of frames, and these as (H, W, 3) uint8, RGB.
 
-    Warns at the end if the video has fewer frames than it declares.
+    Frames of a phone are upright. Warns at the end if there are fewer than the file declares.
+
+    Args:
+        path: of a video, or the number of a camera, which has 0 frames: it does not end.
 
     Raises:
-        DataError: the video cannot be opened or no frame can be decoded.
+        DataError: it cannot be opened or no frame can be decoded.
     """
-    video = cv2.VideoCapture(str(path))
+    what = f"camera {path}" if isinstance(path, int) else f"video {path}"
+    video = cv2.VideoCapture(path if isinstance(path, int) else str(path))
     _, first = video.read() if video.isOpened() else (False, None)
     if first is None:
-        raise DataError(f"cannot read video {path}: OpenCV finds no frame in it")
+        raise DataError(f"cannot read {what}: OpenCV finds no frame in it")
+    # some formats declare none, or an approximate number
+    expected = 0 if isinstance(path, int) else max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
 
     def frames() -> Iterator[np.ndarray]:
         count, frame = 0, first
@@ -134,15 +151,14 @@ def read_video(path: Path) -> tuple[float, Iterator[np.ndarray]]:
             yield frame[:, :, ::-1]
             count += 1
             _, frame = video.read()
-        expected = video.get(cv2.CAP_PROP_FRAME_COUNT)
-        if count < 0.9 * expected:  # some formats declare an approximate number
+        if count < 0.9 * expected:
             logger.warning(
                 "video %s ends after %d of %d frames; is it complete?",
                 *(shown(path), count, expected),
             )
 
     rate = video.get(cv2.CAP_PROP_FPS)
-    return rate if rate > 0 else DEFAULT_RATE, frames()
+    return rate if rate > 0 else DEFAULT_RATE, expected, frames()
 
 
 def write_video(path: Path, rate: float, frames: Iterable[np.ndarray]) -> None:
@@ -186,3 +202,46 @@ def write_video(path: Path, rate: float, frames: Iterable[np.ndarray]) -> None:
     finally:
         writer.release()
         partial.unlink(missing_ok=True)
+
+
+def write_image(path: Path, picture: np.ndarray) -> None:
+    """Writes a picture of (H, W, 3) uint8, RGB, in the format of its suffix, atomically."""
+    packed = cv2.imencode(path.suffix, picture[:, :, ::-1])[1].tobytes()
+    with atomic_write(path, "wb") as file:
+        file.write(packed)
+
+
+def check_display() -> None:
+    """Checks that OpenCV can open a window; without a display some builds abort the process.
+
+    Raises:
+        UserError: it cannot; gives the reason.
+    """
+    remedy = "name a file or folder to write: --output"
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        raise UserError(f"there is no display to show pictures on; {remedy}")
+    try:
+        cv2.namedWindow("ws_detectron", cv2.WINDOW_NORMAL)
+        cv2.destroyAllWindows()
+    except cv2.error:
+        raise UserError(
+            f"this OpenCV has no windows, as opencv-python-headless; {remedy}"
+        ) from None
+
+
+def show(picture: np.ndarray, title: str, milliseconds: int = 0) -> bool:
+    """Shows a picture of (H, W, 3) uint8, RGB, in the window of all pictures.
+
+    Args:
+        picture, title: what to show.
+        milliseconds: to wait for a key; 0: until there is one.
+
+    Returns:
+        False if the user wants to stop: Esc, q, or the window was closed.
+    """
+    window = "ws_detectron"
+    cv2.namedWindow(window, cv2.WINDOW_NORMAL)
+    cv2.setWindowTitle(window, title)
+    cv2.imshow(window, picture[:, :, ::-1])
+    key = cv2.waitKey(milliseconds) & 0xFF
+    return key not in (27, ord("q")) and cv2.getWindowProperty(window, cv2.WND_PROP_VISIBLE) >= 1

@@ -1,11 +1,14 @@
 """Draws predictions: beside ground truth on a data set, or on any images and videos."""
 
+import functools
 import itertools
 import logging
 import math
 import os
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -16,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from ws_detectron.data.images import read_annotated, read_rgb
 from ws_detectron.data.rle import check_masks
 from ws_detectron.errors import ConfigError, DataError, UserError, shown
+from ws_detectron.utils.command_line import progress
 from ws_detectron.utils.io import (
     check_folder,
     csv_text,
@@ -50,7 +54,19 @@ from .image_errors import (
     image_ap,
     match_images,
 )
-from .inputs import find_inputs, is_video, output_names, read_video, write_video
+from .inputs import (
+    IMAGE_SUFFIXES,
+    MEDIA,
+    VIDEO_CODES,
+    check_display,
+    find_inputs,
+    is_video,
+    output_names,
+    read_video,
+    show,
+    write_image,
+    write_video,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +212,7 @@ def visualize_dataset(
             reason = "can be drawn; see the warnings above" if image_ids else "has an object"
             raise UserError(f"{name}: none of {len(records)} images {reason}")
         write_png(output / name, contact_sheet(pairs, f"{dataset_name}, {what}: {of_sheet}"))
-    for image_id, name in pictures.items():
+    for image_id, name in progress(pictures.items(), "drawing", "image", len(pictures)):
         pair = draw(image_id)
         if pair is not None:
             write_png(
@@ -231,44 +247,37 @@ def _skipped(files: Sequence[Any]) -> str:
     return f"\n{len(files)} could not be read and were skipped: {names}{more}"
 
 
-def visualize_inputs(
-    arguments: Sequence[str],
-    output: Path,
-    predict: Predict,
-    classes: Mapping[int, str],
-    *,
-    score_threshold: float = 0.5,
-) -> str:
-    """Draws predictions on images and videos.
-
-    Files that cannot be read are skipped and named in the summary.
+class Drawing:
+    """Predicts on images and draws the predictions, and counts them.
 
     Args:
-        arguments: see `find_inputs`.
-        output: a folder for `<name>.png` and `<name>.mp4`; for a single video also a video file.
-        predict: takes an image, (H, W, 3) uint8, RGB; returns entries of a COCO results file with
-            the model's class numbers as category ids.
+        build: returns the model; called for the first image, when inputs and output are checked.
         classes: class number -> name.
         score_threshold: predictions below it are not drawn.
-
-    Returns:
-        A summary to print.
-
-    Raises:
-        UserError: no file can be read, or an output cannot be written or would overwrite an input.
-        ConfigError: the model predicts a class that is not in `classes`.
+        longer_side: of a drawing, pixels; default: that of the image.
     """
-    paths = find_inputs(arguments, output)
-    to_video = is_video(output) and not output.is_dir()
-    if to_video and (len(paths) > 1 or not is_video(paths[0])):
-        raise UserError(f"--output {output} is a video, so --input must be a single video")
-    names = output_names(paths, lambda path: ".mp4" if is_video(path) else ".png")
-    targets = [output] if to_video else [output / name for name in names]
-    check_folder(output.parent if to_video else output)
-    refuse_overwrite(targets, paths)
 
-    def draw(image: np.ndarray) -> np.ndarray:
-        entries = [entry for entry in predict(image) if entry["score"] >= score_threshold]
+    def __init__(
+        self,
+        build: Callable[[], Predict],
+        classes: Mapping[int, str],
+        score_threshold: float = 0.5,
+        longer_side: Optional[int] = None,
+    ) -> None:
+        self._predict = functools.cache(build)
+        self._classes, self._threshold, self._longer_side = classes, score_threshold, longer_side
+        self._images, self._detections, self._seconds = 0, 0, 0.0
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """The drawing of an image, both (H, W, 3) uint8, RGB.
+
+        Raises:
+            ConfigError: the model predicts a class that is not in `classes`.
+        """
+        predict, classes, start = self._predict(), self._classes, time.perf_counter()
+        found = predict(image)
+        self._seconds += time.perf_counter() - start
+        entries = [entry for entry in found if entry["score"] >= self._threshold]
         beyond = [e["category_id"] for e in entries if classes and e["category_id"] not in classes]
         if beyond:
             raise ConfigError(
@@ -276,21 +285,127 @@ def visualize_inputs(
                 "classes; set MODEL.ROI_HEADS.NUM_CLASSES (MODEL.RETINANET.NUM_CLASSES), or name "
                 "weights that were trained on these classes"
             )
-        side = max(SIDE, *image.shape[:2])  # labels on small images would not be readable
-        return draw_entries(image, side, entries, classes)
+        self._images, self._detections = self._images + 1, self._detections + len(entries)
+        return draw_entries(image, self._longer_side or max(image.shape[:2]), entries, classes)
 
-    skipped = []
-    for path, target in zip(paths, targets):
+    def summary(self) -> str:
+        """Numbers of detections and images, and the time of the model."""
+        milliseconds = 1000 * self._seconds / max(1, self._images)
+        numbers = _number(self._detections, "detection"), _number(self._images, "image")
+        limit = f"score ≥ {100 * self._threshold:g} %"
+        return f"{' in '.join(numbers)} ({limit}), {milliseconds:.0f} ms per image"
+
+
+def visualize_inputs(arguments: Sequence[str], output: Optional[Path], draw: Drawing) -> str:
+    """Draws predictions on images and videos.
+
+    Files that cannot be read are skipped and named in the summary.
+
+    Args:
+        arguments: see `find_inputs`.
+        output: a folder for `<name>.png` and `<name>.mp4`; for a single image or video also a file;
+            None: a window.
+        draw: draws on an image.
+
+    Returns:
+        A summary to print.
+
+    Raises:
+        UserError: no file can be read, an output cannot be written or would overwrite an input, or
+            there is no display.
+        ConfigError: the model predicts a class that is not in `classes`.
+    """
+    paths = find_inputs(arguments, output)
+    targets = _targets(paths, output)
+    skipped, ended = [], False
+    pairs = list(zip(paths, targets))
+    for path, target in progress(pairs, "drawing", "file"):
+        title = shown(path.name)
         try:
             if is_video(path):
-                rate, frames = read_video(path)
-                write_video(target, rate, map(draw, frames))
+                rate, count, frames = read_video(path)
+                pictures = map(draw, progress(frames, title, "frame", count))
+                if target is None:
+                    ended = not all(show(picture, title, 1) for picture in pictures)
+                else:
+                    write_video(target, rate, pictures)
+            elif target is None:
+                ended = not show(draw(read_rgb(path)), title)
             else:
-                write_png(target, draw(read_rgb(path)))
+                write_image(target, draw(read_rgb(path)))
         except DataError as error:
             skipped.append(path)
             logger.warning("skipped %s: %s", shown(path), error)
+        if ended:
+            return draw.summary()
     if len(skipped) == len(paths):
         raise UserError(f"none of the {len(paths)} files could be read{_skipped(skipped)}")
-    drawn = len(paths) - len(skipped)
-    return f"drawn {drawn} of {len(paths)} files: {shown(output)}{_skipped(skipped)}"
+    where = "on the screen" if output is None else shown(output)
+    drawn = f"drawn {len(paths) - len(skipped)} of {len(paths)} files: {where}"
+    return f"{drawn}\n{draw.summary()}{_skipped(skipped)}"
+
+
+def visualize_webcam(camera: int, output: Optional[Path], draw: Drawing) -> str:
+    """Draws predictions on the pictures of a camera, until Esc, q or Ctrl-C.
+
+    Args:
+        camera: its number, from 0.
+        output: a video; None: a window.
+        draw: draws on an image.
+
+    Returns:
+        A summary to print.
+
+    Raises:
+        UserError: there is no such camera, the output is not a video, or there is no display.
+        ConfigError: the model predicts a class that is not in `classes`.
+    """
+    if output is None:
+        check_display()
+    elif output.suffix.lower() not in VIDEO_CODES:
+        raise UserError(f"--output {output} of --webcam must end in {' '.join(VIDEO_CODES)}")
+    else:
+        check_folder(output.parent)
+    rate, _, frames = read_video(camera)
+    if output is not None:
+        logger.info("recording; Ctrl-C ends it")
+        write_video(output, rate, _until_interrupted(map(draw, frames), rate))
+        return f"drawn: {shown(output)}\n{draw.summary()}"
+    with suppress(KeyboardInterrupt):
+        all(show(picture, "Esc or q ends", 1) for picture in map(draw, frames))
+    return draw.summary()
+
+
+def _until_interrupted(pictures: Iterable[np.ndarray], rate: float) -> Iterator[np.ndarray]:
+    """Pictures until Ctrl-C, each as often as makes the video as long as the recording."""
+    start, written = time.monotonic(), 0
+    with suppress(KeyboardInterrupt):
+        for picture in pictures:
+            repeats = max(1, round(rate * (time.monotonic() - start)) - written)
+            written += repeats
+            yield from itertools.repeat(picture, repeats)
+
+
+def _targets(paths: Sequence[Path], output: Optional[Path]) -> Sequence[Optional[Path]]:
+    """Where each drawing goes, None for a window; checks that it can be written."""
+    if output is None:
+        check_display()
+        return [None] * len(paths)
+    suffix = output.suffix.lower()
+    if suffix not in MEDIA or output.is_dir():
+        names = output_names(paths, lambda path: ".mp4" if is_video(path) else ".png")
+        targets = [output / name for name in names]
+        check_folder(output)
+    else:
+        what, video = ("an image", False) if suffix in IMAGE_SUFFIXES else ("a video", True)
+        if suffix not in (*IMAGE_SUFFIXES, *VIDEO_CODES):
+            allowed = " ".join((*IMAGE_SUFFIXES, *VIDEO_CODES))
+            raise UserError(f"cannot write {output}: allowed suffixes are {allowed}")
+        if len(paths) > 1 or is_video(paths[0]) != video:
+            raise UserError(
+                f"--output {output} is {what}, so --input must be a single {what.split()[1]}"
+            )
+        targets = [output]
+        check_folder(output.parent)
+    refuse_overwrite(targets, paths)
+    return targets

@@ -1,10 +1,55 @@
 """Helpers shared by the command-line tools."""
 
 import argparse
-from collections.abc import Collection
-from typing import Any, Optional
+import re
+import shlex
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional, TypeVar
+
+from detectron2.engine import default_argument_parser
+from tqdm import tqdm
 
 from ws_detectron.errors import UserError
+
+Item = TypeVar("Item")
+
+# Two parts of which the second is short, such as TEST.PNG, are the name of a file.
+_KEY = re.compile(
+    r"OUTPUT_DIR|SEED"
+    r"|(MODEL|INPUT|DATASETS|DATALOADER|SOLVER|TEST)\.([A-Z_0-9]{5,}|[A-Z_0-9]+(\.[A-Z_0-9]+)+)"
+)
+
+
+class ToolParser(argparse.ArgumentParser):
+    """The parser of a tool: its help keeps lines, and config overrides may follow any option.
+
+    Args:
+        description: of the tool; `__doc__`.
+        examples: end the help.
+    """
+
+    def __init__(
+        self, description: Optional[str] = None, examples: Optional[str] = None, **options: Any
+    ) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, epilog=examples, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """As usual, and the help says the default where it has none."""
+        default, text = options.get("default"), options.get("help")
+        if text and "default" not in text and default not in (None, False, argparse.SUPPRESS, []):
+            options["help"] = f"{text}; default: {default}".replace("%", "%%")
+        return super().add_argument(*names, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As usual, but the first config key ends the values of an option, like --opts."""
+        arguments = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        first = next((n for n, word in enumerate(arguments) if _KEY.fullmatch(word)), None)
+        if first is not None and "--opts" not in arguments[:first]:
+            arguments.insert(first, "--opts")
+        return super().parse_args(arguments, namespace)
 
 
 class _Separator(argparse.Action):
@@ -15,14 +60,18 @@ class _Separator(argparse.Action):
 
 
 def add_overrides(
-    parser: argparse.ArgumentParser, nargs: Optional[str] = argparse.REMAINDER
+    parser: argparse.ArgumentParser,
+    nargs: Optional[str] = argparse.REMAINDER,
+    *,
+    device: bool = True,
 ) -> None:
-    """Adds config overrides, `args.opts`: KEY VALUE pairs at the end of the line or after --opts.
+    """Adds config overrides: KEY VALUE pairs at the end of the line or after --opts, and --device.
 
     Args:
-        parser: gets the positional argument `opts` and the option --opts.
+        parser: gets the positional argument `opts` and the options; see `overrides`.
         nargs: of the positional argument; "*" for `parse_intermixed_args`, None where the parser
             has this argument already, as detectron2's `default_argument_parser`.
+        device: False for a tool that chooses the device.
     """
     if nargs:
         parser.add_argument("opts", nargs=nargs, metavar="KEY VALUE", help="config overrides")
@@ -32,8 +81,103 @@ def add_overrides(
         nargs=0,
         dest=argparse.SUPPRESS,
         default=argparse.SUPPRESS,
-        help="starts the overrides; needed after an option that takes several values",
+        help="starts the overrides; may be left out before a key such as MODEL.WEIGHTS",
     )
+    if device:
+        parser.add_argument("--device", help="cpu or cuda; the same as MODEL.DEVICE")
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """KEY VALUE pairs of a command line, with those of --device.
+
+    Raises:
+        UserError: an option is among them.
+    """
+    device = getattr(args, "device", None)
+    device = getattr(args, "device", None)
+    given = [word for word in args.opts or [] if word != "--opts"]
+    for key in given[::2]:
+        if key.startswith("--"):
+            raise UserError(f"{key} follows KEY VALUE pairs; they end the line")
+    return [*given, *(["MODEL.DEVICE", device] if device else [])]
+
+
+def training_parser(
+    description: Optional[str], examples: str, output: str
+) -> argparse.ArgumentParser:
+    """detectron2's parser of trainings, with --overwrite, --output, --device and --opts.
+
+    Args:
+        description, examples: as for `ToolParser`.
+        output: the config key of the output folder.
+    """
+    parser = default_argument_parser(epilog=examples)
+    parser.description = description
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"delete metrics, checkpoints and events of the run in {output} and train again; "
+        "without --overwrite or --resume, a folder that holds a run is refused",
+    )
+    parser.add_argument("--output", metavar="DIR", help=f"the same as {output}")
+    add_overrides(parser, nargs=None)
+    return parser
+
+
+def add_input(parser: argparse.ArgumentParser, help: str) -> None:
+    """Adds `args.input`, which is given by position or as --input; for `parse_intermixed_args`."""
+    parser.add_argument("input", nargs="?", default=argparse.SUPPRESS, help=help)
+    parser.add_argument("--input", metavar="INPUT", help="the same")
+
+
+def progress(
+    items: Iterable[Item], title: str, unit: str, total: Optional[int] = None
+) -> Iterator[Item]:
+    """The items, with a bar on a terminal, else with a line after 5 s and now and then.
+
+    Args:
+        items: are worked on one after the other.
+        title: what is done.
+        unit: of one item, such as "image".
+        total: number of items; default: their length.
+    """
+    count = len(items) if total is None and isinstance(items, Collection) else total
+    if sys.stderr.isatty():
+        yield from tqdm(items, title, count, unit=unit, leave=False)
+        return
+    start = time.monotonic()
+    due = start + 5
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now < due:
+            continue
+        due = now + min(60.0, now - start)  # seldom in a long log
+        said = f"{title}: {done}"
+        if count and count >= done:
+            rest = tqdm.format_interval((count - done) * (now - start) / done)
+            said += f" of {count} {unit}s, {rest} left"
+        else:
+            said += f" {unit}s"
+        print(said, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def closing(
+    made: str, files: Optional[Mapping[str, object]] = None, *next_commands: Sequence[object]
+) -> str:
+    """The last lines of a tool.
+
+    Args:
+        made: what it made, with the main metrics.
+        files: what -> path.
+        next_commands: the words of each command to continue with, after "python tools/".
+    """
+    files = files or {}
+    width = max(map(len, files), default=0)
+    lines = [made, *(f"  {what:<{width}}  {path}" for what, path in files.items())]
+    commands = [shlex.join(map(str, words)) for words in next_commands]
+    lines += ["next:"] * bool(commands) + [f"  python tools/{command}" for command in commands]
+    return "\n".join(lines)
 
 
 def refuse_options_without_effect(

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
@@ -162,6 +163,15 @@ def user_errors_unlogged() -> Iterator[None]:
         yield
     finally:
         loop.removeFilter(keep)
+
+
+def strip_colours(record: logging.LogRecord) -> bool:
+    """A filter for the logger "detectron2", which highlights configs also in log.txt.
+
+    In all versions `default_setup` adds colour codes where pygments is installed.
+    """
+    record.msg = re.sub(r"\x1b\[[\d;]*m", "", str(record.msg))
+    return True
 
 
 def destroy_process_groups() -> None:

@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -67,6 +67,18 @@ def merge_config_file(cfg: CfgNode, path: Union[str, Path]) -> None:
 def load_yaml_with_base(path: Union[str, Path]) -> dict[str, Any]:
     """Like fvcore's function of this name, but safe; raises as `merge_config_file`."""
     return _SafeCfgNode.load_yaml_with_base(str(path))
+
+
+def config_text(keys: Mapping[str, Any]) -> str:
+    """The text of a config file with these full keys, such as MODEL.WEIGHTS, and their values."""
+    content: dict[str, Any] = {}
+    for key, value in keys.items():
+        *parents, name = key.split(".")
+        node = content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return str(yaml.safe_dump(content, sort_keys=False))
 
 
 class _SafeCfgNode(CfgNode):

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from ws_detectron.checkpoint.reading import read_weight_file
 from ws_detectron.errors import DivergedError, UserError
+from ws_detectron.utils.command_line import progress
 from ws_detectron.utils.environment import run_environment
 from ws_detectron.utils.io import atomic_write, locked, write_json, write_text
 
@@ -343,7 +343,7 @@ def train_epoch(
 
     Args:
         lrs: the LR of each step.
-        title: of the progress bar on a terminal; None: no bar.
+        title: of the progress; None: none is shown.
 
     Returns:
         Loss and accuracy over all images, each computed in its own training step, with dropout.
@@ -351,10 +351,8 @@ def train_epoch(
     model.train()
     order = torch.randperm(len(data)).to(data.tensors[0].device)
     outputs = []  # metrics are computed at the end: at every step they would make a GPU wait
-    steps = tqdm(
-        order.split(batch_size), title, leave=False, unit="step", disable=title is None or None
-    )
-    for lr, chosen in zip(lrs, steps):
+    steps = order.split(batch_size)
+    for chosen, lr in zip(steps if title is None else progress(steps, title, "step"), lrs):
         images, labels = data[chosen]
         for group in optimizer.param_groups:
             group["lr"] = lr
