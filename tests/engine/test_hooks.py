@@ -142,4 +142,4 @@ def test_best_weights_of_an_unknown_value_are_kept(tmp_path: Path, content: Opti
 
 def test_hooks_import_without_the_module_that_windows_lacks(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert "RunRecord" in runpy.run_path(hooks.__file__)
+    assert "RunRecord" in runpy.run_module(hooks.__name__)

@@ -143,7 +143,7 @@ def test_no_process_outlives_the_one_that_started_it(script: str) -> None:
         try:
             assert len(pids) == 2 and all(map(is_alive, pids))
             job.terminate()
-            assert job.wait(120) == -signal.SIGTERM
+            assert job.wait(120) == 128 + signal.SIGTERM
             end = time.monotonic() + 120
             while any(map(is_alive, pids)) and time.monotonic() < end:
                 time.sleep(0.05)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ if __name__ == "__main__":
     folder, processes = sys.argv[1], int(sys.argv[2])
     launch(main, processes, device="cpu", args=(folder, processes))
 """
+
+
+@pytest.fixture(autouse=True)
+def sigint_is_not_ignored() -> Iterator[None]:
+    """As it is, also for children, if a shell has started the tests with `&`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start_job(folder: Path, processes: int) -> tuple[subprocess.Popen, list[int]]:

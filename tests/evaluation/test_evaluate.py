@@ -121,11 +121,11 @@ def test_single_images_are_resized_and_given_in_the_right_order(cfg: CfgNode) ->
     [entry] = predict(image)
     assert entry["category_id"] == 0 and entry["score"] == 0.75
     np.testing.assert_allclose(entry["bbox"], [30, 10, 20, 10], atol=1.5)
-    given = predict._model.given[0]
+    given = predict.model.given[0]
     assert given["image"].shape == (3, 80, 120)
     assert (given["height"], given["width"]) == (40, 60)
     cfg.INPUT.FORMAT = "BGR"
     predict = ImagePredictor(cfg)
     with pytest.raises(RuntimeError):  # nothing in the first channel, blue, is bright
         predict(image)
-    assert predict._model.given[0]["image"][2].max() == 200
+    assert predict.model.given[0]["image"][2].max() == 200
