@@ -284,9 +284,7 @@ def test_a_child_of_a_killed_training_does_not_hold_its_lock(tmp_path: Path) -> 
         child.join()
 
 
-def test_the_config_as_it_runs_and_the_given_file_are_written(
-    tmp_path: Path, small_run: None
-) -> None:
+def test_the_config_as_it_runs_is_written(tmp_path: Path, small_run: None) -> None:
     """For 4 GPUs x 1 image, run by one process: a quarter of batch and LR, 4x as long."""
     cfg = small_cfg(tmp_path, iterations=1)
     cfg.SOLVER.REFERENCE_WORLD_SIZE = cfg.SOLVER.IMS_PER_BATCH = 4
@@ -295,7 +293,7 @@ def test_the_config_as_it_runs_and_the_given_file_are_written(
     run(cfg, argparse.Namespace(eval_only=False, resume=False, config_file=name))
     ran = CfgNode.load_cfg((tmp_path / "config.yaml").read_text()).SOLVER
     assert (ran.IMS_PER_BATCH, ran.BASE_LR, ran.MAX_ITER) == (1, pytest.approx(0.001), 4)
-    assert "Base-R-18-FPN-scenes.yaml" in (tmp_path / "log.txt").read_text()
+    assert (tmp_path / "log.txt").read_text().count("MAX_ITER:") == 1  # logged once, as well
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which root cannot write")
