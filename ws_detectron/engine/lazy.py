@@ -36,7 +36,7 @@ from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
 from ws_detectron.data import check_coco_set, use_annotations
-from ws_detectron.errors import ConfigError, DivergedError, UserError
+from ws_detectron.errors import ConfigError, DivergedError
 from ws_detectron.modeling import fold_ws, folded_copy
 from ws_detectron.modeling.summary import frozen_parts, summary_line
 from ws_detectron.utils.compat import (
@@ -58,6 +58,7 @@ from .output_dir import (
     make_output_dir,
     remove_partial_files,
     reserved,
+    wants_overwrite,
     warn_of_start,
 )
 from .prepare import find_config
@@ -195,11 +196,7 @@ def run_lazy(args: argparse.Namespace) -> Optional[dict[str, Any]]:
 def _check(cfg: DictConfig, args: argparse.Namespace, world_size: int) -> None:
     """What can be known without building anything; every process must call it."""
     train, weights = cfg.train, cfg.train.init_checkpoint
-    overwrite = getattr(args, "overwrite", False)
-    if overwrite and (args.resume or args.eval_only):
-        raise UserError(
-            f"--overwrite cannot be combined with {'--resume' if args.resume else '--eval-only'}"
-        )
+    overwrite = wants_overwrite(args)
     if train.amp.enabled and train.device == "cpu" and not args.eval_only:
         raise ConfigError("train.amp.enabled is True, which needs train.device=cuda")
     if weights and "://" not in weights and not Path(weights).is_file():

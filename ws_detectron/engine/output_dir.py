@@ -1,5 +1,6 @@
 """OUTPUT_DIR belongs to one run: one process at a time, and no second run in its files."""
 
+import argparse
 import json
 import logging
 import os
@@ -118,6 +119,20 @@ def reserved(output_dir: Union[str, Path]) -> Iterator[None]:
             yield
         finally:
             del _reserved[folder]
+
+
+def wants_overwrite(args: argparse.Namespace) -> bool:
+    """Whether `args.overwrite` is set, which not all callers have.
+
+    Raises:
+        UserError: it is set together with `resume` or `eval_only`.
+    """
+    overwrite = getattr(args, "overwrite", False)
+    if overwrite and (args.resume or args.eval_only):
+        raise UserError(
+            f"--overwrite cannot be combined with {'--resume' if args.resume else '--eval-only'}"
+        )
+    return overwrite
 
 
 def check_unused(output_dir: Union[str, Path]) -> None:

@@ -23,7 +23,7 @@ from ws_detectron.utils.yaml_files import load_yaml_with_base
 from .checks import Purpose
 from .inference import load_model_for_inference
 from .launch import start, started_by_torchrun
-from .output_dir import check_unused, delete_run, make_output_dir, reserved
+from .output_dir import check_unused, delete_run, make_output_dir, reserved, wants_overwrite
 from .prepare import prepare
 from .trainer import Trainer
 
@@ -122,11 +122,7 @@ def _drawn_seed(output_dir: str) -> int:
 
 def _open_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Makes OUTPUT_DIR, and refuses a run there that is neither resumed nor overwritten."""
-    overwrite = getattr(args, "overwrite", False)
-    if overwrite and (args.resume or args.eval_only):
-        raise UserError(
-            f"--overwrite cannot be combined with {'--resume' if args.resume else '--eval-only'}"
-        )
+    overwrite = wants_overwrite(args)
     make_output_dir(cfg.OUTPUT_DIR)
     if comm.is_main_process() and not (args.eval_only or args.resume or overwrite):
         check_unused(cfg.OUTPUT_DIR)
