@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import Enum
 from operator import attrgetter
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from detectron2.config import CfgNode
@@ -252,22 +252,29 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
     return copies
 
 
-def count_images(cfg: CfgNode) -> int:
-    """The number of images to train on, without those that detectron2 skips; it loads them.
+def training_records(cfg: CfgNode, proposal_files: Optional[Sequence[str]] = None) -> list[dict]:
+    """Loads the images to train on, in detectron2's format, without those that it skips.
 
     Skipped are images without objects (DATALOADER.FILTER_EMPTY_ANNOTATIONS) or with too few
     keypoints.
+
+    Args:
+        cfg: DATASETS.TRAIN is not empty.
+        proposal_files: for each data set, checked to run no code.
     """
-    if not cfg.DATASETS.TRAIN:  # the training loader, if it is detectron2's, refuses it
-        return 0
     fewest = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-    return len(
-        get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=fewest if cfg.MODEL.KEYPOINT_ON else 0,
-        )
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=fewest if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=proposal_files,
     )
+
+
+def count_images(cfg: CfgNode) -> int:
+    """The number of `training_records`; it loads them."""
+    # without data sets, the training loader, if it is detectron2's, refuses the config
+    return len(training_records(cfg)) if cfg.DATASETS.TRAIN else 0
 
 
 def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:

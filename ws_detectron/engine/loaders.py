@@ -21,7 +21,6 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
@@ -40,7 +39,7 @@ from ws_detectron.data.training_order import (
 from ws_detectron.errors import ConfigError, DataError, shown
 
 from .accumulation import part_of_batch
-from .checks import CLASSES_IN, stock_architecture
+from .checks import CLASSES_IN, stock_architecture, training_records
 
 logger = logging.getLogger(__name__)
 
@@ -187,13 +186,8 @@ def build_train_loader(
         raise ConfigError("DATASETS.TRAIN is empty; name at least one data set to train on")
     check_proposals(cfg)
     naming = NamingMapper(mapper or DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+    records = training_records(cfg, proposals)
     check_classes(cfg)
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     factors = repeat_factors(cfg, records, seed) if isinstance(records, list) else None
