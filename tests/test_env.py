@@ -57,6 +57,12 @@ def run_config(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(params=["leaf", "run"])
+def config(request: pytest.FixtureRequest, run_config: str) -> str:
+    """A shipped config, or that of a run."""
+    return get_config_file(LEAF) if request.param == "leaf" else run_config
+
+
 @pytest.fixture
 def squares(tmp_path: Path) -> str:
     """A YAML file that registers `squares`, two images with an object each."""
@@ -117,11 +123,13 @@ def test_analyze_model_counts_convs_with_ws_as_convs(run_config: str, squares: s
 
 
 @needs_scripts
-@pytest.mark.parametrize("source", ["annotation", "dataloader"])
-def test_visualize_data_draws(tmp_path: Path, run_config: str, squares: str, source: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "source"), [("leaf", "annotation"), ("run", "dataloader")], indirect=["config"]
+)
+def test_visualize_data_draws(tmp_path: Path, config: str, squares: str, source: str) -> None:
     pictures = tmp_path / "pictures"
     arguments = ["--source", source, "--output-dir", str(pictures)]
-    process = start("visualize_data.py", run_config, squares, *arguments)
+    process = start("visualize_data.py", config, squares, *arguments)
     if source == "annotation":
         finish(process)
     else:  # reads the training loader, which has no end
@@ -135,24 +143,21 @@ def test_visualize_data_draws(tmp_path: Path, run_config: str, squares: str, sou
 
 
 @needs_scripts
-def test_plain_train_net_trains_and_evaluates(
-    tmp_path: Path, run_config: str, squares: str
-) -> None:
+def test_plain_train_net_trains_and_evaluates(tmp_path: Path, config: str, squares: str) -> None:
     output = tmp_path / "output"
     opts = ("SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(output), "MODEL.ROI_HEADS.NUM_CLASSES", "3")
-    text = finish(start("plain_train_net.py", run_config, squares, opts=opts))
+    text = finish(start("plain_train_net.py", config, squares, opts=opts))
     assert (output / "model_final.pth").exists()
     assert "Task: bbox" in text and "Task: segm" in text
-    assert "SOLVER.ACCUMULATE_STEPS is 2, but this trainer does not" in text
+    warned = "SOLVER.ACCUMULATE_STEPS is 2, but this trainer does not" in text
+    assert warned is (config != get_config_file(LEAF))
 
 
 @needs_scripts
-def test_benchmark_reads_data(squares: str) -> None:
+def test_benchmark_reads_data(config: str, squares: str) -> None:
     pytest.importorskip("psutil")
     opts = ("INPUT.MIN_SIZE_TRAIN", "(8,)")  # 2,750 images
-    text = finish(
-        start("benchmark.py", get_config_file(LEAF), squares, "--task", "data", opts=opts)
-    )
+    text = finish(start("benchmark.py", config, squares, "--task", "data", opts=opts))
     assert "Iteration 9 RAM Usage" in text
 
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import subprocess
+import sys
 import tarfile
 import zipfile
 from email.parser import Parser
@@ -312,3 +313,22 @@ def test_installs_the_wheel_from_the_folder_and_never_from_an_index(
     assert own[-1] == f"detectron2=={version}"
     assert {"--no-index", "--no-deps"} < set(own)
     assert own[own.index("--find-links") + 1] == str(tmp_path / "wheels")
+
+
+WARNED = """
+import detectron2.modeling
+from detectron2.data.detection_utils import annotations_to_instances
+from pycocotools import mask
+import numpy
+square = mask.encode(numpy.ones((4, 4), numpy.uint8, order="F"))
+object = {"bbox": [0, 0, 4, 4], "bbox_mode": 0, "category_id": 0, "segmentation": square}
+annotations_to_instances([object], (4, 4), mask_format="bitmask")
+"""
+
+
+@pytest.mark.skipif(
+    "purepy" not in importlib.metadata.version("detectron2"), reason="another build of detectron2"
+)
+def test_this_build_imports_and_reads_masks_without_a_warning() -> None:
+    done = subprocess.run([sys.executable, "-c", WARNED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
