@@ -8,7 +8,13 @@ from detectron2.layers import Conv2d
 from torch import nn
 
 from ws_detectron.layers import WSConv2d
-from ws_detectron.modeling.summary import PartSummary, frozen_parts, summarize, summary_line
+from ws_detectron.modeling.summary import (
+    PartSummary,
+    feature_stability,
+    frozen_parts,
+    summarize,
+    summary_line,
+)
 
 
 class Backbone(nn.Module):
@@ -95,3 +101,16 @@ def test_frozen_parts_are_named_once(frozen: list[str], named: list[str]) -> Non
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(frozen)))
     assert frozen_parts(model) == named
+
+
+def test_stability_is_the_correlation_with_noise() -> None:
+    class Stages(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            half = torch.cat((3 * x + 7, torch.zeros_like(x)), 1)  # one part is constant
+            return {"same": half, "sign": (x > 100).float() - x}
+
+    images = 5 + 2 * torch.randn(2, 3, 64, 64)
+    found = feature_stability(Stages(), images, noise=0.75)
+    # x and x + 0.75 n have the correlation 1 / sqrt(1 + 0.75 ** 2)
+    assert found == pytest.approx({"same": 0.8, "sign": 0.8}, abs=0.02)
+    assert feature_stability(Stages(), images, noise=0.0) == pytest.approx({"same": 1, "sign": 1})

@@ -37,3 +37,13 @@ def test_table_adds_up(call_tool: Callable[..., tuple[int, str, str]]) -> None:
 def test_wrong_sizes_are_refused(call_tool: Callable[..., tuple[int, str, str]]) -> None:
     command = "summarize_model.py", "--config-file", CONFIG, "--size", "0", "64"
     assert call_tool(*command)[::2] == (2, "error: --size is 0 64; allowed: two positive numbers\n")
+
+
+def test_stability_of_features(call_tool: Callable[..., tuple[int, str, str]]) -> None:
+    command = "summarize_model.py", "--config-file", CONFIG, "--size", 32, 64, "--stability", 2
+    status, output, _ = call_tool(*command, *SMALL)
+    found = re.search(r"\(cosine, 2 images, random weights\): (.+)$", output, re.M)
+    assert status == 0 and found
+    stages = dict(part.split() for part in found[1].split(", "))
+    assert [*stages] == ["res2", "res3", "res4", "res5"]
+    assert 1 > float(stages["res2"]) > float(stages["res5"]) > 0.3

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from fvcore.nn import ActivationCountAnalysis, FlopCountAnalysis
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from ws_detectron.errors import UserError
 from ws_detectron.layers import WSConv2d
@@ -90,6 +91,33 @@ def summarize(model: nn.Module, height: int, width: int) -> list[PartSummary]:
     names = _part_names(model)
     rows = [_row(model, name, names, flops, activations) for name in names]
     return [*(row for row in rows if row.parameters), _row(model, "", [], flops, activations)]
+
+
+@torch.no_grad()
+def feature_stability(backbone: nn.Module, images: Tensor, noise: float = 0.1) -> dict[str, float]:
+    """How much of its features a backbone keeps when noise is added to images.
+
+    The cosine <f, g> / (|f| |g|) of the features f of an image x and g of x + noise * std(x) * n,
+    n normal, each without its mean over the image: 1 for the same features, 0 for unrelated ones.
+    In a random network with WS it falls with depth; see docs/studies.md.
+
+    Args:
+        backbone: returns stage -> features (N, C, h, w).
+        images: (N, 3, H, W), normalized.
+        noise: standard deviation, in those of the images.
+
+    Returns:
+        Stage -> mean cosine of all images and all channels that are not constant.
+    """
+    clean = backbone(images)
+    noisy = backbone(images + noise * images.std() * torch.randn_like(images))
+    cosines = {}
+    for stage in clean:
+        f, g = (x[stage] - x[stage].mean((2, 3), keepdim=True) for x in (clean, noisy))
+        varies = f.abs().amax((2, 3)) > 0  # a channel may be 0 everywhere, after a ReLU
+        both = cosine_similarity(f.flatten(2), g.flatten(2), dim=2)
+        cosines[stage] = both[varies].mean().item()
+    return cosines
 
 
 def _count(model: nn.Module, height: int, width: int) -> tuple[Counter, Counter]:
