@@ -1,4 +1,4 @@
-"""What `prepare` checks: what cannot run is refused, what runs but trains badly is warned of."""
+"""Checks of a config: what cannot run is refused, what runs but trains badly is warned of."""
 
 import difflib
 import logging
@@ -271,12 +271,6 @@ def training_records(cfg: CfgNode, proposal_files: Optional[Sequence[str]] = Non
     )
 
 
-def count_images(cfg: CfgNode) -> int:
-    """The number of `training_records`; it loads them."""
-    # without data sets, the training loader, if it is detectron2's, refuses the config
-    return len(training_records(cfg)) if cfg.DATASETS.TRAIN else 0
-
-
 def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
     """With MODEL.KEYPOINT_ON, checks that model, data sets and OKS sigmas have the same keypoints.
 
@@ -348,13 +342,13 @@ def _warn_of_flips(name: str) -> None:
         )
 
 
-def find_warnings(cfg: CfgNode, world_size: int, images: int = 0) -> list[str]:
+def find_warnings(cfg: CfgNode, world_size: int, images: int) -> list[str]:
     """One sentence for each setting of a training config that looks wrong, with its remedy.
 
     Args:
         cfg: scaled to the batch and to `world_size`, see `scaling`.
         world_size: processes in the job.
-        images: as returned by `count_images`; 0 if unknown.
+        images: number of images to train on; 0 if unknown.
     """
     return [
         *_unused_classes(cfg),

@@ -26,7 +26,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ws_detectron.checkpoint.safe_pickle import RefusedPickle, load_plain_pickle
 from ws_detectron.data.images import check_image_file, read_annotated, read_rgb
@@ -102,20 +102,21 @@ class TrainLoader:
         workers: number of processes that load images; 0: this one does.
 
     Attributes:
+        images: number of images of the data set.
         seed: of the sequence.
         start: number of the first batch to hand out; with SOLVER.ACCUMULATE_STEPS each part counts.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: DatasetFromList,
         mapper: Callable[[dict], Any],
         batches: TrainingBatches,
         *,
         seed: int,
         workers: int,
     ) -> None:
-        self.seed, self.start = seed, 0
+        self.images, self.seed, self.start = len(dataset), seed, 0
         self._dataset, self._mapper, self._batches = dataset, mapper, batches
         self._workers = workers
 

@@ -36,7 +36,7 @@ from ws_detectron.utils.compat import (
 from ws_detectron.utils.io import refuse_overwrite, write_text
 
 from .accumulation import accumulated_step
-from .checks import check_backbone
+from .checks import check_backbone, find_warnings
 from .hooks import (
     RECORD,
     BestCheckpoint,
@@ -55,8 +55,8 @@ from .output_dir import (
     reserved,
     warn_of_start,
 )
-from .prepare import PREPARED, as_flat_dict, prepare
-from .scaling import list_changes
+from .prepare import as_flat_dict, prepare
+from .scaling import describe_schedule, list_changes
 from .signals import StopOnSignal, Stopped, on_signals
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,10 @@ class Trainer(DefaultTrainer):
         self._writers: list[EventWriter] = []
         self._stop = StopOnSignal(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.MODEL.DEVICE)
         self.register_hooks(self.build_hooks())
+        self._images = data_loader.images if isinstance(data_loader, TrainLoader) else 0
+        if comm.is_main_process():
+            for warning in find_warnings(cfg, comm.get_world_size(), self._images):
+                logger.warning(warning)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint of OUTPUT_DIR (`resume`) or MODEL.WEIGHTS.
@@ -302,8 +306,8 @@ class Trainer(DefaultTrainer):
                         (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
                     self._tidy_output_dir()
                     write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
-                    if self.cfg.__dict__[PREPARED].schedule:
-                        logger.info(self.cfg.__dict__[PREPARED].schedule)
+                    if self._images:
+                        logger.info(describe_schedule(self.cfg, self._images))
                     super().train()
             except Stopped:
                 comm.synchronize()  # the end of one process ends the others
