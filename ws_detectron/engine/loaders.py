@@ -190,8 +190,7 @@ def build_train_loader(
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     records = training_records(cfg, proposals)
     check_classes(cfg)
-    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    factors = repeat_factors(cfg, records, seed) if isinstance(records, list) else None
+    factors = repeat_factors(cfg, records) if isinstance(records, list) else None
     if factors is None:
         logger.warning(
             "The order of the training images does not follow SEED: DATALOADER.SAMPLER_TRAIN %s "
@@ -208,8 +207,8 @@ def build_train_loader(
         groups=_orientations(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
     )
     dataset = DatasetFromList(records, copy=False)
-    workers = cfg.DATALOADER.NUM_WORKERS
-    return TrainLoader(dataset, naming, batches, seed=seed, workers=workers)
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    return TrainLoader(dataset, naming, batches, seed=seed, workers=cfg.DATALOADER.NUM_WORKERS)
 
 
 def _orientations(records: Sequence[dict]) -> list[int]:

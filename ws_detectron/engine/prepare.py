@@ -22,6 +22,7 @@ from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.utils.yaml_files import check_integers, merge_config_file
 
 from .checks import (
+    CLASSES_IN,
     Purpose,
     check_annotations,
     check_backbone,
@@ -31,6 +32,7 @@ from .checks import (
     check_keypoints,
     check_registered,
     check_weights,
+    stock_architecture,
     training_records,
 )
 from .output_dir import make_output_dir
@@ -228,8 +230,19 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
     if comm.is_main_process():
         if train:
             make_output_dir(cfg.OUTPUT_DIR)
-        annotations = check_annotations(cfg, purpose)
-        if purpose is not Purpose.REPORT:
+        report = purpose is Purpose.REPORT  # has its own check of classes
+        part = None if report else CLASSES_IN.get(stock_architecture(cfg))
+        annotations = check_annotations(
+            cfg.OUTPUT_DIR,
+            cfg.DATASETS.TRAIN if train else (),
+            cfg.DATASETS.TEST,
+            classes=cfg.MODEL[part].NUM_CLASSES if part else 0,
+            masks=cfg.MODEL.MASK_ON and not report,
+            keypoints=cfg.MODEL.KEYPOINT_ON and not report,
+            mask_format=cfg.INPUT.MASK_FORMAT,
+            report=report,
+        )
+        if not report:
             use_annotations(annotations)
             keypoints = check_keypoints(cfg, train=train)
         if train and cfg.SOLVER.EPOCHS and cfg.DATASETS.TRAIN:
