@@ -34,8 +34,8 @@ SMALL_BATCH = 2
 USUAL_EPOCHS, MANY_TIMES = 100, 10
 SYNC_BN = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
-# Node of NUM_CLASSES by architecture; those of custom architectures are not known.
-CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+# Node of NUM_CLASSES by architecture
+_CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
 class Purpose(Enum):
@@ -104,6 +104,12 @@ def norm_keys(cfg: CfgNode) -> dict[str, str]:
 
 def stock_architecture(cfg: CfgNode) -> str:
     return stock_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
+
+
+def number_of_classes(cfg: CfgNode) -> tuple[str, Optional[int]]:
+    """The key of the number of classes, and its value; "" and None for custom architectures."""
+    part = _CLASSES_IN.get(stock_architecture(cfg))
+    return (f"MODEL.{part}.NUM_CLASSES", cfg.MODEL[part].NUM_CLASSES) if part else ("", None)
 
 
 def check_weights(cfg: CfgNode) -> None:
@@ -376,16 +382,16 @@ def find_warnings(cfg: CfgNode, world_size: int, images: int) -> list[str]:
 
 def _unused_classes(cfg: CfgNode) -> list[str]:
     """Classes of the model that the training data, which must be loaded, do not have."""
-    part, found = CLASSES_IN.get(stock_architecture(cfg)), []
-    for name in cfg.DATASETS.TRAIN if part else ():
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes and len(classes) < cfg.MODEL[part].NUM_CLASSES:
-            found.append(
-                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
-                f"{len(classes)} classes; set MODEL.{part}.NUM_CLASSES {len(classes)}: evaluation "
-                "on these classes fails if the model predicts another"
-            )
-    return found
+    key, number = number_of_classes(cfg)
+    found = {
+        name: len(MetadataCatalog.get(name).get("thing_classes", ())) for name in cfg.DATASETS.TRAIN
+    }
+    return [
+        f"{key} is {number}, but {name} has {count} classes; set {key} {count}: evaluation on "
+        "these classes fails if the model predicts another"
+        for name, count in found.items()
+        if number and 0 < count < number
+    ]
 
 
 def _length(cfg: CfgNode, images: int) -> list[str]:

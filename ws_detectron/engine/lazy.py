@@ -16,7 +16,6 @@ from typing import Any, Optional
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.engine import (
     AMPTrainer,
     HookBase,
@@ -50,7 +49,7 @@ from .checks import (
 )
 from .hooks import BestCheckpoint, RunRecord, is_finished
 from .launch import launch, started_by_torchrun
-from .loaders import NamingMapper
+from .loaders import NamingMapper, check_classes
 from .output_dir import (
     METRICS,
     cut_metrics,
@@ -234,14 +233,13 @@ def _build_model(cfg: DictConfig) -> nn.Module:
 
 def _check_data(cfg: DictConfig, model: nn.Module, train: bool) -> None:
     """Checks annotation files, of which the main process reads all; every process must call it."""
-    classes = getattr(getattr(model, "roi_heads", model), "num_classes", 0)
     mapper, copies = _mapper(cfg.dataloader.train), {}
     if comm.is_main_process():
         copies = check_annotations(
             cfg.train.output_dir,
             _names(cfg, _TRAIN_DATA) if train else (),
             _names(cfg, _TEST_DATA),
-            classes=classes,
+            classes=_number_of_classes(model) or 0,
             masks=mapper.get("use_instance_mask", False),
             keypoints=mapper.get("use_keypoint", False),
             mask_format=mapper.get("instance_mask_format", "polygon"),
@@ -249,15 +247,8 @@ def _check_data(cfg: DictConfig, model: nn.Module, train: bool) -> None:
     use_annotations(comm.all_gather(copies)[0])
 
 
-def _check_classes(cfg: DictConfig, model: nn.Module) -> None:
-    """Checks that the model has a class for each of the training data, which must be loaded."""
-    predicted = getattr(getattr(model, "roi_heads", model), "num_classes", None)
-    for name in _names(cfg, _TRAIN_DATA):
-        found = len(MetadataCatalog.get(name).get("thing_classes", []))
-        if predicted is not None and found > predicted:
-            raise ConfigError(
-                f"num_classes of the model is {predicted}, but {name} has {found} classes"
-            )
+def _number_of_classes(model: nn.Module) -> Optional[int]:
+    return getattr(getattr(model, "roi_heads", model), "num_classes", None)
 
 
 def _mapper(loader: DictConfig) -> Mapping[str, Any]:
@@ -306,7 +297,8 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, Any]
     parameters.params.model = model
     optimizer = instantiate(parameters)
     loader = _build_loader(cfg.dataloader.train)
-    _check_classes(cfg, model)
+    names = _names(cfg, _TRAIN_DATA)
+    check_classes(names, "num_classes of the model", _number_of_classes(model))
     ddp = {"device_ids": None} if cfg.train.device == "cpu" else {}
     model = create_ddp_model(model, **{**ddp, **cfg.train.ddp})
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)

@@ -38,8 +38,7 @@ from ws_detectron.data.training_order import (
 )
 from ws_detectron.errors import ConfigError, DataError, shown
 
-from .accumulation import part_of_batch
-from .checks import CLASSES_IN, stock_architecture, training_records
+from .checks import number_of_classes, training_records
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +188,7 @@ def build_train_loader(
     naming = NamingMapper(mapper or DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     records = training_records(cfg, proposals)
-    check_classes(cfg)
+    check_classes(cfg.DATASETS.TRAIN, *number_of_classes(cfg))
     factors = repeat_factors(cfg, records) if isinstance(records, list) else None
     if factors is None:
         logger.warning(
@@ -197,7 +196,10 @@ def build_train_loader(
             "and the data sets are loaded by detectron2's own loader",
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        return build_detection_train_loader(part_of_batch(cfg), mapper=naming)
+        part = cfg.clone()
+        part.defrost()
+        part.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
+        return build_detection_train_loader(part, mapper=naming)
     batches = TrainingBatches(
         factors,
         cfg.SOLVER.IMS_PER_BATCH,
@@ -260,17 +262,20 @@ def check_proposals(cfg: CfgNode) -> None:
                 ) from error
 
 
-def check_classes(cfg: CfgNode) -> None:
-    """Checks that the model has a class for each of the training data, which must be loaded."""
-    part = CLASSES_IN.get(stock_architecture(cfg))
-    if part is None:
-        return
-    for name in cfg.DATASETS.TRAIN:
+def check_classes(names: Iterable[str], key: str, number: Optional[int]) -> None:
+    """Checks that the model has a class for each of the training data, which must be loaded.
+
+    Args:
+        names: data sets.
+        key: config key of the number of classes, for messages.
+        number: its value; None if it is not known.
+    """
+    for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if len(classes) > cfg.MODEL[part].NUM_CLASSES:
+        if number is not None and len(classes) > number:
             raise ConfigError(
-                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
-                f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
+                f"{key} is {number}, but {name} has {len(classes)} classes: "
+                f"{', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
             )
 
 

@@ -22,7 +22,6 @@ from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.utils.yaml_files import check_integers, merge_config_file
 
 from .checks import (
-    CLASSES_IN,
     Purpose,
     check_annotations,
     check_backbone,
@@ -32,7 +31,7 @@ from .checks import (
     check_keypoints,
     check_registered,
     check_weights,
-    stock_architecture,
+    number_of_classes,
     training_records,
 )
 from .output_dir import make_output_dir
@@ -231,12 +230,11 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
         if train:
             make_output_dir(cfg.OUTPUT_DIR)
         report = purpose is Purpose.REPORT  # has its own check of classes
-        part = None if report else CLASSES_IN.get(stock_architecture(cfg))
         annotations = check_annotations(
             cfg.OUTPUT_DIR,
             cfg.DATASETS.TRAIN if train else (),
             cfg.DATASETS.TEST,
-            classes=cfg.MODEL[part].NUM_CLASSES if part else 0,
+            classes=0 if report else number_of_classes(cfg)[1] or 0,
             masks=cfg.MODEL.MASK_ON and not report,
             keypoints=cfg.MODEL.KEYPOINT_ON and not report,
             mask_format=cfg.INPUT.MASK_FORMAT,
