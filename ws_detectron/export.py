@@ -309,7 +309,8 @@ def _compare_detections(eager: Instances, outputs: Tensors) -> tuple[str, Differ
     # nearest of its class.
     distances = (boxes[:, None] - eager.pred_boxes.tensor).abs().amax(2)
     distances[classes[:, None] != eager.pred_classes] = math.inf
-    if len(boxes) != len(eager) or len(boxes) != len(set(order := _nearest(distances))):
+    order = distances.argmin(1).tolist() if len(distances) else []
+    if len(boxes) != len(eager) or len(boxes) != len(set(order)):
         found += f", eager {len(eager)}" if len(boxes) != len(eager) else " of other objects"
         values = dict.fromkeys(limits, math.inf)
     elif len(boxes):
@@ -319,10 +320,6 @@ def _compare_detections(eager: Instances, outputs: Tensors) -> tuple[str, Differ
             masks, expected = outputs["masks"], eager.pred_masks[order]
             values["mask (share)"] = ((masks ^ expected).sum() / (masks | expected).sum()).item()
     return found, {what: (values[what], limits[what]) for what in limits}
-
-
-def _nearest(distances: torch.Tensor) -> list[int]:
-    return distances.argmin(1).tolist() if len(distances) else []
 
 
 class _Detector(nn.Module):
@@ -360,9 +357,7 @@ def _detect(model: Any, image: torch.Tensor, size: torch.Tensor) -> tuple[torch.
     return outputs
 
 
-def paste_masks(
-    masks: torch.Tensor, boxes: torch.Tensor, height: Any, width: Any, threshold: float = 0.5
-) -> torch.Tensor:
+def paste_masks(masks: torch.Tensor, boxes: torch.Tensor, height: Any, width: Any) -> torch.Tensor:
     """Full-size masks, as of `detectron2.layers.paste_masks_in_image`, in two matrix products.
 
     Bilinear interpolation within a box is separable: with y the rows of the image in units of the
@@ -374,10 +369,9 @@ def paste_masks(
         masks: (N, M, M), probabilities.
         boxes: (N, 4), x0, y0, x1, y1 in pixels of the image.
         height, width: of the image; integers, or tensors to be traced.
-        threshold: probability from which a pixel belongs to the mask.
 
     Returns:
-        (N, height, width), bool.
+        (N, height, width), bool: where the probability is at least 0.5.
     """
     cells = torch.arange(masks.size(-1), device=masks.device)
 
@@ -389,7 +383,7 @@ def paste_masks(
 
     x0, y0, x1, y1 = boxes.unbind(1)
     rows, columns = weights(y0, y1, height), weights(x0, x1, width)
-    return rows @ masks @ columns.transpose(1, 2) >= threshold
+    return rows @ masks @ columns.transpose(1, 2) >= 0.5
 
 
 class _Backbone(nn.Module):

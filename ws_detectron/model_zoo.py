@@ -20,16 +20,10 @@ _PACKAGED = Path(__file__).resolve().parent / "configs"
 _REPOSITORY = _PACKAGED.parent.parent / "configs"
 
 
-def config_names() -> list[str]:
-    """All config files, as the names that `get_config_file` takes, sorted."""
+def config_names(suffix: str = ".yaml") -> list[str]:
+    """All config files, or with ".py" all LazyConfigs, as `get_config_file` takes them, sorted."""
     root = _root()
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.yaml"))
-
-
-def lazy_config_names() -> list[str]:
-    """All LazyConfigs, as the names that `get_config_file` takes, sorted."""
-    root = _root()
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob(f"*{suffix}"))
 
 
 def get_config_file(name: str) -> str:
@@ -44,7 +38,7 @@ def get_config_file(name: str) -> str:
     """
     path = _root() / name
     if not path.is_file():
-        names = config_names() + lazy_config_names()
+        names = config_names() + config_names(".py")
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from ws_detectron import WSConv2d
 from ws_detectron.engine import Trainer, load_config
 from ws_detectron.engine.lazy import load_lazy_config
-from ws_detectron.model_zoo import get_stock_lazy_config, lazy_config_names
+from ws_detectron.model_zoo import config_names, get_stock_lazy_config
 
 LSJ = "mask_rcnn_R_50_FPN_100ep_LSJ"
 STOCK = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "new_baselines" / f"{LSJ}.py"
@@ -71,7 +71,7 @@ def test_twin_is_detectron2s_recipe() -> None:
     assert ours == flat(get_stock_lazy_config(f"new_baselines/{LSJ}.py"))
 
 
-@pytest.mark.parametrize("name", lazy_config_names())
+@pytest.mark.parametrize("name", config_names(".py"))
 def test_the_config_of_a_run_is_read_as_the_file(name: str, tmp_path: Path) -> None:
     cfg = load_lazy_config(name)
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_util
 
-from ws_detectron.data.rle import check_masks, first_malformed
+from ws_detectron.data.rle import check_masks, problem_of_counts
 from ws_detectron.errors import DataError
 
 
@@ -42,19 +42,12 @@ def decoded(text: str) -> list[int]:
 
 def test_what_pycocotools_encodes_is_valid() -> None:
     masks = random_masks(60)
-    strings, areas = [encoded(mask) for mask in masks], [mask.size for mask in masks]
-    assert first_malformed(strings, areas) is None
-    for text, area in zip(strings, areas):
-        assert sum(decoded(text)) == area  # the reading above is right
-
-
-def test_a_wrong_area_is_found_and_measured() -> None:
-    masks = random_masks(20)
-    strings, areas = [encoded(mask) for mask in masks], [mask.size for mask in masks]
-    areas[13] += 1
-    found = first_malformed(strings, areas)
-    assert found is not None and found[0] == 13
-    assert str(masks[13].size) in found[1] and str(areas[13]) in found[1]
+    for mask in masks:
+        text = encoded(mask)
+        assert problem_of_counts(text, mask.size) is None
+        assert sum(decoded(text)) == mask.size  # the reading above is right
+        problem = str(problem_of_counts(text, mask.size + 1))
+        assert f"{mask.size} pixels, not height x width = {mask.size + 1}" in problem
 
 
 @pytest.mark.parametrize(
@@ -68,9 +61,7 @@ def test_a_wrong_area_is_found_and_measured() -> None:
     ],
 )
 def test_each_error_is_named(text: str, message: str) -> None:
-    valid = encoded(np.ones((3, 4)))
-    found = first_malformed([valid, text, valid], [12, 12, 12])
-    assert found is not None and found[0] == 1 and message in found[1], found
+    assert message in str(problem_of_counts(text, 12))
 
 
 def test_random_damage_is_detected_as_by_the_slow_decoder() -> None:
@@ -84,7 +75,7 @@ def test_random_damage_is_detected_as_by_the_slow_decoder() -> None:
             valid = min(runs) >= 0 and sum(runs) == mask.size
         except IndexError:
             valid = False
-        assert (first_malformed([damaged], [mask.size]) is None) == valid, damaged
+        assert (problem_of_counts(damaged, mask.size) is None) == valid, damaged
 
 
 def test_errors_name_file_entry_image_and_problem() -> None:

@@ -25,7 +25,7 @@ ORIENTATIONS = [0, 0, 1, 0, 1, 1, 1, 0, 1, 1]
 
 def batches(number: int, *, start: int = 0, seed: int = 3, size: int = 10, **options) -> list:
     options.setdefault("images", 4)
-    sampler = TrainingBatches(torch.ones(size), **options)
+    sampler = TrainingBatches(lambda seed: torch.ones(size), **options)
     sampler.seed, sampler.start = seed, start
     return list(itertools.islice(sampler, number))
 
@@ -64,7 +64,7 @@ def test_processes_and_parts_divide_the_images_of_a_step_alike(groups: object) -
 
 def test_step_and_share_of_a_batch_are_those_of_its_images() -> None:
     def share(number: int, **options: int) -> tuple:
-        sampler = TrainingBatches(torch.ones(10), 4, **options)
+        sampler = TrainingBatches(lambda seed: torch.ones(10), 4, **options)
         return sampler.place(number), next(iter(batches(1, start=number, **options)))
 
     alone = {share(number, parts=4)[0]: share(number, parts=4)[1] for number in range(12)}
@@ -98,21 +98,21 @@ def test_samplers_of_the_config() -> None:
     cfg = get_cfg()
     common, rare = {"category_id": 0}, {"category_id": 1}
     records = [{"annotations": [common]}] * 9 + [{"annotations": [common, rare]}]
-    assert repeat_factors(cfg, records, 0).tolist() == [1.0] * 10
+    assert repeat_factors(cfg, records)(0).tolist() == [1.0] * 10
     cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     cfg.DATALOADER.REPEAT_THRESHOLD = 0.4
     # sqrt(0.4 / 0.1), as one of ten images has the rare class
-    assert repeat_factors(cfg, records, 0).tolist() == [1.0] * 9 + [2.0]
+    assert repeat_factors(cfg, records)(0).tolist() == [1.0] * 9 + [2.0]
     cfg.DATALOADER.SAMPLER_TRAIN = "RandomSubsetTrainingSampler"
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.35
-    subsets = [repeat_factors(cfg, records, seed) for seed in (0, 0, 1)]
+    subsets = [*map(repeat_factors(cfg, records), (0, 0, 1))]
     assert [subset.sum() for subset in subsets] == [3, 3, 3]
     assert torch.equal(subsets[0], subsets[1]) and not torch.equal(subsets[0], subsets[2])
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.05
     with pytest.raises(ConfigError, match="RANDOM_SUBSET_RATIO is 0.05, which makes 0 of 10 im"):
-        repeat_factors(cfg, records, 0)
+        repeat_factors(cfg, records)
     cfg.DATALOADER.SAMPLER_TRAIN = "SomebodysSampler"
-    assert repeat_factors(cfg, records, 0) is None
+    assert repeat_factors(cfg, records) is None
 
 
 def draw(record: dict) -> tuple:

@@ -33,9 +33,8 @@ def detector_gradients(variant: str, parts: int) -> dict[str, torch.Tensor]:
     return exhaustive.gradients(model)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_with_gn_and_ws_parts_are_the_batch(parts: int) -> None:
-    found, expected = detector_gradients("gn_ws", parts), detector_gradients("gn_ws", 1)
+def test_with_gn_and_ws_parts_are_the_batch() -> None:
+    found, expected = detector_gradients("gn_ws", 4), detector_gradients("gn_ws", 1)
     assert len(expected) > 100
     assert exhaustive.distance(found, expected) < 1e-5
 

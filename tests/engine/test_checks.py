@@ -129,18 +129,13 @@ def test_the_model_has_a_class_for_each_of_the_data(
     MetadataCatalog.get(coco_set).thing_classes = ["square", "circle"]
     cfg = config("DATASETS.TRAIN", f"('{coco_set}',)", f"MODEL.{part}.NUM_CLASSES", 2)
     cfg.MODEL.META_ARCHITECTURE = architecture
-    loaders.check_classes(cfg)
+    loaders.check_classes(cfg.DATASETS.TRAIN, *checks.number_of_classes(cfg))
     cfg.MODEL[part].NUM_CLASSES = 1
     expected = f"{part}.NUM_CLASSES is 1, but {coco_set} has 2 classes: square, circle"
     with pytest.raises(ConfigError, match=expected):
-        loaders.check_classes(cfg)
-
-
-def test_keys_of_other_architectures_are_not_known(coco_set: str) -> None:
-    cfg = config("DATASETS.TRAIN", f"('{coco_set}',)", "MODEL.ROI_HEADS.NUM_CLASSES", 0)
-    MetadataCatalog.get(coco_set).thing_classes = ["square"]
-    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
-    loaders.check_classes(cfg)
+        loaders.check_classes(cfg.DATASETS.TRAIN, *checks.number_of_classes(cfg))
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"  # its key is not known
+    loaders.check_classes(cfg.DATASETS.TRAIN, *checks.number_of_classes(cfg))
 
 
 def test_other_classes_in_the_test_set_are_warned_of(

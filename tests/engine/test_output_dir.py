@@ -263,7 +263,8 @@ def test_as_many_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
     cfg.SOLVER.CHECKPOINT_KEEP = -1
     with pytest.raises(ConfigError, match="SOLVER.CHECKPOINT_KEEP is -1; allowed: "):
         SmallTrainer(cfg)
-    remove_old_checkpoints(tmp_path, keep=1, iteration=10)
+    newest = str(tmp_path / "model_0000004.pth")
+    assert remove_old_checkpoints(tmp_path, keep=1, iteration=10) == [newest]
     assert checkpoints() == ["0000004", "final"]
 
 

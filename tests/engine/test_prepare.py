@@ -7,13 +7,14 @@ import pickle
 import re
 from pathlib import Path
 from typing import Any, Optional
+from unittest import mock
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ws_detectron.data import check_coco_set
-from ws_detectron.engine import as_flat_dict, load_config, run
+from ws_detectron.engine import as_flat_dict, checks, load_config, run
 from ws_detectron.engine.checks import Purpose
 from ws_detectron.engine.prepare import prepare
 from ws_detectron.errors import ConfigError, UserError
@@ -179,10 +180,14 @@ def test_a_written_config_has_detectron2s_keys_and_ours_alone(tiny_cfg: CfgNode)
     assert CfgNode.load_cfg(prepare(tiny_cfg).dump()).keys() == tiny_cfg.keys()
 
 
-def test_a_run_validates_each_file_once(tiny_cfg: CfgNode, validated: list[str]) -> None:
+def test_a_run_validates_and_loads_each_file_once(
+    tiny_cfg: CfgNode, validated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = mock.Mock(wraps=checks.get_detection_dataset_dicts)
+    monkeypatch.setattr(checks, "get_detection_dataset_dicts", load)
     args = argparse.Namespace(eval_only=False, resume=False, config_file="")
     run(tiny_cfg, args)
-    assert validated == list(tiny_cfg.DATASETS.TRAIN)
+    assert validated == list(tiny_cfg.DATASETS.TRAIN) and load.call_count == 1
     tiny_cfg.MODEL.WEIGHTS = f"{tiny_cfg.OUTPUT_DIR}/model_final.pth"
     args.eval_only = True
     run(tiny_cfg, args)
@@ -223,7 +228,6 @@ def test_epochs_count_the_images_that_have_objects(tiny_cfg: CfgNode, tmp_path: 
     tiny_cfg.SOLVER.EPOCHS, tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.STEPS = 5, 100, (50,)
     cfg = prepare(tiny_cfg)
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (0, 8, (4,))
-    assert "training on 3 images" in cfg.__dict__["prepared"].schedule
     tiny_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert prepare(tiny_cfg).SOLVER.MAX_ITER == 10
     assert prepare(tiny_cfg, Purpose.EVALUATE).SOLVER.EPOCHS == 5

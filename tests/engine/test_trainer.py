@@ -20,7 +20,6 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
 from small_trainer import SmallTrainer, small_cfg
 from torch import nn
 
@@ -229,18 +228,17 @@ def test_divergence_names_iteration_and_loss(
     assert "Traceback" not in caplog.text
 
 
-def test_divergence_that_a_hook_meets(tiny_cfg: CfgNode) -> None:
-    trainer = Trainer(tiny_cfg)
-    trainer.iter = 5
-    hook = mock.Mock()
+def test_divergence_that_a_hook_meets(tmp_path: Path) -> None:
+    """PreciseBN runs the model in training mode."""
+    trainer, hook = SmallTrainer(small_cfg(tmp_path)), mock.Mock()
     message = "Predicted boxes or scores contain Inf/NaN. Training has diverged."
-    hook.after_step.side_effect = FloatingPointError(message)
+    hook.after_step.side_effect = [None, FloatingPointError(message)]
     trainer._hooks = [hook]
-    with EventStorage(5) as trainer.storage, pytest.raises(DivergedError, match="iteration 5: Pre"):
-        trainer.after_step()
+    with pytest.raises(DivergedError, match="iteration 1: Pre"):
+        trainer.train()
     hook.after_step.side_effect = FloatingPointError("underflow encountered in true_divide")
     with pytest.raises(FloatingPointError, match="underflow"):  # a bug, whose traceback helps
-        trainer.after_step()
+        trainer.train()
 
 
 def test_scaling_is_said_where_nobody_set_loggers_up(tiny_cfg: CfgNode, tmp_path: Path) -> None:

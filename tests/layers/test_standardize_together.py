@@ -161,6 +161,15 @@ def train(net: nn.Module, images: Sequence[torch.Tensor], calls: Sequence[str] =
         optimizer.step()
 
 
+def train_both(net: nn.Module, device: str, number: int, calls: Sequence[str] = ()) -> None:
+    """A net, and a copy of it whose convs standardize alone, which must stay the same."""
+    other = alone(net)
+    images = [x.to(net.a.weight.dtype) for x in inputs(device, number)]
+    train(net, images, calls)
+    train(other, images, calls)
+    same(net, other)
+
+
 CALLS = [
     ["abc"] * 4,
     ["abc", "abbc", "abcabc", "abcbca"],  # called several times
@@ -174,11 +183,7 @@ def test_trains_as_each_conv_alone(net: Net, device: str, calls: list[str], mode
     """`grad` of an unused conv stays None; with zeros, weight decay would apply."""
     for conv in (net.a, net.b, net.c):
         conv.ws_mode = mode
-    other = alone(net)
-    images = inputs(device, len(calls))
-    train(net, images, calls)
-    train(other, images, calls)
-    same(net, other)
+    train_both(net, device, len(calls), calls)
 
 
 def test_one_launch_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,13 +199,8 @@ def test_one_launch_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_parts_take_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = use_stand_in(monkeypatch)
     monkeypatch.setattr(standardize, "LAUNCH_BYTES", 2 * 4 * 4 * 9 * 4)
-    net = standardize_together(Net())
-    other = alone(net)
-    images = inputs("cpu", 3)
-    train(net, images)
-    assert launches == [2, 1] * 3
-    train(other, images)
-    same(net, other)
+    train_both(standardize_together(Net()), "cpu", 3)
+    assert launches == [2, 1] * 3 + [1, 1, 1] * 3
 
 
 class Towers(nn.Module):
@@ -456,11 +456,7 @@ def test_gradients_are_asked_for_in_the_middle(net: Net, device: str) -> None:
 def test_other_settings_and_tied_weights(net: Net, device: str) -> None:
     net.b.ws_eps, net.c.ws_mode = 0.5, "bit"
     net.c.weight = net.a.weight
-    other = alone(net)
-    images = inputs(device, 4)
-    train(net, images)
-    train(other, images)
-    same(net, other)
+    train_both(net, device, 4)
 
 
 def give_affine(conv: WSConv2d) -> None:
@@ -473,11 +469,7 @@ def test_affine_settings_and_tied_weights(net: Net, device: str, count: int) -> 
     net.c.weight = net.a.weight
     for conv in (net.a, net.b, net.c)[:count]:
         give_affine(conv)
-    other = alone(net)
-    images = inputs(device, 3)
-    train(net, images)
-    train(other, images)
-    same(net, other)
+    train_both(net, device, 3)
 
 
 def test_affine_convs_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,17 +483,12 @@ def test_affine_convs_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_views_of_one_memory(net: Net, device: str) -> None:
     """As with optimizers that flatten parameters."""
-    other = alone(net)
-    for model in (net, other):
-        weights = list(model.parameters())
-        torch.nn.utils.vector_to_parameters(
-            torch.nn.utils.parameters_to_vector(weights).detach().clone(), weights
-        )
+    weights = list(net.parameters())
+    torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(weights).detach().clone(), weights
+    )
     assert net.b.weight.storage_offset() > 0
-    images = inputs(device, 3)
-    train(net, images)
-    train(other, images)
-    same(net, other)
+    train_both(net, device, 3)
 
 
 def test_memory_that_moves_between_forward_and_backward(net: Net, device: str) -> None:
@@ -638,11 +625,7 @@ def test_any_default_dtype(net: Net, device: str) -> None:
 def test_other_formats(net: Net, device: str, change: Any) -> None:
     give_affine(net.b)
     change(net)
-    other = alone(net)
-    images = [x.to(net.a.weight.dtype) for x in inputs(device, 3)]
-    train(net, images)
-    train(other, images)
-    same(net, other)
+    train_both(net, device, 3)
 
 
 def test_inference_mode(device: str) -> None:
@@ -726,15 +709,11 @@ def test_copies(net: Net, device: str) -> None:
 
 
 def test_replaced_deleted_and_folded_convs(net: Net, device: str) -> None:
-    images = inputs(device, 2)
-    train(net, images)
+    train(net, inputs(device, 2))
     net.c = WSConv2d(4, 4, 3, padding=1, norm=nn.GroupNorm(2, 4)).to(device)
     del net.b
     net.calls = "ac"
-    other = alone(net)
-    train(net, images)
-    train(other, images)
-    same(net, other)
+    train_both(net, device, 2)
 
 
 @pytest.mark.parametrize("parameters", [False, True])

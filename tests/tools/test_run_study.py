@@ -3,17 +3,12 @@
 import json
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from ws_detectron.engine import load_config
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TOOL = "run_study.py"
 STUDY = """
 title: Two variants, one of which cannot be built
@@ -92,27 +87,6 @@ def test_runs_train_and_are_reported_and_a_broken_one_is_named(
     assert status == 1 and "1 of 2 not started: broken_2img_seed1" in errors
     from_records, _ = rows_of_runs(again.read_text())
     assert from_records.split() == run.split()
-
-
-def test_a_killed_study_goes_on_from_the_checkpoint_of_its_run(
-    run_tool, study: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "out" / "runs" / "gn_ws_2img_seed1"
-    job = [sys.executable, str(TOOLS / TOOL), str(study), "--variants", "gn_ws"]
-    with subprocess.Popen(job, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as runner:
-        while not (run / "last_checkpoint").is_file():  # an evaluation follows
-            assert runner.poll() is None
-            time.sleep(0.05)
-        runner.send_signal(signal.SIGTERM)
-    assert json.loads((run / "run.json").read_text())["state"] == "running"
-    result = run_tool(TOOL, study, "--variants", "gn_ws")
-    assert "gn_ws_2img_seed1 finished in" in result.stdout, result.stderr
-    # 2 or, if the signal came in the evaluation, the step after it
-    assert re.search("Starting training from iteration [23]$", (run / "log.txt").read_text(), re.M)
-    report = (tmp_path / "out" / "report" / "report.md").read_text()
-    row, _ = rows_of_runs(report)
-    assert re.match(r"\| gn_ws_2img_seed1 +\| finished +(\| [\d.]+ +){2}\| 0.01 +\| 4 / 4 ", row)
-    assert "resumed" not in row
 
 
 def test_dry_run_prints_commands_and_runs_nothing(call_tool, study: Path, tmp_path: Path) -> None:

@@ -116,17 +116,12 @@ class ConvertedWeights:
         needs.update(self.resnet)
         if metadata.norm:
             needs["MODEL.RESNETS.NORM"] = metadata.norm
-        if metadata.stride_in_1x1 is not None:
-            needs["MODEL.RESNETS.STRIDE_IN_1X1"] = metadata.stride_in_1x1
         if len(forms) == 1:
             (form,) = forms
             needs.update({"MODEL.WS.MODE": form.mode, "MODEL.WS.EPS": form.eps})
-        if metadata.gn_groups and forms:
-            needs["MODEL.WS.GN_GROUPS"] = metadata.gn_groups
-        if metadata.preprocessing:
-            needs["INPUT.FORMAT"] = metadata.preprocessing.input_format
-            needs["MODEL.PIXEL_MEAN"] = list(metadata.preprocessing.pixel_mean)
-            needs["MODEL.PIXEL_STD"] = list(metadata.preprocessing.pixel_std)
+        for key, value in metadata.settings().items():
+            if forms or key != "MODEL.WS.GN_GROUPS":  # plain models do not read it
+                needs[key] = list(value) if isinstance(value, tuple) else value
         return needs
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ws_detectron.errors import list_some
 from ws_detectron.modeling.parts import REGISTRATIONS
 
-from .metadata import WeightMetadata, WSForm, describe_model, is_bit
+from .metadata import WeightMetadata, WSForm, describe_model, in_resnet, is_bit
 
 _BLOCK = re.compile(r"(?:^|\.)(res\d+)\.(\d+)\.")
 _BODY = re.compile(r"(?:^|\.)((?:stem|res\d+)\..+)$")
@@ -78,13 +78,8 @@ def check_fit(
         return Fit([problem])
     needs = describe_model(model)
     norm = metadata.norm if metadata else ""
-    fit = Fit([*_compare_tensors(own, state), *_compare_norms(own, state, norm)])
-    fit.problems += _compare_order(own, state)
-    if norm != "GN" and (without := _norms_without_statistics(own, state)):
-        fit.warnings.append(
-            f"the file has no BN statistics for {list_some(without)}; only FrozenBN works without "
-            "them"
-        )
+    fit = Fit([*_compare_tensors(own, state)])
+    _compare_norms(own, state, norm, fit)
     convs = [key[: -len(".weight")] for key in own if key in state and key.endswith(".weight")]
     buffers = {conv: sum(f"{conv}.{name}" in state for name in AFFINE_BUFFERS) for conv in convs}
     affine = [conv for conv, number in buffers.items() if number]
@@ -94,7 +89,7 @@ def check_fit(
         given = {conv: form for conv in convs if (form := _form(conv, metadata.ws_convs))}
         affine = [conv for conv, form in given.items() if form.affine]
         _compare_ws(convs, needs.ws_convs, given, fold, fit)
-        if any(_BODY.search(key) for key in state):
+        if any(map(in_resnet, state)):
             fit.problems += _compare_settings(needs, metadata)
     if broken := [conv for conv in convs if buffers[conv] != 2 * (conv in affine)]:
         fit.problems.append(
@@ -184,25 +179,28 @@ def _norms_without_statistics(keys: Iterable[str], others: Iterable[str]) -> lis
     return [n for n in names if f"{n}{ending}" not in others and f"{n}.weight" in others]
 
 
-def _compare_norms(own: State, state: State, norm: str) -> Iterator[str]:
-    """Finds norms of another type in file and model; `norm` is the type in the metadata."""
+def _compare_norms(own: State, state: State, norm: str, fit: Fit) -> None:
+    """Finds norms of another type or at other places; `norm` is the type in the metadata."""
     if unused := _norms_without_statistics(state, {*own, *_by_ending(own)}):
-        yield (
+        fit.problems.append(
             f"the file has BN statistics and the model another norm at {list_some(unused)}; "
             "check MODEL.RESNETS.NORM"
         )
-    if norm == "GN" and (without := _norms_without_statistics(own, state)):
-        yield (
+    without = _norms_without_statistics(own, state)
+    if without and norm == "GN":
+        fit.problems.append(
             f"the weights were trained with GN and the model has BN at {list_some(without)}; check "
             "MODEL.RESNETS.NORM"
         )
-
-
-def _compare_order(own: State, state: State) -> Iterator[str]:
-    """Finds a BiT ResNet on one side only; the convs of both have the same names and shapes."""
-    if any(_BODY.search(key) for key in state) and is_bit(own) != is_bit(state):
+    elif without:
+        fit.warnings.append(
+            f"the file has no BN statistics for {list_some(without)}; only FrozenBN works without "
+            "them"
+        )
+    # the convs of a BiT ResNet have the same names and shapes as those of another one
+    if any(map(in_resnet, state)) and is_bit(own) != is_bit(state):
         one, other = ("model", "file") if is_bit(own) else ("file", "model")
-        yield (
+        fit.problems.append(
             f"the norm layers are before the convs in the {one} (BiT) and behind them in the "
             f"{other}; check MODEL.BACKBONE.NAME (build_bit_* or build_ws_*)"
         )
@@ -305,20 +303,16 @@ def _judge_unknown_ws(
 
 
 def _compare_settings(needs: WeightMetadata, metadata: WeightMetadata) -> Iterator[str]:
-    pairs: list[tuple[str, Any, Any]] = [
-        ("MODEL.RESNETS.STRIDE_IN_1X1", needs.stride_in_1x1, metadata.stride_in_1x1),
-        ("MODEL.WS.GN_GROUPS (32 in detectron2)", needs.gn_groups, metadata.gn_groups),
-    ]
-    here, there = needs.preprocessing, metadata.preprocessing
-    if here and there:
-        pairs.append(("INPUT.FORMAT", here.input_format, there.input_format))
-        # Half a grey level is below the rounding of pixels and above that of published decimals.
-        for key, ours, theirs, tolerance in (
-            ("MODEL.PIXEL_MEAN", here.pixel_mean, there.pixel_mean, 0.5),
-            ("MODEL.PIXEL_STD", here.pixel_std, there.pixel_std, 0.05),
-        ):
-            if len(ours) != len(theirs) or not np.allclose(ours, theirs, rtol=0, atol=tolerance):
-                pairs.append((key, np.round(ours, 4).tolist(), np.round(theirs, 4).tolist()))
-    for key, one, other in pairs:
-        if None not in (one, other) and one != other:
-            yield f"{key} is {one}; the weights were trained with {other}"
+    # Half a grey level is below the rounding of pixels and above that of published decimals.
+    tolerances = {"MODEL.PIXEL_MEAN": 0.5, "MODEL.PIXEL_STD": 0.05}
+    trained = metadata.settings()
+    for key, ours in needs.settings().items():
+        theirs = trained.get(key, ours)
+        if key in tolerances and len(ours) == len(theirs):
+            same = np.allclose(ours, theirs, rtol=0, atol=tolerances[key])
+            ours, theirs = np.round(ours, 4).tolist(), np.round(theirs, 4).tolist()
+        else:
+            same = ours == theirs
+        if not same:
+            stock = " (32 in detectron2)" * (key == "MODEL.WS.GN_GROUPS")
+            yield f"{key}{stock} is {ours}; the weights were trained with {theirs}"

@@ -5,7 +5,7 @@ Files written by this package contain it as a dict of plain values under the key
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, Optional
 
 from detectron2.layers import FrozenBatchNorm2d
@@ -82,6 +82,17 @@ class WeightMetadata:
         """Plain values that every safe loader accepts."""
         return {"version": _VERSION, **asdict(self)}
 
+    def settings(self) -> dict[str, Any]:
+        """Config key -> value that a model needs, of groups, stride and input, if known."""
+        values = {
+            "MODEL.RESNETS.STRIDE_IN_1X1": self.stride_in_1x1,
+            "MODEL.WS.GN_GROUPS": self.gn_groups,
+        }
+        if self.preprocessing:
+            keys = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
+            values.update(zip(keys, astuple(self.preprocessing)))
+        return {key: value for key, value in values.items() if value is not None}
+
     @classmethod
     def from_dict(cls, values: Any, path: str) -> "WeightMetadata":
         """The inverse of `as_dict`.
@@ -95,7 +106,6 @@ class WeightMetadata:
         """
         try:
             values = dict(values)
-            values.pop("ws_known", None)  # True in files of development versions
             if values.pop("version") != _VERSION:
                 raise ValueError("written by another version of ws_detectron")
             forms = {str(name): WSForm(**form) for name, form in values.pop("ws_convs").items()}

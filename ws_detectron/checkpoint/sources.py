@@ -146,7 +146,7 @@ IMAGENET = Preprocessing("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.37
 # Of the WS authors' fork of maskrcnn-benchmark, which reads their Caffe2-style files.
 _CAFFE2 = Preprocessing("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
 # BiT's mean and std of 0.5 for values from 0 to 1.
-_BIT = Preprocessing("RGB", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
+_BIT_INPUT = Preprocessing("RGB", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 
 OFFICIAL_WS = WSForm(DEFAULT_WS_MODE, DEFAULT_WS_EPS)
 
@@ -229,7 +229,7 @@ SOURCES = {
             "BiT",
             ws=True,
             ws_form=WSForm("bit", 1e-8),
-            preprocessing=_BIT,
+            preprocessing=_BIT_INPUT,
             to_check=(),
         ),
         Source(
@@ -240,7 +240,7 @@ SOURCES = {
             ws=True,
             ws_form=WSForm("bit", 1e-10),
             hwio=True,
-            preprocessing=_BIT,
+            preprocessing=_BIT_INPUT,
             to_check=(),
         ),
         Source(
@@ -381,32 +381,22 @@ _DETECTORS = {
     "mask_rcnn_x50_32x4d_fpn_gn_ws-all_20_23_24e_coco": "20200226-969bcb2c",
     "mask_rcnn_x101_32x4d_fpn_gn_ws-all_20_23_24e_coco": "20200316-e6cd35ef",
 }
+_BIT = ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
 # timm 1.0.31, models/resnetv2.py, in the repositories of huggingface.co/timm, which publish the
-# SHA-256 of every file; those that we know
-_TIMM_BIT = {
-    "resnetv2_50x1_bit.goog_in21k": "",
-    "resnetv2_50x1_bit.goog_in21k_ft_in1k": "",
-    "resnetv2_50x3_bit.goog_in21k": "",
-    "resnetv2_50x3_bit.goog_in21k_ft_in1k": "",
+# SHA-256 of every file
+_TIMM_BIT = [
+    f"resnetv2_{body[1:]}_bit.goog_in21k{data}" for body in _BIT for data in ("", "_ft_in1k")
+]
+_TIMM_SHA256 = {  # those that we know
     "resnetv2_101x1_bit.goog_in21k": (
         "89c645b9480d6c72c3f95deefa67ab4e1c5ee3823f09af7fd68e27f6a9ab51d8"
     ),
-    "resnetv2_101x1_bit.goog_in21k_ft_in1k": "",
-    "resnetv2_101x3_bit.goog_in21k": "",
-    "resnetv2_101x3_bit.goog_in21k_ft_in1k": "",
-    "resnetv2_152x2_bit.goog_in21k": "",
-    "resnetv2_152x2_bit.goog_in21k_ft_in1k": "",
     "resnetv2_152x4_bit.goog_in21k": (
         "1fa545b0ee4ba4b10278857ea06ea1e2507a5fabd7b3f0f53ff149e36f66aad9"
     ),
-    "resnetv2_152x4_bit.goog_in21k_ft_in1k": "",
 }
 # README and bit_pytorch/models.py of google-research/big_transfer; without published hashes
-_GOOGLE_BIT = [
-    f"BiT-M-{body}{data}"
-    for body in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")
-    for data in ("", "-ILSVRC2012")
-]
+_GOOGLE_BIT = [f"BiT-M-{body}{data}" for body in _BIT for data in ("", "-ILSVRC2012")]
 
 
 class PublishedFile(NamedTuple):
@@ -442,9 +432,9 @@ PUBLISHED = {
         f"bit/{name}": PublishedFile(
             f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors",
             f"{name}.safetensors",
-            digits,
+            _TIMM_SHA256.get(name, ""),
         )
-        for name, digits in _TIMM_BIT.items()
+        for name in _TIMM_BIT
     },
     **{
         f"bit/{name}": PublishedFile(

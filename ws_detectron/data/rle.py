@@ -41,20 +41,6 @@ def check_masks(
             raise DataError(f"predictions {name}, {where}: malformed RLE: {problem}")
 
 
-def first_malformed(strings: Sequence[str], areas: Sequence[int]) -> Optional[tuple[int, str]]:
-    """Finds the first string that is not a valid RLE of a mask of the given size.
-
-    Args:
-        strings: N compressed RLEs.
-        areas: N numbers of pixels, height x width.
-
-    Returns:
-        Its index and the problem; None if all are valid.
-    """
-    problems = (_problem_of_counts(text, area) for text, area in zip(strings, areas))
-    return next(((n, problem) for n, problem in enumerate(problems) if problem), None)
-
-
 def _problem(rle: Any, size: Optional[tuple[int, int]]) -> Optional[str]:
     if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str):
         return (
@@ -66,10 +52,11 @@ def _problem(rle: Any, size: Optional[tuple[int, int]]) -> Optional[str]:
         return f"size must be [height, width] in integers, found {sides!r:.60}"
     if size is not None and sides != [*size]:
         return f"size is {sides}, but height and width of the image are {[*size]}"
-    return _problem_of_counts(rle["counts"], sides[0] * sides[1])
+    return problem_of_counts(rle["counts"], sides[0] * sides[1])
 
 
-def _problem_of_counts(text: str, area: int) -> Optional[str]:
+def problem_of_counts(text: str, area: int) -> Optional[str]:
+    """Why a text is no compressed RLE of a mask of `area` pixels; None if it is one."""
     if not _NUMBERS.fullmatch(text):
         return f"counts are not a compressed RLE: {text!r:.60}"
     runs = _runs(text)

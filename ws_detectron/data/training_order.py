@@ -63,27 +63,33 @@ def seed_step(seed: int, step: int, share: int) -> None:
     _seed_generators(seed, _STEP, step, share)
 
 
-def repeat_factors(cfg: CfgNode, records: Sequence[dict], seed: int) -> Optional[torch.Tensor]:
-    """How often each image is drawn in an epoch, for DATALOADER.SAMPLER_TRAIN; on average.
+RepeatFactors = Callable[[int], torch.Tensor]
+"""Seed -> (images,): how often each image is drawn in an epoch, on average."""
+
+
+def repeat_factors(cfg: CfgNode, records: Sequence[dict]) -> Optional[RepeatFactors]:
+    """The repeat factors of DATALOADER.SAMPLER_TRAIN; the seed draws the images of a subset.
 
     Args:
         cfg: DATALOADER is used.
         records: the training set in detectron2's format.
-        seed: draws the subset of RandomSubsetTrainingSampler.
 
     Returns:
-        (images,); None for a sampler that detectron2 0.6 does not have.
+        None for a sampler that detectron2 0.6 does not have.
 
     Raises:
         ConfigError: a subset has no image.
     """
     name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(records)
     if name == "TrainingSampler":
-        return torch.ones(size)
+        return lambda seed: torch.ones(size)
     if name == "RepeatFactorTrainingSampler":
-        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD, **_square_root(cfg)
+        # an option of the main branch alone
+        options = {"sqrt": cfg.DATALOADER.REPEAT_SQRT} if "REPEAT_SQRT" in cfg.DATALOADER else {}
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, **options
         )
+        return lambda seed: factors
     if name == "RandomSubsetTrainingSampler" and "RANDOM_SUBSET_RATIO" in cfg.DATALOADER:
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
         number = int(size * ratio)
@@ -92,15 +98,13 @@ def repeat_factors(cfg: CfgNode, records: Sequence[dict], seed: int) -> Optional
                 f"DATALOADER.RANDOM_SUBSET_RATIO is {ratio}, which makes {number} of {size} "
                 "images; allowed: a part of them, up to 1.0"
             )
-        factors = torch.zeros(size)
-        factors[torch.randperm(size, generator=_generator(seed, _SUBSET))[:number]] = 1
-        return factors
+
+        def subset(seed: int) -> torch.Tensor:
+            drawn = torch.randperm(size, generator=_generator(seed, _SUBSET))[:number]
+            return torch.zeros(size).index_fill(0, drawn, 1)
+
+        return subset
     return None
-
-
-def _square_root(cfg: CfgNode) -> dict[str, bool]:
-    """The option of the main branch alone."""
-    return {"sqrt": cfg.DATALOADER.REPEAT_SQRT} if "REPEAT_SQRT" in cfg.DATALOADER else {}
 
 
 def epochs(factors: torch.Tensor, seed: int) -> Iterator[np.ndarray]:
@@ -109,7 +113,7 @@ def epochs(factors: torch.Tensor, seed: int) -> Iterator[np.ndarray]:
     An image with the factor 1.3 is drawn once in each epoch, and in 30 % of them twice.
 
     Args:
-        factors: (images,), at least 0, as from `repeat_factors`.
+        factors: (images,), at least 0.
         seed: SEED of the run.
 
     Yields:
@@ -134,7 +138,7 @@ class TrainingBatches(Sampler):
     group are carried over to the next epoch.
 
     Args:
-        factors: as for `epochs`.
+        factors: as from `repeat_factors`.
         images: of an optimizer step; a multiple of `parts` times `processes`.
         parts, processes, rank: numbers of parts and processes, and of this process.
         groups: (images of the data set,) the group of each; None: all are one.
@@ -146,7 +150,7 @@ class TrainingBatches(Sampler):
 
     def __init__(
         self,
-        factors: torch.Tensor,
+        factors: RepeatFactors,
         images: int,
         *,
         parts: int = 1,
@@ -156,7 +160,7 @@ class TrainingBatches(Sampler):
     ) -> None:
         self._factors, self._images = factors, images
         self._parts, self._processes, self._rank = parts, processes, rank
-        self._groups = np.zeros(len(factors), int) if groups is None else np.asarray(groups)
+        self._groups = groups
         self.size = images // (parts * processes)
         self.seed = self.start = 0
 
@@ -175,14 +179,15 @@ class TrainingBatches(Sampler):
 
     def _steps(self) -> Iterator[np.ndarray]:
         """(images of a step, 2): what was drawn, in the order in which steps have all images."""
-        position = 0
-        waiting = {group: np.empty((0, 2), int) for group in np.unique(self._groups)}
-        for indices in epochs(self._factors, self.seed):
+        position, factors = 0, self._factors(self.seed)
+        groups = np.zeros(len(factors), int) if self._groups is None else np.asarray(self._groups)
+        waiting = {group: np.empty((0, 2), int) for group in np.unique(groups)}
+        for indices in epochs(factors, self.seed):
             drawn = np.stack([np.arange(position, position + len(indices)), indices], axis=1)
             position += len(indices)
             whole = []
             for group, others in waiting.items():
-                members = np.concatenate([others, drawn[self._groups[indices] == group]])
+                members = np.concatenate([others, drawn[groups[indices] == group]])
                 end = len(members) // self._images * self._images
                 whole.append(members[:end].reshape(-1, self._images, 2))
                 waiting[group] = members[end:]

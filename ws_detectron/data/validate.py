@@ -20,7 +20,7 @@ from pycocotools import mask as mask_util
 
 from ws_detectron.errors import DataError
 
-from .rle import first_malformed
+from .rle import problem_of_counts
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,6 @@ class _Validator:
     def run(self, name: str) -> Validated:
         images = [self.image(image) for image in self.with_ids("images")]
         categories = self.categories()
-        self.malformed = _malformed(self.lists["annotations"])
         references = (
             ("image_id", *_by_text(self.sizes)),
             ("category_id", *_by_text(category["id"] for category in categories)),
@@ -465,7 +464,7 @@ class _Validator:
                 self.error("counts of the RLE must be run lengths that cover all pixels", counts)
         elif not isinstance(counts, str):
             self.error("counts of the RLE must be a list or text", counts)
-        elif problem := self.malformed.get((counts, size)):
+        elif problem := problem_of_counts(counts, size[0] * size[1]):
             self.error("the RLE of the mask is malformed", problem)
         if self.sound and self.polygons_only and not self.entry["iscrowd"]:
             self.error("the mask is an RLE, but INPUT.MASK_FORMAT is polygon; set it to bitmask")
@@ -574,22 +573,3 @@ def _is_size(value: Any) -> bool:
         and [*map(type, value)] == [int, int]
         and 0 < min(value) <= max(value) <= LONGEST_SIDE
     )
-
-
-def _malformed(annotations: list[Any]) -> dict[tuple[str, tuple[int, int]], str]:
-    """(counts, size) -> problem, of all masks that are malformed compressed RLEs."""
-    masks = [entry.get("segmentation") for entry in annotations if isinstance(entry, dict)]
-    rles = [
-        (mask["counts"], tuple(mask["size"]))
-        for mask in masks
-        if isinstance(mask, dict)
-        and isinstance(mask.get("counts"), str)
-        and _is_size(mask.get("size"))
-    ]
-    problems = {}
-    for start in range(0, len(rles), 512):  # batches are faster than single masks
-        batch = rles[start : start + 512]
-        while found := first_malformed([c for c, _ in batch], [h * w for _, (h, w) in batch]):
-            problems[batch[found[0]]] = found[1]
-            batch = batch[found[0] + 1 :]
-    return problems

@@ -4,19 +4,9 @@
 `EventStorage` and checkpoints do not change. `SOLVER.ACCUMULATE_STEPS` is the number of parts into
 which a batch is split; the memory needed is that of one part.
 
-**Equivalence.** The loss of a step is the mean of its parts' losses. DistributedDataParallel
-computes the same from as many processes, so k parts on one GPU equal k GPUs with one part each.
-They equal the *undivided* batch only where its loss is a mean over images:
-
-- Layers: BN normalizes over the images of one part, so accumulation does not give BN a larger
-  batch. GN and WS normalize each image or filter by itself, so parts make no difference.
-- RPN: its losses are divided by `RPN.BATCH_SIZE_PER_IMAGE` times the images: always equal.
-- Box head: its losses are divided by the sampled proposals: equal where all parts sample the same
-  number (`ROI_HEADS.BATCH_SIZE_PER_IMAGE` per image, unless too few are proposed).
-- Mask head: its loss is divided by the *foreground* proposals, and RetinaNet's losses by the
-  foreground anchors. Their number differs between images, so each part has the same weight, whereas
-  in an undivided batch each object has. Training on several GPUs weights them in the same way.
-- Images are padded to the largest of their part, not of the batch.
+The loss of a step is the mean of its parts' losses. DistributedDataParallel computes the same from
+as many processes, so k parts on one GPU equal k GPUs with one part each. They equal the undivided
+batch only where its loss is a mean over images; docs/training.md says where.
 """
 
 import time
@@ -24,31 +14,12 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, Optional
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ws_detectron.errors import ConfigError
-
-
-def part_of_batch(cfg: CfgNode) -> CfgNode:
-    """The config of a loader that yields parts: IMS_PER_BATCH counts one part, on all processes.
-
-    For a loader of your own; `build_train_loader` divides batches itself. With detectron2's
-    samplers, consecutive parts hold the images of the undivided batch, except with
-    `DATALOADER.ASPECT_RATIO_GROUPING`, which sorts them into parts of one orientation.
-
-    Args:
-        cfg: checked by `check_batch`.
-    """
-    if cfg.SOLVER.ACCUMULATE_STEPS == 1:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
-    return cfg
 
 
 def accumulated_step(loop: SimpleTrainer, steps: int, images: Optional[int] = None) -> None:

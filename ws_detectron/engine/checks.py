@@ -1,4 +1,4 @@
-"""What `prepare` checks: what cannot run is refused, what runs but trains badly is warned of."""
+"""Checks of a config: what cannot run is refused, what runs but trains badly is warned of."""
 
 import difflib
 import logging
@@ -34,8 +34,8 @@ SMALL_BATCH = 2
 USUAL_EPOCHS, MANY_TIMES = 100, 10
 SYNC_BN = ("SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
-# Node of NUM_CLASSES by architecture; those of custom architectures are not known.
-CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+# Node of NUM_CLASSES by architecture
+_CLASSES_IN = {"GeneralizedRCNN": "ROI_HEADS", "PanopticFPN": "ROI_HEADS", "RetinaNet": "RETINANET"}
 
 
 class Purpose(Enum):
@@ -106,12 +106,22 @@ def stock_architecture(cfg: CfgNode) -> str:
     return stock_name("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE)
 
 
+def number_of_classes(cfg: CfgNode) -> tuple[str, Optional[int]]:
+    """The key of the number of classes, and its value; "" and None for custom architectures."""
+    part = _CLASSES_IN.get(stock_architecture(cfg))
+    return (f"MODEL.{part}.NUM_CLASSES", cfg.MODEL[part].NUM_CLASSES) if part else ("", None)
+
+
 def check_weights(cfg: CfgNode) -> None:
     """Checks that MODEL.WEIGHTS, where it is a local path, names a file."""
-    weights = cfg.MODEL.WEIGHTS
+    check_weights_path("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+
+
+def check_weights_path(key: str, weights: str) -> None:
+    """Checks that the value of a config key, where it is a local path, names a file."""
     if weights and "://" not in weights and not Path(weights).is_file():
         raise ConfigError(
-            f"MODEL.WEIGHTS is {weights!r}, which is not a file; "
+            f"{key} is {weights!r}, which is not a file; "
             'allowed: a checkpoint, a name like detectron2://..., or "" for random weights'
         )
 
@@ -217,10 +227,26 @@ def check_registered(cfg: CfgNode) -> None:
                 )
 
 
-def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
-    """Reads and checks the annotation files that `purpose` needs.
+def check_annotations(
+    output_dir: str,
+    train: Sequence[str],
+    test: Sequence[str],
+    *,
+    classes: int,
+    masks: bool,
+    keypoints: bool,
+    mask_format: str,
+    report: bool = False,
+) -> dict[str, str]:
+    """Reads and checks the annotation files of data sets.
 
-    Fixed copies are written to OUTPUT_DIR/annotations.
+    Args:
+        output_dir: fixed copies are written to its folder `annotations`.
+        train, test: names of data sets.
+        classes: number of classes that the model predicts; 0 if unknown.
+        masks, keypoints: whether the model has them.
+        mask_format: INPUT.MASK_FORMAT.
+        report: whether they are for our own evaluation, which needs annotations.
 
     Returns:
         Data set -> the file to read instead, for `use_annotations`.
@@ -228,24 +254,18 @@ def check_annotations(cfg: CfgNode, purpose: Purpose) -> dict[str, str]:
     Raises:
         DataError: a file cannot be used; see `ws_detectron.data.validate`.
     """
-    report = purpose is Purpose.REPORT
-    masks = cfg.MODEL.MASK_ON and not report
-    trained = cfg.DATASETS.TRAIN if purpose is Purpose.TRAIN else ()
-    part = CLASSES_IN.get(stock_architecture(cfg))
-    # the report has its own check of classes
-    classes = cfg.MODEL[part].NUM_CLASSES if part and not report else 0
     copies = {}
-    for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
-        of_training = name in trained
+    for name in dict.fromkeys((*train, *test)):
+        of_training = name in train
         copy = check_coco_set(
             name,
-            cfg.OUTPUT_DIR,
+            output_dir,
             train=of_training,
-            classes=classes if name in cfg.DATASETS.TEST else 0,
+            classes=classes if name in test else 0,
             masks=masks,
-            keypoints=cfg.MODEL.KEYPOINT_ON and not report,
+            keypoints=keypoints,
             require_annotations=report or of_training,
-            mask_format=cfg.INPUT.MASK_FORMAT if masks and of_training else "",
+            mask_format=mask_format if masks and of_training else "",
         )
         if copy:
             copies[name] = copy
@@ -269,12 +289,6 @@ def training_records(cfg: CfgNode, proposal_files: Optional[Sequence[str]] = Non
         min_keypoints=fewest if cfg.MODEL.KEYPOINT_ON else 0,
         proposal_files=proposal_files,
     )
-
-
-def count_images(cfg: CfgNode) -> int:
-    """The number of `training_records`; it loads them."""
-    # without data sets, the training loader, if it is detectron2's, refuses the config
-    return len(training_records(cfg)) if cfg.DATASETS.TRAIN else 0
 
 
 def check_keypoints(cfg: CfgNode, *, train: bool) -> dict[str, list[str]]:
@@ -348,13 +362,13 @@ def _warn_of_flips(name: str) -> None:
         )
 
 
-def find_warnings(cfg: CfgNode, world_size: int, images: int = 0) -> list[str]:
+def find_warnings(cfg: CfgNode, world_size: int, images: int) -> list[str]:
     """One sentence for each setting of a training config that looks wrong, with its remedy.
 
     Args:
         cfg: scaled to the batch and to `world_size`, see `scaling`.
         world_size: processes in the job.
-        images: as returned by `count_images`; 0 if unknown.
+        images: number of images to train on; 0 if unknown.
     """
     return [
         *_unused_classes(cfg),
@@ -368,16 +382,16 @@ def find_warnings(cfg: CfgNode, world_size: int, images: int = 0) -> list[str]:
 
 def _unused_classes(cfg: CfgNode) -> list[str]:
     """Classes of the model that the training data, which must be loaded, do not have."""
-    part, found = CLASSES_IN.get(stock_architecture(cfg)), []
-    for name in cfg.DATASETS.TRAIN if part else ():
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes and len(classes) < cfg.MODEL[part].NUM_CLASSES:
-            found.append(
-                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
-                f"{len(classes)} classes; set MODEL.{part}.NUM_CLASSES {len(classes)}: evaluation "
-                "on these classes fails if the model predicts another"
-            )
-    return found
+    key, number = number_of_classes(cfg)
+    found = {
+        name: len(MetadataCatalog.get(name).get("thing_classes", ())) for name in cfg.DATASETS.TRAIN
+    }
+    return [
+        f"{key} is {number}, but {name} has {count} classes; set {key} {count}: evaluation on "
+        "these classes fails if the model predicts another"
+        for name, count in found.items()
+        if number and 0 < count < number
+    ]
 
 
 def _length(cfg: CfgNode, images: int) -> list[str]:
@@ -443,10 +457,11 @@ def _far_off_lr(cfg: CfgNode) -> list[str]:
         return []
     expected = REFERENCE_LR * solver.IMS_PER_BATCH / REFERENCE_BATCH
     ratio = solver.BASE_LR / expected
+    times = f"{ratio:.3g} times" if ratio > 1 else f"1/{1 / ratio:.3g} of"
     if 1 / MAX_LR_RATIO <= ratio <= MAX_LR_RATIO:
         return []
     return [
-        f"SOLVER.BASE_LR is {solver.BASE_LR:g}, {_times(ratio)} what the linear rule gives for "
+        f"SOLVER.BASE_LR is {solver.BASE_LR:g}, {times} what the linear rule gives for "
         f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: {expected:g} ({REFERENCE_LR} for "
         f"{REFERENCE_BATCH} images). If the config is for another batch, set "
         "SOLVER.REFERENCE_IMS_PER_BATCH to it, and LR and schedule are scaled; if this LR is "
@@ -475,7 +490,3 @@ def _settings_without_effect(cfg: CfgNode) -> list[str]:
         f"detectron2's own parts do not read it ({readers}); for a backbone that does, set "
         "MODEL.BACKBONE.NAME build_ws_resnet_fpn_backbone"
     ]
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.3g} times" if ratio > 1 else f"1/{1 / ratio:.3g} of"

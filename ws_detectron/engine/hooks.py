@@ -15,10 +15,9 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
+from ws_detectron.errors import ConfigError
 from ws_detectron.utils.environment import package_version, run_environment
 from ws_detectron.utils.io import write_json
-
-from .output_dir import remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +61,6 @@ class BestCheckpoint(HookBase):
             logger.warning("The best weights before this resume are kept as %s", kept)
 
     def after_step(self) -> None:
-        self._keep_if_best()
-
-    def after_train(self) -> None:
-        self._keep_if_best()
-
-    def _keep_if_best(self) -> None:
         value, iteration = self.trainer.storage.latest().get(self._metric, (None, -1))
         if value is None or iteration <= self._seen_iteration or value != value:
             return
@@ -80,22 +73,7 @@ class BestCheckpoint(HookBase):
         write_json(self._record, record, indent=2)
         logger.info("Best %s so far: %.3f at iteration %d", self._metric, value, iteration)
 
-
-class KeepCheckpoints(HookBase):
-    """Keeps the newest periodic checkpoints, also those of earlier starts of the run.
-
-    Args:
-        output_dir: their folder.
-        period: SOLVER.CHECKPOINT_PERIOD.
-        keep: SOLVER.CHECKPOINT_KEEP, at least 1.
-    """
-
-    def __init__(self, output_dir: str, period: int, keep: int) -> None:
-        self._output_dir, self._period, self._keep = output_dir, period, keep
-
-    def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self._period == 0:
-            remove_old_checkpoints(self._output_dir, self._keep, self.trainer.iter)
+    after_train = after_step
 
 
 class SharedStatistics(HookBase):
@@ -156,6 +134,36 @@ def read_record(path: Path) -> dict[str, Any]:
         logger.warning("%s is damaged and not used", path)
         return {}
     return record
+
+
+def is_finished(output_dir: str, done: int, iterations: int, key: str) -> bool:
+    """Whether a resumed run has trained to its end and was evaluated, which is logged.
+
+    Every process must call it.
+
+    Args:
+        output_dir: folder of the run.
+        done: iterations done so far.
+        iterations: the value of `key`.
+        key: config key of the length of the training, for messages.
+
+    Raises:
+        ConfigError: it has trained beyond its end.
+    """
+    if done > iterations:
+        raise ConfigError(
+            f"{key} is {iterations}, but the run in {output_dir} has done {done} iterations; raise "
+            "it to continue, or choose another output folder"
+        )
+    if done == 0 or done < iterations:
+        return False
+    # the main process decides, as it writes the record
+    record = read_record(Path(output_dir, RECORD))
+    finished = comm.all_gather(record.get("iterations") == iterations)[0]
+    if finished:
+        message = "The run in %s is finished: %d of %d iterations. To continue, raise %s"
+        logger.info(message, output_dir, done, iterations, key)
+    return finished
 
 
 class RunRecord(HookBase):

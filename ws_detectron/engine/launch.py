@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Optional
 
@@ -69,9 +69,9 @@ def start(
     )
 
 
-def started_by_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
+def started_by_torchrun() -> bool:
     """Whether `torchrun` started this process and gave it a rank."""
-    return all(name in environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
 def launch(
@@ -173,16 +173,7 @@ def _run_process(
     first: int,
     job: dict[str, Any],
 ) -> None:
-    """What a started process does.
-
-    Args:
-        local_rank: number of the process on this machine.
-        main, args: run in it.
-        device: MODEL.DEVICE.
-        processes: on each machine.
-        first: rank of the first one on this machine.
-        job: address and size of the process group.
-    """
+    """What a started process does; `first` is the rank of the first one on this machine."""
     _end_with_parent()
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))

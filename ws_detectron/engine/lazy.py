@@ -16,7 +16,6 @@ from typing import Any, Optional
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.engine import (
     AMPTrainer,
     HookBase,
@@ -35,34 +34,34 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ws_detectron.checkpoint import WSCheckpointer
-from ws_detectron.data import check_coco_set, use_annotations
-from ws_detectron.errors import ConfigError, DivergedError
+from ws_detectron.data import use_annotations
+from ws_detectron.errors import ConfigError
 from ws_detectron.modeling import fold_ws, folded_copy
 from ws_detectron.modeling.summary import frozen_parts, summary_line
-from ws_detectron.utils.compat import (
-    has_compiled_ops,
-    is_divergence,
-    strip_colours,
-    user_errors_unlogged,
-)
+from ws_detectron.utils.compat import has_compiled_ops, strip_colours
 
-from .checks import SMALL_BATCH, check_datasets, check_machine
-from .hooks import RECORD, BestCheckpoint, RunRecord, read_record
+from .checks import (
+    SMALL_BATCH,
+    check_annotations,
+    check_datasets,
+    check_machine,
+    check_weights_path,
+)
+from .hooks import BestCheckpoint, RunRecord, is_finished
 from .launch import launch, started_by_torchrun
-from .loaders import NamingMapper
+from .loaders import NamingMapper, check_classes
 from .output_dir import (
     METRICS,
-    check_unused,
     cut_metrics,
     delete_run,
-    make_output_dir,
+    open_output_dir,
     remove_partial_files,
     reserved,
-    wants_overwrite,
     warn_of_start,
 )
 from .prepare import find_config
-from .signals import StopOnSignal, Stopped, on_signals
+from .signals import StopOnSignal
+from .trainer import explained_end
 
 logger = logging.getLogger(__name__)
 
@@ -189,21 +188,15 @@ def run_lazy(args: argparse.Namespace) -> Optional[dict[str, Any]]:
                 delete_run(output_dir, keep=cfg.train.init_checkpoint)
             remove_partial_files(output_dir)
             cut_metrics(Path(output_dir, METRICS))
-        with user_errors_unlogged():
-            return _train(cfg, args)
+        return _train(cfg, args)
 
 
 def _check(cfg: DictConfig, args: argparse.Namespace, world_size: int) -> None:
     """What can be known without building anything; every process must call it."""
     train, weights = cfg.train, cfg.train.init_checkpoint
-    overwrite = wants_overwrite(args)
     if train.amp.enabled and train.device == "cpu" and not args.eval_only:
         raise ConfigError("train.amp.enabled is True, which needs train.device=cuda")
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise ConfigError(
-            f"train.init_checkpoint is {weights!r}, which is not a file; "
-            'allowed: a checkpoint, a name like detectron2://..., or "" for random weights'
-        )
+    check_weights_path("train.init_checkpoint", weights)
     for key in (_TEST_DATA,) if args.eval_only else (_TRAIN_DATA, _TEST_DATA):
         check_datasets(key, _names(cfg, key))
     batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
@@ -212,9 +205,7 @@ def _check(cfg: DictConfig, args: argparse.Namespace, world_size: int) -> None:
             f"dataloader.train.total_batch_size is {batch}, not a multiple of the {world_size} "
             "processes"
         )
-    make_output_dir(train.output_dir)
-    if comm.is_main_process() and not (args.eval_only or args.resume or overwrite):
-        check_unused(train.output_dir)
+    open_output_dir(train.output_dir, args)
 
 
 def _names(cfg: DictConfig, key: str) -> list[str]:
@@ -242,40 +233,22 @@ def _build_model(cfg: DictConfig) -> nn.Module:
 
 def _check_data(cfg: DictConfig, model: nn.Module, train: bool) -> None:
     """Checks annotation files, of which the main process reads all; every process must call it."""
-    classes = getattr(getattr(model, "roi_heads", model), "num_classes", 0)
-    mapper = _mapper(cfg.dataloader.train)
-    masks = mapper.get("use_instance_mask", False)
-    copies = {}
+    mapper, copies = _mapper(cfg.dataloader.train), {}
     if comm.is_main_process():
-        for key in (_TRAIN_DATA, _TEST_DATA) if train else (_TEST_DATA,):
-            for name in _names(cfg, key):
-                of_training = key == _TRAIN_DATA
-                fixed = check_coco_set(
-                    name,
-                    cfg.train.output_dir,
-                    train=of_training,
-                    classes=0 if of_training else classes,
-                    masks=masks,
-                    keypoints=mapper.get("use_keypoint", False),
-                    require_annotations=of_training,
-                    mask_format=mapper.get("instance_mask_format", "polygon")
-                    if masks and of_training
-                    else "",
-                )
-                if fixed:
-                    copies[name] = fixed
+        copies = check_annotations(
+            cfg.train.output_dir,
+            _names(cfg, _TRAIN_DATA) if train else (),
+            _names(cfg, _TEST_DATA),
+            classes=_number_of_classes(model) or 0,
+            masks=mapper.get("use_instance_mask", False),
+            keypoints=mapper.get("use_keypoint", False),
+            mask_format=mapper.get("instance_mask_format", "polygon"),
+        )
     use_annotations(comm.all_gather(copies)[0])
 
 
-def _check_classes(cfg: DictConfig, model: nn.Module) -> None:
-    """Checks that the model has a class for each of the training data, which must be loaded."""
-    predicted = getattr(getattr(model, "roi_heads", model), "num_classes", None)
-    for name in _names(cfg, _TRAIN_DATA):
-        found = len(MetadataCatalog.get(name).get("thing_classes", []))
-        if predicted is not None and found > predicted:
-            raise ConfigError(
-                f"num_classes of the model is {predicted}, but {name} has {found} classes"
-            )
+def _number_of_classes(model: nn.Module) -> Optional[int]:
+    return getattr(getattr(model, "roi_heads", model), "num_classes", None)
 
 
 def _mapper(loader: DictConfig) -> Mapping[str, Any]:
@@ -324,7 +297,8 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, Any]
     parameters.params.model = model
     optimizer = instantiate(parameters)
     loader = _build_loader(cfg.dataloader.train)
-    _check_classes(cfg, model)
+    names = _names(cfg, _TRAIN_DATA)
+    check_classes(names, "num_classes of the model", _number_of_classes(model))
     ddp = {"device_ids": None} if cfg.train.device == "cpu" else {}
     model = create_ddp_model(model, **{**ddp, **cfg.train.ddp})
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
@@ -347,28 +321,11 @@ def _train(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, Any]
         for group, values in zip(optimizer.param_groups, configured):
             values = {key: value for key, value in values.items() if key != "params"}
             group.update(values, initial_lr=values["lr"])
-    if start > max_iter:
-        raise ConfigError(
-            f"train.max_iter is {max_iter}, but the run in {output_dir} has done {start} "
-            "iterations; raise it to continue, or choose another train.output_dir"
-        )
-    done = read_record(Path(output_dir, RECORD)).get("iterations", 0) if resumes else 0
-    if resumes and start == max_iter and comm.all_gather(done)[0] >= max_iter:  # and evaluated
-        logger.info("The run in %s is finished; to continue, raise train.max_iter", output_dir)
+    if is_finished(output_dir, start, max_iter, "train.max_iter"):
         return None
-    try:
-        with on_signals(stop.request):
-            trainer.train(start, max_iter)
-    except Stopped:
-        comm.synchronize()  # the end of one process ends the others
-        raise
-    except FloatingPointError as error:
-        if not is_divergence(error):
-            raise
-        raise DivergedError(
-            f"training diverged at iteration {trainer.iter}: {' '.join(str(error).split())}; lower "
-            "optimizer.lr or lengthen lr_multiplier.warmup_length"
-        ) from error
+    remedy = "lower optimizer.lr or lengthen lr_multiplier.warmup_length"
+    with explained_end(trainer, stop, remedy):
+        trainer.train(start, max_iter)
     return results[0] if results and comm.is_main_process() else None
 
 

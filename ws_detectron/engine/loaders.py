@@ -26,7 +26,7 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ws_detectron.checkpoint.safe_pickle import RefusedPickle, load_plain_pickle
 from ws_detectron.data.images import check_image_file, read_annotated, read_rgb
@@ -38,8 +38,7 @@ from ws_detectron.data.training_order import (
 )
 from ws_detectron.errors import ConfigError, DataError, shown
 
-from .accumulation import part_of_batch
-from .checks import CLASSES_IN, stock_architecture, training_records
+from .checks import number_of_classes, training_records
 
 logger = logging.getLogger(__name__)
 
@@ -102,20 +101,21 @@ class TrainLoader:
         workers: number of processes that load images; 0: this one does.
 
     Attributes:
+        images: number of images of the data set.
         seed: of the sequence.
         start: number of the first batch to hand out; with SOLVER.ACCUMULATE_STEPS each part counts.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: DatasetFromList,
         mapper: Callable[[dict], Any],
         batches: TrainingBatches,
         *,
         seed: int,
         workers: int,
     ) -> None:
-        self.seed, self.start = seed, 0
+        self.images, self.seed, self.start = len(dataset), seed, 0
         self._dataset, self._mapper, self._batches = dataset, mapper, batches
         self._workers = workers
 
@@ -188,16 +188,18 @@ def build_train_loader(
     naming = NamingMapper(mapper or DatasetMapper(cfg, is_train=True), masks=cfg.MODEL.MASK_ON)
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     records = training_records(cfg, proposals)
-    check_classes(cfg)
-    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    factors = repeat_factors(cfg, records, seed) if isinstance(records, list) else None
+    check_classes(cfg.DATASETS.TRAIN, *number_of_classes(cfg))
+    factors = repeat_factors(cfg, records) if isinstance(records, list) else None
     if factors is None:
         logger.warning(
             "The order of the training images does not follow SEED: DATALOADER.SAMPLER_TRAIN %s "
             "and the data sets are loaded by detectron2's own loader",
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        return build_detection_train_loader(part_of_batch(cfg), mapper=naming)
+        part = cfg.clone()
+        part.defrost()
+        part.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE_STEPS
+        return build_detection_train_loader(part, mapper=naming)
     batches = TrainingBatches(
         factors,
         cfg.SOLVER.IMS_PER_BATCH,
@@ -207,8 +209,8 @@ def build_train_loader(
         groups=_orientations(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
     )
     dataset = DatasetFromList(records, copy=False)
-    workers = cfg.DATALOADER.NUM_WORKERS
-    return TrainLoader(dataset, naming, batches, seed=seed, workers=workers)
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    return TrainLoader(dataset, naming, batches, seed=seed, workers=cfg.DATALOADER.NUM_WORKERS)
 
 
 def _orientations(records: Sequence[dict]) -> list[int]:
@@ -260,17 +262,20 @@ def check_proposals(cfg: CfgNode) -> None:
                 ) from error
 
 
-def check_classes(cfg: CfgNode) -> None:
-    """Checks that the model has a class for each of the training data, which must be loaded."""
-    part = CLASSES_IN.get(stock_architecture(cfg))
-    if part is None:
-        return
-    for name in cfg.DATASETS.TRAIN:
+def check_classes(names: Iterable[str], key: str, number: Optional[int]) -> None:
+    """Checks that the model has a class for each of the training data, which must be loaded.
+
+    Args:
+        names: data sets.
+        key: config key of the number of classes, for messages.
+        number: its value; None if it is not known.
+    """
+    for name in names:
         classes = MetadataCatalog.get(name).get("thing_classes", [])
-        if len(classes) > cfg.MODEL[part].NUM_CLASSES:
+        if number is not None and len(classes) > number:
             raise ConfigError(
-                f"MODEL.{part}.NUM_CLASSES is {cfg.MODEL[part].NUM_CLASSES}, but {name} has "
-                f"{len(classes)} classes: {', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
+                f"{key} is {number}, but {name} has {len(classes)} classes: "
+                f"{', '.join(classes[:10])}{', ...' * (len(classes) > 10)}"
             )
 
 

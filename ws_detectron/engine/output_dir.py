@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Optional, Union
 
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ws_detectron.errors import ConfigError, UserError
@@ -121,18 +122,24 @@ def reserved(output_dir: Union[str, Path]) -> Iterator[None]:
             del _reserved[folder]
 
 
-def wants_overwrite(args: argparse.Namespace) -> bool:
-    """Whether `args.overwrite` is set, which not all callers have.
+def open_output_dir(output_dir: str, args: argparse.Namespace) -> None:
+    """Makes the folder, and refuses a run there that is neither resumed nor overwritten.
+
+    Args:
+        output_dir: the folder.
+        args: with `resume` and `eval_only`; not all callers have `overwrite`.
 
     Raises:
-        UserError: it is set together with `resume` or `eval_only`.
+        UserError: `overwrite` is set together with another of them, or see `check_unused`.
     """
     overwrite = getattr(args, "overwrite", False)
     if overwrite and (args.resume or args.eval_only):
         raise UserError(
             f"--overwrite cannot be combined with {'--resume' if args.resume else '--eval-only'}"
         )
-    return overwrite
+    make_output_dir(output_dir)
+    if comm.is_main_process() and not (args.eval_only or args.resume or overwrite):
+        check_unused(output_dir)
 
 
 def check_unused(output_dir: Union[str, Path]) -> None:
@@ -240,13 +247,14 @@ def remove_partial_files(output_dir: Union[str, Path]) -> None:
             logger.info("Removed %s, which was not written completely", path)
 
 
-def remove_old_checkpoints(output_dir: Union[str, Path], keep: int, iteration: int) -> None:
-    """Deletes periodic checkpoints up to an iteration, but for the `keep` newest ones."""
+def remove_old_checkpoints(output_dir: Union[str, Path], keep: int, iteration: int) -> list[str]:
+    """Deletes periodic checkpoints before an iteration but for the newest, which it returns."""
     found = _files(output_dir, ("model_[0-9]*.pth",))
     numbers = {path: int(path.stem[6:]) for path in found if path.stem[6:].isdigit()}
-    reached = sorted((n, path) for path, n in numbers.items() if n <= iteration)
-    for _, path in reached[: max(0, len(reached) - keep)]:
+    before = sorted((path for path, n in numbers.items() if n < iteration), key=numbers.__getitem__)
+    for path in before[:-keep]:
         path.unlink()
+    return [*map(str, before[-keep:])]
 
 
 def _files(folder: Union[str, Path], patterns: tuple[str, ...]) -> list[Path]:

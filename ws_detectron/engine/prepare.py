@@ -31,11 +31,11 @@ from .checks import (
     check_keypoints,
     check_registered,
     check_weights,
-    count_images,
-    find_warnings,
+    number_of_classes,
+    training_records,
 )
 from .output_dir import make_output_dir
-from .scaling import describe_schedule, resolve_epochs, scale_config
+from .scaling import resolve_epochs, scale_config
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,6 @@ class Prepared(NamedTuple):
         world_size: argument of `prepare`.
         annotations: data set -> path of the fixed copy of its file.
         keypoints: data set -> names of its keypoints.
-        schedule: images, epochs and evaluations of a training in words; empty if unknown.
     """
 
     config: CfgNode
@@ -170,7 +169,6 @@ class Prepared(NamedTuple):
     world_size: int
     annotations: dict[str, str]
     keypoints: dict[str, list[str]]
-    schedule: str
 
 
 PREPARED = "prepared"
@@ -231,18 +229,24 @@ def _prepare(cfg: CfgNode, purpose: Purpose, world_size: int) -> Prepared:
     if comm.is_main_process():
         if train:
             make_output_dir(cfg.OUTPUT_DIR)
-        annotations = check_annotations(cfg, purpose)
-        if purpose is not Purpose.REPORT:
+        report = purpose is Purpose.REPORT  # has its own check of classes
+        annotations = check_annotations(
+            cfg.OUTPUT_DIR,
+            cfg.DATASETS.TRAIN if train else (),
+            cfg.DATASETS.TEST,
+            classes=0 if report else number_of_classes(cfg)[1] or 0,
+            masks=cfg.MODEL.MASK_ON and not report,
+            keypoints=cfg.MODEL.KEYPOINT_ON and not report,
+            mask_format=cfg.INPUT.MASK_FORMAT,
+            report=report,
+        )
+        if not report:
             use_annotations(annotations)
             keypoints = check_keypoints(cfg, train=train)
-        if train:
-            images = count_images(cfg)
+        if train and cfg.SOLVER.EPOCHS and cfg.DATASETS.TRAIN:
+            images = len(training_records(cfg))
     annotations, keypoints, images = comm.all_gather((annotations, keypoints, images))[0]
     # An evaluation does not read the batch, which need not suit its processes.
     cfg = scale_config(resolve_epochs(cfg, images), world_size) if train else cfg.clone()
     cfg.__dict__.pop(PREPARED, None)
-    if train and comm.is_main_process():
-        for warning in find_warnings(cfg, world_size, images):
-            logger.warning(warning)
-    schedule = describe_schedule(cfg, images) if images else ""
-    return Prepared(cfg, purpose, world_size, annotations, keypoints, schedule)
+    return Prepared(cfg, purpose, world_size, annotations, keypoints)

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ws_detectron.errors import UserError, find_disk_error, find_user_error, write_error
+from ws_detectron.errors import find_disk_error, find_user_error, write_error
 from ws_detectron.modeling.summary import summary_line
 from ws_detectron.utils.compat import strip_colours
 from ws_detectron.utils.io import write_text
-from ws_detectron.utils.yaml_files import load_yaml_with_base
 
 from .checks import Purpose
 from .inference import load_model_for_inference
 from .launch import start, started_by_torchrun
-from .output_dir import check_unused, delete_run, make_output_dir, reserved, wants_overwrite
+from .output_dir import delete_run, open_output_dir, reserved
 from .prepare import prepare
 from .trainer import Trainer
 
@@ -33,7 +31,7 @@ logger = logging.getLogger(__name__)
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     """Starts `run` in the number of processes that `args` or torchrun ask for."""
     if not started_by_torchrun():
-        _open_folder(cfg, args)  # before data is read
+        open_output_dir(cfg.OUTPUT_DIR, args)  # before data is read
         _set_up_log(cfg, args)
     return start(run, cfg, args, _purpose(args), args=(args,))
 
@@ -59,7 +57,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
             and neither `resume` nor `overwrite` is set, or another process trains there.
         SystemExit: status 1, if a result is not the expected one.
     """
-    _open_folder(cfg, args)
+    open_output_dir(cfg.OUTPUT_DIR, args)
     try:
         if args.eval_only or not comm.is_main_process():
             return _run(cfg, args)
@@ -78,10 +76,6 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
 
 def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     _set_up_log(cfg, args)
-    if args.resume and cfg.SEED < 0 and not args.eval_only:
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.SEED = _drawn_seed(cfg.OUTPUT_DIR)
     cfg = prepare(cfg, _purpose(args))
     cfg.freeze()
     set_up = cfg.clone()
@@ -105,27 +99,6 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
-
-
-def _drawn_seed(output_dir: str) -> int:
-    """The seed that an earlier start of the run has drawn, which its config.yaml has; else -1.
-
-    Every process must call it; the file may exist on the first machine only.
-    """
-    path, found = Path(output_dir, "config.yaml"), None
-    if path.is_file():
-        with suppress(UserError):  # it is written anew
-            found = load_yaml_with_base(path).get("SEED")
-    found = comm.all_gather(found)[0]
-    return found if isinstance(found, int) else -1
-
-
-def _open_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Makes OUTPUT_DIR, and refuses a run there that is neither resumed nor overwritten."""
-    overwrite = wants_overwrite(args)
-    make_output_dir(cfg.OUTPUT_DIR)
-    if comm.is_main_process() and not (args.eval_only or args.resume or overwrite):
-        check_unused(cfg.OUTPUT_DIR)
 
 
 def _purpose(args: argparse.Namespace) -> Purpose:

@@ -7,7 +7,7 @@ step need k times the LR and 1/k of the iterations, so that a run sees as many i
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -62,16 +62,8 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
     def same_fraction(iterations: int) -> int:
         return -(-iterations * length // solver.MAX_ITER)  # exact, unlike a product of floats
 
-    keys = ("SOLVER.WARMUP_ITERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
-    return _changed(
-        cfg,
-        {
-            **{key: same_fraction(attrgetter(key)(cfg)) for key in keys},
-            "SOLVER.STEPS": before_end(map(same_fraction, solver.STEPS), length),
-            "SOLVER.MAX_ITER": length,
-            "SOLVER.EPOCHS": 0,
-        },
-    )
+    values = _rescaled(cfg, same_fraction, (*ITERATIONS, "TEST.EVAL_PERIOD"))
+    return _changed(cfg, {**values, "SOLVER.EPOCHS": 0})
 
 
 def describe_schedule(cfg: CfgNode, images: int) -> str:
@@ -161,12 +153,11 @@ def scale_to_batch(cfg: CfgNode) -> tuple[CfgNode, list[str]]:
         # 0 stays 0: no period, no warm-up
         return max(1, round(iterations * reference / batch)) if iterations else 0
 
-    values: dict[str, Any] = {"SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * batch / reference}
-    values.update({key: fewer(attrgetter(key)(cfg)) for key in (*ITERATIONS, *PERIODS)})
-    values["SOLVER.STEPS"] = before_end(
-        [fewer(step) for step in cfg.SOLVER.STEPS], values["SOLVER.MAX_ITER"]
-    )
-    values["SOLVER.REFERENCE_IMS_PER_BATCH"] = batch
+    values = {
+        "SOLVER.BASE_LR": cfg.SOLVER.BASE_LR * batch / reference,
+        **_rescaled(cfg, fewer, (*ITERATIONS, *PERIODS)),
+        "SOLVER.REFERENCE_IMS_PER_BATCH": batch,
+    }
     return _changed(cfg, values), list_changes(
         {key: attrgetter(key)(cfg) for key in values}, values
     )
@@ -185,6 +176,13 @@ def before_end(steps: Iterable[int], iterations: int) -> tuple[int, ...]:
     """The milestones before the end of a schedule; detectron2 refuses others, which rounding can
     produce."""
     return tuple(step for step in steps if step < iterations)
+
+
+def _rescaled(cfg: CfgNode, rescale: Callable[[int], int], keys: Iterable[str]) -> dict[str, Any]:
+    """The values of `keys`, and the milestones, each rescaled."""
+    values: dict[str, Any] = {key: rescale(attrgetter(key)(cfg)) for key in keys}
+    steps = map(rescale, cfg.SOLVER.STEPS)
+    return {**values, "SOLVER.STEPS": before_end(steps, values["SOLVER.MAX_ITER"])}
 
 
 def _changed(cfg: CfgNode, values: dict[str, Any]) -> CfgNode:

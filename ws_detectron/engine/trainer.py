@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.engine.hooks import EvalHook, PeriodicWriter, PreciseBN
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter, PreciseBN
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.solver import LRMultiplier
@@ -36,14 +36,12 @@ from ws_detectron.utils.compat import (
 from ws_detectron.utils.io import refuse_overwrite, write_text
 
 from .accumulation import accumulated_step
-from .checks import check_backbone
+from .checks import check_backbone, find_warnings
 from .hooks import (
-    RECORD,
     BestCheckpoint,
-    KeepCheckpoints,
     RunRecord,
     SharedStatistics,
-    read_record,
+    is_finished,
 )
 from .loaders import TrainLoader, build_test_loader, build_train_loader
 from .output_dir import (
@@ -51,12 +49,13 @@ from .output_dir import (
     check_unused,
     cut_metrics,
     log_to,
+    remove_old_checkpoints,
     remove_partial_files,
     reserved,
     warn_of_start,
 )
-from .prepare import PREPARED, as_flat_dict, prepare
-from .scaling import list_changes
+from .prepare import as_flat_dict, prepare
+from .scaling import describe_schedule, list_changes
 from .signals import StopOnSignal, Stopped, on_signals
 
 logger = logging.getLogger(__name__)
@@ -132,6 +131,10 @@ class Trainer(DefaultTrainer):
         self._writers: list[EventWriter] = []
         self._stop = StopOnSignal(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.MODEL.DEVICE)
         self.register_hooks(self.build_hooks())
+        self._images = data_loader.images if isinstance(data_loader, TrainLoader) else 0
+        if comm.is_main_process():
+            for warning in find_warnings(cfg, comm.get_world_size(), self._images):
+                logger.warning(warning)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint of OUTPUT_DIR (`resume`) or MODEL.WEIGHTS.
@@ -252,26 +255,6 @@ class Trainer(DefaultTrainer):
             for group, lr in zip(groups, scheduler.get_lr()):
                 group["lr"] = lr
 
-    def is_finished(self) -> bool:
-        """Whether the resumed run has trained to SOLVER.MAX_ITER and was evaluated.
-
-        Every process must call it.
-
-        Raises:
-            ConfigError: it has trained beyond SOLVER.MAX_ITER.
-        """
-        if self.start_iter > self.max_iter:
-            raise ConfigError(
-                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in OUTPUT_DIR "
-                f"{self.cfg.OUTPUT_DIR} has done {self.start_iter} iterations; raise it to "
-                "continue, or choose another OUTPUT_DIR"
-            )
-        if self.start_iter == 0 or self.start_iter < self.max_iter:
-            return False
-        # the main process decides, as it writes the record
-        record = read_record(Path(self.cfg.OUTPUT_DIR, RECORD))
-        return comm.all_gather(record.get("iterations") == self.max_iter)[0]
-
     def train(self) -> Any:
         """Trains from the current iteration to SOLVER.MAX_ITER; returns the last evaluation.
 
@@ -280,34 +263,28 @@ class Trainer(DefaultTrainer):
         Raises:
             UserError: another process trains in OUTPUT_DIR, or it holds a run that
                 `resume_or_load` was not asked to resume.
-            ConfigError: see `is_finished`.
+            ConfigError: it has trained beyond SOLVER.MAX_ITER.
+            DivergedError: a loss became infinite or NaN; names iteration and loss.
         """
-        if self.is_finished():
-            logger.info(
-                "The run in %s is finished: %d of %d iterations. To continue, raise "
-                "SOLVER.MAX_ITER",
-                self.cfg.OUTPUT_DIR,
-                self.start_iter,
-                self.max_iter,
-            )
+        folder = self.cfg.OUTPUT_DIR
+        if is_finished(folder, self.start_iter, self.max_iter, "SOLVER.MAX_ITER"):
             return None
-        stoppable = on_signals(self._stop.request) if self._stop in self._hooks else nullcontext()
-        with user_errors_unlogged(), stoppable:
-            try:
-                if not comm.is_main_process():
-                    super().train()
-                    return None
-                with reserved(self.cfg.OUTPUT_DIR):
-                    if self.start_iter == 0:
-                        (warn_of_start if self._resumes else check_unused)(self.cfg.OUTPUT_DIR)
-                    self._tidy_output_dir()
-                    write_text(Path(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
-                    if self.cfg.__dict__[PREPARED].schedule:
-                        logger.info(self.cfg.__dict__[PREPARED].schedule)
-                    super().train()
-            except Stopped:
-                comm.synchronize()  # the end of one process ends the others
-                raise
+        remedy = (
+            "lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS (the linear rule: 0.02 for 16 "
+            "images per batch)"
+        )
+        with explained_end(self, self._stop, remedy):
+            if not comm.is_main_process():
+                super().train()
+                return None
+            with reserved(folder):
+                if self.start_iter == 0:
+                    (warn_of_start if self._resumes else check_unused)(folder)
+                self._tidy_output_dir()
+                write_text(Path(folder, "config.yaml"), self.cfg.dump())
+                if self._images:
+                    logger.info(describe_schedule(self.cfg, self._images))
+                super().train()
         # detectron2 returns it only with TEST.EXPECTED_RESULTS
         return getattr(self, "_last_eval_results", None)
 
@@ -340,6 +317,11 @@ class Trainer(DefaultTrainer):
                 "ws_detectron.engine.build_train_loader(cfg, mapper)",
                 type(self.data_loader).__name__,
             )
+        keep = self.cfg.SOLVER.CHECKPOINT_KEEP
+        for hook in self._hooks:
+            if keep and isinstance(hook, PeriodicCheckpointer):  # knows only those that it saves
+                folder = self.cfg.OUTPUT_DIR
+                hook.recent_checkpoints = remove_old_checkpoints(folder, keep, self.start_iter)
         super().before_train()
         metrics = self._checkpoint.get("metrics")
         if metrics is None:
@@ -354,28 +336,14 @@ class Trainer(DefaultTrainer):
         self.iter = self.storage.iter = self.start_iter
 
     def run_step(self) -> None:
-        """One optimizer step.
-
-        Raises:
-            DivergedError: a loss became infinite or NaN; names iteration and loss.
-        """
-        with self._explained_divergence():
-            if self.cfg.SOLVER.ACCUMULATE_STEPS > 1:
-                self._trainer.iter = self.iter
-                steps = self.cfg.SOLVER.ACCUMULATE_STEPS
-                images = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // steps
-                accumulated_step(self._trainer, steps, images)
-            else:
-                super().run_step()
-
-    def after_step(self) -> None:
-        """Runs the hooks; PreciseBN runs the model in training mode, where divergence can show.
-
-        Raises:
-            DivergedError: see `run_step`.
-        """
-        with self._explained_divergence():
-            super().after_step()
+        """One optimizer step."""
+        steps = self.cfg.SOLVER.ACCUMULATE_STEPS
+        if steps == 1:
+            super().run_step()
+            return
+        self._trainer.iter = self.iter
+        images = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // steps
+        accumulated_step(self._trainer, steps, images)
 
     def after_train(self) -> None:
         """Runs the hooks; detectron2 counts one iteration even if there was none to do."""
@@ -384,25 +352,8 @@ class Trainer(DefaultTrainer):
             self._hooks = [hook for hook in self._hooks if not isinstance(hook, EvalHook)]
         super().after_train()
 
-    @contextmanager
-    def _explained_divergence(self) -> Iterator[None]:
-        try:
-            yield
-        except FloatingPointError as error:
-            if not is_divergence(error):
-                raise
-            message = str(error)  # has `loss_dict = {...}` if detectron2 knows the losses
-            number = r"(?:np\.\w+\()?(nan|-?inf)"
-            losses = [f"{k} is {value}" for k, value in re.findall(rf"'(\w+)': {number}", message)]
-            raise DivergedError(
-                f"training diverged at iteration {self.iter}: "
-                f"{', '.join(losses) or _first_line(error)}; lower SOLVER.BASE_LR or lengthen "
-                "SOLVER.WARMUP_ITERS (the linear rule: 0.02 for 16 images per batch)"
-            ) from error
-
     def build_hooks(self) -> list[Optional[HookBase]]:
-        """detectron2's hooks; `SharedStatistics`, `KeepCheckpoints`, `StopOnSignal`,
-        `BestCheckpoint` and `RunRecord`.
+        """detectron2's hooks; `SharedStatistics`, `StopOnSignal`, `BestCheckpoint`, `RunRecord`.
 
         Raises:
             ConfigError: SOLVER.CHECKPOINT_KEEP is negative.
@@ -415,10 +366,9 @@ class Trainer(DefaultTrainer):
                 "keep, or 0 for all"
             )
         for hook in super().build_hooks():
+            if isinstance(hook, PeriodicCheckpointer):
+                hook.max_to_keep = keep or None
             if isinstance(hook, EvalHook):  # after the checkpoint and before the evaluation
-                if keep and comm.is_main_process():
-                    period = cfg.SOLVER.CHECKPOINT_PERIOD
-                    hooks.append(KeepCheckpoints(cfg.OUTPUT_DIR, period, keep))
                 hooks.append(self._stop)
             if isinstance(hook, PeriodicWriter) and cfg.DATASETS.TEST:  # on the main process
                 metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
@@ -538,6 +488,38 @@ class Trainer(DefaultTrainer):
             use_fast_impl=has_compiled_ops(),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
+
+
+@contextmanager
+def explained_end(loop: TrainerBase, stop: StopOnSignal, remedy: str) -> Iterator[None]:
+    """Within it, `loop` trains; signals end it by its hook `stop`, and divergence is a user error.
+
+    Args:
+        loop: as in `TrainerBase.train`.
+        stop: without effect if it is none of the hooks of `loop`.
+        remedy: against divergence, by config keys.
+
+    Raises:
+        DivergedError: a loss, box or score became infinite or NaN; names the iteration.
+        Stopped: a signal has ended the training.
+    """
+    stoppable = on_signals(stop.request) if stop in loop._hooks else nullcontext()
+    with user_errors_unlogged(), stoppable:
+        try:
+            yield
+        except Stopped:
+            comm.synchronize()  # the end of one process ends the others
+            raise
+        except FloatingPointError as error:
+            if not is_divergence(error):
+                raise
+            message = str(error)  # has `loss_dict = {...}` if detectron2 knows the losses
+            number = r"(?:np\.\w+\()?(nan|-?inf)"
+            losses = [f"{k} is {value}" for k, value in re.findall(rf"'(\w+)': {number}", message)]
+            found = ", ".join(losses) or _first_line(error)
+            raise DivergedError(
+                f"training diverged at iteration {loop.iter}: {found}; {remedy}"
+            ) from error
 
 
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:

@@ -94,7 +94,8 @@ def _build_stock(
     build_stock: Callable[[CfgNode, ShapeSpec], Backbone],
     ws: WSSettings,
 ) -> Backbone:
-    _check_resnet_keys(cfg)
+    check_no_deformable_stage(cfg)
+    check_depth(cfg)
     names = {"MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM, "MODEL.FPN.NORM": cfg.MODEL.FPN.NORM}
     for key, name in names.items():
         check_norm(key, name)
@@ -104,12 +105,6 @@ def _build_stock(
 
 def _finish_resnet(resnet: nn.Module, ws: WSSettings, part: str) -> None:
     finish_part(resnet, ws, switch="BACKBONE", part=part, norm_key="MODEL.RESNETS.NORM")
-
-
-def _check_resnet_keys(cfg: CfgNode) -> None:
-    """Refuses values that detectron2 would ignore or answer with a bare KeyError."""
-    check_no_deformable_stage(cfg)
-    check_depth(cfg)
 
 
 def check_no_deformable_stage(cfg: CfgNode) -> None:

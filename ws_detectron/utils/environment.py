@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import detectron2
 import torch
@@ -27,7 +27,9 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
-        "load_average_at_start": _load_average(),
+        "load_average_at_start": round(os.getloadavg()[0], 1)
+        if hasattr(os, "getloadavg")
+        else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "ws_detectron": package_version(),
@@ -94,10 +96,6 @@ def _git(folder: Path, *arguments: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
-
-
-def _load_average() -> Optional[float]:
-    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def cpu_model() -> str:

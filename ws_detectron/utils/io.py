@@ -139,15 +139,9 @@ def write_text(path: Union[str, Path], text: str) -> None:
         file.write(text)
 
 
-def write_json(
-    path: Union[str, Path], content: Any, *, indent: Optional[int] = 1, allow_nan: bool = True
-) -> None:
-    """Writes JSON with a final line feed, atomically.
-
-    Raises:
-        ValueError: a value is NaN or infinite and `allow_nan` is False.
-    """
-    write_text(path, json.dumps(content, indent=indent, allow_nan=allow_nan) + "\n")
+def write_json(path: Union[str, Path], content: Any, *, indent: Optional[int] = 1) -> None:
+    """Writes JSON with a final line feed, atomically."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
