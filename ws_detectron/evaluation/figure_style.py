@@ -68,6 +68,11 @@ def split_name(name: str) -> tuple[Optional[str], str]:
     return norm, NORM_STYLES[norm].name + rest
 
 
+def display_name(name: str) -> str:
+    """The name of a variant or run for people, see `split_name`."""
+    return split_name(name)[1]
+
+
 def norm_of_config(config: Mapping[str, Any]) -> Optional[str]:
     """The key in `NORM_STYLES` of a config's backbone; None if it has another or no norm key.
 
@@ -109,7 +114,7 @@ def line_styles(
             if before:
                 look["markerfacecolor"] = matplotlib.rcParams["axes.facecolor"]
         look["linestyle"] = DASHES[before % len(DASHES)]
-        label = as_label(split_name(name)[1])
+        label = as_label(display_name(name))
         styles.append({"label": label, "markersize": 5.5, "linewidth": 1.5, **look})
     return styles
 

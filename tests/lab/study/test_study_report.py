@@ -61,13 +61,14 @@ def report(ran: StudyResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_markdown_has_figures_intervals_and_what_is_missing(report: Path) -> None:
     text = (report / "report.md").read_text()
     # the stand-in reaches 101 and 102 with the LR that the search finds
-    assert re.search(r"\| bn +\| 101\.50 ± 0\.71 \(2\) +\| 101\.50 ± 0\.71 \(2\) +\|", text)
-    assert re.search(r"\| gn +\| 101\.00 \(1\) ", text)
-    assert re.search(r"\| gn - bn +\| box AP +\| mask AP", text)
+    assert re.search(r"\| BN +\| 101\.50 ± 0\.71 \(2\) +\| 101\.50 ± 0\.71 \(2\) +\|", text)
+    assert re.search(r"\| GN +\| 101\.00 \(1\) ", text)
+    assert re.search(r"\| GN - BN +\| box AP +\| mask AP", text)
     assert "of each seed's mean over all batches, and how the difference changes" in text
     assert re.search(r"\| more at 1 image than at 4 images +\| -0\.50 +\|", text)
     assert re.search(r"\| 4 images +\| \+0\.00 \(-3\.04 to \+3\.04\)", text)
     assert "- **gn_1img_seed2 is diverged: training diverged at iteration 3" in text
+    assert re.search(r"\| key +\| BN +\| GN +\|", text) and "Between batches, for BN:" in text
     assert "| `MODEL.RESNETS.NORM` " in text and "`SOLVER.MAX_ITER`" in text
     assert "Measured on a processor, 1 thread(s) per process, torch 2.11, 2026-01-02" in text
     assert "Searched on a processor, 1 thread(s) per process, torch 2.11, 2026-01-02" in text
@@ -79,7 +80,7 @@ def test_markdown_has_figures_intervals_and_what_is_missing(report: Path) -> Non
 def test_search_is_reported_with_its_choice(report: Path) -> None:
     text = (report / "report.md").read_text()
     assert "the same 3 runs of 40 images" in text
-    found = re.findall(r"\| (bn|gn) +\| 4 +\| (0\.0\d) +\| [\d.]+ +\| [\d.]+ +\| (\S+)", text)
+    found = re.findall(r"\| (BN|GN) +\| 4 +\| (0\.0\d) +\| [\d.]+ +\| [\d.]+ +\| (\S+)", text)
     assert len(found) == 6
     assert [lr for _, lr, mean in found if mean.startswith("**")] == ["0.04", "0.04"]
 
@@ -89,8 +90,8 @@ def test_search_is_listed_in_the_order_of_variants_and_upwards(make_study) -> No
     variants = {name: VARIANT.format(name) for name in ("gn", "bn")}
     study = make_study(variants=variants, search={**SEARCH, "grid": grid})
     text = report_text(read_study_results(study))
-    found = re.findall(r"^\| (gn|bn) +\| 4 +\| (0\.0\d) +\| (GN|BN) ", text, re.MULTILINE)
-    assert [variant for variant, _, _ in found] == ["gn"] * 6 + ["bn"] * 6
+    found = re.findall(r"^\| (GN|BN) +\| 4 +\| (0\.0\d) +\| (GN|BN) ", text, re.MULTILINE)
+    assert [variant for variant, _, _ in found] == ["GN"] * 6 + ["BN"] * 6
     values = [("0.02", "GN"), ("0.02", "BN"), ("0.04", "GN"), ("0.04", "BN")]
     assert [row[1:] for row in found[:4]] == values
 
@@ -131,7 +132,7 @@ def test_page_starts_with_the_verdict_and_its_contents(report: Path) -> None:
     text = (report / "report.html").read_text()
     places = [
         text.index(part)
-        for part in ("<h1", "In box AP", '<div class="toc">', "2 variants (bn, gn)", "<table>")
+        for part in ("<h1", "In box AP", '<div class="toc">', "2 variants (BN, GN)", "<table>")
     ]
     assert places == sorted(places)
     linked, headed = re.findall(r'href="#(.*?)"', text), re.findall(r'<h2 id="(.*?)"', text)
@@ -206,7 +207,7 @@ def test_report_of_nothing_yet_says_so(make_study, tmp_path: Path) -> None:
     )
     report_study(read_study_results(make_study(search=SEARCH)), tmp_path / "report", print)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "the search for bn at 4 images has not ended" in text
+    assert "the search for BN at 4 images has not ended" in text
 
 
 def test_folder_that_cannot_be_written(ran: StudyResults, tmp_path: Path) -> None:
