@@ -5,7 +5,6 @@ Needs the packages of the extra `lab`, see `runner.check_packages`. Source of th
 (Biometrika 34, 1947).
 """
 
-import base64
 import html
 import math
 import re
@@ -32,8 +31,6 @@ from .study_file import Search, Study, Values
 
 LEVEL = 0.95
 
-DARK_PAGE = "(prefers-color-scheme: dark)"
-NARROW = "(max-width: 45rem)"  # the panels of figures stand below each other
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -53,7 +50,10 @@ h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
 table {{ display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem;
   margin: 1rem 0; }}
 th, td {{ border-bottom: 1px solid #8886; padding: 0.3rem 0.7rem; text-align: left; }}
-img {{ max-width: 100%; height: auto; }}
+svg {{ max-width: 100%; height: auto; }}
+svg text {{ font-family: system-ui, sans-serif !important; fill: currentColor; }}
+.narrow {{ display: none; }}
+@media (max-width: 45rem) {{ .narrow {{ display: inline; }} .wide {{ display: none; }} }}
 </style>
 </head>
 <body>
@@ -451,31 +451,24 @@ def _environments(results: Sequence[RunResult]) -> list[str]:
     ]
 
 
-def as_page(title: str, text: str, figures: Mapping[str, Mapping[str, bytes]]) -> str:
+def as_page(title: str, text: str, figures: Mapping[str, str]) -> str:
     """Converts the report to an HTML page with its figures inside; contents follow the verdict.
 
     Args:
         title: title of the page.
         text: Markdown, with tables as on GitHub.
-        figures: file name in the text -> media query, empty for all others -> PNG file; a browser
-            takes the first that holds.
+        figures: file name in the text -> as returned by `page_figure`.
     """
     import markdown
 
     def picture(match: re.Match) -> str:
-        sources = {
-            media: f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
-            for media, content in figures[match[2]].items()
-        }
-        listed = [f'<source media="{m}" srcset="{data}">' for m, data in sources.items() if m]
-        image = f'<img {match[1]}src="{sources[""]}"{match[3]}>'
-        return f"<picture>{''.join(listed)}{image}</picture>"
+        return f'<span role="img" aria-label={match[1]}>{figures[match[2]]}</span>'
 
     head, verdict, *rest = text.split("\n\n", 2)
     contents = "\n\n".join([head, verdict, "[TOC]", *rest])
     toc = {"toc": {"toc_depth": "2-2"}}
     body = markdown.markdown(contents, extensions=["tables", "toc"], extension_configs=toc)
-    body = re.sub(r'<img ([^>]*)src="([^":]+\.png)"([^>]*)>', picture, body)
+    body = re.sub(r'<img alt=("[^"]*") src="([^":]+\.png)"[^>]*>', picture, body)
     return PAGE.format(title=html.escape(title), body=body, dark=DARK)
 
 
