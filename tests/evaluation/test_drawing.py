@@ -4,6 +4,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from contrast import contrast
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.colors import to_rgb
 from matplotlib.transforms import Bbox
@@ -107,6 +108,37 @@ def test_labels_are_inside_do_not_overlap_and_stay_at_their_box(boxes: list, vis
         x0, y0, x1, y1 = placed[number][1]
         near = Bbox([[x0, 200 - y1], [x1, 200 - y0]]).padded(20)  # y points up
         assert near.count_overlaps([one])
+
+
+def test_labels_cover_as_little_of_objects_as_they_can() -> None:
+    """Above and below the large box are small ones, but not at its lower right corner."""
+    boxes = [(60, 60, 200, 160), (60, 40, 100, 58), (150, 30, 210, 58), (60, 162, 120, 180)]
+    artist = Visualizer(np.zeros((200, 300, 3), np.uint8))
+    for _ in boxes:
+        artist.draw_text("cross 68 %", (0, 0), font_size=9, horizontal_alignment="left")
+    place_labels(artist.output, np.array(boxes, float))
+    renderer = artist.output.canvas.get_renderer()
+    for text in artist.output.ax.texts:
+        extent = text.get_window_extent(renderer)
+        covered = [Bbox([[x0, 200 - y1], [x1, 200 - y0]]) for x0, y0, x1, y1 in boxes[1:]]
+        assert text.get_visible() and not extent.count_overlaps(covered)
+    assert artist.output.ax.texts[0].get_position()[1] >= 160
+
+
+def test_labels_are_readable_and_have_the_colour_of_their_box(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    colours: list[np.ndarray] = []
+    monkeypatch.setattr(
+        Visualizer, "draw_text", lambda *_, color, **__: colours.append(np.array(to_rgb(color)))
+    )
+    marks = [Mark("", class_colour(number), "-") for number in range(40)] + [*MARKS]
+    for mark in marks:
+        drawn_boxes(IMAGE, WIDTH, mark)
+    for mark, colour in zip(marks, colours):
+        # WCAG's least contrast of text; detectron2 draws it on black of 80 %, here over white
+        assert contrast(colour, "0.2") >= 4.5
+        np.testing.assert_array_equal(np.argsort(colour), np.argsort(to_rgb(mark.colour)))
 
 
 def drawn_boxes(

@@ -223,8 +223,10 @@ def with_low_square() -> np.ndarray:
     return image
 
 
-def test_drawings_have_the_size_and_orientation_of_the_input(tmp_path: Path) -> None:
-    """Also of a photo and an animation of a phone that is held upright."""
+def test_drawings_have_the_orientation_of_the_input_and_small_ones_are_enlarged(
+    tmp_path: Path,
+) -> None:
+    """Also of a photo and an animation of a phone that is held upright; five times 100 pixels."""
     upright, inputs = Image.fromarray(with_low_square()), tmp_path / "in"
     inputs.mkdir()
     exif = Image.Exif()
@@ -241,11 +243,24 @@ def test_drawings_have_the_size_and_orientation_of_the_input(tmp_path: Path) -> 
     assert summary.startswith("drawn 3 of 4 files") and "\n3 detections in 4 images" in summary
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "b.mp4", "c.png"}
     first, second = read_video(tmp_path / "out" / "b.mp4")[2]
-    assert first.shape == (100, 60, 3) and second.mean() < 10  # codecs want even sizes
+    assert first.shape == (500, 304, 3) and second.mean() < 10  # codecs want even sizes
+    assert "\n4 images of less than 448 pixels drawn enlarged; --longer-side" in summary
     pictures = [cv2.imread(str(tmp_path / "out" / name))[:, :, ::-1] for name in ("a.png", "c.png")]
     for picture in (*pictures, first):
-        assert picture.shape[0] == 100 and picture.shape[1] in (60, 61)
-        np.testing.assert_allclose(place_of(picture), (19.5, 74.5), atol=3)
+        assert picture.shape[0] == 500 and picture.shape[1] in (304, 305)
+        np.testing.assert_allclose(place_of(picture) / 5, (19.5, 74.5), atol=3)
+
+
+def test_large_drawings_have_the_size_of_the_input_or_that_asked_for() -> None:
+    for side, asked, expected in (
+        (448, None, 448),
+        (447, None, 894),
+        (30, None, 450),
+        (30, 30, 30),
+    ):
+        draw = Drawing(lambda: lambda image: [], CLASSES, longer_side=asked)
+        assert draw(np.zeros((side, side // 2, 3), np.uint8)).shape[0] == expected
+        assert ("1 image of less than 448" in draw.summary()) == (expected not in (side, asked))
 
 
 def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
@@ -258,7 +273,7 @@ def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
 
     for output in ("new/one.png", "one.JPG"):
         draw(output, "a.png")
-        assert cv2.imread(str(tmp_path / output)).shape == (60, 80, 3)
+        assert cv2.imread(str(tmp_path / output)).shape == (360, 480, 3)
     cases = {
         "must be a single image": ("many.png", "a.png", "clip.avi"),
         "is an image, so --input must be a single image": ("one.png", "clip.avi"),
@@ -304,7 +319,7 @@ def test_without_an_output_drawings_are_shown(
     screen = Screen(monkeypatch, [ord("n"), -1, 27])
     summary = visualize_inputs([str(tmp_path)], None, Drawing(lambda: find_bright, CLASSES))
     assert summary.startswith("3 detections in 3 images")  # Esc at the second frame
-    places = [place_of(picture[:, :, ::-1])[0] for picture in screen.shown]
+    places = [place_of(picture[:, :, ::-1])[0] / 6 for picture in screen.shown]  # 80 to 480
     np.testing.assert_allclose(places, [19.5, 19.5, 39.5], atol=3)
     monkeypatch.delenv("DISPLAY")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
@@ -149,7 +150,8 @@ def draw_objects(
     for number in largest_first:
         _draw_box(artist.output, boxes[number], marks[number], line_width)
         artist.draw_text(
-            as_label(labels[number]), (0, 0), font_size=font_size, color="white",
+            as_label(labels[number]), (0, 0), font_size=font_size,
+            color=0.6 + 0.4 * np.array(to_rgb(marks[number].colour)),
             horizontal_alignment="left",
         )  # fmt: skip
     place_labels(artist.output, boxes[largest_first])
@@ -167,31 +169,37 @@ def _draw_box(picture: VisImage, box: np.ndarray, mark: Mark, line_width: float)
 def place_labels(picture: VisImage, boxes: np.ndarray) -> None:
     """Moves each label to a corner of its box, into the picture, and not over another label.
 
-    Small objects come first, as their corners are close together. A label for which there is no
-    room at its object is not drawn.
+    Of these places it takes the one that covers the smallest shares of boxes. Small objects come
+    first, as their corners are close together. A label for which there is no room at its object is
+    not drawn.
 
     Args:
         picture: its texts are the labels, aligned left and top.
         boxes: (N, 4) x0, y0, x1, y1 in pixels of the picture, in the order of the texts.
     """
     renderer = picture.canvas.get_renderer()
+    areas = np.maximum(1, (boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
     placed: list[Bbox] = []
     for text, (x0, y0, x1, y1) in [*zip(picture.ax.texts, boxes)][::-1]:
         extent = text.get_window_extent(renderer).padded(2)
         width, height = extent.width, extent.height
-        rows = y0 - height, y0, y1, y1 - height
+        rows = y0 - height, y1, y0, y1 - height
         corners = [(x, y) for y in rows for x in (x0, x1 - width)]
         corners += [(x0, y0 + step * height) for step in (1, 2, 3)]
+        free = []
         for left, top in corners:
             left = max(0.0, min(left, picture.width - width))
             top = max(0.0, min(top, picture.height - height))
             moved = Bbox.from_bounds(left, top, width, height)
             if not moved.count_overlaps(placed):
-                text.set_position((left + 2, top + 2))
-                placed.append(moved)
-                break
-        else:
-            text.set_visible(False)
+                sides = np.minimum(moved.max, boxes[:, 2:]) - np.maximum(moved.min, boxes[:, :2])
+                covered = float((sides.clip(0).prod(axis=1) / areas).sum())
+                free.append((covered, moved))
+        text.set_visible(bool(free))
+        if free:
+            _, best = min(free, key=lambda found: found[0])
+            text.set_position((best.x0 + 2, best.y0 + 2))
+            placed.append(best)
 
 
 def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
