@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -10,7 +9,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.transforms import Bbox
 from small_coco import HEIGHT, WIDTH, annotations, prediction
 
-from ws_detectron.errors import UserError
 from ws_detectron.evaluation import drawing
 from ws_detectron.evaluation.drawing import (
     CAPTION_HEIGHT,
@@ -29,7 +27,6 @@ from ws_detectron.evaluation.drawing import (
     draw_entries,
     draw_objects,
     place_labels,
-    write_png,
 )
 
 BOX = (60, 20, 40, 40)
@@ -222,19 +219,3 @@ def test_small_images_are_enlarged_without_smoothing_and_large_ones_scaled_down(
     np.testing.assert_array_equal(large, image.repeat(4, axis=0).repeat(4, axis=1))
     small = drawing.draw_objects(image, 4, **nothing)
     np.testing.assert_array_equal(small, cv2.resize(image, (4, 2), interpolation=cv2.INTER_AREA))
-
-
-def test_pictures_are_written_as_they_are(tmp_path: Path) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    write_png(tmp_path / "new" / "a.png", picture)
-    found = cv2.imread(str(tmp_path / "new" / "a.png"))[:, :, ::-1]
-    np.testing.assert_array_equal(found, picture)
-
-
-def test_other_formats_and_unwritable_paths_are_refused(tmp_path: Path) -> None:
-    picture = np.zeros((2, 2, 3), dtype=np.uint8)
-    with pytest.raises(UserError, match=r"a\.jpg: .* must end in \.png"):
-        write_png(tmp_path / "a.jpg", picture)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"):
-        write_png(tmp_path / "file" / "a.png", picture)

@@ -8,8 +8,7 @@ import colorsys
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import cv2
 import numpy as np
@@ -23,8 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
 from ws_detectron.data.validate import as_rle
-from ws_detectron.errors import UserError, shown
-from ws_detectron.utils.io import atomic_write
+from ws_detectron.errors import shown
 
 from .figure_style import as_label
 
@@ -202,39 +200,33 @@ def place_labels(picture: VisImage, boxes: np.ndarray) -> None:
             placed.append(best)
 
 
-def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
-    """Writes an RGB picture as a PNG file, atomically.
-
-    Args:
-        path: ends in `.png`.
-        picture: (H, W, 3) uint8.
-
-    Raises:
-        UserError: the path has another suffix, or the file cannot be written.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"cannot write {path}: pictures are PNG files and must end in .png")
-    packed = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
-    with atomic_write(path, "wb") as file:
-        file.write(packed)
-
-
 def contact_sheet(pairs: Sequence[Pair], title: str) -> np.ndarray:
     """Captioned pairs of pictures, two in a row or below each other, with a title and the key.
 
     Args:
-        pairs: pictures at most `SIDE` wide, captions as for `captioned`; more than two are in two
-            columns.
+        pairs: pictures at most `SIDE` wide; captions of one or two lines, which end in an ellipsis
+            where they are too long. More than two are in two columns.
         title: a line.
 
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    margins = 0, PAIR_MARGIN
-    cells = [captioned(*cell, margin) for pair in pairs for cell, margin in zip(pair, margins)]
-    sheet = tile(cells, columns=4 if len(pairs) > 2 else 2)
-    return np.concatenate([_head(title, sheet.shape[1]), sheet])
+    columns, width = 2 if len(pairs) > 2 else 1, 2 * (SIDE + MARGIN) + PAIR_MARGIN
+    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+    heights = [max(len(picture) for pair in row for picture, _ in pair) for row in rows]
+    tops = HEAD_HEIGHT + np.cumsum([0, *(CAPTION_HEIGHT + height + MARGIN for height in heights)])
+    sheet, font = Image.new("RGB", (columns * width, int(tops[-1])), "white"), _font(FONT_SIZE)
+    sheet.paste(Image.fromarray(_head(title, sheet.width)))
+    for number, pair in enumerate(pairs):
+        for side, (picture, text) in enumerate(pair):
+            left = number % columns * width + side * (SIDE + MARGIN) + MARGIN
+            top = int(tops[number // columns])
+            for line, part in enumerate(text.split("\n")[:2]):
+                place = left, top + CAPTION_HEIGHT * (0.28 + 0.44 * line)
+                short = _shortened(part, SIDE, font)
+                ImageDraw.Draw(sheet).text(place, short, "black", font, anchor="lm")
+            sheet.paste(Image.fromarray(picture), (left, top + CAPTION_HEIGHT))
+    return np.array(sheet)
 
 
 def _head(title: str, width: int) -> np.ndarray:
@@ -255,44 +247,12 @@ def _head(title: str, width: int) -> np.ndarray:
     return head.get_image()[:HEAD_HEIGHT, :width]
 
 
-def captioned(picture: np.ndarray, text: str, right: int) -> np.ndarray:
-    """A picture on white, `SIDE` wide without its margins, below its caption.
-
-    Args:
-        picture: (h, w, 3) uint8, RGB.
-        text: one or two lines, which end in an ellipsis where they are too long.
-        right: margin on the right, pixels.
-    """
-    size = MARGIN + SIDE + right, CAPTION_HEIGHT + picture.shape[0] + MARGIN
-    cell, font = Image.new("RGB", size, "white"), _font(FONT_SIZE)
-    for number, line in enumerate(text.split("\n")[:2]):
-        place = MARGIN, CAPTION_HEIGHT * (0.28 + 0.44 * number)
-        ImageDraw.Draw(cell).text(place, _shortened(line, SIDE, font), "black", font, anchor="lm")
-    cell.paste(Image.fromarray(picture), (MARGIN, CAPTION_HEIGHT))
-    return np.array(cell)
-
-
 def _shortened(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """A line of text that is at most `width` pixels long."""
     line = shown(line).replace("\n", " ")  # Pillow can measure single lines only
     while font.getlength(line) > width:
         line = line.rstrip("…")[:-1] + "…"
     return line
-
-
-def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures in rows, on white; a row is as high as its highest picture, the first the widest."""
-
-    def padded(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-        margins = (0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0)
-        return np.pad(picture, margins, constant_values=255)
-
-    rows = []
-    for start in range(0, len(pictures), columns):
-        row = pictures[start : start + columns]
-        height = max(picture.shape[0] for picture in row)
-        rows.append(np.concatenate([padded(p, height, p.shape[1]) for p in row], axis=1))
-    return np.concatenate([padded(row, row.shape[0], rows[0].shape[1]) for row in rows])
 
 
 @lru_cache

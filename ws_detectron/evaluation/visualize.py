@@ -40,7 +40,6 @@ from .drawing import (
     Pair,
     contact_sheet,
     draw_entries,
-    write_png,
 )
 from .figure_style import write_figure
 from .image_errors import (
@@ -211,11 +210,11 @@ def visualize_dataset(
         if not pairs:
             reason = "can be drawn; see the warnings above" if image_ids else "has an object"
             raise UserError(f"{name}: none of {len(records)} images {reason}")
-        write_png(output / name, contact_sheet(pairs, f"{dataset_name}, {what}: {of_sheet}"))
+        write_image(output / name, contact_sheet(pairs, f"{dataset_name}, {what}: {of_sheet}"))
     for image_id, name in progress(pictures.items(), "drawing", "image", len(pictures)):
         pair = draw(image_id)
         if pair is not None:
-            write_png(
+            write_image(
                 output / "images" / name, contact_sheet([pair], f"{dataset_name}: {of_sheet}")
             )
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
