@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Optional
 
 import cv2
 import numpy as np
-from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties, findfont
@@ -72,27 +71,47 @@ def draw_entries(
         (h, w, 3) uint8, RGB.
     """
     numbers = {category: number for number, category in enumerate(classes)}
-    boxes, masks, labels, colours = [], [], [], []
-    for entry in entries:
-        category, mask, crowd = (
-            entry["category_id"],
-            entry.get("segmentation"),
-            entry.get("iscrowd"),
-        )
-        rle = as_rle(mask, image.shape[:2]) if mask else None
-        box = entry.get("bbox") or mask_util.toBbox(rle).tolist()
-        boxes.append(BoxMode.convert(box, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-        masks.append(mask_util.decode(rle) if mask else None)
-        score = f" {100 * entry['score']:.0f} %" if "score" in entry else ""
-        name = classes.get(category, f"class {category}")
-        labels.append(name + score + (" (crowd)" if crowd else ""))
-        colour = class_colour(numbers.get(category, category))
-        colours.append(NOT_EVALUATED.colour if crowd else colour)
-    if marks is None:
-        marks = [Mark("", colour, "-") for colour in colours]
-    return draw_objects(
-        image, longer_side, boxes=boxes, masks=masks, labels=labels, colours=colours, marks=marks
-    )
+    masks = [entry.get("segmentation") for entry in entries]
+    rles = [as_rle(mask, image.shape[:2]) if mask else None for mask in masks]
+    boxes = [e.get("bbox") or mask_util.toBbox(rle).tolist() for e, rle in zip(entries, rles)]
+    colours = [
+        NOT_EVALUATED.colour
+        if entry.get("iscrowd")
+        else class_colour(numbers.get(entry["category_id"], entry["category_id"]))
+        for entry in entries
+    ]
+    marks = [Mark("", colour, "-") for colour in colours] if marks is None else marks
+    scale = longer_side / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    artist = Visualizer(cv2.resize(image, (width, height), interpolation=smooth))
+    points = 72 / artist.output.dpi
+    font_size = points * max(12, longer_side / 60)
+    line_width = points * max(2.0, longer_side / 320)
+    places = scale * np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    places[:, 2:] += places[:, :2]
+    largest_first = np.argsort(-(places[:, 2:] - places[:, :2]).prod(axis=1), kind="stable")
+    for number in largest_first:
+        if rles[number] is not None:
+            mask = mask_util.decode(rles[number])
+            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+            artist.draw_binary_mask(mask, colours[number], alpha=0.35)
+    for number in largest_first:
+        _draw_box(artist.output, places[number], marks[number], line_width)
+        artist.draw_text(
+            as_label(label_of(entries[number], classes)), (0, 0), font_size=font_size,
+            color=0.6 + 0.4 * np.array(to_rgb(marks[number].colour)),
+            horizontal_alignment="left",
+        )  # fmt: skip
+    place_labels(artist.output, places[largest_first])
+    return artist.output.get_image()[:height, :width]
+
+
+def label_of(entry: Mapping[str, Any], classes: Mapping[Any, str]) -> str:
+    """Class of an annotation or prediction, and its score: "cat 98 %"."""
+    score = f" {100 * entry['score']:.0f} %" if "score" in entry else ""
+    name = classes.get(entry["category_id"], f"class {entry['category_id']}")
+    return name + score + (" (crowd)" if entry.get("iscrowd") else "")
 
 
 def class_colour(category: int) -> tuple[float, float, float]:
@@ -103,57 +122,6 @@ def class_colour(category: int) -> tuple[float, float, float]:
     """
     hue = (0.33 + category * (math.sqrt(5) - 1) / 2) % 1
     return colorsys.hsv_to_rgb(hue, (0.95, 0.6)[category % 2], 1.0)
-
-
-def draw_objects(
-    image: np.ndarray,
-    longer_side: int,
-    *,
-    boxes: Any,
-    masks: Sequence[Optional[np.ndarray]],
-    labels: Sequence[str],
-    colours: Sequence[Any],
-    marks: Sequence[Mark],
-) -> np.ndarray:
-    """Scales an image and draws boxes, masks and labels on it, largest objects first.
-
-    Lines and text grow with the picture. Boxes have a dark edge, and are visible on any image.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        longer_side: of the picture, pixels.
-        boxes: (N, 4) floats, x0, y0, x1, y1 in pixels of `image`.
-        masks: N masks of (H, W), non-zero inside, or None.
-        labels: N texts.
-        colours: N matplotlib colours, of the masks.
-        marks: N marks, of the boxes.
-
-    Returns:
-        (h, w, 3) uint8, RGB.
-    """
-    scale = longer_side / max(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    artist = Visualizer(cv2.resize(image, (width, height), interpolation=smooth))
-    points = 72 / artist.output.dpi
-    font_size = points * max(12, longer_side / 60)
-    line_width = points * max(2.0, longer_side / 320)
-    boxes = scale * np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    largest_first = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable")
-    for number in largest_first:
-        mask = masks[number]
-        if mask is not None:
-            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
-            artist.draw_binary_mask(mask, colours[number], alpha=0.35)
-    for number in largest_first:
-        _draw_box(artist.output, boxes[number], marks[number], line_width)
-        artist.draw_text(
-            as_label(labels[number]), (0, 0), font_size=font_size,
-            color=0.6 + 0.4 * np.array(to_rgb(marks[number].colour)),
-            horizontal_alignment="left",
-        )  # fmt: skip
-    place_labels(artist.output, boxes[largest_first])
-    return artist.output.get_image()[:height, :width]
 
 
 def _draw_box(picture: VisImage, box: np.ndarray, mark: Mark, line_width: float) -> None:
