@@ -199,15 +199,11 @@ def _f1(
 ) -> tuple[list[Row], Optional[float]]:
     """Rows of `f1_over_confidence`, and the score with the best F1."""
     annotated = np.concatenate([np.zeros(0, int), *(image.annotated for image in images)])
-    kept = [~image.ignored for image in images]
-    predicted, scores, true = (
-        np.concatenate([np.zeros(0), *(value[keep] for value, keep in zip(values, kept))])
-        for values in (
-            [image.predicted for image in images],
-            [image.scores for image in images],
-            [image.matched >= 0 for image in images],
-        )
-    )
+    kept = [
+        np.stack([image.predicted, image.scores, image.matched >= 0])[:, ~image.ignored]
+        for image in images
+    ]
+    predicted, scores, true = np.hstack([np.zeros((3, 0)), *kept])
     rows = []
     for number, name in [(-1, ALL), *enumerate(names)]:
         objects = int((annotated == number).sum()) if number >= 0 else len(annotated)

@@ -70,11 +70,7 @@ from .inputs import (
 logger = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 10
-SHEETS = {
-    "first.png": "first images",
-    "best.png": "highest AP",
-    "worst.png": "lowest AP",
-}
+SHEETS = {"first.png": "first images", "best.png": "highest AP", "worst.png": "lowest AP"}
 OUTPUTS = (*SHEETS, "image_ap.csv", "errors.png", "errors.json")
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
@@ -214,9 +210,8 @@ def visualize_dataset(
     for image_id, name in progress(pictures.items(), "drawing", "image", len(pictures)):
         pair = draw(image_id)
         if pair is not None:
-            write_image(
-                output / "images" / name, contact_sheet([pair], f"{dataset_name}: {of_sheet}")
-            )
+            sheet = contact_sheet([pair], f"{dataset_name}: {of_sheet}")
+            write_image(output / "images" / name, sheet)
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     drawn = f"sheets, errors.png and image_ap.csv: {shown(output)}"
     return f"{title}, {len(records)} images: {listed}\n{drawn}{_skipped(list(skipped.values()))}"
