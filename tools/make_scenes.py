@@ -7,7 +7,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.evaluation.drawing import write_png
+from ws_detectron.evaluation.inputs import write_image
 from ws_detectron.lab.scenes import SceneSpec, ensure_scenes, register_scenes
 from ws_detectron.lab.scenes.dataset import contact_sheet, summarize
 from ws_detectron.lab.scenes.scene import KINDS, SPLITS
@@ -65,7 +65,7 @@ def main() -> None:
         records = DatasetCatalog.get("scenes_preview")
         refuse_overwrite(args.preview, [record["file_name"] for record in records])
         records = records[:PREVIEW_IMAGES]
-        write_png(args.preview, contact_sheet("scenes_preview", records))
+        write_image(Path(args.preview), contact_sheet("scenes_preview", records))
         print(f"preview of the {specs[0].split} images: {args.preview}")
     if args.output is None:
         names = [f"('scenes_{args.kind}_{args.image_size}_{split}',)" for split in SPLITS]

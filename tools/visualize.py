@@ -45,7 +45,8 @@ examples:
   python tools/visualize.py --config-file output/config.yaml --webcam \\
       MODEL.WEIGHTS output/model_final.pth
 
-Drawings of --input are as large as it. Without --output they are shown in a window.
+Drawings of --input are as large as it, and at least 448 pixels. Without --output they are shown in
+a window.
 """
 
 
@@ -65,8 +66,9 @@ def main() -> None:
         help="folder, or file for a single image, video or camera; default: a window",
     )  # fmt: skip
     parser.add_argument(
-        "--longer-side", type=int, metavar="PIXELS", help="of drawings; default: that of the input"
-    )
+        "--longer-side", type=int, metavar="PIXELS",
+        help="of drawings; default: that of the input, small images are enlarged to 448 and more",
+    )  # fmt: skip
     parser.add_argument(  # --score-threshold is the former name
         "--confidence-threshold", "--score-threshold", type=float, default=0.5, metavar="SCORE",
         help="minimum score of drawn predictions; default: %(default)s",

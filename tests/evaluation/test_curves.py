@@ -46,6 +46,14 @@ def test_ap_of_both_tasks_is_drawn(runs: list[Run]) -> None:
     assert box.get_figure().get_suptitle() == "R-18 Mask R-CNN, scenes_shapes_128_val"
 
 
+def test_a_run_without_masks_leaves_both_rows_with_the_same_axes(runs: list[Run]) -> None:
+    for row in runs[0].rows:  # the longest
+        row.pop("segm/AP", None)
+    box, box_time, mask, mask_time = draw_ap_curves(runs[:2]).axes
+    assert len(mask.lines) == 1 and len(box.lines) == 2
+    assert box.get_xlim() == mask.get_xlim() and box_time.get_xlim() == mask_time.get_xlim()
+
+
 def test_runs_can_be_distinguished_without_colour(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / str(n)) for n in range(8)]
     left = draw_learning_curves(read_runs([*map(str, folders)])).axes[0]

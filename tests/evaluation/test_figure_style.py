@@ -1,7 +1,7 @@
 from itertools import combinations
 
 import pytest
-from matplotlib.colors import to_rgb
+from contrast import contrast
 from matplotlib.figure import Figure
 
 from ws_detectron.evaluation.figure_style import (
@@ -48,19 +48,6 @@ def test_lines_with_one_normalization_differ_by_dashes_and_fill_or_if_all_by_col
     assert len({style["linestyle"] for style in (gn, decay, third)}) == 3
     first, second = line_styles(["gn_ws_a", "gn_ws_b"])
     assert first["color"] != second["color"] and first["marker"] != second["marker"]
-
-
-def contrast(one: str, other: str) -> float:
-    """Of WCAG 2.1."""
-
-    def luminance(colour: str) -> float:
-        parts = [
-            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)
-        ]
-        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts))
-
-    dark, bright = sorted(map(luminance, (one, other)))
-    return (bright + 0.05) / (dark + 0.05)
 
 
 def test_colours_are_visible_on_white_and_dark_and_styles_differ() -> None:

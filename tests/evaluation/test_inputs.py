@@ -4,6 +4,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from ws_detectron.evaluation.inputs import (
     is_video,
     output_names,
     read_video,
+    write_image,
     write_video,
 )
 
@@ -199,3 +201,19 @@ def test_frames_of_another_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"frames of \(16, 16, 3\) and \(32, 16, 3\)"):
         write_video(tmp_path / "video.mp4", 8.0, frames)
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_written_as_they_are(tmp_path: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    write_image(tmp_path / "new" / "a.png", picture)
+    found = cv2.imread(str(tmp_path / "new" / "a.png"))[:, :, ::-1]
+    np.testing.assert_array_equal(found, picture)
+
+
+def test_other_formats_and_unwritable_paths_are_refused(tmp_path: Path) -> None:
+    picture = np.zeros((2, 2, 3), dtype=np.uint8)
+    with pytest.raises(UserError, match=r"a\.gif: allowed suffixes are"):
+        write_image(tmp_path / "a.gif", picture)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        write_image(tmp_path / "file" / "a.png", picture)

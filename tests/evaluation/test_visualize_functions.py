@@ -20,10 +20,9 @@ from ws_detectron.evaluation.drawing import (
     NOT_EVALUATED,
     SIDE,
     TRUE,
-    write_png,
 )
 from ws_detectron.evaluation.image_errors import CORRECT, MISSED
-from ws_detectron.evaluation.inputs import read_video, write_video
+from ws_detectron.evaluation.inputs import read_video, write_image, write_video
 from ws_detectron.evaluation.visualize import Drawing, visualize_dataset, visualize_inputs
 
 BOXES = [(10, 10, 30, 20), (60, 20, 40, 40), (15, 60, 20, 30)]
@@ -179,7 +178,7 @@ def test_images_and_videos_are_drawn_and_broken_ones_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     inputs = tmp_path / "in"
-    write_png(inputs / "a.png", with_square(10))
+    write_image(inputs / "a.png", with_square(10))
     (inputs / "broken.png").write_bytes((inputs / "a.png").read_bytes()[:80])
     (inputs / "broken.mp4").write_text("no video")
     write_video(inputs / "clip.avi", 4.0, map(with_square, (10, 30, 50)))
@@ -223,8 +222,10 @@ def with_low_square() -> np.ndarray:
     return image
 
 
-def test_drawings_have_the_size_and_orientation_of_the_input(tmp_path: Path) -> None:
-    """Also of a photo and an animation of a phone that is held upright."""
+def test_drawings_have_the_orientation_of_the_input_and_small_ones_are_enlarged(
+    tmp_path: Path,
+) -> None:
+    """Also of a photo and an animation of a phone that is held upright; five times 100 pixels."""
     upright, inputs = Image.fromarray(with_low_square()), tmp_path / "in"
     inputs.mkdir()
     exif = Image.Exif()
@@ -241,15 +242,28 @@ def test_drawings_have_the_size_and_orientation_of_the_input(tmp_path: Path) -> 
     assert summary.startswith("drawn 3 of 4 files") and "\n3 detections in 4 images" in summary
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "b.mp4", "c.png"}
     first, second = read_video(tmp_path / "out" / "b.mp4")[2]
-    assert first.shape == (100, 60, 3) and second.mean() < 10  # codecs want even sizes
+    assert first.shape == (500, 304, 3) and second.mean() < 10  # codecs want even sizes
+    assert "\n4 images of less than 448 pixels drawn enlarged; --longer-side" in summary
     pictures = [cv2.imread(str(tmp_path / "out" / name))[:, :, ::-1] for name in ("a.png", "c.png")]
     for picture in (*pictures, first):
-        assert picture.shape[0] == 100 and picture.shape[1] in (60, 61)
-        np.testing.assert_allclose(place_of(picture), (19.5, 74.5), atol=3)
+        assert picture.shape[0] == 500 and picture.shape[1] in (304, 305)
+        np.testing.assert_allclose(place_of(picture) / 5, (19.5, 74.5), atol=3)
+
+
+def test_large_drawings_have_the_size_of_the_input_or_that_asked_for() -> None:
+    for side, asked, expected in (
+        (448, None, 448),
+        (447, None, 894),
+        (30, None, 450),
+        (30, 30, 30),
+    ):
+        draw = Drawing(lambda: lambda image: [], CLASSES, longer_side=asked)
+        assert draw(np.zeros((side, side // 2, 3), np.uint8)).shape[0] == expected
+        assert ("1 image of less than 448" in draw.summary()) == (expected not in (side, asked))
 
 
 def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", with_square(10))
+    write_image(tmp_path / "a.png", with_square(10))
     write_video(tmp_path / "clip.avi", 4.0, [with_square(10)])
 
     def draw(output: str, *names: str) -> None:
@@ -258,7 +272,7 @@ def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
 
     for output in ("new/one.png", "one.JPG"):
         draw(output, "a.png")
-        assert cv2.imread(str(tmp_path / output)).shape == (60, 80, 3)
+        assert cv2.imread(str(tmp_path / output)).shape == (360, 480, 3)
     cases = {
         "must be a single image": ("many.png", "a.png", "clip.avi"),
         "is an image, so --input must be a single image": ("one.png", "clip.avi"),
@@ -298,13 +312,13 @@ class Screen:
 def test_without_an_output_drawings_are_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_png(tmp_path / "a.png", with_square(10))
+    write_image(tmp_path / "a.png", with_square(10))
     write_video(tmp_path / "b.avi", 4.0, map(with_square, (10, 30, 50)))
-    write_png(tmp_path / "c.png", with_square(10))
+    write_image(tmp_path / "c.png", with_square(10))
     screen = Screen(monkeypatch, [ord("n"), -1, 27])
     summary = visualize_inputs([str(tmp_path)], None, Drawing(lambda: find_bright, CLASSES))
     assert summary.startswith("3 detections in 3 images")  # Esc at the second frame
-    places = [place_of(picture[:, :, ::-1])[0] for picture in screen.shown]
+    places = [place_of(picture[:, :, ::-1])[0] / 6 for picture in screen.shown]  # 80 to 480
     np.testing.assert_allclose(places, [19.5, 19.5, 39.5], atol=3)
     monkeypatch.delenv("DISPLAY")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
@@ -343,7 +357,7 @@ def test_a_camera_is_shown_or_recorded(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_video_goes_into_a_video(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.avi", 4.0, [with_square(10)])
-    write_png(tmp_path / "a.png", with_square(10))
+    write_image(tmp_path / "a.png", with_square(10))
     output = tmp_path / "out.mkv"
     visualize_inputs([str(tmp_path / "clip.avi")], output, Drawing(lambda: find_bright, CLASSES))
     assert len(list(read_video(output)[2])) == 1
@@ -355,7 +369,7 @@ def test_a_video_goes_into_a_video(tmp_path: Path) -> None:
 
 def test_photos_are_not_written_over(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
-    write_png(photos / "a.png", with_square(10))
+    write_image(photos / "a.png", with_square(10))
     write_video(photos / "clip.mp4", 4.0, [with_square(10)])
     (tmp_path / "link").symlink_to(photos)
     before = {path: path.read_bytes() for path in photos.iterdir()}
@@ -384,7 +398,7 @@ def test_drawings_are_not_drawn_again(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     photos = [folder / name for name in ("a/x.png", "b/x.png", "b/x_2.png")]
     for left, photo in zip((10, 30, 50), photos):
-        write_png(photo, with_square(left))
+        write_image(photo, with_square(left))
     for _ in range(2):
         summary = visualize_inputs(
             [str(folder)], folder / "out", Drawing(lambda: find_bright, CLASSES, longer_side=SIDE)
@@ -402,7 +416,7 @@ def test_names_are_shown_escaped_and_labels_are_no_formulas(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad, good = "\x1b[31mred\n\udcff.png", r"$\foo$.png"
-    write_png(tmp_path / "in" / good, with_square(10))
+    write_image(tmp_path / "in" / good, with_square(10))
     (tmp_path / "in" / bad).write_text("no image")
     classes = {1: r"$\foo$", 2: "a\n\udcffb"}
     with caplog.at_level(logging.WARNING):

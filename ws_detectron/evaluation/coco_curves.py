@@ -24,10 +24,11 @@ from pycocotools.coco import COCO
 from ws_detectron.utils.io import csv_text, write_text, writing
 
 from .coco_eval import TASKS, CocoResult, Entry, NumberedSet, evaluate
-from .coco_report import TITLES
+from .coco_report import TITLES, format_metric
 from .figure_style import (
     DASHES,
     OTHERS,
+    add_grid,
     add_title,
     as_label,
     finish_figure,
@@ -48,6 +49,7 @@ MEAN = "mean of ten IoUs"
 SCORES = np.linspace(0, 1, 101)
 SIZES = {"small": ("APs", 0, 32**2), "medium": ("APm", 32**2, 96**2), "large": ("APl", 96**2, 1e10)}
 COUNTS = {"1": (1, 1), "2 to 3": (2, 3), "4 to 7": (4, 7), "8 to 15": (8, 15), "16 +": (16, 10**9)}
+GROUPS = {"size": "objects", "objects per image": "images"}  # and what is counted
 MANY = 10  # more categories than this have no legend
 NUMBERS = ("recall", "precision", "score", "f1", "count", "percent", "images", "objects", "AP")
 MATRIX = 20  # categories in the figure of the confusion matrix
@@ -197,15 +199,11 @@ def _f1(
 ) -> tuple[list[Row], Optional[float]]:
     """Rows of `f1_over_confidence`, and the score with the best F1."""
     annotated = np.concatenate([np.zeros(0, int), *(image.annotated for image in images)])
-    kept = [~image.ignored for image in images]
-    predicted, scores, true = (
-        np.concatenate([np.zeros(0), *(value[keep] for value, keep in zip(values, kept))])
-        for values in (
-            [image.predicted for image in images],
-            [image.scores for image in images],
-            [image.matched >= 0 for image in images],
-        )
-    )
+    kept = [
+        np.stack([image.predicted, image.scores, image.matched >= 0])[:, ~image.ignored]
+        for image in images
+    ]
+    predicted, scores, true = np.hstack([np.zeros((3, 0)), *kept])
     rows = []
     for number, name in [(-1, ALL), *enumerate(names)]:
         objects = int((annotated == number).sum()) if number >= 0 else len(annotated)
@@ -373,11 +371,6 @@ def draw_confusions(rows: Sequence[Row], title: str = "") -> Figure:
     return figure
 
 
-def draw_by_group(rows: Sequence[Row], title: str = "") -> Figure:
-    """AP by size of the objects, and by their number in an image; bars for each task."""
-    return _draw_groups({TITLES[task]: _of(rows, task=task) for task in _tasks(rows)}, title)
-
-
 def draw_runs(
     name: str, runs: Mapping[str, Sequence[Row]], styles: Sequence[Row], title: str
 ) -> Figure:
@@ -396,11 +389,9 @@ def draw_runs(
     elif name == "f1_over_confidence":
         columns, x, y, labels = [{}], "score", "f1", ("confidence threshold", "F1 (%)")
     else:
-        columns = [{"group": group} for group in ("size", "objects per image")]
+        columns = [{"group": group} for group in GROUPS]
         x, y, labels = "value", "AP", ("", "AP (%)")
-    figure = Figure(figsize=(max(5.0, 3.4 * len(columns)), 0.9 + 3.0 * len(tasks)))
-    figure.set_layout_engine("constrained")
-    grid = figure.subplots(len(tasks), len(columns), squeeze=False)
+    figure, grid = _grid(len(tasks), len(columns), 3.2, 3.4)
     for task, line in zip(tasks, grid):
         for panel, column in zip(line, columns):
             where = {**column, **({} if "group" in column else {"category": ALL})}
@@ -421,22 +412,23 @@ def draw_runs(
     return figure
 
 
-def _draw_groups(tasks: Mapping[str, Sequence[Row]], title: str) -> Figure:
+def draw_by_group(rows: Sequence[Row], title: str = "") -> Figure:
+    """AP by size of the objects, and by their number in an image; bars for each task."""
     figure, grid = _grid(1, 2, 3.4)
-    for panel, group in zip(grid[0], ("size", "objects per image")):
-        width = 0.8 / max(1, len(tasks))
-        for number, (name, rows) in enumerate(tasks.items()):
-            some = _of(rows, group=group)
+    tasks = _tasks(rows)
+    width = 0.8 / len(tasks)
+    for panel, (group, unit) in zip(grid[0], GROUPS.items()):
+        for number, task in enumerate(tasks):
+            some = _of(rows, task=task, group=group)
             places = np.arange(len(some)) + (number - (len(tasks) - 1) / 2) * width
             heights = [row["AP"] or 0 for row in some]
-            colour = OTHERS[number].colour
-            bars = panel.bar(places, heights, width, label=name, color=colour)
-            texts = ["–" if row["AP"] is None else f"{row['AP']:.0f}" for row in some]
+            style = {"label": TITLES[task], "color": OTHERS[number].colour}
+            bars = panel.bar(places, heights, width, **style)
+            texts = [format_metric(row["AP"], 0) for row in some]
             panel.bar_label(bars, texts, padding=2, fontsize=8)
-            unit, key = ("objects", "objects") if group == "size" else ("images", "images")
-            ticks = [f"{row['value']}\n{row[key]:,.0f}" for row in some]
+            ticks = [f"{row['value']}\n{row[unit]:,.0f}" for row in some]
             panel.set_xticks(range(len(some)), ticks)
-            panel.set_xlabel(f"{'object size' if group == 'size' else group}; number of {unit}")
+        panel.set_xlabel(f"{'object size' if group == 'size' else group}; number of {unit}")
         panel.set_ylabel("AP (%)")
         panel.margins(y=0.12)
     same_limits([*grid[0]])
@@ -492,11 +484,11 @@ def _percent_axes(panel: Axes, x: str, y: str) -> None:
     panel.set_ylabel(y)
     panel.set_xlim(0, 100)
     panel.set_ylim(0, 102)
-    panel.grid(True, linewidth=0.5, color="0.5", alpha=0.35)
+    add_grid(panel)
 
 
-def _grid(rows: int, columns: int, height: float) -> tuple[Figure, np.ndarray]:
-    figsize = (max(5.0, 4.6 * columns), 0.6 + height * rows)
+def _grid(rows: int, columns: int, height: float, width: float = 4.6) -> tuple[Figure, np.ndarray]:
+    figsize = (max(5.0, width * columns), 0.6 + height * rows)
     figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

@@ -62,18 +62,10 @@ def as_csv(runs: Sequence[Run]) -> str:
     header: list[Any] = ["run", *names, *(f"{name} - baseline" for name in names)]
     rows = [[*header, "iterations", "training_seconds", "source", *keys, "problems"]]
     for run in runs:
-        metrics = [*(run.metrics.get(name) for name in names)]
-        metrics += [difference(run, runs[0], name) for name in names]
-        settings = [run.config.get(key) for key in keys]
-        row = [
-            run.name,
-            *metrics,
-            *effort(run.rows),
-            run.source,
-            *settings,
-            "; ".join(run.problems),
-        ]
-        rows.append(row)
+        metrics = [run.metrics.get(name) for name in names]
+        changes = [difference(run, runs[0], name) for name in names]
+        rest = [*effort(run.rows), run.source, *map(run.config.get, keys), "; ".join(run.problems)]
+        rows.append([run.name, *metrics, *changes, *rest])
     return csv_text(rows)
 
 

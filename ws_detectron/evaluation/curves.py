@@ -109,6 +109,8 @@ def _draw(
             if not left.lines:
                 panel.text(0.5, 0.5, "no values", transform=panel.transAxes, ha="center")
     same_limits([*panels.flat])
+    for column in panels.T:
+        same_limits([*column], "x")
     finish_figure(figure, panels.flat, title_of(runs, data_key))
     return figure
 

@@ -8,13 +8,12 @@ import colorsys
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import cv2
 import numpy as np
-from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import VisImage, Visualizer
+from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
@@ -22,8 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_util
 
 from ws_detectron.data.validate import as_rle
-from ws_detectron.errors import UserError, shown
-from ws_detectron.utils.io import atomic_write
+from ws_detectron.errors import shown
 
 from .figure_style import as_label
 
@@ -73,27 +71,47 @@ def draw_entries(
         (h, w, 3) uint8, RGB.
     """
     numbers = {category: number for number, category in enumerate(classes)}
-    boxes, masks, labels, colours = [], [], [], []
-    for entry in entries:
-        category, mask, crowd = (
-            entry["category_id"],
-            entry.get("segmentation"),
-            entry.get("iscrowd"),
-        )
-        rle = as_rle(mask, image.shape[:2]) if mask else None
-        box = entry.get("bbox") or mask_util.toBbox(rle).tolist()
-        boxes.append(BoxMode.convert(box, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
-        masks.append(mask_util.decode(rle) if mask else None)
-        score = f" {100 * entry['score']:.0f} %" if "score" in entry else ""
-        name = classes.get(category, f"class {category}")
-        labels.append(name + score + (" (crowd)" if crowd else ""))
-        colour = class_colour(numbers.get(category, category))
-        colours.append(NOT_EVALUATED.colour if crowd else colour)
-    if marks is None:
-        marks = [Mark("", colour, "-") for colour in colours]
-    return draw_objects(
-        image, longer_side, boxes=boxes, masks=masks, labels=labels, colours=colours, marks=marks
-    )
+    masks = [entry.get("segmentation") for entry in entries]
+    rles = [as_rle(mask, image.shape[:2]) if mask else None for mask in masks]
+    boxes = [e.get("bbox") or mask_util.toBbox(rle).tolist() for e, rle in zip(entries, rles)]
+    colours = [
+        NOT_EVALUATED.colour
+        if entry.get("iscrowd")
+        else class_colour(numbers.get(entry["category_id"], entry["category_id"]))
+        for entry in entries
+    ]
+    marks = [Mark("", colour, "-") for colour in colours] if marks is None else marks
+    scale = longer_side / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    artist = Visualizer(cv2.resize(image, (width, height), interpolation=smooth))
+    points = 72 / artist.output.dpi
+    font_size = points * max(12, longer_side / 60)
+    line_width = points * max(2.0, longer_side / 320)
+    places = scale * np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    places[:, 2:] += places[:, :2]
+    largest_first = np.argsort(-(places[:, 2:] - places[:, :2]).prod(axis=1), kind="stable")
+    for number in largest_first:
+        if rles[number] is not None:
+            mask = mask_util.decode(rles[number])
+            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+            artist.draw_binary_mask(mask, colours[number], alpha=0.35)
+    for number in largest_first:
+        _draw_box(artist.output, places[number], marks[number], line_width)
+        artist.draw_text(
+            as_label(label_of(entries[number], classes)), (0, 0), font_size=font_size,
+            color=0.6 + 0.4 * np.array(to_rgb(marks[number].colour)),
+            horizontal_alignment="left",
+        )  # fmt: skip
+    place_labels(artist.output, places[largest_first])
+    return artist.output.get_image()[:height, :width]
+
+
+def label_of(entry: Mapping[str, Any], classes: Mapping[Any, str]) -> str:
+    """Class of an annotation or prediction, and its score: "cat 98 %"."""
+    score = f" {100 * entry['score']:.0f} %" if "score" in entry else ""
+    name = classes.get(entry["category_id"], f"class {entry['category_id']}")
+    return name + score + (" (crowd)" if entry.get("iscrowd") else "")
 
 
 def class_colour(category: int) -> tuple[float, float, float]:
@@ -104,56 +122,6 @@ def class_colour(category: int) -> tuple[float, float, float]:
     """
     hue = (0.33 + category * (math.sqrt(5) - 1) / 2) % 1
     return colorsys.hsv_to_rgb(hue, (0.95, 0.6)[category % 2], 1.0)
-
-
-def draw_objects(
-    image: np.ndarray,
-    longer_side: int,
-    *,
-    boxes: Any,
-    masks: Sequence[Optional[np.ndarray]],
-    labels: Sequence[str],
-    colours: Sequence[Any],
-    marks: Sequence[Mark],
-) -> np.ndarray:
-    """Scales an image and draws boxes, masks and labels on it, largest objects first.
-
-    Lines and text grow with the picture. Boxes have a dark edge, and are visible on any image.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        longer_side: of the picture, pixels.
-        boxes: (N, 4) floats, x0, y0, x1, y1 in pixels of `image`.
-        masks: N masks of (H, W), non-zero inside, or None.
-        labels: N texts.
-        colours: N matplotlib colours, of the masks.
-        marks: N marks, of the boxes.
-
-    Returns:
-        (h, w, 3) uint8, RGB.
-    """
-    scale = longer_side / max(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
-    artist = Visualizer(cv2.resize(image, (width, height), interpolation=smooth))
-    points = 72 / artist.output.dpi
-    font_size = points * max(12, longer_side / 60)
-    line_width = points * max(2.0, longer_side / 320)
-    boxes = scale * np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    largest_first = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable")
-    for number in largest_first:
-        mask = masks[number]
-        if mask is not None:
-            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
-            artist.draw_binary_mask(mask, colours[number], alpha=0.35)
-    for number in largest_first:
-        _draw_box(artist.output, boxes[number], marks[number], line_width)
-        artist.draw_text(
-            as_label(labels[number]), (0, 0), font_size=font_size, color="white",
-            horizontal_alignment="left",
-        )  # fmt: skip
-    place_labels(artist.output, boxes[largest_first])
-    return artist.output.get_image()[:height, :width]
 
 
 def _draw_box(picture: VisImage, box: np.ndarray, mark: Mark, line_width: float) -> None:
@@ -167,66 +135,66 @@ def _draw_box(picture: VisImage, box: np.ndarray, mark: Mark, line_width: float)
 def place_labels(picture: VisImage, boxes: np.ndarray) -> None:
     """Moves each label to a corner of its box, into the picture, and not over another label.
 
-    Small objects come first, as their corners are close together. A label for which there is no
-    room at its object is not drawn.
+    Of these places it takes the one that covers the smallest shares of boxes. Small objects come
+    first, as their corners are close together. A label for which there is no room at its object is
+    not drawn.
 
     Args:
         picture: its texts are the labels, aligned left and top.
         boxes: (N, 4) x0, y0, x1, y1 in pixels of the picture, in the order of the texts.
     """
     renderer = picture.canvas.get_renderer()
+    areas = np.maximum(1, (boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
     placed: list[Bbox] = []
     for text, (x0, y0, x1, y1) in [*zip(picture.ax.texts, boxes)][::-1]:
         extent = text.get_window_extent(renderer).padded(2)
         width, height = extent.width, extent.height
-        rows = y0 - height, y0, y1, y1 - height
+        rows = y0 - height, y1, y0, y1 - height
         corners = [(x, y) for y in rows for x in (x0, x1 - width)]
         corners += [(x0, y0 + step * height) for step in (1, 2, 3)]
+        free = []
         for left, top in corners:
             left = max(0.0, min(left, picture.width - width))
             top = max(0.0, min(top, picture.height - height))
             moved = Bbox.from_bounds(left, top, width, height)
             if not moved.count_overlaps(placed):
-                text.set_position((left + 2, top + 2))
-                placed.append(moved)
-                break
-        else:
-            text.set_visible(False)
-
-
-def write_png(path: Union[str, Path], picture: np.ndarray) -> None:
-    """Writes an RGB picture as a PNG file, atomically.
-
-    Args:
-        path: ends in `.png`.
-        picture: (H, W, 3) uint8.
-
-    Raises:
-        UserError: the path has another suffix, or the file cannot be written.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"cannot write {path}: pictures are PNG files and must end in .png")
-    packed = cv2.imencode(".png", picture[:, :, ::-1])[1].tobytes()
-    with atomic_write(path, "wb") as file:
-        file.write(packed)
+                sides = np.minimum(moved.max, boxes[:, 2:]) - np.maximum(moved.min, boxes[:, :2])
+                covered = float((sides.clip(0).prod(axis=1) / areas).sum())
+                free.append((covered, moved))
+        text.set_visible(bool(free))
+        if free:
+            _, best = min(free, key=lambda found: found[0])
+            text.set_position((best.x0 + 2, best.y0 + 2))
+            placed.append(best)
 
 
 def contact_sheet(pairs: Sequence[Pair], title: str) -> np.ndarray:
     """Captioned pairs of pictures, two in a row or below each other, with a title and the key.
 
     Args:
-        pairs: pictures at most `SIDE` wide, captions as for `captioned`; more than two are in two
-            columns.
+        pairs: pictures at most `SIDE` wide; captions of one or two lines, which end in an ellipsis
+            where they are too long. More than two are in two columns.
         title: a line.
 
     Returns:
         (H, W, 3) uint8, RGB.
     """
-    margins = 0, PAIR_MARGIN
-    cells = [captioned(*cell, margin) for pair in pairs for cell, margin in zip(pair, margins)]
-    sheet = tile(cells, columns=4 if len(pairs) > 2 else 2)
-    return np.concatenate([_head(title, sheet.shape[1]), sheet])
+    columns, width = 2 if len(pairs) > 2 else 1, 2 * (SIDE + MARGIN) + PAIR_MARGIN
+    rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
+    heights = [max(len(picture) for pair in row for picture, _ in pair) for row in rows]
+    tops = HEAD_HEIGHT + np.cumsum([0, *(CAPTION_HEIGHT + height + MARGIN for height in heights)])
+    sheet, font = Image.new("RGB", (columns * width, int(tops[-1])), "white"), _font(FONT_SIZE)
+    sheet.paste(Image.fromarray(_head(title, sheet.width)))
+    for number, pair in enumerate(pairs):
+        for side, (picture, text) in enumerate(pair):
+            left = number % columns * width + side * (SIDE + MARGIN) + MARGIN
+            top = int(tops[number // columns])
+            for line, part in enumerate(text.split("\n")[:2]):
+                place = left, top + CAPTION_HEIGHT * (0.28 + 0.44 * line)
+                short = _shortened(part, SIDE, font)
+                ImageDraw.Draw(sheet).text(place, short, "black", font, anchor="lm")
+            sheet.paste(Image.fromarray(picture), (left, top + CAPTION_HEIGHT))
+    return np.array(sheet)
 
 
 def _head(title: str, width: int) -> np.ndarray:
@@ -247,44 +215,12 @@ def _head(title: str, width: int) -> np.ndarray:
     return head.get_image()[:HEAD_HEIGHT, :width]
 
 
-def captioned(picture: np.ndarray, text: str, right: int) -> np.ndarray:
-    """A picture on white, `SIDE` wide without its margins, below its caption.
-
-    Args:
-        picture: (h, w, 3) uint8, RGB.
-        text: one or two lines, which end in an ellipsis where they are too long.
-        right: margin on the right, pixels.
-    """
-    size = MARGIN + SIDE + right, CAPTION_HEIGHT + picture.shape[0] + MARGIN
-    cell, font = Image.new("RGB", size, "white"), _font(FONT_SIZE)
-    for number, line in enumerate(text.split("\n")[:2]):
-        place = MARGIN, CAPTION_HEIGHT * (0.28 + 0.44 * number)
-        ImageDraw.Draw(cell).text(place, _shortened(line, SIDE, font), "black", font, anchor="lm")
-    cell.paste(Image.fromarray(picture), (MARGIN, CAPTION_HEIGHT))
-    return np.array(cell)
-
-
 def _shortened(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """A line of text that is at most `width` pixels long."""
     line = shown(line).replace("\n", " ")  # Pillow can measure single lines only
     while font.getlength(line) > width:
         line = line.rstrip("…")[:-1] + "…"
     return line
-
-
-def tile(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Pictures in rows, on white; a row is as high as its highest picture, the first the widest."""
-
-    def padded(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-        margins = (0, height - picture.shape[0]), (0, width - picture.shape[1]), (0, 0)
-        return np.pad(picture, margins, constant_values=255)
-
-    rows = []
-    for start in range(0, len(pictures), columns):
-        row = pictures[start : start + columns]
-        height = max(picture.shape[0] for picture in row)
-        rows.append(np.concatenate([padded(p, height, p.shape[1]) for p in row], axis=1))
-    return np.concatenate([padded(row, row.shape[0], rows[0].shape[1]) for row in rows])
 
 
 @lru_cache

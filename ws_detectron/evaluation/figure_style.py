@@ -4,12 +4,10 @@ import io
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 import matplotlib
-import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -43,7 +41,7 @@ OTHERS = [NORM_STYLES[norm] for norm in ("gn_ws", "gn", "ln", "bn_ws", "wn", "no
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 DARK = "#16191d"
-"""Background of pages and of their figures in dark mode."""
+"""Background of pages in dark mode."""
 LEGEND_WIDTH = 1.7
 """Inches for a column of the legend: a line and a name like GN+WS decay."""
 CHARACTERS = 13
@@ -66,6 +64,11 @@ def split_name(name: str) -> tuple[Optional[str], str]:
         return None, name
     rest = f" {found[3].replace('_', ' ')}" if found[3] else ""
     return norm, NORM_STYLES[norm].name + rest
+
+
+def display_name(name: str) -> str:
+    """The name of a variant or run for people, see `split_name`."""
+    return split_name(name)[1]
 
 
 def norm_of_config(config: Mapping[str, Any]) -> Optional[str]:
@@ -109,7 +112,7 @@ def line_styles(
             if before:
                 look["markerfacecolor"] = matplotlib.rcParams["axes.facecolor"]
         look["linestyle"] = DASHES[before % len(DASHES)]
-        label = as_label(split_name(name)[1])
+        label = as_label(display_name(name))
         styles.append({"label": label, "markersize": 5.5, "linewidth": 1.5, **look})
     return styles
 
@@ -153,25 +156,33 @@ def same_limits(panels: Sequence[Axes], axis: str = "y") -> None:
         getattr(panel, f"set_{axis}lim")(min(low for low, _ in limits), max(h for _, h in limits))
 
 
-def dark_mode() -> AbstractContextManager[None]:
-    """Figures that are made and written in it have light lines and text on `DARK`."""
-    background = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), DARK)
-    return matplotlib.style.context(["dark_background", background])
-
-
 def write_figure(figure: Figure, path: Union[str, Path]) -> Path:
     """Writes `path`, a `.png` or `.svg`, atomically; the same data give the same bytes."""
-    path = Path(path)
-    packed = figure_bytes(figure, path.suffix[1:])
+    path, packed = Path(path), io.BytesIO()
+    metadata: dict[str, Any] = {"Date" if path.suffix == ".svg" else "Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "ws_detectron", "svg.fonttype": "path"}):
+        figure.savefig(packed, format=path.suffix[1:], dpi=120, metadata=metadata)
     with atomic_write(path, "wb") as file:
-        file.write(packed)
+        file.write(packed.getvalue())
     return path
 
 
-def figure_bytes(figure: Figure, file_type: str) -> bytes:
-    """The content of a `png` or `svg` file."""
-    packed = io.BytesIO()
-    metadata: dict[str, Any] = {"Date" if file_type == "svg" else "Software": None}
-    with matplotlib.rc_context({"svg.hashsalt": "ws_detectron", "svg.fonttype": "path"}):
-        figure.savefig(packed, format=file_type, dpi=120, metadata=metadata)
-    return packed.getvalue()
+def page_svg(figure: Figure, name: str) -> str:
+    """An `<svg>` element of a page, for light and dark mode.
+
+    Black takes the colour of the page's text, and white that of its background, `--back`.
+
+    Args:
+        figure: without other colours that are too dark or too bright for one of the modes.
+        name: its class; no other figure of the page has it.
+    """
+    packed = io.StringIO()
+    nothing: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    names: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+    with matplotlib.rc_context(names):
+        figure.savefig(packed, format="svg", metadata=nothing)
+    text = packed.getvalue().partition("<svg ")[2]
+    text = re.sub('<g id="[^"]*">', "<g>", text)  # the same in every figure
+    text = re.sub(' d="[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    text = re.sub(r"\n\s*", " ", text).replace("#000000", "currentColor")
+    return f'<svg class="{name}" {text.replace("#ffffff", "var(--back)")}'

@@ -205,7 +205,13 @@ def write_video(path: Path, rate: float, frames: Iterable[np.ndarray]) -> None:
 
 
 def write_image(path: Path, picture: np.ndarray) -> None:
-    """Writes a picture of (H, W, 3) uint8, RGB, in the format of its suffix, atomically."""
+    """Writes a picture of (H, W, 3) uint8, RGB, in the format of its suffix, atomically.
+
+    Raises:
+        UserError: the suffix is none of `IMAGE_SUFFIXES`, or the file cannot be written.
+    """
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"cannot write {path}: allowed suffixes are {' '.join(IMAGE_SUFFIXES)}")
     packed = cv2.imencode(path.suffix, picture[:, :, ::-1])[1].tobytes()
     with atomic_write(path, "wb") as file:
         file.write(packed)

@@ -40,7 +40,6 @@ from .drawing import (
     Pair,
     contact_sheet,
     draw_entries,
-    write_png,
 )
 from .figure_style import write_figure
 from .image_errors import (
@@ -71,11 +70,7 @@ from .inputs import (
 logger = logging.getLogger(__name__)
 
 NAMED_AT_MOST = 10
-SHEETS = {
-    "first.png": "first images",
-    "best.png": "highest AP",
-    "worst.png": "lowest AP",
-}
+SHEETS = {"first.png": "first images", "best.png": "highest AP", "worst.png": "lowest AP"}
 OUTPUTS = (*SHEETS, "image_ap.csv", "errors.png", "errors.json")
 
 Predict = Callable[[np.ndarray], list[dict[str, Any]]]
@@ -211,13 +206,12 @@ def visualize_dataset(
         if not pairs:
             reason = "can be drawn; see the warnings above" if image_ids else "has an object"
             raise UserError(f"{name}: none of {len(records)} images {reason}")
-        write_png(output / name, contact_sheet(pairs, f"{dataset_name}, {what}: {of_sheet}"))
+        write_image(output / name, contact_sheet(pairs, f"{dataset_name}, {what}: {of_sheet}"))
     for image_id, name in progress(pictures.items(), "drawing", "image", len(pictures)):
         pair = draw(image_id)
         if pair is not None:
-            write_png(
-                output / "images" / name, contact_sheet([pair], f"{dataset_name}: {of_sheet}")
-            )
+            sheet = contact_sheet([pair], f"{dataset_name}: {of_sheet}")
+            write_image(output / "images" / name, sheet)
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
     drawn = f"sheets, errors.png and image_ap.csv: {shown(output)}"
     return f"{title}, {len(records)} images: {listed}\n{drawn}{_skipped(list(skipped.values()))}"
@@ -254,7 +248,8 @@ class Drawing:
         build: returns the model; called for the first image, when inputs and output are checked.
         classes: class number -> name.
         score_threshold: predictions below it are not drawn.
-        longer_side: of a drawing, pixels; default: that of the image.
+        longer_side: of a drawing, pixels; default: that of the image, of images below `SIDE` its
+            smallest whole multiple from there on, as labels would cover them.
     """
 
     def __init__(
@@ -266,7 +261,7 @@ class Drawing:
     ) -> None:
         self._predict = functools.cache(build)
         self._classes, self._threshold, self._longer_side = classes, score_threshold, longer_side
-        self._images, self._detections, self._seconds = 0, 0, 0.0
+        self._images, self._detections, self._enlarged, self._seconds = 0, 0, 0, 0.0
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """The drawing of an image, both (H, W, 3) uint8, RGB.
@@ -286,14 +281,22 @@ class Drawing:
                 "weights that were trained on these classes"
             )
         self._images, self._detections = self._images + 1, self._detections + len(entries)
-        return draw_entries(image, self._longer_side or max(image.shape[:2]), entries, classes)
+        side = max(image.shape[:2])
+        if self._longer_side is None and side < SIDE:
+            self._enlarged, side = self._enlarged + 1, side * math.ceil(SIDE / side)
+        return draw_entries(image, self._longer_side or side, entries, classes)
 
     def summary(self) -> str:
-        """Numbers of detections and images, and the time of the model."""
+        """Numbers of detections and images, the time of the model, and which were enlarged."""
         milliseconds = 1000 * self._seconds / max(1, self._images)
         numbers = _number(self._detections, "detection"), _number(self._images, "image")
         limit = f"score ≥ {100 * self._threshold:g} %"
-        return f"{' in '.join(numbers)} ({limit}), {milliseconds:.0f} ms per image"
+        enlarged = (
+            f"\n{_number(self._enlarged, 'image')} of less than {SIDE} pixels drawn enlarged; "
+            "--longer-side sets another size"
+        )
+        text = f"{' in '.join(numbers)} ({limit}), {milliseconds:.0f} ms per image"
+        return text + (enlarged if self._enlarged else "")
 
 
 def visualize_inputs(arguments: Sequence[str], output: Optional[Path], draw: Drawing) -> str:

@@ -90,8 +90,8 @@ def test_scores_are_reported_under_their_titles(path: Path) -> None:
     text = report_text(results)
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     assert ["", "test accuracy", "2 images", "32 images", ""] in rows
-    assert ["", "bn", "91.00 ± 1.00 (3)", "91.00 ± 1.00 (3)", ""] in rows
-    assert ["", "ln", "–", "–", ""] in rows
+    assert ["", "BN", "91.00 ± 1.00 (3)", "91.00 ± 1.00 (3)", ""] in rows
+    assert ["", "LN", "–", "–", ""] in rows
     assert ["", "`epochs`", "`3`", "`9`", ""] in rows
     assert "box" not in text
     (panel,) = draw_over_batch(results).axes

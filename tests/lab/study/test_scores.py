@@ -46,10 +46,10 @@ def gn_minus_bn(results: StudyResults) -> dict:
 def test_means_over_seeds(results: StudyResults) -> None:
     assert len(score_table(results, "bbox/AP")) == 8
     for score, cell in (("bbox/AP", "42.00 ± 2.83 (2)"), ("segm/AP", "21.00 ± 1.41 (2)")):
-        (bn,) = (x for x in mean_table(results, score).splitlines() if "| bn " in x)
+        (bn,) = (x for x in mean_table(results, score).splitlines() if "| BN " in x)
         assert bn.split("|")[3].strip() == cell
     left = without(results, "bn_1img_seed1", "bn_4img_seed1", "bn_4img_seed2")
-    (bn,) = (x for x in mean_table(left, "bbox/AP").splitlines() if "| bn" in x)
+    (bn,) = (x for x in mean_table(left, "bbox/AP").splitlines() if "| BN" in x)
     assert [cell.strip() for cell in bn.split("|")[2:4]] == ["12.00 (1)", "–"]
 
 

@@ -4,18 +4,20 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from ws_detectron.evaluation.figure_style import add_title
+
 from .files import FASHION_CLASSES
 
 ROWS, COLUMNS = 5, 8
 
 
 def draw_misclassified(
-    title: str, logits: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
+    training: str, logits: torch.Tensor, images: torch.Tensor, labels: torch.Tensor
 ) -> Figure:
     """Draws the misclassified images with the highest confidence.
 
     Args:
-        title: of the model.
+        training: what was trained, for the title, as "GN+WS, batch 2".
         logits: (N, 10).
         images: (N, 1, 28, 28).
         labels: (N,) classes.
@@ -31,13 +33,13 @@ def draw_misclassified(
     for panel, index in zip(panels, worst):
         panel.imshow(images[index, 0].cpu().numpy(), cmap="gray_r")
         panel.set_title(
-            f"predicted {FASHION_CLASSES[predicted[index]]}, {confidence[index]:.0%}\n"
+            f"predicted {FASHION_CLASSES[predicted[index]]}, {100 * confidence[index]:.0f} %\n"
             f"labeled {FASHION_CLASSES[truth[index]]}",
             fontsize=8,
         )
-    figure.suptitle(
-        f"{title}: {len(wrong):,} of {len(truth):,} test images are misclassified; "
-        "here those with the highest confidence",
-        fontsize=10,
+    add_title(
+        figure,
+        f"Fashion-MNIST, classifier of the 2019 report, {training}: {len(wrong):,} of "
+        f"{len(truth):,} test images are misclassified\nthose with the highest confidence",
     )
     return figure

@@ -273,8 +273,8 @@ def _train(
     test_loss, test_accuracy = metrics(logits, test_set.tensors[1])
     tested = {"test_loss": test_loss, "test_accuracy": test_accuracy, "best_epoch": best["epoch"]}
     _save(folder / BEST_WEIGHTS, best["model"])
-    title = f"{VARIANTS[settings.variant].title}, batch {settings.batch_size}"
-    write_figure(draw_misclassified(title, logits, *test_set.tensors), folder / PICTURE)
+    trained = f"{VARIANTS[settings.variant].title}, batch {settings.batch_size}"
+    write_figure(draw_misclassified(trained, logits, *test_set.tensors), folder / PICTURE)
     rows = [*rows[:-1], {**rows[-1], **tested}]
     _write_rows(folder, rows)
     return rows

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import cv2
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as mask_util
@@ -362,11 +363,14 @@ def contact_sheet(
     Returns:
         (H, W, 3) uint8, RGB; the rest of the last row is white.
     """
-    from ws_detectron.evaluation.drawing import draw_entries, tile  # loads Matplotlib
+    from torchvision.utils import make_grid
+
+    from ws_detectron.evaluation.drawing import draw_entries  # loads Matplotlib
 
     classes = dict(enumerate(MetadataCatalog.get(name).thing_classes))
     pictures = [
         draw_entries(read_rgb(r["file_name"]), longer_side, r["annotations"], classes)
         for r in records
     ]
-    return tile(pictures, columns)
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return make_grid(images, columns, padding=0, pad_value=255).permute(1, 2, 0).numpy()

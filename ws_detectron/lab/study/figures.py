@@ -5,7 +5,6 @@ Needs the packages of the extra `lab`, see `runner.check_packages`.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Optional
 
 import numpy as np
@@ -17,16 +16,15 @@ from matplotlib.ticker import EngFormatter
 from ws_detectron.evaluation.figure_style import (
     add_grid,
     add_title,
-    dark_mode,
-    figure_bytes,
     finish_figure,
     line_styles,
+    page_svg,
     same_limits,
 )
 from ws_detectron.evaluation.runs import series
 
 from .records import FINISHED, StudyResults
-from .report import DARK_PAGE, LEVEL, NARROW, contrast, samples, score_table, titles_of
+from .report import LEVEL, contrast, samples, score_table, titles_of
 from .study_file import Study
 
 MANY = 6
@@ -200,21 +198,16 @@ def draw_study_curves(results: StudyResults, *, stacked: bool = False) -> Figure
     return figure
 
 
-def page_versions(draw: Callable[..., Figure], results: StudyResults) -> dict[str, bytes]:
-    """A figure for narrow and dark pages: media query, empty for all others -> PNG file.
+def page_figure(name: str, draw: Callable[..., Figure], results: StudyResults) -> str:
+    """A figure for wide and for narrow pages, two SVGs of which `PAGE` shows one.
 
     Args:
+        name: of the figure on the page.
         draw: `draw_scores` or `draw_study_curves`.
         results: of a study.
     """
-    versions = {}
-    for dark in (True, False):
-        for stacked in (True, False):
-            with dark_mode() if dark else nullcontext():
-                content = figure_bytes(draw(results, stacked=stacked), "png")
-            queries = [*([DARK_PAGE] if dark else []), *([NARROW] if stacked else [])]
-            versions[" and ".join(queries)] = content
-    return versions
+    wide, narrow = (draw(results, stacked=stacked) for stacked in (False, True))
+    return page_svg(wide, f"{name} wide") + page_svg(narrow, f"{name} narrow")
 
 
 def _panels(

@@ -5,7 +5,6 @@ Needs the packages of the extra `lab`, see `runner.check_packages`. Source of th
 (Biometrika 34, 1947).
 """
 
-import base64
 import html
 import math
 import re
@@ -25,15 +24,13 @@ from ws_detectron.evaluation.comparison import (
     markdown_table,
     settings_table,
 )
-from ws_detectron.evaluation.figure_style import DARK, split_name
+from ws_detectron.evaluation.figure_style import DARK, display_name
 
 from .records import DIVERGED, FAILED, FINISHED, RunResult, StudyResults
 from .study_file import Search, Study, Values
 
 LEVEL = 0.95
 
-DARK_PAGE = "(prefers-color-scheme: dark)"
-NARROW = "(max-width: 45rem)"  # the panels of figures stand below each other
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -53,7 +50,10 @@ h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
 table {{ display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem;
   margin: 1rem 0; }}
 th, td {{ border-bottom: 1px solid #8886; padding: 0.3rem 0.7rem; text-align: left; }}
-img {{ max-width: 100%; height: auto; }}
+svg {{ max-width: 100%; height: auto; }}
+svg text {{ font-family: system-ui, sans-serif !important; fill: currentColor; }}
+.narrow {{ display: none; }}
+@media (max-width: 45rem) {{ .narrow {{ display: inline; }} .wide {{ display: none; }} }}
 </style>
 </head>
 <body>
@@ -171,7 +171,7 @@ def verdict(results: StudyResults) -> str:
     (score, title), *_ = titles_of(study, results.runs).items()
     sentences = []
     for pair in study.comparisons or ():
-        one, other = (split_name(name)[1] for name in pair)
+        one, other = map(display_name, pair)
         found: dict[str, list[str]] = {}
         for where, interval in differences(results, pair, score).items():
             if interval is None or where not in map(images, study.batches):
@@ -235,7 +235,8 @@ def report_text(results: StudyResults) -> str:
         ]
     for pair in study.comparisons or ():
         found = {title: differences(results, pair, score) for score, title in titles.items()}
-        rows = {name: {" - ".join(pair): name} for name in next(iter(found.values()))}
+        names = " - ".join(map(display_name, pair))
+        rows = {name: {names: name} for name in next(iter(found.values()))}
         for title, intervals in found.items():
             for name, interval in intervals.items():
                 rows[name][title] = str(interval or UNDEFINED)
@@ -277,7 +278,7 @@ def problems_of(results: StudyResults) -> list[str]:
                 if all(result.has_ended for result in tried)
                 else "has not ended, and what follows from it is not shown"
             )
-            problems.append(f"the search for {variant} at {images(batch)} {why}")
+            problems.append(f"the search for {display_name(variant)} at {images(batch)} {why}")
     return problems
 
 
@@ -293,7 +294,7 @@ def mean_table(results: StudyResults, score: str) -> str:
 
     return markdown_table(
         [
-            {study.scores[score]: name}
+            {study.scores[score]: display_name(name)}
             | {images(batch): cell(values[name, batch]) for batch in sorted(study.batches)}
             for name in study.variants
         ]
@@ -348,7 +349,7 @@ def _search_section(results: StudyResults, search: Search) -> list[str]:
         chosen = results.choices[run.variant, run.batch] == run.choice
         rows.append(
             {
-                "variant": run.variant,
+                "variant": display_name(run.variant),
                 study.unit: str(run.batch),
                 **{f"`{key}`": str(value) for key, value in run.choice.items()},
                 **_shown_scores(result, titles),
@@ -364,7 +365,7 @@ def _search_section(results: StudyResults, search: Search) -> list[str]:
         markdown_table(rows),
     ]
     edges = [
-        f"{variant} at {batch}: {', '.join(f'`{key}`' for key in keys)}"
+        f"{display_name(variant)} at {batch}: {', '.join(f'`{key}`' for key in keys)}"
         for (variant, batch), choice in results.choices.items()
         if choice is not None and (keys := at_the_edge(search, choice))
     ]
@@ -399,13 +400,13 @@ def _settings_section(results: StudyResults) -> list[str]:
     batches: dict[str, Values] = {}
     for run in (result.run for result in results.runs):
         if run.batch == batch:
-            variants.setdefault(run.variant, run.settings)
+            variants.setdefault(display_name(run.variant), run.settings)
         if run.variant == variant:
             batches.setdefault(str(run.batch), run.settings)
     parts = [f"## Where the {'configs' if results.study.detectors else 'settings'} differ"]
     for title, some in (
         (f"Between variants, at {images(batch)}:", variants),
-        (f"Between batches, for {variant}:", batches),
+        (f"Between batches, for {display_name(variant)}:", batches),
     ):
         keys = differing_keys([*some.values()], ("OUTPUT_DIR", "SEED", "seed"))
         parts += [title, settings_table(some, keys)] if keys else [f"{title} nowhere."]
@@ -416,7 +417,7 @@ def _what_was_run(results: StudyResults) -> str:
     study = results.study
     unit = study.unit if set(study.batches) != {1} else study.unit.replace("images", "image")
     text = (
-        f"{len(study.variants)} variants ({', '.join(study.variants)}) at "
+        f"{len(study.variants)} variants ({', '.join(map(display_name, study.variants))}) at "
         f"{', '.join(map(str, sorted(study.batches)))} {unit}"
         + (f" ({study.processes} of them)" if study.processes > 1 else "")
         + f", seeds {', '.join(map(str, study.seeds))}."
@@ -450,31 +451,24 @@ def _environments(results: Sequence[RunResult]) -> list[str]:
     ]
 
 
-def as_page(title: str, text: str, figures: Mapping[str, Mapping[str, bytes]]) -> str:
+def as_page(title: str, text: str, figures: Mapping[str, str]) -> str:
     """Converts the report to an HTML page with its figures inside; contents follow the verdict.
 
     Args:
         title: title of the page.
         text: Markdown, with tables as on GitHub.
-        figures: file name in the text -> media query, empty for all others -> PNG file; a browser
-            takes the first that holds.
+        figures: file name in the text -> as returned by `page_figure`.
     """
     import markdown
 
     def picture(match: re.Match) -> str:
-        sources = {
-            media: f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
-            for media, content in figures[match[2]].items()
-        }
-        listed = [f'<source media="{m}" srcset="{data}">' for m, data in sources.items() if m]
-        image = f'<img {match[1]}src="{sources[""]}"{match[3]}>'
-        return f"<picture>{''.join(listed)}{image}</picture>"
+        return f'<span role="img" aria-label={match[1]}>{figures[match[2]]}</span>'
 
     head, verdict, *rest = text.split("\n\n", 2)
     contents = "\n\n".join([head, verdict, "[TOC]", *rest])
     toc = {"toc": {"toc_depth": "2-2"}}
     body = markdown.markdown(contents, extensions=["tables", "toc"], extension_configs=toc)
-    body = re.sub(r'<img ([^>]*)src="([^":]+\.png)"([^>]*)>', picture, body)
+    body = re.sub(r'<img alt=("[^"]*") src="([^":]+\.png)"[^>]*>', picture, body)
     return PAGE.format(title=html.escape(title), body=body, dark=DARK)
 
 

@@ -149,7 +149,7 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
     # these need the packages of the extra `lab`
     from ws_detectron.evaluation.figure_style import write_figure
 
-    from .figures import draw_scores, draw_study_curves, page_versions
+    from .figures import draw_scores, draw_study_curves, page_figure
     from .report import as_page, first_figure, problems_of, report_text
 
     figures = {first_figure(results.study): draw_scores, "learning_curves.png": draw_study_curves}
@@ -157,8 +157,8 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
         write_figure(draw(results), folder / name)
     texts = {"report.md": report_text(results)}
     if page:
-        versions = {name: page_versions(draw, results) for name, draw in figures.items()}
-        texts["report.html"] = as_page(results.study.title, texts["report.md"], versions)
+        pages = {name: page_figure(name[:-4], draw, results) for name, draw in figures.items()}
+        texts["report.html"] = as_page(results.study.title, texts["report.md"], pages)
     for name, text in texts.items():
         write_text(folder / name, text)
     report, *others = (*texts, *figures)
