@@ -35,18 +35,12 @@ missing or broken; it is named, and the others are compared.
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[NAME=]RUN",
-        help="a run folder, a metrics.json, or a coco_evaluation.json",
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", default="comparison", help="default: %(default)s"
-    )
+    kinds = "RUN or NAME=RUN; a run folder, a metrics.json, or a coco_evaluation.json"
+    parser.add_either("input", kinds, nargs="+")
+    parser.add_argument("--output", metavar="DIR", default="comparison", help="folder")
     args = parser.parse_args()
     with exit_on_user_error():
-        problems = compare(args.runs, Path(args.output))
+        problems = compare(args.input, Path(args.output))
     if problems:
         print("missing or broken:", *problems, sep="\n  ", file=sys.stderr)
         sys.exit(1)

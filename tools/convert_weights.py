@@ -14,7 +14,7 @@ from ws_detectron.checkpoint import (
     write_mmdet,
 )
 from ws_detectron.errors import UserError, exit_on_user_error
-from ws_detectron.utils.command_line import ToolParser, add_input, closing
+from ws_detectron.utils.command_line import ToolParser, closing
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 from ws_detectron.utils.yaml_files import config_text
 
@@ -42,14 +42,10 @@ EXAMPLES = """examples:
 """
 
 
-OUTPUT = "the file to write; .pth, or .pkl for detectron2"
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = ToolParser(__doc__, EXAMPLES)
-    add_input(parser, "the file to convert")
-    parser.add_argument("to_write", nargs="?", metavar="output", help=f"{OUTPUT}; or as --output")
-    parser.add_argument("--output", metavar="FILE", help=OUTPUT)
+    parser.add_either("input", "the file to convert")
+    parser.add_either("output", "the file to write; .pth, or .pkl for detectron2", required=False)
     parser.add_argument(
         "--check",
         action="store_true",
@@ -82,10 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     parser = build_parser()
-    args = parser.parse_intermixed_args()
-    args.output = args.output or args.to_write
-    if not args.input:
-        parser.error("name the file to convert")
+    args = parser.parse_args()
     if args.check:
         if args.output or args.report or args.to != "detectron2":
             parser.error("--check writes nothing; leave out the output, --to and --report")

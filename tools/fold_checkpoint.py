@@ -53,10 +53,7 @@ def main() -> None:
         "visualize.py",
         "--config-file",
         config,
-        "--input",
-        "photo.jpg",
-        "--output",
-        "drawn.jpg",
+        *"--input photo.jpg --output drawn.jpg".split(),
     ]
     print(closing(made, {"weights": weights, "config": config}, draw))
 

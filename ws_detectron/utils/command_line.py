@@ -1,12 +1,14 @@
 """Helpers shared by the command-line tools."""
 
 import argparse
+import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional, TypeVar, Union
 
 from detectron2.engine import default_argument_parser
 from tqdm import tqdm
@@ -34,6 +36,7 @@ class ToolParser(argparse.ArgumentParser):
         self, description: Optional[str] = None, examples: Optional[str] = None, **options: Any
     ) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        self._either: dict[str, bool] = {}  # name -> whether it is required
         super().__init__(description=description, epilog=examples, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
@@ -43,13 +46,39 @@ class ToolParser(argparse.ArgumentParser):
             options["help"] = f"{text}; default: {default}".replace("%", "%%")
         return super().add_argument(*names, **options)
 
+    def add_either(
+        self, name: str, help: str, nargs: Optional[str] = None, required: bool = True
+    ) -> None:
+        """Adds an argument that may be given by position or by name: `FILE` or `--input FILE`.
+
+        Args:
+            name: without dashes.
+            help: for both.
+            nargs: "+" for a list.
+            required: whether it must be given.
+        """
+        self._either[name] = required
+        position = "*" if nargs else "?"
+        self.add_argument(f"{name} by position", nargs=position, metavar=name, help=help)
+        self.add_argument(f"--{name}", nargs=nargs, help="the same")
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As usual, but the first config key ends the values of an option, like --opts."""
         arguments = [str(word) for word in (sys.argv[1:] if args is None else args)]
         first = next((n for n, word in enumerate(arguments) if _KEY.fullmatch(word)), None)
         if first is not None and "--opts" not in arguments[:first]:
             arguments.insert(first, "--opts")
-        return super().parse_args(arguments, namespace)
+        if not self._either:
+            return super().parse_args(arguments, namespace)
+        found = self.parse_intermixed_args(arguments, namespace)
+        for name, required in self._either.items():
+            placed = vars(found).pop(f"{name} by position")
+            if placed and getattr(found, name):
+                self.error(f"{name} is given twice, by position and as --{name}")
+            setattr(found, name, placed or getattr(found, name))
+            if required and not getattr(found, name):
+                self.error(f"{name} is missing; --help says what it is")
+        return found
 
 
 class _Separator(argparse.Action):
@@ -94,7 +123,6 @@ def overrides(args: argparse.Namespace) -> list[str]:
         UserError: an option is among them.
     """
     device = getattr(args, "device", None)
-    device = getattr(args, "device", None)
     given = [word for word in args.opts or [] if word != "--opts"]
     for key in given[::2]:
         if key.startswith("--"):
@@ -122,12 +150,6 @@ def training_parser(
     parser.add_argument("--output", metavar="DIR", help=f"the same as {output}")
     add_overrides(parser, nargs=None)
     return parser
-
-
-def add_input(parser: argparse.ArgumentParser, help: str) -> None:
-    """Adds `args.input`, which is given by position or as --input; for `parse_intermixed_args`."""
-    parser.add_argument("input", nargs="?", default=argparse.SUPPRESS, help=help)
-    parser.add_argument("--input", metavar="INPUT", help="the same")
 
 
 def progress(
@@ -163,47 +185,28 @@ def progress(
 
 
 def closing(
-    made: str, files: Optional[Mapping[str, object]] = None, *next_commands: Sequence[object]
+    made: str,
+    files: Optional[Mapping[str, object]] = None,
+    *next_steps: Union[str, Sequence[object]],
 ) -> str:
     """The last lines of a tool.
 
     Args:
         made: what it made, with the main metrics.
         files: what -> path.
-        next_commands: the words of each command to continue with, after "python tools/".
+        next_steps: to continue with: a sentence, or a tool and its arguments, as a list of words.
     """
     files = files or {}
     width = max(map(len, files), default=0)
     lines = [made, *(f"  {what:<{width}}  {path}" for what, path in files.items())]
-    commands = [shlex.join(map(str, words)) for words in next_commands]
-    lines += ["next:"] * bool(commands) + [f"  python tools/{command}" for command in commands]
+    for number, step in enumerate(next_steps):
+        text = step if isinstance(step, str) else f"{_python()} tools/{shlex.join(map(str, step))}"
+        lines += [*(["next:"] if not number else []), f"  {text}"]
     return "\n".join(lines)
 
 
-def refuse_options_without_effect(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    choice: str,
-    allowed: Collection[str],
-    where: str,
-) -> None:
-    """Refuses options that would be ignored.
-
-    Args:
-        parser: the parser that returned `args`.
-        args: as parsed, before defaults are filled in.
-        choice: name of the option that decides which others have an effect.
-        allowed: names of the options that have one.
-        where: ends the message, such as "with --all".
-
-    Raises:
-        UserError: an option that is not allowed differs from its default.
-    """
-    for name, value in vars(args).items():
-        if name not in (choice, *allowed) and value not in (parser.get_default(name), []):
-            names = ", ".join(map(_shown, allowed))
-            raise UserError(f"{_shown(name)} has no effect {where}; allowed are {names}")
-
-
-def _shown(name: str) -> str:
-    return "KEY VALUE" if name == "opts" else f"--{name.replace('_', '-')}"
+def _python() -> str:
+    """What starts this interpreter from a shell in the current folder."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    return min(os.path.relpath(sys.executable), sys.executable, key=len)
