@@ -19,8 +19,8 @@ from ws_detectron.evaluation.coco_report import (
     check_reports,
     write_reports,
 )
-from ws_detectron.evaluation.evaluate import RESULTS, evaluate_in_process
-from ws_detectron.evaluation.runs import read_run
+from ws_detectron.evaluation.evaluate import RESULTS, evaluate_in_process, set_up_logging
+from ws_detectron.evaluation.runs import main_metrics, read_run
 from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import refuse_overwrite
 
@@ -67,10 +67,9 @@ def evaluate_files(args: argparse.Namespace) -> None:
     folder = Path(args.output or Path(args.predictions).parent)
     check_reports(folder, args.predictions, args.annotations)
     refuse_overwrite([folder / name for name in FILES], [args.predictions, args.annotations])
-    predictions, annotations = (
-        load_predictions(args.predictions),
-        load_annotations(args.annotations),
-    )
+    set_up_logging()
+    predictions = load_predictions(args.predictions)
+    annotations = load_annotations(args.annotations)
     result = evaluate(
         annotations,
         predictions,
@@ -103,14 +102,9 @@ def evaluate_config(args: argparse.Namespace) -> None:
 
 def ending(folder: Path, written: Sequence[Union[str, Path]]) -> str:
     """AP, the files, and the comparison with another run."""
-    found = read_run(folder / JSON_NAME, "").metrics
-    ap = ", ".join(
-        f"{name} {found[name]:.1f}"
-        for name in ("bbox/AP", "segm/AP")
-        if found.get(name) is not None
-    )
+    found = main_metrics(read_run(folder / JSON_NAME, "").metrics)
     compare = ["compare_runs.py", f"this={folder / JSON_NAME}", "other=<run>"]
-    return closing(ap, {Path(path).name: path for path in written}, compare)
+    return closing(f"evaluated, {found}", {Path(path).name: path for path in written}, compare)
 
 
 if __name__ == "__main__":

@@ -45,12 +45,14 @@ from ws_detectron.utils.compat import (
     strip_colours,
     user_errors_unlogged,
 )
+from ws_detectron.utils.io import write_json
 
 from .checks import SMALL_BATCH, check_datasets, check_machine
 from .hooks import RECORD, BestCheckpoint, RunRecord, read_record
 from .launch import launch, started_by_torchrun
 from .loaders import NamingMapper
 from .output_dir import (
+    EVALUATION,
     METRICS,
     check_unused,
     cut_metrics,
@@ -221,6 +223,11 @@ def _names(cfg: DictConfig, key: str) -> list[str]:
     """Names of the data sets, as in detectron2's common/data; none in loaders of another form."""
     names = OmegaConf.select(cfg, key)
     return [names] if isinstance(names, str) else list(names or ())
+
+
+def test_sets(cfg: DictConfig) -> list[str]:
+    """Names of the data sets that a LazyConfig evaluates on, as one."""
+    return _names(cfg, _TEST_DATA)
 
 
 def _set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -412,7 +419,10 @@ def _evaluate(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, A
             f"train.init_checkpoint={cfg.train.output_dir}/model_final.pth"
         )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    return _test(cfg, fold_ws(model)) or None
+    results = _test(cfg, fold_ws(model))
+    if comm.is_main_process():
+        write_json(Path(cfg.train.output_dir, EVALUATION), results)
+    return results or None
 
 
 def _test(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional, TypeVar, Union
 
-from detectron2.engine import default_argument_parser
 from tqdm import tqdm
 
 from ws_detectron.errors import UserError
@@ -139,6 +138,9 @@ def training_parser(
         description, examples: as for `ToolParser`.
         output: the config key of the output folder.
     """
+    # not above: COCO metrics, which show progress, need no detectron2
+    from detectron2.engine import default_argument_parser
+
     parser = default_argument_parser(epilog=examples)
     parser.description = description
     parser.add_argument(
@@ -172,11 +174,11 @@ def progress(
     for done, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now < due:
+        if now < due or done == count:
             continue
         due = now + min(60.0, now - start)  # seldom in a long log
         said = f"{title}: {done}"
-        if count and count >= done:
+        if count and count > done:
             rest = tqdm.format_interval((count - done) * (now - start) / done)
             said += f" of {count} {unit}s, {rest} left"
         else:
