@@ -64,7 +64,7 @@ def compare(arguments: list[str], output: Path) -> list[str]:
             write_figure(draw(runs), output / name)
     for name, figure in draw_evaluations(runs).items():
         write_figure(figure, output / name)
-    written = {path.name: path for path in outputs if path.exists()}
+    written = {"comparison": output / "comparison.md", "tables and curves": output / "*.csv, *.png"}
     folder = runs[0].path if runs[0].path.is_dir() else runs[0].path.parent
     trained = ["--config-file", folder / "config.yaml", "MODEL.WEIGHTS", folder / "model_final.pth"]
     pictures = ["visualize.py", "--output", folder / "pictures", *trained]

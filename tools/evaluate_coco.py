@@ -2,9 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Union
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start
@@ -19,7 +17,7 @@ from ws_detectron.evaluation.coco_report import (
     check_reports,
     write_reports,
 )
-from ws_detectron.evaluation.evaluate import RESULTS, evaluate_in_process, set_up_logging
+from ws_detectron.evaluation.evaluate import evaluate_in_process, set_up_logging
 from ws_detectron.evaluation.runs import main_metrics, read_run
 from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import refuse_overwrite
@@ -79,13 +77,13 @@ def evaluate_files(args: argparse.Namespace) -> None:
         predictions_name=args.predictions,
     )
     files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
-    written = write_reports(result, folder, **files)
+    write_reports(result, folder, **files)
     tables = curve_tables(annotations, predictions, result)
-    curves = write_curves(tables, folder, Path(args.annotations).stem)
+    write_curves(tables, folder, Path(args.annotations).stem)
     print(as_text(result), best_text(tables), sep="\n")
     if any("keypoints" in entry for entry in predictions):
         print(f"note: {KEYPOINTS}")
-    print(ending(folder, [*written, *curves]))
+    print(ending(folder))
 
 
 def evaluate_config(args: argparse.Namespace) -> None:
@@ -95,16 +93,16 @@ def evaluate_config(args: argparse.Namespace) -> None:
     folder = Path(args.output or Path(cfg.OUTPUT_DIR, "inference"))
     if int(os.environ.get("RANK", args.machine_rank)) == 0:
         names = cfg.DATASETS.TEST
-        folders = [folder / name for name in names] if len(names) > 1 else [folder]
-        for part in folders:
-            print(ending(part, [part / name for name in (RESULTS, JSON_NAME, *FILES)]))
+        for name in names if len(names) > 1 else [""]:
+            print(ending(folder / name))
 
 
-def ending(folder: Path, written: Sequence[Union[str, Path]]) -> str:
+def ending(folder: Path) -> str:
     """AP, the files, and the comparison with another run."""
     found = main_metrics(read_run(folder / JSON_NAME, "").metrics)
     compare = ["compare_runs.py", f"this={folder / JSON_NAME}", "other=<run>"]
-    return closing(f"evaluated, {found}", {Path(path).name: path for path in written}, compare)
+    files = {"metrics": folder / JSON_NAME, "tables and curves": folder / "*.csv, *.png"}
+    return closing(f"evaluated, {found}", files, compare)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ examples:
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    parser.add_argument("--config-file", default=None, help=f"default: {CONFIG}")
-    parser.add_argument("--output", default="output/quickstart", help="default: %(default)s")
+    default = get_config_file(CONFIG)
+    parser.add_argument("--config-file", default=default, help=f"default: {CONFIG}")
+    parser.add_argument("--output", default="output/quickstart", help="folder")
     parser.add_argument("--resume", action="store_true", help="resume the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete that run and train again")
     add_overrides(parser)
     args = parser.parse_args()
-    args.config_file = args.config_file or get_config_file(CONFIG)
     args.eval_only = False
     with exit_on_user_error():
         cfg = load_config(args.config_file, [*overrides(args), "OUTPUT_DIR", args.output])

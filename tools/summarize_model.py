@@ -5,9 +5,9 @@ from tabulate import tabulate
 
 from ws_detectron.engine import Trainer, load_config
 from ws_detectron.engine.lazy import load_lazy_config
-from ws_detectron.errors import UserError, exit_on_user_error
+from ws_detectron.errors import exit_on_user_error
 from ws_detectron.modeling.summary import summarize, summary_line
-from ws_detectron.utils.command_line import ToolParser, add_overrides, overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides, within
 
 EXAMPLES = """
 examples:
@@ -30,7 +30,7 @@ def main() -> None:
         "--config-file", required=True, help="path or name of a config, YAML or .py"
     )
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+        "--size", nargs=2, type=within(int, 1), metavar=("HEIGHT", "WIDTH"),
         help="of the image; default: 3:4 at INPUT.MIN_SIZE_TEST, or 800 for a LazyConfig",
     )  # fmt: skip
     add_overrides(parser, device=False)
@@ -44,8 +44,6 @@ def main() -> None:
             cfg.MODEL.DEVICE, short = "cpu", cfg.INPUT.MIN_SIZE_TEST
             model = Trainer.build_model(cfg)
         height, width = args.size or (short, short * 4 // 3)
-        if min(height, width) < 1:
-            raise UserError(f"--size is {height} {width}; allowed: two positive numbers")
         parts = summarize(model, height, width)
     columns = "part", "parameters", "frozen", "convs", "with WS", "GFLOPs", "activations, MiB"
     rows = [
@@ -55,8 +53,10 @@ def main() -> None:
     ]  # fmt: skip
     align = "left", *["right"] * 6
     print(tabulate(rows, columns, "github", floatfmt=",.1f", colalign=align))
-    print(f"\nModel: {summary_line(model)}")
     print(NOTE.format(height=height, width=width))
+    tool = "lazyconfig_train_net.py" if args.config_file.endswith(".py") else "train_net.py"
+    train = [tool, "--config-file", args.config_file, *overrides(args)]
+    print(closing(f"\nModel: {summary_line(model)}", {}, train))
 
 
 if __name__ == "__main__":

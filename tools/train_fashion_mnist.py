@@ -27,6 +27,7 @@ QUICK_IMAGES, QUICK_BATCH_SIZE = 4000, 2
 # 13 to 20 points behind.
 MIN_GN_WS_TEST, MAX_BN_TRAINING, MIN_LEAD = 75, 45, 8
 
+_echo = partial(print, flush=True)
 EXAMPLES = """
 examples:
   # GN+WS at 2 images per step for 10 epochs; with --resume after an interruption
@@ -107,10 +108,6 @@ def _quick_check(data_dir: Path, device: str) -> bool:
     for line, passed in checks.items():
         _echo(f"{'passed' if passed else 'FAILED'}: {line}")
     return all(checks.values())
-
-
-def _echo(*parts: str) -> None:
-    print(*parts, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -49,11 +49,10 @@ def main() -> None:
         cfg = load_config(args.config_file, [*overrides(args), *output])
         start_run(cfg, args)
         folder = Path(cfg.OUTPUT_DIR)
-        trained = ["--config-file", folder / "config.yaml"]
-        trained += ["MODEL.WEIGHTS", folder / "model_final.pth"]
-        after = ["evaluate_coco.py", *trained]
+        config, weights = folder / "config.yaml", folder / "model_final.pth"
+        trained = ["--config-file", config, "MODEL.WEIGHTS", weights]
         draw = ["visualize.py", "--output", folder / "pictures", *trained]
-        print_ending(args, folder, cfg.DATASETS.TEST, after, draw)
+        print_ending(args, folder, cfg.DATASETS.TEST, ["evaluate_coco.py", *trained], draw)
 
 
 def print_ending(

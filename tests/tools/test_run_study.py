@@ -141,7 +141,7 @@ def test_help_and_mistakes(call_tool, tmp_path: Path) -> None:
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml")
     assert status == 2 and "`variants` is missing" in errors
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml", "--jobs", 0)
-    assert status == 2 and "less than 1" in errors
+    assert status == 2 and "it is 0; allowed: 1 or more" in errors
 
 
 def test_scenes_are_registered(run_tool, study: Path) -> None:

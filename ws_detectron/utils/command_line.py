@@ -1,13 +1,14 @@
 """Helpers shared by the command-line tools."""
 
 import argparse
+import math
 import os
 import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional, TypeVar, Union
 
 from tqdm import tqdm
@@ -41,8 +42,10 @@ class ToolParser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As usual, and the help says the default where it has none."""
         default, text = options.get("default"), options.get("help")
-        if text and "default" not in text and default not in (None, False, argparse.SUPPRESS, []):
-            options["help"] = f"{text}; default: {default}".replace("%", "%%")
+        says = (default and default != argparse.SUPPRESS) or type(default) is int  # also 0
+        if text and "default" not in text and says:
+            several = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+            options["help"] = f"{text}; default: {several}".replace("%", "%%")
         return super().add_argument(*names, **options)
 
     def add_either(
@@ -80,6 +83,20 @@ class ToolParser(argparse.ArgumentParser):
         return found
 
 
+def within(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """The type of an argument: a number from `least` to `most`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:  # also false for NaN
+            allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"it is {text}; allowed: {allowed}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
 class _Separator(argparse.Action):
     """An option without a value: the arguments after it are positional again."""
 
@@ -97,8 +114,7 @@ def add_overrides(
 
     Args:
         parser: gets the positional argument `opts` and the options; see `overrides`.
-        nargs: of the positional argument; "*" for `parse_intermixed_args`, None where the parser
-            has this argument already, as detectron2's `default_argument_parser`.
+        nargs: of the positional argument; None where the parser has it, as that of detectron2.
         device: False for a tool that chooses the device.
     """
     if nargs:
@@ -205,6 +221,22 @@ def closing(
         text = step if isinstance(step, str) else f"{_python()} tools/{shlex.join(map(str, step))}"
         lines += [*(["next:"] if not number else []), f"  {text}"]
     return "\n".join(lines)
+
+
+def verdict(checked: Mapping[str, bool], what: str, report: object, then: str) -> int:
+    """Prints the last lines of a tool that checks; returns its exit status, 1 if something fails.
+
+    Args:
+        checked: name -> whether it passes.
+        what: is true of those that pass, such as "exports equal detectron2".
+        report: the file that has the results.
+        then: what to do if all pass.
+    """
+    failed = [name for name, passes in checked.items() if not passes]
+    made = f"{len(checked) - len(failed)} of {len(checked)} {what}"
+    step = f"see in the report what differs: {', '.join(failed)}" if failed else then
+    print(closing(made, {"report": report}, step))  # noqa: T201
+    return 1 if failed else 0
 
 
 def _python() -> str:
