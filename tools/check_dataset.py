@@ -67,10 +67,8 @@ def check(file: Path, folder: Optional[Path], task: Optional[str], output: Optio
         findings += image_findings(images, folder)
     broken = set(result.broken)
     kept = [a for n, a in enumerate(result.content["annotations"]) if n not in broken]
-    print(
-        f"{file} (ws_detectron {package_version()}; read in {read - start:.1f} s, checked in "
-        f"{checked - read:.1f} s)"
-    )
+    times = f"read in {read - start:.1f} s, checked in {checked - read:.1f} s"
+    print(f"{file} (ws_detectron {package_version()}; {times})")
     print(describe({**result.content, "annotations": kept}))
     for level, title in ((ERROR, "errors"), (FIXED, "fixed when read"), (WARNING, "warnings")):
         of_level = [finding for finding in findings if finding.level == level]
@@ -79,15 +77,15 @@ def check(file: Path, folder: Optional[Path], task: Optional[str], output: Optio
             print(f"  {finding.count:6} {finding}")
     errors = sum(finding.count for finding in findings if finding.level == ERROR)
     verdict = f"{file} cannot be used: {errors} errors" if errors else f"{file} can be used"
-    files, then = {}, "docs/data.md has the config that names it"
+    files: dict[str, Path] = {}
+    then: Any = "docs/data.md has the config that names it"
     if output:
         fixed = {**result.content, "annotations": kept}
         validate(fixed, str(output), train=True, masks=masks).usable(log=False)
         write_json(output, fixed, indent=None)
         files = {f"{len(kept)} annotations, {len(broken)} removed": output}
     elif broken:
-        print(closing(verdict, {}, ["check_dataset.py", file, "--output", "fixed.json"]))
-        return False
+        then = ["check_dataset.py", file, "--output", "fixed.json"]
     elif errors:
         then = "correct them and check again; docs/data.md has the rules"
     print(closing(verdict, files, then))

@@ -74,7 +74,9 @@ def main() -> None:
     output = Path("results/parity")
     parser.add_argument("--output", type=Path, default=output, metavar="DIR", help="folder")
     parser.add_argument("--images", type=within(int, 1), default=2, help="of COCO val2017")
-    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument(
+        "--only", default="", help="only models with this in their name; default: all"
+    )
     args = parser.parse_args()
     try:
         from parity.detectors import DETECTORS, compare_detector

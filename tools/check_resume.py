@@ -272,15 +272,12 @@ def report(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     kills = sum(row["kills"] for row in rows)
     equal = sum(not row["different"] for row in rows)
     survived = sum(row["kills"] for row in rows if not row["different"])
+    shown = [{**row, "different": row["different"] or "nothing"} for row in rows]
     lines = [
         f"**{survived} of {kills} kills: the run ends equal**, bit for bit ({equal} of {len(rows)} "
         "runs), to the one without interruption. Written by `tools/check_resume.py`; kills.json "
         "has the moment of each kill.",
-        tabulate(
-            [{**row, "different": row["different"] or "nothing"} for row in rows],
-            headers="keys",
-            tablefmt="github",
-        ),
+        tabulate(shown, headers="keys", tablefmt="github"),
         ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
     ]
     return "\n\n".join(lines) + "\n"

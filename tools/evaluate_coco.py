@@ -68,14 +68,8 @@ def evaluate_files(args: argparse.Namespace) -> None:
     set_up_logging()
     predictions = load_predictions(args.predictions)
     annotations = load_annotations(args.annotations)
-    result = evaluate(
-        annotations,
-        predictions,
-        args.task,
-        reference=args.reference,
-        annotations_name=args.annotations,
-        predictions_name=args.predictions,
-    )
+    names = {"annotations_name": args.annotations, "predictions_name": args.predictions}
+    result = evaluate(annotations, predictions, args.task, reference=args.reference, **names)
     files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
     write_reports(result, folder, **files)
     tables = curve_tables(annotations, predictions, result)

@@ -30,13 +30,8 @@ def main() -> None:
     parser.add_argument("--val", type=int, help="validation images; default: by size; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--objects", type=int, nargs=2, metavar=("LEAST", "MOST"), help="per image")
-    parser.add_argument(
-        "--object-scale",
-        type=float,
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        help="longer side of an object as a share of the image size",
-    )
+    scale, ends = "longer side of an object as a share of the image size", ("LEAST", "MOST")
+    parser.add_argument("--object-scale", type=float, nargs=2, metavar=ends, help=scale)
     parser.add_argument("--min-visible", type=float, help="least visible share of an object")
     parser.add_argument("--output", metavar="DIR", help="root folder of the data sets")
     parser.add_argument("--workers", type=within(int, 1), default=1, help="processes")

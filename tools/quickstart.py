@@ -58,10 +58,8 @@ def main() -> None:
         visualize_dataset(cfg.DATASETS.TEST[0], load_predictions(predictions), pictures)
     print(summary(output, pictures))
     if status:
-        print(
-            f"error: expected (task, metric, value, tolerance): {cfg.TEST.EXPECTED_RESULTS}",
-            file=sys.stderr,
-        )
+        expected = f"(task, metric, value, tolerance): {cfg.TEST.EXPECTED_RESULTS}"
+        print(f"error: expected {expected}", file=sys.stderr)
         sys.exit(status)
 
 

@@ -16,6 +16,8 @@ from ws_detectron.utils.command_line import (
     closing,
     overrides,
     progress,
+    verdict,
+    within,
 )
 
 DEVICE = ["MODEL.DEVICE", "cpu"]
@@ -163,6 +165,35 @@ def test_the_next_command_starts_this_interpreter(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(command_line.shutil, "which", lambda name: "/usr/bin/python")
     python = closing("", {}, ["fold.py"]).split()[1]
     assert os.path.samefile(python, sys.executable)
+
+
+def test_a_check_ends_with_a_verdict_and_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdict({"a": True, "b": True}, "exports are equal", "report.md", "use them") == 0
+    end = "2 of 2 exports are equal\n  report  report.md\nnext:\n  use them\n"
+    assert capsys.readouterr().out == end
+    assert verdict({"a": True, "b": False}, "exports are equal", "report.md", "use them") == 1
+    made, *_, last = capsys.readouterr().out.splitlines()
+    assert made == "1 of 2 exports are equal" and last == "  see in the report what differs: b"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--n 0", "--n: it is 0; allowed: 1 or more"),
+        ("--n x", "--n: invalid int value: 'x'"),
+        ("--share nan", "--share: it is nan; allowed: 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(words: str, message: str, capsys) -> None:
+    parser = ToolParser()
+    parser.add_argument("--n", type=within(int, 1), default=3, help="number")
+    parser.add_argument("--share", type=within(float, 0, 1), default=0, help="share")
+    assert vars(parser.parse_args(["--n", "1", "--share", "1"])) == {"n": 1, "share": 1.0}
+    with pytest.raises(SystemExit):
+        parser.parse_args(words.split())
+    assert message in capsys.readouterr().err
+    text = parser.format_help()
+    assert "number; default: 3" in text and "share; default: 0" in text
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "Qt4Agg"])
