@@ -1,8 +1,11 @@
 """Reports what is installed, what is missing or broken, and how to fix it.
 
-It stands outside of the package, which cannot be imported where torch or detectron2 is missing or
-broken, and imports only the standard library before it looks.
+Needs no other package: it tells what is wrong where torch or detectron2 is missing or broken. The
+exit status is 1 if training cannot work.
 """
+
+# Outside of the package, whose import would fail there; imports only the standard library before
+# it looks.
 
 from __future__ import annotations
 
@@ -22,6 +25,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+EXAMPLES = """
+examples:
+  ws-doctor
+  ws-doctor --json > report.json                      # for a bug report
+
+  # in a clone, before anything is installed; with data sets
+  python -m ws_doctor
+  DETECTRON2_DATASETS=~/datasets python -m ws_doctor
+"""
 INSTALL_DETECTRON2 = (
     "run `python tools/install_detectron2.py` from the repository, or install it as "
     "https://detectron2.readthedocs.io/en/latest/tutorials/install.html says"
@@ -278,9 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 1 if training cannot work, 0 otherwise.
     """
     parser = argparse.ArgumentParser(
-        description="Reports what is installed, what is missing or broken, and how to fix it. "
-        "The exit status is 1 if training cannot work.",
-        epilog="example: DETECTRON2_DATASETS=~/datasets python -m ws_doctor",
+        prog="ws-doctor",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for bug reports")
     as_json = parser.parse_args(arguments).json
@@ -300,10 +313,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"note: {finding.subject}: {finding.note}")
     for finding in problems:
         print(f"problem: {finding.subject}: {finding.found}; {finding.remedy}")
-    print(f"training cannot work, problems: {len(problems)}" if problems else "training can work")
+    if not problems:
+        print("training can work\nnext:\n  python tools/quickstart.py")
+        return 0
+    first = problems[0]
+    print(f"training cannot work, problems: {len(problems)}\nnext:")
     if any(finding.found == "not installed" for finding in problems):
-        print("in a clone of the repository, `make set-up` installs everything into .venv")
-    return 1 if problems else 0
+        print("  `make set-up` in a clone of the repository installs everything into .venv; or")
+    print(f"  solve the first, {first.subject}: {first.remedy}; then run this again")
+    return 1
 
 
 def load(name: str, remedy: str) -> ModuleType:

@@ -39,7 +39,7 @@ def test_this_environment_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch                      {torch.__version__}\n" in output
     assert "nms and roi_align on cpu   work\n" in output
     assert "detectron2's compiled ops" in output
-    assert output.endswith("training can work\n")
+    assert output.endswith("training can work\nnext:\n  python tools/quickstart.py\n")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,9 @@ def test_broken_torch_is_a_problem_with_a_remedy_and_no_traceback(
     assert expected in line
     assert line.endswith(ws_doctor.INSTALL_TORCH)
     assert ("`make set-up`" in done.stdout) == (expected == "not installed")
+    verdict, *_, last = done.stdout[done.stdout.index("training cannot work") :].splitlines()
+    assert verdict == f"training cannot work, problems: {done.stdout.count('problem: ')}"
+    assert last.startswith("  solve the first, torch: ") and ws_doctor.INSTALL_TORCH in last
     # detectron2 and this package need torch; the later checks still run
     assert "problem: detectron2" in done.stdout
     assert "problem: ws_detectron: " in done.stdout
@@ -106,7 +109,9 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         ws_doctor.main(["--help"])
     assert caught.value.code == 0
-    assert "python -m ws_doctor" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "examples:\n  ws-doctor\n" in text and "  python -m ws_doctor\n" in text
+    assert "Reports what is installed" in text and "exit status is 1" in " ".join(text.split())
 
 
 def test_check_that_fails_becomes_a_problem_and_the_next_one_runs(
@@ -347,4 +352,4 @@ def test_the_module_of_the_package_is_another_way_in() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ws_detectron.doctor"], capture_output=True, text=True
     )
-    assert done.returncode == 0 and done.stdout.endswith("training can work\n"), done.stderr
+    assert done.returncode == 0 and "\ntraining can work\nnext:\n" in done.stdout, done.stderr

@@ -28,8 +28,14 @@ def test_wrong_name_shows_the_path_and_the_nearest_names() -> None:
 
 def test_name_unlike_any_other_gets_no_suggestion() -> None:
     for name in ("zzz", "output/config.yaml"):
-        with pytest.raises(UserError, match=f"neither /.*/{name} nor .*configs/{name} exists$"):
+        with pytest.raises(UserError, match=f"no file /.*/{name} or .*configs/{name}$"):
             model_zoo.get_config_file(name)
+
+
+def test_a_full_path_is_shown_once() -> None:
+    with pytest.raises(UserError) as caught:
+        model_zoo.get_config_file("/nowhere/a.yaml")
+    assert str(caught.value) == "no config '/nowhere/a.yaml': there is no file /nowhere/a.yaml"
 
 
 def test_names_are_those_of_all_files_and_lead_back_to_them() -> None:

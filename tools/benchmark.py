@@ -16,7 +16,7 @@ from ws_detectron.lab.benchmark.measurements import (
     update_page,
 )
 from ws_detectron.lab.fashion_mnist.model import VARIANTS as CLASSIFIER_VARIANTS
-from ws_detectron.utils.command_line import add_overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing
 from ws_detectron.utils.io import check_folder
 
 EXAMPLES = """
@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "variants": {"nargs": "+", "choices": VARIANTS, "help": "the first is the baseline"},
     "modes": {"nargs": "+", "choices": MODES, "help": "of running a model"},
     "batches": {"type": int, "nargs": "+", "help": "images per step"},
-    "short_side": {"type": int, "help": "pixels; None: 800 on a GPU, 320 on a CPU"},
+    "short_side": {"type": int, "help": "pixels; default: 800 on a GPU, 320 on a CPU"},
     "opts": {},
 }
 CLASSIFIER = {"variants": tuple(CLASSIFIER_VARIANTS), "modes": ("plain", "compile")}
@@ -54,24 +54,20 @@ def main() -> None:
         check_folder(args.get("output", "."))
         if what == "page":
             update_page(**args)
-        elif what == "gpu":
-            for text in measure_gpu(**args):
-                print(text, flush=True)
-        else:
-            print(measure(what, **args))
-        if what != "page":
-            print(f"measurements: {args['output']}\nnext:\n  python tools/benchmark.py page")
+            print(closing("wrote the tables", {"page": args["page"]}))
+            return
+        for text in measure_gpu(**args) if what == "gpu" else [measure(what, **args)]:
+            print(text, flush=True)
+    files = {"measurements": args["output"]}
+    print(closing(f"measured {what}", files, ["benchmark.py", "page"]))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ToolParser(__doc__, EXAMPLES)
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    shown: Any = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 
     def add(name: str, text: str, options: dict[str, Any]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, **shown)
+        command = commands.add_parser(name, help=text, description=text)
         for option, default in options.items():
             known = {**OPTIONS[option], "default": default}
             if name == "classifier" and option in CLASSIFIER:
@@ -91,9 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
     gpu = add("gpu", f"on a GPU {', '.join(GPU)}, one by one", {"rounds": 20, "warmup": 2})
     gpu.add_argument("--budget", type=duration, help="start nothing after it, such as 8m or 90s")
     text = "write the tables into docs/performance.md"
-    page = commands.add_parser("page", help=text, description=text, **shown)
-    page.add_argument("--results", dest="folder", default="results/benchmark", metavar="DIR")
-    page.add_argument("--output", dest="page", default="docs/performance.md", metavar="MD")
+    page = commands.add_parser("page", help=text, description=text)
+    page.add_argument(
+        "--results", dest="folder", default="results/benchmark", metavar="DIR", help="read"
+    )
+    page.add_argument(
+        "--output", dest="page", default="docs/performance.md", metavar="MD", help="written"
+    )
     return parser
 
 

@@ -1,16 +1,15 @@
 """Checks a COCO annotation file and its images, and summarizes their content."""
 
-import argparse
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from ws_detectron.data.images import image_findings
 from ws_detectron.data.validate import ERROR, FIXED, WARNING, read_json, validate
 from ws_detectron.errors import DataError, exit_on_user_error, shown
-from ws_detectron.utils.command_line import ToolParser, add_input, closing, progress
+from ws_detectron.utils.command_line import ToolParser, closing, progress
 from ws_detectron.utils.environment import package_version
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_json
 
@@ -33,65 +32,64 @@ applies them before it starts.
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    add_input(parser, "COCO annotations (JSON)")
+    parser.add_either("input", "COCO annotations (JSON)")
     parser.add_argument("--images", metavar="FOLDER", type=Path, help="folder of the images")
     parser.add_argument(
         "--task", choices=("bbox", "segm"), help="default: segm if any object has a mask"
     )
     parser.add_argument("--output", metavar="JSON", type=Path, help="write a fixed file")
-    args = parser.parse_intermixed_args()
-    if not args.input:
-        parser.error("name the file to check")
-    args.file = Path(args.input)
+    args = parser.parse_args()
     with exit_on_user_error():
-        usable = check(args)
-    sys.exit(0 if usable else 1)
+        sys.exit(0 if check(Path(args.input), args.images, args.task, args.output) else 1)
 
 
-def check(args: argparse.Namespace) -> bool:
+def check(file: Path, folder: Optional[Path], task: Optional[str], output: Optional[Path]) -> bool:
     """Prints the report; returns whether everything can be used."""
-    if args.output:
-        refuse_overwrite([args.output], [args.file])
-        check_folder(args.output.parent)
-    if args.images and not args.images.is_dir():
-        raise DataError(f"--images {args.images} is not a folder")
+    if output:
+        refuse_overwrite([output], [file])
+        check_folder(output.parent)
+    if folder and not folder.is_dir():
+        raise DataError(f"--images {folder} is not a folder")
     start = time.perf_counter()
-    content = read_json(args.file, "annotations")
+    content = read_json(file, "annotations")
     read = time.perf_counter()
     entries = content.get("annotations") if isinstance(content, dict) else None
-    masks = args.task == "segm" or (
-        args.task is None
+    masks = task == "segm" or (
+        task is None
         and isinstance(entries, list)
         and any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries)
     )
-    result = validate(content, str(args.file), train=True, masks=masks)
+    result = validate(content, str(file), train=True, masks=masks)
     checked = time.perf_counter()
     findings = list(result.findings)
-    if args.images:
+    if folder:
         images = progress(result.content["images"], "reading headers", "image")
-        findings += image_findings(images, args.images)
+        findings += image_findings(images, folder)
     broken = set(result.broken)
     kept = [a for n, a in enumerate(result.content["annotations"]) if n not in broken]
-    print(
-        f"{args.file} (ws_detectron {package_version()}; read in {read - start:.1f} s, checked in "
-        f"{checked - read:.1f} s)"
-    )
+    times = f"read in {read - start:.1f} s, checked in {checked - read:.1f} s"
+    print(f"{file} (ws_detectron {package_version()}; {times})")
     print(describe({**result.content, "annotations": kept}))
     for level, title in ((ERROR, "errors"), (FIXED, "fixed when read"), (WARNING, "warnings")):
         of_level = [finding for finding in findings if finding.level == level]
         print(f"{title}: {sum(f.count for f in of_level) or 'none'}")
         for finding in of_level:
             print(f"  {finding.count:6} {finding}")
-    if args.output:
+    errors = sum(finding.count for finding in findings if finding.level == ERROR)
+    verdict = f"{file} cannot be used: {errors} errors" if errors else f"{file} can be used"
+    files: dict[str, Path] = {}
+    then: Any = "docs/data.md has the config that names it"
+    if output:
         fixed = {**result.content, "annotations": kept}
-        validate(fixed, str(args.output), train=True, masks=masks).usable(log=False)
-        write_json(args.output, fixed, indent=None)
-        print(f"{args.output}: {len(kept)} annotations, {len(broken)} removed")
-    usable = not any(finding.level == ERROR for finding in findings)
-    if usable or args.output:
-        file = args.file if usable else args.output
-        print(closing(f"{file} can be used; docs/data.md has the config that names it"))
-    return usable
+        validate(fixed, str(output), train=True, masks=masks).usable(log=False)
+        write_json(output, fixed, indent=None)
+        files = {f"{len(kept)} annotations, {len(broken)} removed": output}
+    elif broken:
+        then = ["check_dataset.py", file, "--output", "fixed.json"]
+    elif errors:
+        then = "correct them and check again; docs/data.md has the rules"
+    print(closing(verdict, files, then))
+    return not errors
 
 
 def describe(content: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from ws_detectron.engine import Trainer, load_config
 from ws_detectron.engine.checks import check_datasets
 from ws_detectron.errors import ConfigError, exit_on_user_error
 from ws_detectron.export import FORMATS, PARTS, check_export, export_model
-from ws_detectron.utils.command_line import ToolParser
+from ws_detectron.utils.command_line import ToolParser, progress, verdict
 from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import write_text
 
@@ -75,17 +75,9 @@ the pixels in either of the two; features within 1e-4 of the largest of their le
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "--run",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="DIR",
-        help="folders of trained models; default: random R-50 ones",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/export"), metavar="DIR", help="folder"
-    )
+    runs, output = "folders of trained models; default: random R-50 ones", Path("results/export")
+    parser.add_argument("--run", nargs="+", type=Path, default=[], metavar="DIR", help=runs)
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help="folder")
     args = parser.parse_args()
     if args.run:
         names = ", ".join(run.name for run in args.run)
@@ -108,14 +100,15 @@ def main() -> None:
             # after each, in case the next is interrupted
             table = tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
             write_text(args.output / "README.md", REPORT.format(**about, table=table))
-    print(f"wrote {args.output / 'README.md'}")
-    sys.exit(0 if all(row[""] == "equal" for row in rows) else 1)
+    checked = {f"{r['format']} of {r['model']}, {r['part']}": r[""] == "equal" for r in rows}
+    then = "docs/deploy.md has examples that run exports"
+    sys.exit(verdict(checked, "exports equal detectron2", args.output / "README.md", then))
 
 
 def check_all(runs: list[Path], folder: Path) -> Iterator[dict[str, str]]:
     """The rows of the table."""
     trained = {run.name: run for run in runs}
-    for name in trained or CONFIGS:
+    for name in progress([*(trained or CONFIGS)], "exporting", "model"):
         if run := trained.get(name):
             weights = ["MODEL.WEIGHTS", str(run / "model_final.pth"), "MODEL.DEVICE", "cpu"]
             cfg = load_config(str(run / "config.yaml"), weights)

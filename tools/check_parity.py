@@ -18,7 +18,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 
 from ws_detectron.errors import UserError, exit_on_user_error
-from ws_detectron.utils.command_line import ToolParser
+from ws_detectron.utils.command_line import ToolParser, progress, verdict, within
 from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import write_json, write_text
 
@@ -71,11 +71,12 @@ Results = dict[str, dict[str, dict[str, list[Any]]]]
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
+    output = Path("results/parity")
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help="folder")
+    parser.add_argument("--images", type=within(int, 1), default=2, help="of COCO val2017")
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("results/parity"), help="folder"
+        "--only", default="", help="only models with this in their name; default: all"
     )
-    parser.add_argument("--images", type=int, default=2, help="number of COCO val2017 images")
-    parser.add_argument("--only", default="", help="only models whose name contains this")
     args = parser.parse_args()
     try:
         from parity.detectors import DETECTORS, compare_detector
@@ -89,13 +90,13 @@ def main() -> None:
     ]
     results: Results = {}
     for names, compare in ((DETECTORS, compare_detector), (RESNETS, compare_resnet)):
-        for name in (n for n in names if args.only in n):
+        for name in progress([n for n in names if args.only in n], "comparing", "model"):
             groups = results.setdefault(name, {})
             with tempfile.TemporaryDirectory() as folder:
                 for group, what, value, limit in compare(name, images, SEED, Path(folder)):
                     known = groups.setdefault(group, {}).setdefault(what, [value, limit])
                     known[0] = max(known[0], value)
-            print(name, "agrees" if holds({name: results[name]}) else "DIFFERS", flush=True)
+            print(name, "agrees" if holds(groups) else "DIFFERS", flush=True)
     about = {
         "environment": environment(PACKAGES),
         "command": shlex.join(["python", *sys.argv]),
@@ -105,15 +106,15 @@ def main() -> None:
     write_json(args.output / "parity.json", {**about, "results": results})
     docs = os.path.relpath(Path(__file__).parents[1] / "docs" / "weights.md", args.output)
     write_text(args.output / "README.md", report(results, {**about, "docs": docs}))
-    print(f"wrote {args.output}/README.md")
-    sys.exit(0 if holds(results) else 1)
+    checked = {name: holds(groups) for name, groups in results.items()}
+    then = "convert weights of such models: tools/convert_weights.py --help"
+    what = f"models agree with their source on {len(images)} images"
+    sys.exit(verdict(checked, what, args.output / "README.md", then))
 
 
-def holds(results: Results) -> bool:
-    """Whether every value is within its limit."""
-    measures = [
-        m for groups in results.values() for group in groups.values() for m in group.values()
-    ]
+def holds(groups: dict[str, dict[str, list[Any]]]) -> bool:
+    """Whether every value of a model is within its limit."""
+    measures = [measure for group in groups.values() for measure in group.values()]
     return all(limit is None or value <= limit for value, limit in measures)
 
 

@@ -5,7 +5,6 @@ once killed with SIGKILL again and again, resumed each time with another number 
 Weights, momentum, schedule, recent metrics and metrics.json must be equal but for times.
 """
 
-import argparse
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from tabulate import tabulate
 from ws_detectron.engine.checks import check_datasets
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.lab.scenes import builtin_scenes, ensure_scenes
-from ws_detectron.utils.command_line import ToolParser
+from ws_detectron.utils.command_line import ToolParser, progress, verdict, within
 from ws_detectron.utils.environment import environment
 from ws_detectron.utils.io import check_folder, write_json, write_text
 
@@ -79,7 +78,14 @@ PACKAGES = ("torch", "detectron2", "numpy")
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = ToolParser(__doc__, EXAMPLES)
+    add = parser.add_argument
+    add("--kills", type=within(int, 0), default=20, metavar="N", help="in all cases together")
+    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    add("--seed", type=int, default=0, help="of the times of the kills")
+    add("--work", default="output/check_resume", metavar="DIR", help="new folder for the runs")
+    add("--output", default="results/resume", metavar="DIR", help="folder of the report")
+    args = parser.parse_args()
     with exit_on_user_error():
         check_folder(args.output)
         work = Path(args.work).absolute()
@@ -89,7 +95,7 @@ def main() -> None:
         rng = random.Random(args.seed)
         shares = [len(range(i, args.kills, len(args.cases))) for i in range(len(args.cases))]
         rows, kills = [], []
-        for name, share in zip(args.cases, shares):
+        for name, share in progress([*zip(args.cases, shares)], "training and killing", "run"):
             whole, seconds = train_alone(CASES[name], work / name / "whole")
             folder = work / name / "killed"
             found = train_killed(CASES[name], folder, share, seconds, rng)
@@ -100,18 +106,10 @@ def main() -> None:
             write_json(Path(args.output, "kills.json"), {"about": about, "kills": kills})
             write_text(Path(args.output, "report.md"), report(about, rows))
         print(report(about, rows))
-    sys.exit(any(row["different"] for row in rows))
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = ToolParser(__doc__, EXAMPLES)
-    add = parser.add_argument
-    add("--kills", type=int, default=20, metavar="N", help="in all cases together (default: 20)")
-    add("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
-    add("--seed", type=int, default=0, help="of the times of the kills (default: 0)")
-    add("--work", default="output/check_resume", metavar="DIR", help="new folder for the runs")
-    add("--output", default="results/resume", metavar="DIR", help="folder of the report")
-    return parser
+    checked = {row["run"]: not row["different"] for row in rows}
+    what = f"killed runs ({len(kills)} kills) end bit for bit as without interruption"
+    then = f"nothing; the runs can be deleted: {work}"
+    sys.exit(verdict(checked, what, Path(args.output, "report.md"), then))
 
 
 def data_of(case: Case) -> str:
@@ -274,15 +272,12 @@ def report(about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     kills = sum(row["kills"] for row in rows)
     equal = sum(not row["different"] for row in rows)
     survived = sum(row["kills"] for row in rows if not row["different"])
+    shown = [{**row, "different": row["different"] or "nothing"} for row in rows]
     lines = [
         f"**{survived} of {kills} kills: the run ends equal**, bit for bit ({equal} of {len(rows)} "
         "runs), to the one without interruption. Written by `tools/check_resume.py`; kills.json "
         "has the moment of each kill.",
-        tabulate(
-            [{**row, "different": row["different"] or "nothing"} for row in rows],
-            headers="keys",
-            tablefmt="github",
-        ),
+        tabulate(shown, headers="keys", tablefmt="github"),
         ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
     ]
     return "\n\n".join(lines) + "\n"

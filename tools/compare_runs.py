@@ -35,18 +35,12 @@ missing or broken; it is named, and the others are compared.
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[NAME=]RUN",
-        help="a run folder, a metrics.json, or a coco_evaluation.json",
-    )
-    parser.add_argument(
-        "--output", metavar="DIR", default="comparison", help="default: %(default)s"
-    )
+    kinds = "RUN or NAME=RUN; a run folder, a metrics.json, or a coco_evaluation.json"
+    parser.add_either("input", kinds, nargs="+")
+    parser.add_argument("--output", metavar="DIR", default="comparison", help="folder")
     args = parser.parse_args()
     with exit_on_user_error():
-        problems = compare(args.runs, Path(args.output))
+        problems = compare(args.input, Path(args.output))
     if problems:
         print("missing or broken:", *problems, sep="\n  ", file=sys.stderr)
         sys.exit(1)
@@ -70,7 +64,7 @@ def compare(arguments: list[str], output: Path) -> list[str]:
             write_figure(draw(runs), output / name)
     for name, figure in draw_evaluations(runs).items():
         write_figure(figure, output / name)
-    written = {path.name: path for path in outputs if path.exists()}
+    written = {"comparison": output / "comparison.md", "tables and curves": output / "*.csv, *.png"}
     folder = runs[0].path if runs[0].path.is_dir() else runs[0].path.parent
     trained = ["--config-file", folder / "config.yaml", "MODEL.WEIGHTS", folder / "model_final.pth"]
     pictures = ["visualize.py", "--output", folder / "pictures", *trained]

@@ -3,7 +3,6 @@
 Nothing in the input file is executed, and unexpected keys are errors.
 """
 
-import argparse
 from pathlib import Path
 
 from ws_detectron.checkpoint import (
@@ -14,7 +13,7 @@ from ws_detectron.checkpoint import (
     write_mmdet,
 )
 from ws_detectron.errors import UserError, exit_on_user_error
-from ws_detectron.utils.command_line import ToolParser, add_input, closing
+from ws_detectron.utils.command_line import ToolParser, closing
 from ws_detectron.utils.io import check_folder, refuse_overwrite, write_text
 from ws_detectron.utils.yaml_files import config_text
 
@@ -42,54 +41,33 @@ EXAMPLES = """examples:
 """
 
 
-OUTPUT = "the file to write; .pth, or .pkl for detectron2"
-
-
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    add_input(parser, "the file to convert")
-    parser.add_argument("to_write", nargs="?", metavar="output", help=f"{OUTPUT}; or as --output")
-    parser.add_argument("--output", metavar="FILE", help=OUTPUT)
+    parser.add_either("input", "the file to convert")
+    parser.add_either("output", "the file to write; .pth, or .pkl for detectron2", required=False)
     parser.add_argument(
         "--check",
         action="store_true",
         help="print what the input is, whether it is whole and what it needs, and write nothing",
     )
-    parser.add_argument(
-        "--source",
-        choices=["auto", *SOURCES],
-        default="auto",
-        help="format of the input (default: auto)",
-    )
+    source = "format of the input; default: found by its keys"
+    parser.add_argument("--source", choices=["auto", *SOURCES], default="auto", help=source)
     parser.add_argument(
         "--to", choices=("detectron2", "mmdet"), default="detectron2", help="format of the output"
     )
-    ws = parser.add_mutually_exclusive_group()
-    ws.add_argument("--ws", action="store_true", default=None, help="trained with WS")
-    ws.add_argument("--no-ws", dest="ws", action="store_false", help="trained without WS")
-    parser.add_argument(
-        "--allow",
-        nargs="+",
-        default=[],
-        metavar="KEY",
-        help="unexpected keys to leave out; * matches anything",
-    )
-    parser.add_argument(
-        "--report", metavar="FILE", help="write a TSV table of what became of each key"
-    )
-    return parser
-
-
-def main() -> None:
-    parser = build_parser()
-    args = parser.parse_intermixed_args()
-    args.output = args.output or args.to_write
-    if not args.input:
-        parser.error("name the file to convert")
+    trained = parser.add_mutually_exclusive_group()
+    trained.add_argument("--ws", action="store_true", default=None, help="trained with WS")
+    trained.add_argument("--no-ws", dest="ws", action="store_false", help="trained without WS")
+    allow = "unexpected keys to leave out; * matches anything"
+    parser.add_argument("--allow", nargs="+", default=[], metavar="KEY", help=allow)
+    table = "write a TSV table of what became of each key"
+    parser.add_argument("--report", metavar="FILE", help=table)
+    args = parser.parse_args()
     if args.check:
         if args.output or args.report or args.to != "detectron2":
             parser.error("--check writes nothing; leave out the output, --to and --report")
-        print(describe_file(args.input, args.source, args.ws, args.allow))
+        found = describe_file(args.input, args.source, args.ws, args.allow)
+        print(closing(found, {}, ["convert_weights.py", args.input, "converted.pth"]))
         return
     if not args.output:
         parser.error("name the output, or pass --check")

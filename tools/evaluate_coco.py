@@ -2,9 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Union
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start
@@ -19,8 +17,8 @@ from ws_detectron.evaluation.coco_report import (
     check_reports,
     write_reports,
 )
-from ws_detectron.evaluation.evaluate import RESULTS, evaluate_in_process
-from ws_detectron.evaluation.runs import read_run
+from ws_detectron.evaluation.evaluate import evaluate_in_process, set_up_logging
+from ws_detectron.evaluation.runs import main_metrics, read_run
 from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import refuse_overwrite
 
@@ -67,26 +65,19 @@ def evaluate_files(args: argparse.Namespace) -> None:
     folder = Path(args.output or Path(args.predictions).parent)
     check_reports(folder, args.predictions, args.annotations)
     refuse_overwrite([folder / name for name in FILES], [args.predictions, args.annotations])
-    predictions, annotations = (
-        load_predictions(args.predictions),
-        load_annotations(args.annotations),
-    )
-    result = evaluate(
-        annotations,
-        predictions,
-        args.task,
-        reference=args.reference,
-        annotations_name=args.annotations,
-        predictions_name=args.predictions,
-    )
+    set_up_logging()
+    predictions = load_predictions(args.predictions)
+    annotations = load_annotations(args.annotations)
+    names = {"annotations_name": args.annotations, "predictions_name": args.predictions}
+    result = evaluate(annotations, predictions, args.task, reference=args.reference, **names)
     files = {"annotations_file": args.annotations, "predictions_file": args.predictions}
-    written = write_reports(result, folder, **files)
+    write_reports(result, folder, **files)
     tables = curve_tables(annotations, predictions, result)
-    curves = write_curves(tables, folder, Path(args.annotations).stem)
+    write_curves(tables, folder, Path(args.annotations).stem)
     print(as_text(result), best_text(tables), sep="\n")
     if any("keypoints" in entry for entry in predictions):
         print(f"note: {KEYPOINTS}")
-    print(ending(folder, [*written, *curves]))
+    print(ending(folder))
 
 
 def evaluate_config(args: argparse.Namespace) -> None:
@@ -96,21 +87,16 @@ def evaluate_config(args: argparse.Namespace) -> None:
     folder = Path(args.output or Path(cfg.OUTPUT_DIR, "inference"))
     if int(os.environ.get("RANK", args.machine_rank)) == 0:
         names = cfg.DATASETS.TEST
-        folders = [folder / name for name in names] if len(names) > 1 else [folder]
-        for part in folders:
-            print(ending(part, [part / name for name in (RESULTS, JSON_NAME, *FILES)]))
+        for name in names if len(names) > 1 else [""]:
+            print(ending(folder / name))
 
 
-def ending(folder: Path, written: Sequence[Union[str, Path]]) -> str:
+def ending(folder: Path) -> str:
     """AP, the files, and the comparison with another run."""
-    found = read_run(folder / JSON_NAME, "").metrics
-    ap = ", ".join(
-        f"{name} {found[name]:.1f}"
-        for name in ("bbox/AP", "segm/AP")
-        if found.get(name) is not None
-    )
+    found = main_metrics(read_run(folder / JSON_NAME, "").metrics)
     compare = ["compare_runs.py", f"this={folder / JSON_NAME}", "other=<run>"]
-    return closing(ap, {Path(path).name: path for path in written}, compare)
+    files = {"metrics": folder / JSON_NAME, "tables and curves": folder / "*.csv, *.png"}
+    return closing(f"evaluated, {found}", files, compare)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tabulate import tabulate
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config
 from ws_detectron.errors import exit_on_user_error
+from ws_detectron.evaluation.evaluate import set_up_logging
 from ws_detectron.export import FORMATS, PARTS, export_model, rows
 from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 from ws_detectron.utils.io import refuse_overwrite
@@ -48,6 +49,7 @@ def main() -> None:
     )  # fmt: skip
     add_overrides(parser)
     args = parser.parse_args()
+    set_up_logging()
     with exit_on_user_error():
         refuse_overwrite(args.output, [args.config_file])
         cfg = load_config(args.config_file, overrides(args))
@@ -59,8 +61,8 @@ def main() -> None:
         sys.exit(1)
     found = "; ".join(dict.fromkeys(comparison.found for comparison in comparisons))
     made = f"\nequal to detectron2 on {len(comparisons)} inputs: {found}"
-    print(closing(made, {"exported": args.output}))
-    print("next: run it, docs/deploy.md")
+    then = "docs/deploy.md has an example that runs it without detectron2"
+    print(closing(made, {"exported": args.output}, then))
 
 
 if __name__ == "__main__":

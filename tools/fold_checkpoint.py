@@ -3,7 +3,7 @@
 Using them does not need ws_detectron.
 """
 
-import os
+from pathlib import Path
 
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_device, check_weights
@@ -29,18 +29,12 @@ then, with detectron2 alone:
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
     parser.add_argument("--config-file", required=True, help="the config of the trained model")
-    parser.add_argument(
-        "--output",
-        required=True,
-        metavar="PTH",
-        help="weights to write; the config is written beside them as .yaml",
-    )
+    about = "weights to write; the config is written beside them as .yaml"
+    parser.add_argument("--output", type=Path, required=True, metavar="PTH", help=about)
     add_overrides(parser)
     args = parser.parse_args()
     with exit_on_user_error():
-        refuse_overwrite(
-            [args.output, os.path.splitext(args.output)[0] + ".yaml"], [args.config_file]
-        )
+        refuse_overwrite([args.output, args.output.with_suffix(".yaml")], [args.config_file])
         cfg = load_config(args.config_file, overrides(args))
         check_device(cfg)
         check_weights(cfg)
@@ -53,10 +47,7 @@ def main() -> None:
         "visualize.py",
         "--config-file",
         config,
-        "--input",
-        "photo.jpg",
-        "--output",
-        "drawn.jpg",
+        *"--input photo.jpg --output drawn.jpg".split(),
     ]
     print(closing(made, {"weights": weights, "config": config}, draw))
 

@@ -1,7 +1,11 @@
 """Trains and evaluates what a LazyConfig, detectron2's config in Python, defines."""
 
+from pathlib import Path
+
+from train_net import print_ending
+
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
-from ws_detectron.engine.lazy import start_lazy_run
+from ws_detectron.engine.lazy import load_lazy_config, start_lazy_run, test_sets
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.utils.command_line import training_parser
 
@@ -27,6 +31,11 @@ def main() -> None:
         given = {"train.device": args.device, "train.output_dir": args.output}
         args.opts += [f"{key}={value}" for key, value in given.items() if value]
         start_lazy_run(args)
+        cfg = load_lazy_config(args.config_file, args.opts)
+        folder = Path(cfg.train.output_dir)
+        weights = f"train.init_checkpoint={folder / 'model_final.pth'}"
+        again = ["--eval-only", "--config-file", folder / "config.yaml", weights]
+        print_ending(args, folder, test_sets(cfg)[:1], ["lazyconfig_train_net.py", *again])
 
 
 if __name__ == "__main__":

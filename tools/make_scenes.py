@@ -1,6 +1,5 @@
 """Makes scenes: small COCO-format data sets whose masks are exact to the pixel."""
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ws_detectron.evaluation.inputs import write_image
 from ws_detectron.lab.scenes import SceneSpec, ensure_scenes, register_scenes
 from ws_detectron.lab.scenes.dataset import contact_sheet, summarize
 from ws_detectron.lab.scenes.scene import KINDS, SPLITS
-from ws_detectron.utils.command_line import ToolParser, closing
+from ws_detectron.utils.command_line import ToolParser, closing, within
 from ws_detectron.utils.io import check_folder, refuse_overwrite
 
 EXAMPLE = """example:
@@ -23,7 +22,7 @@ where the data sets scenes_<kind>_<size>_<split> are read.
 PREVIEW_IMAGES = 12
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = ToolParser(__doc__, EXAMPLE)
     parser.add_argument("--kind", choices=KINDS, default="shapes", help="type of the objects")
     parser.add_argument("--image-size", type=int, default=128, help="height and width, pixels")
@@ -31,22 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val", type=int, help="validation images; default: by size; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--objects", type=int, nargs=2, metavar=("LEAST", "MOST"), help="per image")
-    parser.add_argument(
-        "--object-scale",
-        type=float,
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        help="longer side of an object as a share of the image size",
-    )
+    scale, ends = "longer side of an object as a share of the image size", ("LEAST", "MOST")
+    parser.add_argument("--object-scale", type=float, nargs=2, metavar=ends, help=scale)
     parser.add_argument("--min-visible", type=float, help="least visible share of an object")
     parser.add_argument("--output", metavar="DIR", help="root folder of the data sets")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--workers", type=within(int, 1), default=1, help="processes")
     parser.add_argument("--preview", metavar="PNG", help="picture of the first annotated images")
-    return parser
-
-
-def main() -> None:
-    args = build_parser().parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     fields = ("seed", "objects", "object_scale", "min_visible")
     changes = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
@@ -66,11 +56,16 @@ def main() -> None:
         refuse_overwrite(args.preview, [record["file_name"] for record in records])
         records = records[:PREVIEW_IMAGES]
         write_image(Path(args.preview), contact_sheet("scenes_preview", records))
-        print(f"preview of the {specs[0].split} images: {args.preview}")
-    if args.output is None:
-        names = [f"('scenes_{args.kind}_{args.image_size}_{split}',)" for split in SPLITS]
-        train = ["train_net.py", "--config-file", "<config>", "DATASETS.TRAIN", names[0]]
-        print(closing("made", {}, [*train, "DATASETS.TEST", names[1]]))
+    names = [f"('scenes_{args.kind}_{args.image_size}_{split}',)" for split in SPLITS]
+    data = ["DATASETS.TRAIN", names[0], "DATASETS.TEST", names[1]]
+    then = "docs/data.md has the config that names a data set in a folder of yours"
+    print(
+        closing(
+            f"made {sum(spec.num_images for spec in specs)} images of {args.kind}",
+            {"preview": args.preview} if args.preview and specs else {},
+            then if args.output else ["train_net.py", "--config-file", "<config>", *data],
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, run
 from ws_detectron.errors import exit_on_user_error
 from ws_detectron.evaluation.coco_eval import load_predictions
-from ws_detectron.evaluation.runs import read_run
+from ws_detectron.evaluation.runs import main_metrics, read_run
 from ws_detectron.evaluation.visualize import visualize_dataset
 from ws_detectron.model_zoo import get_config_file
-from ws_detectron.utils.command_line import ToolParser, add_overrides, overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
 
 CONFIG = "quickstart/mask_rcnn_R_18_FPN_shapes_gn_ws.yaml"
 BN = "quickstart/mask_rcnn_R_18_FPN_shapes_bn_1img.yaml"
@@ -35,13 +35,13 @@ examples:
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    parser.add_argument("--config-file", default=None, help=f"default: {CONFIG}")
-    parser.add_argument("--output", default="output/quickstart", help="default: %(default)s")
+    default = get_config_file(CONFIG)
+    parser.add_argument("--config-file", default=default, help=f"default: {CONFIG}")
+    parser.add_argument("--output", default="output/quickstart", help="folder")
     parser.add_argument("--resume", action="store_true", help="resume the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="delete that run and train again")
     add_overrides(parser)
     args = parser.parse_args()
-    args.config_file = args.config_file or get_config_file(CONFIG)
     args.eval_only = False
     with exit_on_user_error():
         cfg = load_config(args.config_file, [*overrides(args), "OUTPUT_DIR", args.output])
@@ -58,10 +58,8 @@ def main() -> None:
         visualize_dataset(cfg.DATASETS.TEST[0], load_predictions(predictions), pictures)
     print(summary(output, pictures))
     if status:
-        print(
-            f"error: expected (task, metric, value, tolerance): {cfg.TEST.EXPECTED_RESULTS}",
-            file=sys.stderr,
-        )
+        expected = f"(task, metric, value, tolerance): {cfg.TEST.EXPECTED_RESULTS}"
+        print(f"error: expected {expected}", file=sys.stderr)
         sys.exit(status)
 
 
@@ -120,27 +118,27 @@ class Progress(logging.Handler):
 
 
 def summary(output: Path, pictures: Path) -> str:
-    """Final AP and the paths of all outputs."""
-    python = os.path.relpath(sys.executable)
-    final = [row for row in read_run(output, "quickstart").rows if "bbox/AP" in row][-1]
-    trained = f"--config-file {output / 'config.yaml'}"
-    weights = f"MODEL.WEIGHTS {output / 'model_final.pth'}"
-    return f"""
-GN+WS Mask R-CNN: box AP {final["bbox/AP"]:.1f}, mask AP {final["segm/AP"]:.1f} on the val scenes
-  predictions beside ground truth  {pictures / "first.png"} (and best.png, worst.png)
-  weights                          {output / "model_final.pth"}
-  config                           {output / "config.yaml"}
-  losses and AP                    {output / "metrics.json"} (or: tensorboard --logdir {output})
-  log                              {output / "log.txt"}
-next, draw what it finds in pictures of yours with such shapes, files or a folder:
-  {python} tools/visualize.py {trained} --output {output / "mine"} \\
-      --input <pictures> --opts {weights}
-see what BN makes of one image per step, and GN+WS beside it (each takes longer than this):
-  {python} tools/train_net.py --config-file {BN} OUTPUT_DIR output/bn
-  {python} tools/train_net.py --config-file {CONFIG} OUTPUT_DIR output/gn_ws \\
-      SOLVER.IMS_PER_BATCH 1 TEST.EXPECTED_RESULTS "[]"
-  {python} tools/compare_runs.py output/bn output/gn_ws --output output/comparison
-train on your own data: docs/data.md"""
+    """Final AP, the paths of all outputs, and what to do next."""
+    rows = map(main_metrics, reversed(read_run(output, "").rows))
+    config, weights = output / "config.yaml", output / "model_final.pth"
+    files = {
+        "predictions beside ground truth": f"{pictures / 'first.png'} (and best.png, worst.png)",
+        **{"weights": weights, "config": config, "log": output / "log.txt"},
+        "losses and AP": f"{output / 'metrics.json'} (or: tensorboard --logdir {output})",
+    }
+    mine = ["--output", output / "mine", "--input", "<pictures>", "--opts"]
+    train, one_image = ["train_net.py", "--config-file"], ["SOLVER.IMS_PER_BATCH", 1]
+    return closing(
+        f"\nGN+WS Mask R-CNN on the val scenes: {next(filter(None, rows))}",
+        files,
+        "# draw what it finds in pictures of yours with such shapes, files or a folder",
+        ["visualize.py", "--config-file", config, *mine, "MODEL.WEIGHTS", weights],
+        "# see what BN makes of one image per step, and GN+WS beside it (each takes longer)",
+        [*train, BN, "OUTPUT_DIR", "output/bn"],
+        [*train, CONFIG, "OUTPUT_DIR", "output/gn_ws", *one_image, "TEST.EXPECTED_RESULTS", "[]"],
+        ["compare_runs.py", "output/bn", "output/gn_ws", "--output", "output/comparison"],
+        "# train on your own data: docs/data.md",
+    )
 
 
 if __name__ == "__main__":

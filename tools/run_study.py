@@ -1,8 +1,8 @@
 """Runs a study: trains variants x batch sizes x seeds, then writes a report."""
 
-import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
@@ -17,8 +17,8 @@ from ws_detectron.lab.study import (
     report_study,
     run_study,
 )
-from ws_detectron.lab.study.records import RUNS
-from ws_detectron.utils.command_line import ToolParser
+from ws_detectron.lab.study.records import FINISHED, RUNS
+from ws_detectron.utils.command_line import ToolParser, closing, within
 
 EXAMPLES = """
 examples:
@@ -52,8 +52,8 @@ The exit status is 1 if a run failed or is missing; it is named, and the others 
 
 def main() -> None:
     parser = ToolParser(__doc__, EXAMPLES)
-    parser.add_argument("study", nargs="+", help="a study file; several with --figure")
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs at a time (default: 1)")
+    parser.add_either("input", "a study file; several with --figure", nargs="+")
+    parser.add_argument("--jobs", type=within(int, 1), default=1, help="runs at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the study file's")
     parser.add_argument(
         "--gpus", type=int, nargs="+", metavar="N",
@@ -89,14 +89,15 @@ def main() -> None:
             if not (folder / RUNS).is_file():
                 raise UserError(f"{folder} has no {RUNS}; check --records")
         if args.figure:
-            draw_studies(args.study, args.records, args.batches, args.figure)
-            print(f"figure: {args.figure}")
+            draw_studies(args.input, args.records, args.batches, args.figure)
+            print(closing(f"drew {len(args.input)} studies", {"figure": args.figure}))
             return
-        if len(args.study) > 1 or len(args.records) > 1:
+        if len(args.input) > 1 or len(args.records) > 1:
             parser.error("several studies or --records are allowed with --figure only")
-        study, records = read_study(args.study[0]), next(iter(args.records), None)
+        study, records = read_study(args.input[0]), next(iter(args.records), None)
         if args.device:
             study = replace(study, device=args.device)
+        say = partial(print, flush=True)
         shared = ("jobs", "gpus", "launcher", "variants", "batches", "seeds")
         options = Options(**{name: getattr(args, name) for name in shared}, records=records)
         if args.dry_run:
@@ -105,23 +106,18 @@ def main() -> None:
         if args.report_only:
             results = read_study_results(study, records)
         else:
-            results = run_study(study, options, _say)
+            results = run_study(study, options, say)
         folder = args.report or records or study.output / "report"
-        problems = report_study(results, folder, _say, page=args.html)
+        problems = report_study(results, folder, say, page=args.html)
     if problems:
         print("missing or failed:", *problems, sep="\n  ", file=sys.stderr)
-        sys.exit(1)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    finished = sum(result.status == FINISHED for result in results.runs)
+    made = f"{finished} of {len(results.runs)} runs finished"
+    files = {"report": folder / f"report.{'html' if args.html else 'md'}", "runs": study.output}
+    given = [word for word in sys.argv[1:] if word not in ("--report-only", "--html")]
+    more = [] if problems else ["--report-only", "--html"]
+    print(closing(made, files, ["run_study.py", *given, *more]))
+    sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":

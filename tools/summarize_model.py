@@ -14,7 +14,7 @@ from ws_detectron.engine.inference import load_model_for_inference
 from ws_detectron.engine.lazy import load_lazy_config
 from ws_detectron.errors import UserError, exit_on_user_error
 from ws_detectron.modeling.summary import feature_stability, summarize, summary_line
-from ws_detectron.utils.command_line import ToolParser, add_overrides, overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides, within
 
 EXAMPLES = """
 examples:
@@ -41,11 +41,11 @@ def main() -> None:
         "--config-file", required=True, help="path or name of a config, YAML or .py"
     )
     parser.add_argument(
-        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"),
+        "--size", nargs=2, type=within(int, 1), metavar=("HEIGHT", "WIDTH"),
         help="of the image; default: 3:4 at INPUT.MIN_SIZE_TEST, or 800 for a LazyConfig",
     )  # fmt: skip
     parser.add_argument(
-        "--stability", type=int, default=0, metavar="IMAGES",
+        "--stability", type=within(int, 1), metavar="IMAGES",
         help="also print how much of its features the backbone keeps under noise, on as many "
         "images of DATASETS.TEST; with random weights where MODEL.WEIGHTS is empty",
     )  # fmt: skip
@@ -62,8 +62,6 @@ def main() -> None:
             cfg.MODEL.DEVICE, short = "cpu", cfg.INPUT.MIN_SIZE_TEST
             model = Trainer.build_model(cfg)
         height, width = args.size or (short, short * 4 // 3)
-        if min(height, width) < 1:
-            raise UserError(f"--size is {height} {width}; allowed: two positive numbers")
         parts = summarize(model, height, width)
         cosines = stability(cfg, args.stability) if args.stability else {}
     columns = "part", "parameters", "frozen", "convs", "with WS", "GFLOPs", "activations, MiB"
@@ -74,12 +72,14 @@ def main() -> None:
     ]  # fmt: skip
     align = "left", *["right"] * 6
     print(tabulate(rows, columns, "github", floatfmt=",.1f", colalign=align))
-    print(f"\nModel: {summary_line(model)}")
     print(NOTE.format(height=height, width=width))
     if cosines:
         found = ", ".join(f"{stage} {cosine:.2f}" for stage, cosine in cosines.items())
         weights = cfg.MODEL.WEIGHTS or "random weights"
         print(f"\nFeatures kept under noise (cosine, {args.stability} images, {weights}): {found}")
+    tool = "lazyconfig_train_net.py" if args.config_file.endswith(".py") else "train_net.py"
+    train = [tool, "--config-file", args.config_file, *overrides(args)]
+    print(closing(f"\nModel: {summary_line(model)}", {}, train))
 
 
 def stability(cfg: CfgNode, count: int) -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import Any, Optional
 from install_detectron2 import RELEASES
 from packaging.version import Version
 
-from ws_detectron.utils.command_line import ToolParser
+from ws_detectron.utils.command_line import ToolParser, progress, verdict
 from ws_detectron.utils.environment import cpu_model, package_version, utc_now
 from ws_detectron.utils.io import atomic_write
 
@@ -50,32 +50,28 @@ The exit status is 1 if tests of a cell failed or its environment could not be m
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = ToolParser(__doc__, EXAMPLES)
+    pythons = "interpreters; default: those of python3.9 to python3.14 that are found"
+    parser.add_argument("--python", nargs="+", metavar="COMMAND", help=pythons)
+    parser.add_argument("--torch", nargs="+", default=TORCH, help="versions")
+    releases = sorted(RELEASES)
     parser.add_argument(
-        "--python",
-        nargs="+",
-        metavar="COMMAND",
-        help="interpreters (default: those of python3.9 to python3.14 that are found)",
-    )
-    parser.add_argument("--torch", nargs="+", default=TORCH, help="default: %(default)s")
-    parser.add_argument(
-        "--detectron2",
-        nargs="+",
-        choices=sorted(RELEASES),
-        default=sorted(RELEASES),
-        help="releases",
+        "--detectron2", nargs="+", choices=releases, default=releases, help="releases"
     )
     parser.add_argument("--processes", default="auto", help="of pytest (default: one per core)")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "matrix", help="folder")
     parser.add_argument("tests", nargs="*", help="what pytest runs (default: all tests)")
     options = parser.parse_args(arguments)
-    pythons = options.python or list(find_pythons())
-    failed = False
-    for python, torch, release in itertools.product(pythons, options.torch, options.detectron2):
-        print(f"=== {python}, torch {torch}, detectron2 {release}", flush=True)
+    found = options.python or list(find_pythons())
+    cells = [*itertools.product(found, options.torch, options.detectron2)]
+    checked = {}
+    for python, torch, release in progress(cells, "testing", "environment"):
+        name = f"{python}, torch {torch}, detectron2 {release}"
+        print(f"=== {name}", flush=True)
         row = run_cell(python, torch, release, options.tests, options.processes)
-        failed |= row["result"] != "passed"
+        checked[name] = row["result"] == "passed"
         print(write_row(row, options.output))
-    return int(failed)
+    then = "commit the report; the README names the versions that are tested"
+    return verdict(checked, "environments pass the tests", options.output / "README.md", then)
 
 
 def find_pythons() -> Iterator[str]:

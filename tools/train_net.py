@@ -1,12 +1,20 @@
 """Trains and evaluates a detector on the CPU, one GPU, many GPUs or many machines."""
 
+import argparse
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation.testing import flatten_results_dict
 
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.engine import load_config, start_run
+from ws_detectron.engine.output_dir import EVALUATION
 from ws_detectron.errors import exit_on_user_error
-from ws_detectron.evaluation.runs import read_run
+from ws_detectron.evaluation.evaluate import RESULTS
+from ws_detectron.evaluation.runs import main_metrics, read_run
 from ws_detectron.utils.command_line import closing, overrides, training_parser
 
 EXAMPLES = """
@@ -40,24 +48,40 @@ def main() -> None:
         output = ["OUTPUT_DIR", args.output] if args.output else []
         cfg = load_config(args.config_file, [*overrides(args), *output])
         start_run(cfg, args)
-        if int(os.environ.get("RANK", args.machine_rank)) == 0:
-            print(ending(Path(cfg.OUTPUT_DIR), args.eval_only))
+        folder = Path(cfg.OUTPUT_DIR)
+        config, weights = folder / "config.yaml", folder / "model_final.pth"
+        trained = ["--config-file", config, "MODEL.WEIGHTS", weights]
+        draw = ["visualize.py", "--output", folder / "pictures", *trained]
+        print_ending(args, folder, cfg.DATASETS.TEST, ["evaluate_coco.py", *trained], draw)
 
 
-def ending(folder: Path, evaluated: bool) -> str:
-    """AP of the last evaluation, files, and what can be done with the model."""
-    if evaluated:
-        return closing(f"evaluated; config and log: {folder / 'inference'}")
-    rows = [row for row in read_run(folder, "").rows if "bbox/AP" in row] or [{}]
-    ap = [f"{t} AP {rows[-1][f'{t}/AP']:.1f}" for t in ("bbox", "segm") if f"{t}/AP" in rows[-1]]
-    weights, config = folder / "model_final.pth", folder / "config.yaml"
-    trained = ["--config-file", config, "MODEL.WEIGHTS", weights]
-    return closing(
-        ", ".join(["trained", *ap]),
-        {"weights": weights, "config": config, "log": folder / "log.txt"},
-        ["evaluate_coco.py", *trained],
-        ["visualize.py", "--output", folder / "pictures", *trained],
-    )
+def print_ending(
+    args: argparse.Namespace, folder: Path, test_sets: Sequence[str], *steps: Sequence
+) -> None:
+    """Says on the main process what came out, where it is, and how to continue.
+
+    Args:
+        args: with `eval_only` and `machine_rank`.
+        folder: of the run.
+        test_sets: on which it was evaluated; curves of the first can be computed from its files.
+        steps: what can follow a training, see `closing`.
+    """
+    if int(os.environ.get("RANK", args.machine_rank)) != 0:
+        return
+    files = {"weights": "model_final.pth", "config": "config.yaml", "log": "log.txt"}
+    if args.eval_only:
+        rows = [flatten_results_dict(json.loads((folder / EVALUATION).read_text()))]
+        files = {"metrics": EVALUATION, "log": "inference/log.txt"}
+        name = next(iter(test_sets), "__none__")
+        found = folder / "inference" / (name if len(test_sets) > 1 else "") / RESULTS
+        truth = MetadataCatalog.get(name).get("json_file")
+        curves = ["evaluate_coco.py", "--predictions", found, "--annotations", truth]
+        steps = (curves,) if truth else ()
+    else:
+        rows = read_run(folder, "").rows
+    made = next(filter(None, map(main_metrics, reversed(rows))), "not evaluated")
+    made = f"{'evaluated' if args.eval_only else 'trained'}, {made}"
+    print(closing(made, {what: folder / name for what, name in files.items()}, *steps))
 
 
 if __name__ == "__main__":

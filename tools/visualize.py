@@ -4,11 +4,13 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from detectron2.data import MetadataCatalog
+
 import ws_detectron.lab.scenes  # noqa: F401  registers the scenes_* data sets
 from ws_detectron.data import classes_of
 from ws_detectron.engine import load_config
 from ws_detectron.engine.checks import check_datasets, check_device, check_weights
-from ws_detectron.errors import ConfigError, UserError, exit_on_user_error
+from ws_detectron.errors import ConfigError, exit_on_user_error
 from ws_detectron.evaluation.coco_eval import TASKS, load_predictions
 from ws_detectron.evaluation.evaluate import (
     RESULTS,
@@ -22,7 +24,7 @@ from ws_detectron.evaluation.visualize import (
     visualize_inputs,
     visualize_webcam,
 )
-from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides
+from ws_detectron.utils.command_line import ToolParser, add_overrides, closing, overrides, within
 from ws_detectron.utils.io import check_folder
 
 EXAMPLES = """
@@ -66,14 +68,16 @@ def main() -> None:
         help="folder, or file for a single image, video or camera; default: a window",
     )  # fmt: skip
     parser.add_argument(
-        "--longer-side", type=int, metavar="PIXELS",
+        "--longer-side",
+        type=within(int, 1),
+        metavar="PIXELS",
         help="of drawings; default: that of the input, small images are enlarged to 448 and more",
-    )  # fmt: skip
+    )
     parser.add_argument(  # --score-threshold is the former name
-        "--confidence-threshold", "--score-threshold", type=float, default=0.5, metavar="SCORE",
-        help="minimum score of drawn predictions; default: %(default)s",
+        "--confidence-threshold", "--score-threshold", type=within(float, 0, 1),
+        default=0.5, metavar="SCORE", help="minimum score of drawn predictions",
     )  # fmt: skip
-    parser.add_argument("--num-images", type=int, default=8, help="per sheet; default: %(default)s")
+    parser.add_argument("--num-images", type=within(int, 1), default=8, help="per sheet")
     parser.add_argument("--task", choices=TASKS, help="to evaluate; default: segm if possible")
     parser.add_argument("--each", action="store_true", help="also draw every image separately")
     add_overrides(parser)
@@ -85,17 +89,7 @@ def main() -> None:
         parser.error("drawing a data set needs --output, a folder")
     set_up_logging()
     with exit_on_user_error():
-        check_options(args)  # before predicting
         print(draw_inputs(args) if of_inputs else draw_dataset(args))
-
-
-def check_options(args: argparse.Namespace) -> None:
-    if not 0 <= args.confidence_threshold <= 1:  # also false for NaN
-        raise UserError(f"the confidence threshold is {args.confidence_threshold}; allowed: 0 to 1")
-    if args.num_images < 1:
-        raise UserError(f"the number of images is {args.num_images}; allowed: 1 or more")
-    if args.longer_side is not None and args.longer_side < 1:
-        raise UserError(f"the longer side is {args.longer_side} pixels; allowed: 1 or more")
 
 
 def draw_dataset(args: argparse.Namespace) -> str:
@@ -109,7 +103,7 @@ def draw_dataset(args: argparse.Namespace) -> str:
     if not args.predictions:
         cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (dataset,), str(args.output)
         evaluate_checkpoint(cfg, args.task and [args.task], output=str(args.output))
-    return visualize_dataset(
+    made = visualize_dataset(
         dataset,
         load_predictions(results),
         args.output,
@@ -119,6 +113,8 @@ def draw_dataset(args: argparse.Namespace) -> str:
         task=args.task,
         predictions_name=results,
     )
+    truth = MetadataCatalog.get(dataset).json_file
+    return closing(made, {}, ["evaluate_coco.py", "--predictions", results, "--annotations", truth])
 
 
 def draw_inputs(args: argparse.Namespace) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from ws_detectron.model_zoo import config_names, get_config
-from ws_detectron.utils.command_line import ToolParser
+from ws_detectron.utils.command_line import ToolParser, closing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("MODEL_ZOO.md", "configs/README.md")
@@ -128,6 +128,7 @@ def main() -> None:
         changed = text != (ROOT / page).read_text(encoding="utf-8")
         (ROOT / page).write_text(text, encoding="utf-8")
         print(f"{page}: {'written' if changed else 'unchanged'}")
+    print(closing(f"made the tables of {len(PAGES)} pages", {}, "git diff shows what changed"))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from ws_detectron.data.images import read_rgb
 from ws_detectron.engine.checks import check_datasets, stock_architecture
 from ws_detectron.errors import ConfigError, UserError
 from ws_detectron.evaluation.evaluate import ImagePredictor
+from ws_detectron.utils.command_line import progress
 from ws_detectron.utils.environment import package_version
 from ws_detectron.utils.io import atomic_write, check_folder, refuse_overwrite
 
@@ -120,6 +121,7 @@ def export_model(
     if format == "onnx":
         cfg = cfg.clone()
         cfg.MODEL.DEVICE = "cpu"
+    logger.info("1 of 4: loading %s", cfg.MODEL.WEIGHTS)
     predictor = ImagePredictor(cfg)
     model = predictor.model.requires_grad_(False)
     sample = predictor.prepare(pictures[images[0]])
@@ -129,16 +131,20 @@ def export_model(
             "image on which it does: --input photo.jpg"
         )
     inputs, metadata = model_inputs(model, sample, part), export_metadata(cfg, model, part)
+    size = " x ".join(map(str, next(iter(inputs.values())).shape[-2:]))
+    logger.info("2 of 4: tracing the %s for %s, an input of %s pixels", part, format, size)
     content = export(model, inputs, format, metadata)
+    logger.info("3 of 4: comparing with detectron2 on %d inputs", 2 * len(pictures))
     run = FORMATS[format].load(content)
     comparisons = []
-    for name, image in pictures.items():
+    for name, image in progress(pictures.items(), "comparing", "image"):
         sample = predictor.prepare(image)
         wide = F.interpolate(sample["image"][None], scale_factor=(1, 1.5), mode="nearest")[0]
         name = Path(name).name
         comparisons.append(compare(name, model, sample, part, run))
         comparisons.append(compare(f"{name}, wider", model, {**sample, "image": wide}, part, run))
     if all(comparison.holds for comparison in comparisons):
+        logger.info("4 of 4: writing %s, %.0f MB", output, len(content) / 1e6)
         with atomic_write(output, "wb") as file:
             file.write(content)
     return comparisons

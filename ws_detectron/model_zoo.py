@@ -41,9 +41,8 @@ def get_config_file(name: str) -> str:
         names = config_names() + config_names(".py")
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.7)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(
-            f"no config {name!r}: neither {Path(name).absolute()} nor {path} exists{hint}"
-        )
+        tried = " or ".join(map(str, dict.fromkeys((Path(name).absolute(), path))))
+        raise UserError(f"no config {name!r}: there is no file {tried}{hint}")
     return str(path)
 
 

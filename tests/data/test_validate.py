@@ -383,6 +383,15 @@ def test_encodings_of_files(
         read_json(path, "annotations")
 
 
+def test_reading_a_large_file_is_said(tmp_path: Path, monkeypatch, caplog) -> None:
+    (tmp_path / "a.json").write_text("[1, 2]")
+    caplog.set_level(logging.INFO, "ws_detectron")
+    for limit, said in ((6, []), (5, [f"reading predictions {tmp_path}/a.json, 0 MB"])):
+        monkeypatch.setattr("ws_detectron.data.validate.LARGE", limit)
+        assert read_json(tmp_path / "a.json", "predictions") == [1, 2]
+        assert caplog.messages == said
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no predictions file .*missing.json"):
         read_json(tmp_path / "missing.json", "predictions")

@@ -12,6 +12,7 @@ from ws_detectron.evaluation.coco_report import write_reports
 from ws_detectron.evaluation.runs import (
     Run,
     ap_key,
+    main_metrics,
     merge_rows,
     read_run,
     read_runs,
@@ -171,3 +172,22 @@ def test_runs_get_the_shortest_name_that_is_theirs(tmp_path: Path) -> None:
 def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="two runs are named out; give another name to one"):
         read_runs([str(tmp_path / "out"), f"out={tmp_path / 'other'}"])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "text"),
+    [
+        (
+            {"bbox/AP": 40.61, "bbox/AP50": 60.0, "bbox/AP-cat": 1.0, "segm/AP": None},
+            "bbox AP 40.6, segm AP –",
+        ),
+        (
+            {"val/bbox/AP": 1.0, "test/bbox/AP": 2.0, "total_loss": 3.0},
+            "val bbox AP 1.0, test bbox AP 2.0",
+        ),
+        ({"panoptic_seg/PQ": 41.0, "sem_seg/mIoU": 0.5}, "panoptic_seg PQ 41.0, sem_seg mIoU 0.5"),
+        ({"total_loss": 3.0}, ""),
+    ],
+)
+def test_main_metrics_are_a_line(metrics: dict, text: str) -> None:
+    assert main_metrics(metrics) == text

@@ -21,7 +21,7 @@ def test_help_shows_an_example(call_tool) -> None:
 
 
 def test_config_keys_may_follow_options(call_tool, tmp_path: Path) -> None:
-    options = ["step", "--device", "cpu", "--output", tmp_path, "--rounds", 1, "--short-side", 64]
+    options = ["step", "--device", "cpu", "--output", tmp_path, "--rounds", 1, "--modes", "plain"]
     status, _, errors = call_tool("benchmark.py", *options, "MODEL.NO_SUCH_KEY", 1)
     assert status == 2 and "MODEL.NO_SUCH_KEY" in errors and "unrecognized" not in errors
 
@@ -31,7 +31,7 @@ def test_config_keys_may_follow_options(call_tool, tmp_path: Path) -> None:
     [
         (["classifier", "--depth", 101], "unrecognized arguments: --depth 101"),
         (["operation", "--variants", "bn"], "unrecognized arguments: --variants bn"),
-        (["operation", "MODEL.DEVICE", "cpu"], "unrecognized arguments: MODEL.DEVICE cpu"),
+        (["operation", "MODEL.DEVICE", "cpu"], "unrecognized arguments: --opts MODEL.DEVICE cpu"),
         (["classifier", "--variants", "sync_bn"], "invalid choice: 'sync_bn' (choose from "),
         (["step", "--variants", "wn"], "invalid choice: 'wn' (choose from "),
         (["operation", "--budget", "8m"], "unrecognized arguments: --budget 8m"),
@@ -95,6 +95,7 @@ def test_every_measurement_gets_its_options(call_tool, stand_ins, tmp_path: Path
     status, output, errors = call_tool("benchmark.py", what, "--output", tmp_path)
     assert status == 0, errors
     assert [name for name, _ in stand_ins] == [what] and "1 rounds; images 1." in output
+    assert f"measured {what}\n  measurements  {tmp_path}\nnext:" in output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -69,7 +69,7 @@ def test_curves_of_evaluated_runs_lie_over_each_other(
 
 def test_exit_status_of_valid_runs_and_of_nothing_to_compare(call_tool, tmp_path: Path) -> None:
     run = write_run(tmp_path / "bn", "BN", 40.0)
-    status, output, errors = call_tool(TOOL, run, "--output", tmp_path / "out")
+    status, output, errors = call_tool(TOOL, "--input", run, "--output", tmp_path / "out")
     assert status == 0 and not errors and "40.00" in output
     status, _, errors = call_tool(TOOL, tmp_path / "none", "--output", tmp_path / "out2")
     assert status == 2 and "nothing to compare" in errors and "none" in errors

@@ -37,8 +37,10 @@ def arguments(files, format: str, output: Path, *more: object) -> list[object]:
     [("onnx", "model.onnx"), ("torchscript", "model.ts"), ("torch-export", "backbone.pt2")],
 )
 def test_example_of_the_page_runs_alone(
-    call_tool, evaluation_files, tmp_path: Path, format: str, file: str
+    call_tool, evaluation_files, tmp_path: Path, monkeypatch, format: str, file: str
 ) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(export.logger, "info", lambda text, *_: said.append(text.split()[3]))
     part = "backbone" if format == "torch-export" else "detector"
     output = tmp_path / file
     status, printed, errors = call_tool(
@@ -46,6 +48,7 @@ def test_example_of_the_page_runs_alone(
     )
     assert status == 0, printed + errors
     assert printed.count("| equal |") == 2 and f"exported  {output}" in printed
+    assert said == ["loading", "tracing", "comparing", "writing"]
     assert ("8 detections" in printed) is (part == "detector")
 
     photo = tmp_path / "photo.jpg"  # of another size, so that it is resized

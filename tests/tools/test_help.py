@@ -1,6 +1,7 @@
 """--help of every tool: what it does, what each option does, its default, and an example."""
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,9 +79,17 @@ def test_help_says_what_and_shows_how(
         assert silent == []
 
 
-@pytest.mark.parametrize("tool", ["evaluate_coco.py", "train_net.py", "visualize.py"])
-def test_names_of_detectron2_are_options(tool: str, call_tool) -> None:
+OF_MODELS, OF_FILES = ("--config-file", "--output", "--device", "--opts"), ("--input", "--output")
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        *((tool, OF_MODELS) for tool in ("evaluate_coco.py", "train_net.py", "visualize.py")),
+        *((tool, OF_FILES) for tool in ("check_dataset.py", "compare_runs.py", "visualize.py")),
+        ("run_study.py", ("--input", "--device")),
+    ],
+)
+def test_names_of_detectron2_are_options(tool: str, options: tuple[str, ...], call_tool) -> None:
     status, text, _ = call_tool(tool, "--help")
-    assert status == 0
-    for option in ("--config-file", "--output", "--device", "--opts"):
-        assert option in text
+    assert status == 0 and set(options) <= set(re.findall(r"--[\w-]+", text))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,9 @@ def test_two_cpu_processes_train_and_evaluate_as_one_job(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "World size: 2" in done.stdout and "copypaste: Task: segm" in done.stdout
+    assert re.search(r"^trained, bbox AP [\d.]+, segm AP [\d.]+$", done.stdout, re.M)
+    again = shlex.split(done.stdout.splitlines()[-1])
+    assert again[1] == "tools/lazyconfig_train_net.py" and "--eval-only" in again
     rows = (tmp_path / "run" / "metrics.json").read_text().splitlines()
     assert "total_loss" in json.loads(rows[0]) and "segm/AP" in json.loads(rows[-1])
     assert json.loads((tmp_path / "run" / "run_record.json").read_text())["processes"] == 2

@@ -23,7 +23,7 @@ def test_it_says_what_it_does_and_what_comes_next(run_tool, tmp_path: Path) -> N
     result = run_tool("quickstart.py", "--output", output, *options, *expected)
     said, errors = result.stdout, result.stderr
     assert result.returncode == 1 and "error: expected (task, metric, value, tolerance)" in errors
-    steps = ("training a Mask R-CNN", "100 %", "testing it", "drawing", "box AP", "next, draw")
+    steps = ("training a Mask R-CNN", "100 %", "testing it", "drawing", "bbox AP", "next:")
     places = [said.find(step) for step in steps]
     assert -1 not in places and places == sorted(places), said
     assert "total_loss" not in said and "INFO" not in said  # the log is in its file
@@ -31,5 +31,5 @@ def test_it_says_what_it_does_and_what_comes_next(run_tool, tmp_path: Path) -> N
     assert "Starting training" in log and "total_loss" in log
     assert "\x1b" not in log and log.count("MAX_ITER:") == 1  # the config once, without colours
     final = json.loads((output / "metrics.json").read_text().splitlines()[-1])
-    assert f"box AP {final['bbox/AP']:.1f}" in said
+    assert f"bbox AP {final['bbox/AP']:.1f}, segm AP {final['segm/AP']:.1f}" in said
     assert (output / "pictures" / "first.png").is_file()

@@ -57,6 +57,10 @@ def test_runs_train_and_are_reported_and_a_broken_one_is_named(
     assert "broken_2img_seed1 is failed: " in result.stderr and "GN_GROUPS is 48" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert "gn_ws_2img_seed1 finished in" in result.stdout
+    assert re.search(r"^\| gn_ws +\| [\d.]+ \(1\) +\|$", result.stdout, re.M)  # the mean box AP
+    made, report, _, _, again = result.stdout.splitlines()[-5:]
+    assert made == "1 of 2 runs finished" and str(records / "report.md") in report
+    assert again.endswith(f"tools/run_study.py {study} --jobs 2 --records {records}")
     assert {path.name for path in records.iterdir()} == {
         *("runs.jsonl", "metrics.csv", ".lock"),
         *("report.md", "ap_by_variant.png", "learning_curves.png"),
@@ -77,8 +81,9 @@ def test_runs_train_and_are_reported_and_a_broken_one_is_named(
 
     again = tmp_path / "again" / "report.md"
     options = ["--report-only", "--report", again.parent]
-    status, output, errors = call_tool(TOOL, study, *options, "--html")
+    status, output, errors = call_tool(TOOL, "--input", study, *options, "--html")
     assert status == 1 and "broken_2img_seed1 is failed" in errors
+    assert f"report  {again.with_suffix('.html')}" in output and "--report-only" not in output
     assert again.read_text() == report
     assert "GN_GROUPS is 48" in again.with_suffix(".html").read_text()
 
@@ -110,7 +115,7 @@ def test_help_and_mistakes(call_tool, tmp_path: Path) -> None:
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml")
     assert status == 2 and "`variants` is missing" in errors
     status, _, errors = call_tool(TOOL, tmp_path / "study.yaml", "--jobs", 0)
-    assert status == 2 and "less than 1" in errors
+    assert status == 2 and "it is 0; allowed: 1 or more" in errors
 
 
 def test_scenes_are_registered(run_tool, study: Path) -> None:

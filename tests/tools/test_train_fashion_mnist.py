@@ -79,7 +79,7 @@ def test_the_grid_is_a_study(call_tool, datasets_root: Path, tmp_path: Path) -> 
     [
         ([], "needs --variant and --batch-size, or --quick"),
         (["--variant", "bn", "--batch-size", "1"], "--batch-size is 1; allowed: from 2"),
-        (["--quick", "--seed", "1"], "--seed has no effect with --quick; allowed are --data-dir"),
+        (["--quick", "--seed", "1"], "--quick takes --data-dir and --device alone, not --seed"),
     ],
 )
 def test_errors_are_one_line(call_tool, arguments: list[str], message: str) -> None:

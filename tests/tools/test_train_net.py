@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,12 @@ def test_coco_config_trains_evaluates_resumes_and_evaluates_again(
         line.split("copypaste: ")[1] for line in again.stdout.splitlines() if "copypaste: " in line
     ]
     assert evaluated and evaluated == trained
+    results = json.loads((tmp_path / "inference" / "results.json").read_text())
+    shown = [f"{task} AP {results[task]['AP']:.1f}" for task in ("bbox", "segm")]
+    made, metrics_line, *_, command = again.stdout.splitlines()[-5:]
+    assert made == f"evaluated, {', '.join(shown)}" and "inference/results.json" in metrics_line
+    _, tool, *files = shlex.split(command)
+    assert tool == "tools/evaluate_coco.py" and all(Path(path).is_file() for path in files[1::2])
 
 
 def test_from_a_timm_file_to_a_training_in_two_commands(

@@ -53,7 +53,7 @@ def test_a_checkpoint_draws_images_and_videos(run_tool, evaluation_files, tmp_pa
     assert max(drawn.shape) >= 448 and (cv2.absdiff(drawn, scene) > 20).any()
     assert "\n3 images of less than 448 pixels drawn enlarged" in result.stdout
     assert " detections in 3 images (score ≥ 0 %), " in result.stdout
-    assert "next:\n  python tools/export_model.py" in result.stdout
+    assert "tools/export_model.py" in result.stdout.splitlines()[-1]
     assert len(list(read_video(tmp_path / "out" / "clip.mp4")[2])) == 2
 
 
@@ -89,7 +89,7 @@ def test_wrong_commands_and_help(call_tool, evaluation_files, tmp_path: Path) ->
             ("--num-images", 0),
         ):
             status, _, errors = call_tool(TOOL, *options, *output, option, value)
-            assert status == 2 and errors.startswith("error: the ") and "; allowed: " in errors
+            assert status == 2 and option in errors and f": it is {value}; allowed: " in errors
     status, _, errors = call_tool(TOOL, *arguments, "--dataset", "coco_2018_val")
     assert status == 2 and "coco_2018_val" in errors and "did you mean" in errors
     status, _, errors = call_tool(

@@ -3,6 +3,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import Optional
 
 import pytest
 from detectron2.engine import default_argument_parser
@@ -11,12 +12,12 @@ from ws_detectron.errors import UserError
 from ws_detectron.utils import command_line
 from ws_detectron.utils.command_line import (
     ToolParser,
-    add_input,
     add_overrides,
     closing,
     overrides,
     progress,
-    refuse_options_without_effect,
+    verdict,
+    within,
 )
 
 DEVICE = ["MODEL.DEVICE", "cpu"]
@@ -90,14 +91,33 @@ def test_an_option_among_overrides_is_refused() -> None:
         overrides(args)
 
 
-@pytest.mark.parametrize("words", ["--input a --output b", "a --output b", "--output b a"])
-def test_an_input_by_position_or_by_name(words: str) -> None:
+def parser_of(nargs: Optional[str] = None) -> ToolParser:
     parser = ToolParser()
-    add_input(parser, "a file")
-    parser.add_argument("--output")
-    args = parser.parse_intermixed_args(words.split())
-    assert (args.input, args.output) == ("a", "b")
-    assert parser.parse_intermixed_args([]).input is None
+    parser.add_either("input", "what is read", nargs)
+    parser.add_either("output", "what is written", required=False)
+    return parser
+
+
+@pytest.mark.parametrize(
+    "words", ["--input a --output b", "a --output b", "--output b a", "a b", "--output=b --input=a"]
+)
+def test_an_argument_by_position_or_by_name(words: str) -> None:
+    assert vars(parser_of().parse_args(words.split())) == {"input": "a", "output": "b"}
+
+
+@pytest.mark.parametrize("words", ["--input a b --output c", "a b --output c", "a --output c b"])
+def test_a_list_by_position_or_by_name(words: str) -> None:
+    assert vars(parser_of("+").parse_args(words.split())) == {"input": ["a", "b"], "output": "c"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("--output a", "input is missing"), ("--input a b", "input is given twice, by position and")],
+)
+def test_what_is_missing_or_given_twice_is_named(words: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parser_of().parse_args(words.split())
+    assert message in capsys.readouterr().err
 
 
 def test_progress_is_a_line_now_and_then(
@@ -115,8 +135,8 @@ def test_progress_is_a_line_now_and_then(
     assert work(range(8)) == [
         "frames of a.mp4: 2 of 8 frames, 00:18 left",
         "frames of a.mp4: 4 of 8 frames, 00:12 left",
-        "frames of a.mp4: 8 of 8 frames, 00:00 left",
     ]
+    assert len(work(range(9))) == 3 and work(range(2)) == []  # none after the last item
     assert work(iter(range(2)), total=100)[0] == "frames of a.mp4: 2 of 100 frames, 04:54 left"
     assert work(iter(range(2)), total=0) == ["frames of a.mp4: 2 frames"]
     assert work(range(1)) == []
@@ -130,40 +150,50 @@ def test_progress_is_a_bar_on_a_terminal(
     assert "drawing:   0%|" in capsys.readouterr().err
 
 
-def test_closing_lines() -> None:
+def test_closing_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line.shutil, "which", lambda name: sys.executable)
     files = {"weights": "a.pth", "log": "log.txt"}
-    assert closing("box AP 40", files, ["fold.py", "--output", "my file"], ["b.py"]) == (
+    steps = ["fold.py", "--output", "my file"], "read docs/weights.md"
+    assert closing("box AP 40", files, *steps) == (
         "box AP 40\n  weights  a.pth\n  log      log.txt\n"
-        "next:\n  python tools/fold.py --output 'my file'\n  python tools/b.py"
+        "next:\n  python tools/fold.py --output 'my file'\n  read docs/weights.md"
     )
     assert closing("nothing else") == "nothing else"
 
 
-def refuse(*arguments: str) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what")
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--depth", type=int)
-    parser.add_argument("opts", nargs="*")
-    args = parser.parse_args(arguments)
-    refuse_options_without_effect(parser, args, "what", ["batch_size"], f"with {args.what}")
+def test_the_next_command_starts_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line.shutil, "which", lambda name: "/usr/bin/python")
+    python = closing("", {}, ["fold.py"]).split()[1]
+    assert os.path.samefile(python, sys.executable)
 
 
-def test_options_with_an_effect_and_defaults_pass() -> None:
-    refuse("step", "--batch-size", "4")
-    refuse("step")
+def test_a_check_ends_with_a_verdict_and_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdict({"a": True, "b": True}, "exports are equal", "report.md", "use them") == 0
+    end = "2 of 2 exports are equal\n  report  report.md\nnext:\n  use them\n"
+    assert capsys.readouterr().out == end
+    assert verdict({"a": True, "b": False}, "exports are equal", "report.md", "use them") == 1
+    made, *_, last = capsys.readouterr().out.splitlines()
+    assert made == "1 of 2 exports are equal" and last == "  see in the report what differs: b"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--depth", "50"], "^--depth has no effect with step; allowed are --batch-size$"),
-        (["KEY", "1"], "^KEY VALUE has no effect with step"),
+        ("--n 0", "--n: it is 0; allowed: 1 or more"),
+        ("--n x", "--n: invalid int value: 'x'"),
+        ("--share nan", "--share: it is nan; allowed: 0 to 1"),
     ],
 )
-def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        refuse("step", *arguments)
+def test_numbers_out_of_range_are_refused(words: str, message: str, capsys) -> None:
+    parser = ToolParser()
+    parser.add_argument("--n", type=within(int, 1), default=3, help="number")
+    parser.add_argument("--share", type=within(float, 0, 1), default=0, help="share")
+    assert vars(parser.parse_args(["--n", "1", "--share", "1"])) == {"n": 1, "share": 1.0}
+    with pytest.raises(SystemExit):
+        parser.parse_args(words.split())
+    assert message in capsys.readouterr().err
+    text = parser.format_help()
+    assert "number; default: 3" in text and "share; default: 0" in text
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "Qt4Agg"])

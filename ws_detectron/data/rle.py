@@ -16,6 +16,7 @@ from typing import Any, Optional
 import numpy as np
 
 from ws_detectron.errors import DataError
+from ws_detectron.utils.command_line import progress
 
 _NUMBERS = re.compile("(?:[P-o]{0,6}[0-O])+")  # 32-bit integers have at most seven groups
 
@@ -33,7 +34,7 @@ def check_masks(
     Raises:
         DataError: a mask is malformed; names the entry and the problem.
     """
-    for number, entry in enumerate(predictions):
+    for number, entry in enumerate(progress(predictions, "checking masks", "prediction")):
         rle = entry.get("segmentation")
         problem = None if rle is None else _problem(rle, sizes.get(entry["image_id"]))
         if problem:

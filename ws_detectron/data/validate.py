@@ -30,6 +30,7 @@ NAMED_AT_MOST = 3  # entries per finding
 # The time and memory that pycocotools needs grow with the length of a polygon in pixels.
 REACH = 2
 LONGEST_SIDE = 200_000  # pixels
+LARGE = 10**8  # bytes; takes seconds to read
 
 ERROR, FIXED, WARNING = "error", "fixed", "warning"
 
@@ -120,6 +121,8 @@ def read_json(path: Union[str, Path], what: str) -> Any:
         raise DataError(f"there is no {what} file {path}") from None
     except OSError as error:
         raise DataError(f"cannot read {what} {path}: {error.strerror}") from error
+    if len(raw) > LARGE:
+        logger.info("reading %s %s, %.0f MB", what, path, len(raw) / 1e6)
     try:
         with no_garbage_collection():
             return json.loads(raw)

@@ -39,6 +39,7 @@ from ws_detectron.errors import ConfigError
 from ws_detectron.modeling import fold_ws, folded_copy
 from ws_detectron.modeling.summary import frozen_parts, summary_line
 from ws_detectron.utils.compat import has_compiled_ops, strip_colours
+from ws_detectron.utils.io import write_json
 
 from .checks import (
     SMALL_BATCH,
@@ -51,6 +52,7 @@ from .hooks import BestCheckpoint, RunRecord, is_finished
 from .launch import launch, started_by_torchrun
 from .loaders import NamingMapper, check_classes
 from .output_dir import (
+    EVALUATION,
     METRICS,
     cut_metrics,
     delete_run,
@@ -214,6 +216,11 @@ def _names(cfg: DictConfig, key: str) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
 
+def test_sets(cfg: DictConfig) -> list[str]:
+    """Names of the data sets that a LazyConfig evaluates on, as one."""
+    return _names(cfg, _TEST_DATA)
+
+
 def _set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
     """Sets up logs, and writes config.yaml; an evaluation keeps those of the training."""
     cfg, args = copy.deepcopy(cfg), copy.copy(args)
@@ -369,7 +376,10 @@ def _evaluate(cfg: DictConfig, args: argparse.Namespace) -> Optional[dict[str, A
             f"train.init_checkpoint={cfg.train.output_dir}/model_final.pth"
         )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    return _test(cfg, fold_ws(model)) or None
+    results = _test(cfg, fold_ws(model))
+    if comm.is_main_process():
+        write_json(Path(cfg.train.output_dir, EVALUATION), results)
+    return results or None
 
 
 def _test(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:

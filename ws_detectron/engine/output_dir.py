@@ -20,6 +20,7 @@ from ws_detectron.utils.io import locked
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
+EVALUATION = "inference/results.json"  # of --eval-only: what `Trainer.test` returned
 LAST_CHECKPOINT = "last_checkpoint"
 _CHECKPOINTS = ("model_[0-9]*.pth", "model_final.pth", "model_best.pth")
 # Files that belong to one run; every run, evaluations included, rewrites config.yaml and inference/

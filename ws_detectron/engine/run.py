@@ -16,12 +16,12 @@ from detectron2.utils.logger import setup_logger
 from ws_detectron.errors import find_disk_error, find_user_error, write_error
 from ws_detectron.modeling.summary import summary_line
 from ws_detectron.utils.compat import strip_colours
-from ws_detectron.utils.io import write_text
+from ws_detectron.utils.io import write_json, write_text
 
 from .checks import Purpose
 from .inference import load_model_for_inference
 from .launch import start, started_by_torchrun
-from .output_dir import delete_run, open_output_dir, reserved
+from .output_dir import EVALUATION, delete_run, open_output_dir, reserved
 from .prepare import prepare
 from .trainer import Trainer
 
@@ -41,7 +41,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Any:
 
     OUTPUT_DIR/config.yaml gets the config as it runs, scaled to the batch and to the number of
     processes. An evaluation writes config.yaml and log.txt to OUTPUT_DIR/inference instead, to keep
-    those of a training in OUTPUT_DIR.
+    those of a training in OUTPUT_DIR, and its results as results.json beside them.
 
     Args:
         cfg: a merged config.
@@ -97,6 +97,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> Any:
         return trainer.train()
     results = Trainer.test(cfg, load_model_for_inference(cfg, resume=args.resume))
     if comm.is_main_process():
+        write_json(Path(cfg.OUTPUT_DIR, EVALUATION), results)
         verify_results(cfg, results)
     return results
 

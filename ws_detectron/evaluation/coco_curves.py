@@ -21,9 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pycocotools.coco import COCO
 
+from ws_detectron.utils.command_line import progress
 from ws_detectron.utils.io import csv_text, write_text, writing
 
-from .coco_eval import TASKS, CocoResult, Entry, NumberedSet, evaluate
+from .coco_eval import TASKS, CocoResult, Entry, NumberedSet, coco_metrics
 from .coco_report import TITLES, format_metric
 from .figure_style import (
     DASHES,
@@ -174,7 +175,8 @@ def _match(
     numbered = NumberedSet(annotations, masks=task == "segm", coco_class=COCO)
     found, truth = numbered.results(predictions, task).imgToAnns, numbered.truth.imgToAnns
     images = []
-    for number in range(1, len(numbered.image_ids) + 1):
+    numbers = range(1, len(numbered.image_ids) + 1)
+    for number in progress(numbers, f"matching {TITLES[task]} predictions", "image"):
         ranked = sorted(found[number], key=lambda entry: -entry["score"])
         crowds = [a for a in truth[number] if a.get("iscrowd")]
         single = [a for a in truth[number] if not a.get("iscrowd")]
@@ -205,7 +207,8 @@ def _f1(
     ]
     predicted, scores, true = np.hstack([np.zeros((3, 0)), *kept])
     rows = []
-    for number, name in [(-1, ALL), *enumerate(names)]:
+    groups = [(-1, ALL), *enumerate(names)]
+    for number, name in progress(groups, f"F1 of {TITLES[task]} predictions", "category"):
         objects = int((annotated == number).sum()) if number >= 0 else len(annotated)
         own = predicted == number if number >= 0 else np.ones(len(predicted), bool)
         if not objects:
@@ -228,7 +231,7 @@ def _confusions(
     """Rows of `confusion_matrix`, without pairs that never occur."""
     pairs: Counter[tuple[int, int]] = Counter()  # len(names) is background
     background = len(names)
-    for image in images:
+    for image in progress(images, f"confusions of {TITLES[task]} predictions", "image"):
         chosen = ~image.ignored & (image.scores >= (np.inf if score is None else score))
         matched = np.where(chosen, image.matched, -1)
         rest = np.flatnonzero(chosen & (matched < 0))
@@ -269,7 +272,8 @@ def _by_group(
         seen = len({a["image_id"] for a in some})
         rows.append(("size", name, seen, len(some), value))
     per_image = Counter(a["image_id"] for a in single)
-    for name, (low, high) in COUNTS.items():
+    groups = progress(COUNTS.items(), f"{TITLES[task]} AP by objects per image", "group")
+    for name, (low, high) in groups:
         ids = {image_id for image_id, count in per_image.items() if low <= count <= high}
         value = None
         if ids:
@@ -278,7 +282,7 @@ def _by_group(
             part["annotations"] = [a for a in annotations["annotations"] if a["image_id"] in ids]
             found = [entry for entry in predictions if entry["image_id"] in ids]
             slow = result.backend.startswith("pycocotools")
-            value = evaluate(part, found, [task], reference=slow).metrics[task]["AP"]
+            value = coco_metrics(part, found, [task], reference=slow).metrics[task]["AP"]
         rows.append(("objects per image", name, len(ids), sum(per_image[i] for i in ids), value))
     keys = ("group", "value", "images", "objects", "AP")
     return [{"task": task, **dict(zip(keys, row))} for row in rows]

@@ -21,6 +21,7 @@ from pycocotools import mask as mask_util
 from ws_detectron.data.rle import check_masks
 from ws_detectron.data.validate import as_rle, finite, no_garbage_collection, read_json, validate
 from ws_detectron.errors import DataError, list_some
+from ws_detectron.utils.command_line import progress
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +239,8 @@ def evaluate(
     Raises:
         DataError: see `check_predictions`.
     """
+    images = len(annotations["images"])
+    logger.info("evaluating %d predictions on %d images", len(predictions), images)
     tasks = check_predictions(
         annotations,
         predictions,
@@ -245,6 +248,17 @@ def evaluate(
         annotations_name=annotations_name,
         predictions_name=predictions_name,
     )
+    return coco_metrics(annotations, predictions, tasks, reference=reference)
+
+
+def coco_metrics(
+    annotations: dict[str, Any],
+    predictions: Sequence[Entry],
+    tasks: Sequence[str],
+    *,
+    reference: bool = False,
+) -> CocoResult:
+    """As `evaluate`, of what `check_predictions` has checked."""
     coco_class, eval_class, backend = _library(reference)
     metrics: dict[str, Metrics] = {}
     by_category: dict[str, list[Metrics]] = {}
@@ -252,7 +266,7 @@ def evaluate(
     # both libraries may print progress
     with contextlib.redirect_stdout(io.StringIO()), no_garbage_collection():
         numbered = NumberedSet(annotations, masks="segm" in tasks, coco_class=coco_class)
-        for task in tasks:
+        for task in progress(tasks, "COCO metrics", "task"):
             evaluation = eval_class(numbered.truth, numbered.results(predictions, task), task)
             evaluation.evaluate()
             evaluation.accumulate()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -15,7 +15,7 @@ from ws_detectron.errors import UserError
 from ws_detectron.utils.yaml_files import load_yaml_with_base
 
 from .coco_eval import COCO_METRICS, TASKS, Metrics
-from .coco_report import FORMAT, JSON_NAME
+from .coco_report import FORMAT, JSON_NAME, format_metric
 
 METRICS = "metrics.json"
 CONFIG = "config.yaml"
@@ -181,6 +181,12 @@ def ap_key(run: Run, task: str) -> str:
     tested = [f"{name}/{plain}" for name in run.config.get("DATASETS.TEST", ())]
     found = {name for row in run.rows for name in row if name.endswith(plain)}
     return next((name for name in (plain, *tested, *sorted(found)) if name in found), plain)
+
+
+def main_metrics(metrics: Mapping[str, Any]) -> str:
+    """AP, PQ and mIoU among "bbox/AP" and so on, such as "bbox AP 40.6, segm AP 36.6"."""
+    found = {k: v for k, v in metrics.items() if k.split("/")[-1] in ("AP", "PQ", "mIoU")}
+    return ", ".join(f"{k.replace('/', ' ')} {format_metric(v, 1)}" for k, v in found.items())
 
 
 def _find_evaluation(run: Run) -> Optional[Path]:

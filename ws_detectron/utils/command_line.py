@@ -1,14 +1,16 @@
 """Helpers shared by the command-line tools."""
 
 import argparse
+import math
+import os
 import re
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Optional, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional, TypeVar, Union
 
-from detectron2.engine import default_argument_parser
 from tqdm import tqdm
 
 from ws_detectron.errors import UserError
@@ -34,14 +36,33 @@ class ToolParser(argparse.ArgumentParser):
         self, description: Optional[str] = None, examples: Optional[str] = None, **options: Any
     ) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        self._either: dict[str, bool] = {}  # name -> whether it is required
         super().__init__(description=description, epilog=examples, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As usual, and the help says the default where it has none."""
         default, text = options.get("default"), options.get("help")
-        if text and "default" not in text and default not in (None, False, argparse.SUPPRESS, []):
-            options["help"] = f"{text}; default: {default}".replace("%", "%%")
+        says = (default and default != argparse.SUPPRESS) or type(default) is int  # also 0
+        if text and "default" not in text and says:
+            several = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+            options["help"] = f"{text}; default: {several}".replace("%", "%%")
         return super().add_argument(*names, **options)
+
+    def add_either(
+        self, name: str, help: str, nargs: Optional[str] = None, required: bool = True
+    ) -> None:
+        """Adds an argument that may be given by position or by name: `FILE` or `--input FILE`.
+
+        Args:
+            name: without dashes.
+            help: for both.
+            nargs: "+" for a list.
+            required: whether it must be given.
+        """
+        self._either[name] = required
+        position = "*" if nargs else "?"
+        self.add_argument(f"{name} by position", nargs=position, metavar=name, help=help)
+        self.add_argument(f"--{name}", nargs=nargs, help="the same")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As usual, but the first config key ends the values of an option, like --opts."""
@@ -49,7 +70,31 @@ class ToolParser(argparse.ArgumentParser):
         first = next((n for n, word in enumerate(arguments) if _KEY.fullmatch(word)), None)
         if first is not None and "--opts" not in arguments[:first]:
             arguments.insert(first, "--opts")
-        return super().parse_args(arguments, namespace)
+        if not self._either:
+            return super().parse_args(arguments, namespace)
+        found = self.parse_intermixed_args(arguments, namespace)
+        for name, required in self._either.items():
+            placed = vars(found).pop(f"{name} by position")
+            if placed and getattr(found, name):
+                self.error(f"{name} is given twice, by position and as --{name}")
+            setattr(found, name, placed or getattr(found, name))
+            if required and not getattr(found, name):
+                self.error(f"{name} is missing; --help says what it is")
+        return found
+
+
+def within(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """The type of an argument: a number from `least` to `most`."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:  # also false for NaN
+            allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"it is {text}; allowed: {allowed}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
 
 
 class _Separator(argparse.Action):
@@ -69,8 +114,7 @@ def add_overrides(
 
     Args:
         parser: gets the positional argument `opts` and the options; see `overrides`.
-        nargs: of the positional argument; "*" for `parse_intermixed_args`, None where the parser
-            has this argument already, as detectron2's `default_argument_parser`.
+        nargs: of the positional argument; None where the parser has it, as that of detectron2.
         device: False for a tool that chooses the device.
     """
     if nargs:
@@ -94,7 +138,6 @@ def overrides(args: argparse.Namespace) -> list[str]:
         UserError: an option is among them.
     """
     device = getattr(args, "device", None)
-    device = getattr(args, "device", None)
     given = [word for word in args.opts or [] if word != "--opts"]
     for key in given[::2]:
         if key.startswith("--"):
@@ -111,6 +154,9 @@ def training_parser(
         description, examples: as for `ToolParser`.
         output: the config key of the output folder.
     """
+    # not above: COCO metrics, which show progress, need no detectron2
+    from detectron2.engine import default_argument_parser
+
     parser = default_argument_parser(epilog=examples)
     parser.description = description
     parser.add_argument(
@@ -122,12 +168,6 @@ def training_parser(
     parser.add_argument("--output", metavar="DIR", help=f"the same as {output}")
     add_overrides(parser, nargs=None)
     return parser
-
-
-def add_input(parser: argparse.ArgumentParser, help: str) -> None:
-    """Adds `args.input`, which is given by position or as --input; for `parse_intermixed_args`."""
-    parser.add_argument("input", nargs="?", default=argparse.SUPPRESS, help=help)
-    parser.add_argument("--input", metavar="INPUT", help="the same")
 
 
 def progress(
@@ -150,11 +190,11 @@ def progress(
     for done, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now < due:
+        if now < due or done == count:
             continue
         due = now + min(60.0, now - start)  # seldom in a long log
         said = f"{title}: {done}"
-        if count and count >= done:
+        if count and count > done:
             rest = tqdm.format_interval((count - done) * (now - start) / done)
             said += f" of {count} {unit}s, {rest} left"
         else:
@@ -163,47 +203,44 @@ def progress(
 
 
 def closing(
-    made: str, files: Optional[Mapping[str, object]] = None, *next_commands: Sequence[object]
+    made: str,
+    files: Optional[Mapping[str, object]] = None,
+    *next_steps: Union[str, Sequence[object]],
 ) -> str:
     """The last lines of a tool.
 
     Args:
         made: what it made, with the main metrics.
         files: what -> path.
-        next_commands: the words of each command to continue with, after "python tools/".
+        next_steps: to continue with: a sentence, or a tool and its arguments, as a list of words.
     """
     files = files or {}
     width = max(map(len, files), default=0)
     lines = [made, *(f"  {what:<{width}}  {path}" for what, path in files.items())]
-    commands = [shlex.join(map(str, words)) for words in next_commands]
-    lines += ["next:"] * bool(commands) + [f"  python tools/{command}" for command in commands]
+    for number, step in enumerate(next_steps):
+        text = step if isinstance(step, str) else f"{_python()} tools/{shlex.join(map(str, step))}"
+        lines += [*(["next:"] if not number else []), f"  {text}"]
     return "\n".join(lines)
 
 
-def refuse_options_without_effect(
-    parser: argparse.ArgumentParser,
-    args: argparse.Namespace,
-    choice: str,
-    allowed: Collection[str],
-    where: str,
-) -> None:
-    """Refuses options that would be ignored.
+def verdict(checked: Mapping[str, bool], what: str, report: object, then: str) -> int:
+    """Prints the last lines of a tool that checks; returns its exit status, 1 if something fails.
 
     Args:
-        parser: the parser that returned `args`.
-        args: as parsed, before defaults are filled in.
-        choice: name of the option that decides which others have an effect.
-        allowed: names of the options that have one.
-        where: ends the message, such as "with --all".
-
-    Raises:
-        UserError: an option that is not allowed differs from its default.
+        checked: name -> whether it passes.
+        what: is true of those that pass, such as "exports equal detectron2".
+        report: the file that has the results.
+        then: what to do if all pass.
     """
-    for name, value in vars(args).items():
-        if name not in (choice, *allowed) and value not in (parser.get_default(name), []):
-            names = ", ".join(map(_shown, allowed))
-            raise UserError(f"{_shown(name)} has no effect {where}; allowed are {names}")
+    failed = [name for name, passes in checked.items() if not passes]
+    made = f"{len(checked) - len(failed)} of {len(checked)} {what}"
+    step = f"see in the report what differs: {', '.join(failed)}" if failed else then
+    print(closing(made, {"report": report}, step))  # noqa: T201
+    return 1 if failed else 0
 
 
-def _shown(name: str) -> str:
-    return "KEY VALUE" if name == "opts" else f"--{name.replace('_', '-')}"
+def _python() -> str:
+    """What starts this interpreter from a shell in the current folder."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    return min(os.path.relpath(sys.executable), sys.executable, key=len)

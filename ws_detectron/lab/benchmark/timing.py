@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ws_detectron.utils.command_line import progress
+
 Action = Callable[[], object]
 
 
@@ -63,7 +65,7 @@ def interleave(
     gc.freeze()  # what is there now is not looked at again, which would take 0.2 s for each run
     gc.disable()
     try:
-        for number in range(rounds):
+        for number in progress(range(rounds), "timing", "round"):
             for name in round_order(list(candidates), number):
                 gc.collect()
                 seconds[name].append(measure(candidates[name]))

@@ -140,6 +140,8 @@ def check_packages(page: bool = False) -> None:
 def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = False) -> list[str]:
     """Writes report.md and two figures; with `page`, also report.html, with the figures inside.
 
+    Says the means of each variant at each batch.
+
     Returns:
         What is missing or failed.
 
@@ -150,7 +152,7 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
     from ws_detectron.evaluation.figure_style import write_figure
 
     from .figures import draw_scores, draw_study_curves, page_figure
-    from .report import as_page, first_figure, problems_of, report_text
+    from .report import as_page, first_figure, mean_table, problems_of, report_text, titles_of
 
     figures = {first_figure(results.study): draw_scores, "learning_curves.png": draw_study_curves}
     for name, draw in figures.items():
@@ -161,8 +163,8 @@ def report_study(results: StudyResults, folder: Path, say: Say, *, page: bool = 
         texts["report.html"] = as_page(results.study.title, texts["report.md"], pages)
     for name, text in texts.items():
         write_text(folder / name, text)
-    report, *others = (*texts, *figures)
-    say(f"report: {folder / report} (and {', '.join(others)})")
+    for score in titles_of(results.study, results.runs):
+        say(mean_table(results, score))
     return problems_of(results)
 
 
