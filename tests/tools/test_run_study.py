@@ -57,7 +57,7 @@ def test_runs_train_and_are_reported_and_a_broken_one_is_named(
     assert "broken_2img_seed1 is failed: " in result.stderr and "GN_GROUPS is 48" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert "gn_ws_2img_seed1 finished in" in result.stdout
-    assert re.search(r"^\| gn_ws +\| [\d.]+ \(1\) +\|$", result.stdout, re.M)  # the mean box AP
+    assert re.search(r"^\| GN\+WS +\| [\d.]+ \(1\) +\|$", result.stdout, re.M)  # the mean box AP
     made, report, _, _, again = result.stdout.splitlines()[-5:]
     assert made == "1 of 2 runs finished" and str(records / "report.md") in report
     assert again.endswith(f"tools/run_study.py {study} --jobs 2 --records {records}")

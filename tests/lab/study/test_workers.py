@@ -193,7 +193,7 @@ def test_a_search_all_of_which_diverged_is_named(make_study, options: Options) -
     for _ in range(2):
         results = run_study(study, options, print)
         assert [*lrs(results)] == ["bn"]
-        assert any("for gn at 4 images found nothing: all" in text for text in problems_of(results))
+        assert any("for GN at 4 images found nothing: all" in text for text in problems_of(results))
     for folder in folders:
         assert len(starts(folder)) == 1
         shutil.rmtree(folder)
@@ -207,7 +207,7 @@ def test_nothing_is_chosen_before_a_search_has_ended(make_study, options: Option
     write_state(search_runs(study)[0], RUNNING)  # as if it had been killed
     results = read_study_results(study)
     assert [*lrs(results)] == ["gn"]
-    assert any("for bn at 4 images has not ended" in text for text in problems_of(results))
+    assert any("for BN at 4 images has not ended" in text for text in problems_of(results))
     said = commands(study, options)
     assert (
         said[-1] == "# bn: the search has not found its values yet" and len(said) == 2 + 4 + 1 + 1
