@@ -47,8 +47,7 @@ examples:
   python tools/visualize.py --config-file output/config.yaml --webcam \\
       MODEL.WEIGHTS output/model_final.pth
 
-Drawings of --input are as large as it, and at least 448 pixels. Without --output they are shown in
-a window.
+Drawings of --input have its size. Without --output they are shown in a window.
 """
 
 
@@ -71,7 +70,7 @@ def main() -> None:
         "--longer-side",
         type=within(int, 1),
         metavar="PIXELS",
-        help="of drawings; default: that of the input, small images are enlarged to 448 and more",
+        help="of drawings; default: that of the input",
     )
     parser.add_argument(  # --score-threshold is the former name
         "--confidence-threshold", "--score-threshold", type=within(float, 0, 1),

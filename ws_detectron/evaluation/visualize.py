@@ -248,8 +248,7 @@ class Drawing:
         build: returns the model; called for the first image, when inputs and output are checked.
         classes: class number -> name.
         score_threshold: predictions below it are not drawn.
-        longer_side: of a drawing, pixels; default: that of the image, of images below `SIDE` its
-            smallest whole multiple from there on, as labels would cover them.
+        longer_side: of a drawing, pixels; default: that of the image.
     """
 
     def __init__(
@@ -261,7 +260,7 @@ class Drawing:
     ) -> None:
         self._predict = functools.cache(build)
         self._classes, self._threshold, self._longer_side = classes, score_threshold, longer_side
-        self._images, self._detections, self._enlarged, self._seconds = 0, 0, 0, 0.0
+        self._images, self._detections, self._small, self._seconds = 0, 0, 0, 0.0
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """The drawing of an image, both (H, W, 3) uint8, RGB.
@@ -281,22 +280,21 @@ class Drawing:
                 "weights that were trained on these classes"
             )
         self._images, self._detections = self._images + 1, self._detections + len(entries)
-        side = max(image.shape[:2])
-        if self._longer_side is None and side < SIDE:
-            self._enlarged, side = self._enlarged + 1, side * math.ceil(SIDE / side)
-        return draw_entries(image, self._longer_side or side, entries, classes)
+        side = self._longer_side or max(image.shape[:2])
+        self._small += self._longer_side is None and side < SIDE
+        return draw_entries(image, side, entries, classes)
 
     def summary(self) -> str:
-        """Numbers of detections and images, the time of the model, and which were enlarged."""
+        """Numbers of detections and images, the time of the model, and how many images are small."""
         milliseconds = 1000 * self._seconds / max(1, self._images)
         numbers = _number(self._detections, "detection"), _number(self._images, "image")
         limit = f"score ≥ {100 * self._threshold:g} %"
-        enlarged = (
-            f"\n{_number(self._enlarged, 'image')} of less than {SIDE} pixels drawn enlarged; "
-            "--longer-side sets another size"
+        small = (
+            f"\n{_number(self._small, 'image')} of less than {SIDE} pixels, of which labels cover "
+            f"much; --longer-side {SIDE} enlarges the drawings"
         )
         text = f"{' in '.join(numbers)} ({limit}), {milliseconds:.0f} ms per image"
-        return text + (enlarged if self._enlarged else "")
+        return text + (small if self._small else "")
 
 
 def visualize_inputs(arguments: Sequence[str], output: Optional[Path], draw: Drawing) -> str:
