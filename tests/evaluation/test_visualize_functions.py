@@ -222,8 +222,8 @@ def with_low_square() -> np.ndarray:
     return image
 
 
-def test_drawings_have_size_and_orientation_of_the_input(tmp_path: Path) -> None:
-    """Also of a photo and an animation of a phone that is held upright."""
+def test_drawings_have_the_orientation_of_the_input(tmp_path: Path) -> None:
+    """Also of a photo and an animation of a phone that is held upright; five times its size."""
     upright, inputs = Image.fromarray(with_low_square()), tmp_path / "in"
     inputs.mkdir()
     exif = Image.Exif()
@@ -236,16 +236,16 @@ def test_drawings_have_size_and_orientation_of_the_input(tmp_path: Path) -> None
     def find(image: np.ndarray) -> list[dict]:
         return find_bright(image)[:1] if image.max() > 150 else []
 
-    summary = visualize_inputs([str(inputs)], tmp_path / "out", Drawing(lambda: find, CLASSES))
+    draw = Drawing(lambda: find, CLASSES, longer_side=500)
+    summary = visualize_inputs([str(inputs)], tmp_path / "out", draw)
     assert summary.startswith("drawn 3 of 4 files") and "\n3 detections in 4 images" in summary
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "b.mp4", "c.png"}
     first, second = read_video(tmp_path / "out" / "b.mp4")[2]
-    assert first.shape == (100, 60, 3) and second.mean() < 10  # codecs want even sizes
-    assert "\n4 images of less than 448 pixels, of which labels cover much; --longer" in summary
+    assert first.shape == (500, 304, 3) and second.mean() < 10  # codecs want even sizes
     pictures = [cv2.imread(str(tmp_path / "out" / name))[:, :, ::-1] for name in ("a.png", "c.png")]
     for picture in (*pictures, first):
-        assert picture.shape[0] == 100 and picture.shape[1] in (60, 61)
-        np.testing.assert_allclose(place_of(picture), (19.5, 74.5), atol=3)
+        assert picture.shape[0] == 500 and picture.shape[1] in (304, 305)
+        np.testing.assert_allclose(place_of(picture) / 5, (19.5, 74.5), atol=3)
 
 
 def test_drawings_have_the_size_of_the_input_or_that_asked_for() -> None:

@@ -285,7 +285,7 @@ class Drawing:
         return draw_entries(image, side, entries, classes)
 
     def summary(self) -> str:
-        """Numbers of detections and images, the time of the model, and how many images are small."""
+        """Numbers of detections and images, time of the model, and how many images are small."""
         milliseconds = 1000 * self._seconds / max(1, self._images)
         numbers = _number(self._detections, "detection"), _number(self._images, "image")
         limit = f"score ≥ {100 * self._threshold:g} %"
