@@ -265,7 +265,7 @@ def test_an_output_that_looks_like_a_file_is_one(tmp_path: Path) -> None:
 
     for output in ("new/one.png", "one.JPG"):
         draw(output, "a.png")
-        assert cv2.imread(str(tmp_path / output)).shape == (360, 480, 3)
+        assert cv2.imread(str(tmp_path / output)).shape == (60, 80, 3)
     cases = {
         "must be a single image": ("many.png", "a.png", "clip.avi"),
         "is an image, so --input must be a single image": ("one.png", "clip.avi"),
@@ -309,7 +309,8 @@ def test_without_an_output_drawings_are_shown(
     write_video(tmp_path / "b.avi", 4.0, map(with_square, (10, 30, 50)))
     write_image(tmp_path / "c.png", with_square(10))
     screen = Screen(monkeypatch, [ord("n"), -1, 27])
-    summary = visualize_inputs([str(tmp_path)], None, Drawing(lambda: find_bright, CLASSES))
+    draw = Drawing(lambda: find_bright, CLASSES, longer_side=480)
+    summary = visualize_inputs([str(tmp_path)], None, draw)
     assert summary.startswith("3 detections in 3 images")  # Esc at the second frame
     places = [place_of(picture[:, :, ::-1])[0] / 6 for picture in screen.shown]  # 80 to 480
     np.testing.assert_allclose(places, [19.5, 19.5, 39.5], atol=3)
