@@ -139,6 +139,11 @@ def test_epochs_are_scaled_from_the_batch_that_the_lr_is_for() -> None:
     assert schedule(scaled)[0] == (1, 0.00125, 63 * 16, (42 * 16, 56 * 16), 16)
 
 
+def test_a_few_epochs_are_evaluated_and_saved_once_each() -> None:
+    """1/12 of 3 epochs of 15 steps would be 4 steps."""
+    assert schedule(resolve_epochs(in_epochs(3, batch=4), images=60))[1][:2] == (15, 15)
+
+
 def test_no_event_is_lost_in_a_short_training() -> None:
     """One image: 1/16 of a step is one step, and so is each period; 0 stays 0."""
     cfg = in_epochs(1, batch=16)

@@ -28,7 +28,8 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
 
     With E epochs of N images and B images per step (SOLVER.REFERENCE_IMS_PER_BATCH, from which
     `scale_config` scales, or else SOLVER.IMS_PER_BATCH), a schedule of M iterations becomes one of
-    M' = ceil(E N / B), with all its other events at the same fractions of it:
+    M' = ceil(E N / B), with all its other events at the same fractions of it, but evaluations and
+    checkpoints no more often than once an epoch:
 
     ==============================================  ======================
     SOLVER.MAX_ITER                                 M'
@@ -63,6 +64,10 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
         return -(-iterations * length // solver.MAX_ITER)  # exact, unlike a product of floats
 
     values = _rescaled(cfg, same_fraction, (*ITERATIONS, "TEST.EVAL_PERIOD"))
+    epoch = math.ceil(length / solver.EPOCHS)
+    for key in ("SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"):
+        if values.get(key):
+            values[key] = max(values[key], epoch)
     return _changed(cfg, {**values, "SOLVER.EPOCHS": 0})
 
 
