@@ -160,7 +160,7 @@ def test_best_f1_worked_out_by_hand() -> None:
     f1 = [row["f1"] for row in curve]
     assert f1[:41] == pytest.approx([200 / 3] * 41) and f1[41:81] == pytest.approx([100] * 40)
     assert f1[81:] == [0] * 20 and curve[-1]["precision"] is None
-    assert best_text(tables) == "best box F1 100.00 with a score of 0.41 and more"
+    assert best_text(tables) == "best box F1 100.00 % with a score of 0.41 and more"
 
 
 def test_groups_worked_out_by_hand() -> None:

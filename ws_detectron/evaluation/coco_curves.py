@@ -147,7 +147,7 @@ def best_text(tables: Tables) -> str:
     rows = tables["f1_over_confidence"]
     best = {task: best_threshold(rows, task) for task in _tasks(rows)}
     return "\n".join(
-        f"best {TITLES[task]} F1 {row['f1']:.2f} with a score of {row['score']:g} and more"
+        f"best {TITLES[task]} F1 {row['f1']:.2f} % with a score of {row['score']:g} and more"
         for task, row in best.items()
         if row
     )
