@@ -71,7 +71,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         except (KeyError, ValueError, AssertionError) as error:
             raise ConfigError(_explain(cfg, error, f"config file {config_file}")) from error
         except _MERGE_ERRORS as error:
-            reason = str(error) or f"a value cannot be evaluated ({type(error).__name__})"
+            reason = str(error) or type(error).__name__
+            if isinstance(error, MemoryError):  # of Python's parser; 3.13 explains it
+                reason = f"a value cannot be evaluated ({reason})"
             raise UserError(f"config file {config_file} is not a YAML config: {reason}") from error
     batch = cfg.SOLVER.IMS_PER_BATCH
     if len(opts) % 2:
