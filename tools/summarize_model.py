@@ -60,10 +60,11 @@ def main() -> None:
         else:
             cfg = load_config(args.config_file, overrides(args))
             cfg.MODEL.DEVICE, short = "cpu", cfg.INPUT.MIN_SIZE_TEST
+            torch.manual_seed(max(cfg.SEED, 0))
             model = Trainer.build_model(cfg)
         height, width = args.size or (short, short * 4 // 3)
         parts = summarize(model, height, width)
-        cosines = stability(cfg, args.stability) if args.stability else {}
+        cosines = stability(cfg, model, args.stability) if args.stability else {}
     columns = "part", "parameters", "frozen", "convs", "with WS", "GFLOPs", "activations, MiB"
     rows = [
         (p.part, f"{p.parameters:,}", f"{p.frozen:,}", p.convs, p.ws_convs, p.flops / 1e9,
@@ -82,12 +83,13 @@ def main() -> None:
     print(closing(f"\nModel: {summary_line(model)}", {}, train))
 
 
-def stability(cfg: CfgNode, count: int) -> dict[str, float]:
-    """Stage -> mean of `feature_stability` over the first images of DATASETS.TEST."""
+def stability(cfg: CfgNode, model: Any, count: int) -> dict[str, float]:
+    """Stage -> mean of `feature_stability` over the first images of DATASETS.TEST.
+
+    Of `model` where MODEL.WEIGHTS is empty, else of those weights.
+    """
     check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
-    torch.manual_seed(max(cfg.SEED, 0))
-    model: Any = load_model_for_inference(cfg) if cfg.MODEL.WEIGHTS else Trainer.build_model(cfg)
-    model.eval()
+    model = load_model_for_inference(cfg) if cfg.MODEL.WEIGHTS else model.eval()
     backbone = getattr(model.backbone, "bottom_up", model.backbone)
     loader = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
     images = [image for batch in itertools.islice(loader, count) for image in batch]
